@@ -1,0 +1,43 @@
+"""Advantages: generalised advantage estimation and whitening. Pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srppo.masked import masked_mean, masked_var
+
+WHITEN_EPS = 1e-8
+
+
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16); never whitens.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1}
+
+    `values_BT[t]` is the value of the state before response token t. An episode ends after the last counted token:
+    the value beyond it is 0, also for rollouts stopped by the length limit, because the limit is part of the task
+    (no token can follow, so no reward can). mask_BT marks a prefix of each row; A is 0 where masked.
+    """
+    rewards_BT = rewards_BT.masked_fill(~mask_BT, 0.0)
+    values_BT = values_BT.masked_fill(~mask_BT, 0.0)
+    advantages_BT = torch.zeros_like(values_BT)
+    next_value_B = torch.zeros_like(values_BT[:, 0])
+    next_advantage_B = torch.zeros_like(next_value_B)
+    for t in reversed(range(values_BT.shape[1])):
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        next_advantage_B = (delta_B + gamma * lam * next_advantage_B).masked_fill(~mask_BT[:, t], 0.0)
+        advantages_BT[:, t] = next_advantage_B
+        next_value_B = values_BT[:, t]
+    return advantages_BT
+
+
+def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """(x - mean) / deviation over the counted positions of the whole batch; 0 where masked."""
+    deviation = whitening_std(x_BT, mask_BT)
+    return ((x_BT - masked_mean(x_BT, mask_BT)) / deviation).masked_fill(~mask_BT, 0.0)
+
+
+def whitening_std(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The deviation `whiten` divides by; a KL in the loss must be divided by it too, or beta changes its meaning."""
+    return (masked_var(x_BT, mask_BT) + WHITEN_EPS).sqrt()

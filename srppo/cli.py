@@ -1,0 +1,167 @@
+"""The command line. A command loads a recipe, imports what it needs, calls one function, and prints a report and a path."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from srppo.errors import SrppoError, UserError
+
+if TYPE_CHECKING:
+    from srppo.config import Recipe
+    from srppo.pipeline import Pipeline
+
+app = typer.Typer(
+    name="srppo",
+    help="Self-Rewarding PPO (arXiv 2510.21090): alignment from demonstrations only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    Path | None, typer.Argument(help="TOML recipe; without one the embedded world is used.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set ppo.lr=1e-5 (repeatable)."),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Run folder. [default: runs/<recipe>-<id>]", show_default=False)
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+TrackOption = Annotated[
+    list[str] | None, typer.Option("--track", metavar="NAME", help="tensorboard or wandb (repeatable).")
+]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live panel.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command()
+def demo(
+    out: OutOption = None,
+    sets: SetOption = None,
+    build: Annotated[
+        bool, typer.Option("--build", help="Rebuild the embedded world (tokenizer, bases) from nothing, into --out.")
+    ] = False,
+    plain: PlainOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The whole method on the embedded world: base, SFT, longer SFT and SRPPO, in a table and a report."""
+    if build:
+        from srppo.world.build import build as build_world
+
+        folder = out or Path("runs/world")
+        build_world(folder)
+        typer.echo(f"world rebuilt in {folder}")
+        return
+    from srppo.config import load_recipe
+
+    _train(load_recipe(None, sets or []), "demo", out, "cpu", [], plain, baselines=True)
+
+
+@app.command()
+def sft(
+    recipe: RecipeArgument = None,
+    sets: SetOption = None,
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    track: TrackOption = None,
+    plain: PlainOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Stage 1 alone: fine-tune the base on demonstrations."""
+    from srppo.config import load_recipe
+
+    _train(load_recipe(recipe, sets or []), _name(recipe), out, device, track or [], plain, baselines=False, ppo=False)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument = None,
+    sets: SetOption = None,
+    out: OutOption = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Also train SFT for the same counted compute.")
+    ] = False,
+    device: DeviceOption = "auto",
+    track: TrackOption = None,
+    plain: PlainOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """SFT (unless model.sft is given), then PPO with the coherent reward. The same command resumes a stopped run."""
+    from srppo.config import load_recipe
+
+    _train(load_recipe(recipe, sets or []), _name(recipe), out, device, track or [], plain, baselines=baselines)
+
+
+@app.command()
+def env() -> None:
+    """Facts about this machine and installation, for a bug report."""
+    from srppo.report.environment import environment
+
+    for key, value in environment().items():
+        typer.echo(f"{key}: {value}")
+
+
+def _name(recipe: Path | None) -> str:
+    return recipe.stem if recipe else "embedded"
+
+
+def _train(
+    recipe: Recipe,
+    name: str,
+    out: Path | None,
+    device: str,
+    track: list[str],
+    plain: bool,
+    *,
+    baselines: bool,
+    ppo: bool = True,
+) -> None:
+    from srppo.config import recipe_id
+    from srppo.console import Console
+    from srppo.report.environment import environment
+
+    folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}"
+    console = Console(plain=True if plain else None)
+    console.say(f"run folder: {folder}")
+    from srppo.pipeline import Pipeline, pick_device, run_sft, run_train  # torch comes with this
+    from srppo.report import report_run
+    from srppo.trackers import trackers
+
+    pipeline = Pipeline(
+        recipe,
+        folder,
+        console,
+        device=pick_device(device),
+        environment=environment(),
+        make_trackers=lambda stage: trackers(track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")),
+    )
+    if ppo:
+        run_train(pipeline, baselines=baselines)
+    else:
+        run_sft(pipeline)
+    report_run(folder, console)
+
+
+def main() -> None:
+    """Entry point: every expected error in one line; a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except SrppoError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        sys.exit(130)

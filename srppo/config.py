@@ -1,0 +1,309 @@
+"""The recipe: every option of a run, its default, and what it does. All defaults are ours, none is the paper's.
+
+A recipe is TOML with the sections below; `--set section.key=value` overrides it. What decides the outcome is here and
+enters the stage's identity; device, folders, logging and timeouts do not (they are arguments of the commands).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from srppo.errors import ConfigError
+
+CODE_EPOCH = 1  # raised when the same config would train to another result; part of every stage's id
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    base: str = Field("embedded:s", description="base model: a folder, a hub name, or embedded:xs|s|l")
+    sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast in the bodies; heads stay fp32")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+    allow_pickle: bool = Field(False, description="load weights that are not safetensors")
+
+
+class DataConfig(_Section):
+    demonstrations: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets with answers")
+    prompts: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets; answers are not read")
+    size: int | None = Field(None, ge=1, description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 32")
+    prompts_size: int | None = Field(None, ge=1, description="prompts used, likewise; none: all")
+    held_out: float = Field(0.05, ge=0, lt=1, description="share of demonstrations kept out of SFT for answer NLL")
+    overlap: Literal["any", "minimum"] = Field("any", description="minimum: drop prompts that resemble SFT prompts")
+    max_prompt_tokens: int = Field(512, ge=1, description="longer prompts are reported and left out")
+    max_tokens: int = Field(1024, ge=2, description="prompt and answer; longer answers are cut and counted")
+    system: str | None = Field(None, description="system message put before each prompt")
+
+    @field_validator("demonstrations", "prompts", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class SftConfig(_Section):
+    epochs: int = Field(1, ge=1, description="passes over the demonstrations")
+    batch: int = Field(8, ge=1, description="demonstrations an optimizer step")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate (AdamW)")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    micro_batch: int = Field(8, ge=1, description="rows a forward pass; changes memory, not the loss")
+
+
+class RolloutConfig(_Section):
+    batch: int = Field(96, ge=2, description="responses sampled a PPO step")
+    max_new_tokens: int = Field(16, ge=1, description="length limit of a response, EOS included")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; rewards are always taken at 1")
+
+
+class RewardConfig(_Section):
+    kind: Literal["ratio", "sft", "base", "zero", "shuffled"] = Field(
+        "ratio",
+        description="log pi_sft - log pi_base | its first part | its second part (-log pi_base) | 0 | the ratio of "
+        "another rollout of the batch",
+    )
+    placement: Literal["eos", "token"] = Field("eos", description="the sum at the last token, or each term at its own")
+    length_norm: bool = Field(False, description="divide by the response's length in tokens")
+    token_clip: float | None = Field(None, gt=0, description="clip each token's term to +-this, nats")
+    clip: float | None = Field(None, gt=0, description="clip the sum to +-this, nats")
+    at_limit: Literal["keep", "zero", "drop"] = Field(
+        "keep", description="rollouts without EOS at the length limit: reward kept, set to 0, or left out of the loss"
+    )
+    limit_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of those rollouts, nats")
+    scale: bool = Field(True, description="divide reward - beta KL by its running standard deviation")
+    anchor: Literal["sft", "base"] = Field("sft", description="the model the KL penalty pulls towards")
+    beta: float = Field(0.5, ge=0, description="weight of the KL penalty; useful values are of order 1")
+    kl: Literal["k1", "k2", "k3"] = Field("k1", description="k1 in the reward; k2 or k3 (biased) in the loss")
+
+
+class PpoConfig(_Section):
+    steps: int = Field(20, ge=1, description="rollout batches")
+    epochs: int = Field(2, ge=1, description="passes over each batch")
+    minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
+    lr: float = Field(1e-4, gt=0, description="policy learning rate (Adam)")
+    value_lr: float = Field(5e-4, gt=0, description="critic learning rate (Adam)")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of both learning rates")
+    warmup: float = Field(0.0, ge=0, le=1, description="share of steps with rising learning rate")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    clip: float = Field(0.2, gt=0, description="policy ratio clip")
+    value_clip: float | None = Field(0.2, gt=0, description="value clip, in units of the scaled reward")
+    whiten: bool = Field(True, description="advantages to mean 0 and deviation 1 over the batch")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, policy and critic each")
+    critic_warmup: int = Field(0, ge=0, description="first steps that train the critic only")
+    target_kl: float | None = Field(
+        None, gt=0, description="stop a step's passes once KL(old, new) a token exceeds this"
+    )
+    max_kl: float = Field(100.0, gt=0, description="KL to the SFT model, nats a response, beyond which a run diverged")
+    micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory, not the loss")
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
+
+
+class EvalConfig(_Section):
+    items: str | None = Field(
+        None,
+        description="jsonl of prompt, answer, group (and split: dev|test); none: embedded items with embedded data",
+    )
+    every: int = Field(5, ge=0, description="PPO steps between measurements of development items; 0: at the end only")
+    keep: Literal["best", "last"] = Field("best", description="which measured step is kept, in every arm")
+    metric: Literal["accuracy", "nll"] = Field("accuracy", description="greedy exact match, or held-out answer NLL")
+    samples: int = Field(4, ge=1, description="samples an item at temperature 1, in final figures")
+    limit: int | None = Field(None, ge=1, description="development items used during training")
+
+
+class Recipe(_Section):
+    """Everything that decides the outcome of a run."""
+
+    seed: int = Field(0, ge=0, description="root of every random choice")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PpoConfig = PpoConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.ppo.minibatches > self.rollout.batch:
+            raise ValueError(
+                f"ppo.minibatches ({self.ppo.minibatches}) exceeds rollout.batch ({self.rollout.batch}); "
+                "a minibatch needs at least one rollout"
+            )
+        if self.data.max_prompt_tokens >= self.data.max_tokens:
+            raise ValueError(
+                f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) must be below data.max_tokens "
+                f"({self.data.max_tokens}), or no answer fits"
+            )
+        return self
+
+
+def all_keys() -> list[str]:
+    """Every option as `section.key`, in recipe order."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def load_recipe(path: Path | None, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from a TOML file (None: the embedded default) and `section.key=value` overrides, validated.
+
+    Relative data and model paths in a recipe are taken from the working directory, as everywhere else.
+    Raises ConfigError in one line: unknown keys with the nearest match, wrong values with what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError(
+                f"recipe {path} does not exist; give a TOML file, or none for the embedded default"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"recipe {path} is not valid TOML: {error}") from None
+    _refuse_unknown(_flatten(tree), where=str(path))
+    for override in overrides:
+        key, value = parse_override(override)
+        _assign(tree, key, value)
+    recipe = build_recipe(tree)
+    _require_learning_rates(recipe, tree)
+    return recipe
+
+
+def _require_learning_rates(recipe: Recipe, tree: Mapping[str, Any]) -> None:
+    """The default learning rates suit embedded models of 1M parameters and would ruin a larger one in silence."""
+    if recipe.model.base.startswith("embedded"):
+        return
+    needed = ("sft.lr", "ppo.lr", "ppo.value_lr")
+    missing = [key for key in needed if key.split(".")[1] not in tree.get(key.split(".")[0], {})]
+    if missing:
+        raise ConfigError(
+            f"model.base is {recipe.model.base!r} but {', '.join(missing)} not set; the defaults suit the embedded models "
+            "only. Common for 1-8B models: sft.lr = 1e-5, ppo.lr = 1e-6, ppo.value_lr = 5e-6"
+        )
+
+
+def build_recipe(tree: Mapping[str, Any]) -> Recipe:
+    """Validate a nested mapping; ConfigError in one line for the first problem."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        found = "" if isinstance(problem.get("input"), Mapping) or not key else f", found {problem['input']!r}"
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key + ': ' if key else ''}{message}{found}") from None
+
+
+def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """A copy with `section.key` -> value replaced, validated again."""
+    tree = recipe.model_dump(mode="json")
+    _refuse_unknown(overrides, where="overrides")
+    for key, value in overrides.items():
+        _assign(tree, key, value)
+    return build_recipe(tree)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`a.b=value` to (key, value); the value is read as TOML, or taken as a plain string when it is none."""
+    key, separator, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not separator or not key:
+        raise ConfigError(f"--set {text!r} is not of the form section.key=value, for example --set ppo.lr=1e-5")
+    _refuse_unknown([key], where="--set")
+    return key, parse_value(raw)
+
+
+def parse_value(raw: str) -> Any:
+    """A TOML value, `none` for None, or the text itself."""
+    if raw.lower() in ("none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every option spelled out; None, which TOML lacks, is left out (it is the default)."""
+    lines: list[str] = []
+    for name, section in recipe.model_dump(mode="json").items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]"]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None]
+        else:
+            lines.append(f"{name} = {json.dumps(section)}")
+    return "\n".join(lines) + "\n"
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, no spaces; the input of every hash."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def recipe_id(recipe: Recipe) -> str:
+    """Eight hex digits that name a recipe in folder names."""
+    return hashlib.sha256(canonical_json(recipe.model_dump(mode="json")).encode()).hexdigest()[:8]
+
+
+def derive_seed(root: int, purpose: str, index: int = 0) -> int:
+    """A seed in [0, 2^63) for one purpose; independent of the arm, so that arms are paired."""
+    digest = hashlib.sha256(f"{root}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            if prefix == "" and key not in Recipe.model_fields:
+                keys.append(key)
+            else:
+                keys += _flatten(value, f"{prefix}{key}.")
+        else:
+            keys.append(prefix + key)
+    return keys
+
+
+def _refuse_unknown(keys: Iterable[str], where: str) -> None:
+    known = all_keys()
+    sections = [name for name in Recipe.model_fields if name != "seed"]
+    for key in keys:
+        if key not in known and key not in sections:
+            near = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else "see `srppo train --help`"
+            raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
+        if key in sections:
+            raise ConfigError(
+                f"{key!r} in {where} is a section, not a value; set one of its keys, e.g. {key}.{_first(key)}"
+            )
+
+
+def _first(section: str) -> str:
+    return next(key for key in all_keys() if key.startswith(section + ".")).split(".", 1)[1]
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    if section:
+        tree.setdefault(section, {})[name] = value
+    else:
+        tree[name] = value

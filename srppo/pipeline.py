@@ -1,0 +1,288 @@
+"""A run from end to end: stages in order, each skipped when its result is there, then figures for every arm.
+
+    base -> SFT -> PPO          the arms "base", "SFT", "SRPPO"
+    base -> longer SFT          the baselines, at the counted compute of SFT and PPO together
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from srppo.baselines import train_longer_sft
+from srppo.config import Recipe, canonical_json
+from srppo.console import Console
+from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
+from srppo.errors import ConfigError, Diverged
+from srppo.evaluate import Development, Verdict, accuracy_by_group, answer_items, answer_nll, load_items
+from srppo.export import export_model, model_card
+from srppo.loop import Session, Tracker, Workbench, load_weights
+from srppo.models import (
+    LanguageModel,
+    check_same_vocabulary,
+    context_length,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+from srppo.ppo import train_ppo
+from srppo.sft import train_sft
+from srppo.store import Attempt, Run, Stage
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class Pipeline:
+    """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage."""
+
+    recipe: Recipe
+    folder: Path
+    console: Console
+    device: str = "cpu"
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
+
+    def __post_init__(self) -> None:
+        for warning in recipe_warnings(self.recipe):
+            self.console.warn(warning)
+        context = context_length(self.base)
+        self.data: PreparedData = prepare(self.recipe.data, self.tokenizer, self.recipe.seed, context)
+        for line in self.data.report.lines():
+            self.console.say(line)
+        self.run = Run.open(self.folder, {"recipe": self.recipe.model_dump(mode="json")})
+        self.run.write_data_manifest(self.data.manifest)
+        self.development = Development(self.recipe, self.tokenizer, self.data.held_out)
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        """The frozen base."""
+        return load_model(self.recipe.model.base, self.recipe.model, device=self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with our chat template where it has none."""
+        tokenizer = load_tokenizer(self.recipe.model.base, self.recipe.model)
+        if ensure_chat_template(tokenizer):
+            self.console.say("the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models")
+        return tokenizer
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end a response."""
+        return stop_ids(self.tokenizer, self.base.model.generation_config)
+
+    @property
+    def pad_id(self) -> int:
+        """The padding id; masks never look at it."""
+        return int(self.tokenizer.pad_token_id)
+
+    # ---- stages
+
+    @cached_property
+    def base_id(self) -> str:
+        """The base by its content."""
+        return fingerprint(self.recipe.model.base, self.recipe.model)
+
+    def base_stage(self) -> Stage:
+        """The base as it is: nothing to train, only to measure."""
+        return self._only_measure("base", self.base_id, lambda: self.base)
+
+    def sft_stage(self) -> tuple[Stage, Path]:
+        """(stage, folder of the SFT model): the given one, or one trained from the base."""
+        given = self.recipe.model.sft
+        if given is not None:
+            path = Path(resolve(given))
+            return self._only_measure("given-sft", fingerprint(given, self.recipe.model), lambda: self._fresh(given)), path
+        stage = self.run.stage("sft", self._identity("sft"), [self.base_id], self.data.demonstrations_sha)
+
+        def train(model: LanguageModel, bench: Workbench) -> Session:
+            return train_sft(self.recipe, bench, model, self.data.demonstrations, self.development, pad_id=self.pad_id)
+
+        self._train(stage, "SFT", lambda: self._fresh(self.recipe.model.base), train)
+        return stage, stage.path / "model"
+
+    def ppo_stage(self, sft: Stage, sft_path: Path) -> Stage:
+        """SRPPO from an SFT model."""
+        identity = self._identity("rollout", "reward", "ppo", prompts=True) | {"every": self.recipe.eval.every}
+        stage = self.run.stage("ppo", identity, [self.base_id, sft.id], self.data.prompts_sha)
+
+        def train(policy: LanguageModel, bench: Workbench) -> Session:
+            check_same_vocabulary(self.base.model, policy.model)
+            return train_ppo(
+                self.recipe,
+                bench,
+                policy,
+                self._fresh(str(sft_path)),
+                self.base,
+                self.data.prompts,
+                self.development,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+            )
+
+        return self._train(stage, "SRPPO", lambda: self._fresh(str(sft_path)), train)
+
+    def longer_sft_stage(self, sft: Stage, ppo: Stage) -> Stage:
+        """The equal-compute baseline; its budget is the counted compute of the two stages it is compared with."""
+        budget = sum((stage.result() or {})["figures"]["flops"] for stage in (sft, ppo))
+        identity = self._identity("sft") | {"every": self.recipe.eval.every, "ppo_steps": self.recipe.ppo.steps}
+        stage = self.run.stage("longer-sft", identity, [self.base_id, ppo.id], self.data.demonstrations_sha)
+
+        def train(model: LanguageModel, bench: Workbench) -> Session:
+            return train_longer_sft(
+                self.recipe,
+                bench,
+                model,
+                self.data.demonstrations,
+                self.development,
+                pad_id=self.pad_id,
+                budget_flops=budget,
+            )
+
+        return self._train(stage, "longer SFT", lambda: self._fresh(self.recipe.model.base), train)
+
+    def _only_measure(self, kind: str, content: str, load: Callable[[], LanguageModel]) -> Stage:
+        stage = self.run.stage(kind, self._identity(), [content], self.data.demonstrations_sha)
+        if not stage.done:
+            stage.reopen()
+            with stage.attempt(self.environment) as attempt:
+                figures = {"kept_step": 0, "steps": 0, "flops": 0, **self._measure(attempt, load(), "kept")}
+                attempt.commit("ok", figures)
+        return stage
+
+    # ---- shared
+
+    def _identity(self, *sections: str, prompts: bool = False) -> dict[str, Any]:
+        """What enters a stage's id beside parents and data: settings that decide its outcome, and no path."""
+        dump = self.recipe.model_dump(mode="json")
+        only_ppo = () if prompts else ("prompts_size", "overlap")
+        outside = ("demonstrations", "prompts", *only_ppo)
+        return {name: dump[name] for name in sections} | {
+            "seed": dump["seed"],
+            "precision": dump["model"]["precision"],
+            "data": {key: value for key, value in dump["data"].items() if key not in outside},
+            "eval": {k: v for k, v in dump["eval"].items() if k not in ("every", "items")},
+            "eval_items": self.items_sha,
+            "max_new_tokens": dump["rollout"]["max_new_tokens"],
+        }
+
+    @cached_property
+    def items_sha(self) -> str:
+        """What the items of development and test are, by content."""
+        items = [asdict(item) for split in ("dev", "test") for item in load_items(self.recipe, split)]
+        return hashlib.sha256(canonical_json(items).encode()).hexdigest()[:16]
+
+    def _fresh(self, spec: str) -> LanguageModel:
+        return load_model(spec, self.recipe.model, device=self.device)
+
+    def _train(
+        self, stage: Stage, name: str, load: Callable[[], LanguageModel], train: Callable[[LanguageModel, Workbench], Session]
+    ) -> Stage:
+        """Run one stage to its commit, or find it done. A diverged one raises again; a failed one is tried again."""
+        result = stage.result()
+        if result and result["status"] == "ok":
+            stage.verify()
+            self.console.say(f"{name}: finished before, in {stage.path}")
+            return stage
+        if result and result["status"] == "diverged":
+            raise Diverged(f"{name} in {stage.path} diverged before, at {result['figures']['reason']}")
+        stage.reopen()
+        with stage.attempt(self.environment) as attempt:
+            model = load()
+            bench = Workbench(stage, attempt, self.tokenizer, self.console, name, self.make_trackers(stage))
+            try:
+                session = train(model, bench)
+            except Diverged as error:
+                survivor = stage.latest_checkpoint()
+                kept = f"the last good checkpoint is {survivor[1]}" if survivor else "there was no checkpoint yet"
+                attempt.commit("diverged", {"reason": str(error)})
+                raise Diverged(f"{name} diverged at {error}; {kept}") from error
+            attempt.commit("ok", self._finish(bench, model, session), files=[Path("model")])
+        return stage
+
+    def _finish(self, bench: Workbench, model: LanguageModel, session: Session) -> Figures:
+        """Measure the kept step (and the last, where it is another) on test items, and export the kept one."""
+        kept = int(session.state.counters["kept_step"])
+        figures: Figures = {"kept_step": kept, "steps": session.total, "flops": session.state.counters["flops"]}
+        if kept != session.total:
+            figures["last"] = self._measure(bench.attempt, model, "last")
+            load_weights(model.model, bench.stage.checkpoint(kept) / "policy.safetensors")
+        figures |= self._measure(bench.attempt, model, "kept")
+        card = model_card(self.recipe, bench.name, figures)
+        bench.attempt.publish(
+            "model", lambda folder: export_model(folder, model, self.tokenizer, stop_ids=self.stop_ids, card=card)
+        )
+        return figures
+
+    def _measure(self, attempt: Attempt, model: LanguageModel, which: str) -> Figures:
+        """Test figures of one model, greedy and sampled; the verdicts go to eval/<which>-<decoding>/samples.jsonl."""
+        figures: Figures = {}
+        if self.data.held_out:
+            figures["held_out_nll"] = answer_nll(model, self.data.held_out, micro_batch=self.recipe.sft.micro_batch)
+        for decoding, samples in (("greedy", None), ("sampled", self.recipe.eval.samples)):
+            items = load_items(self.recipe, "test")
+            if not items:
+                break
+            verdicts = answer_items(model, self.tokenizer, items, self.recipe, samples=samples)
+            for group, estimate in accuracy_by_group(verdicts).items():
+                figures.setdefault("test", {}).setdefault(group, {})[decoding] = estimate._asdict()
+            figures[f"{decoding}_ended"] = mean(end for verdict in verdicts for end in verdict.ended)
+            figures[f"{decoding}_tokens"] = mean(count for verdict in verdicts for count in verdict.tokens)
+            attempt.publish(f"eval/{which}-{decoding}", lambda folder, v=verdicts: write_verdicts(folder, v))
+        return figures
+
+
+def write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
+    """One JSON line an item, in the order of the items."""
+    (folder / "samples.jsonl").write_text("".join(canonical_json(asdict(v)) + "\n" for v in verdicts))
+
+
+def pick_device(name: str) -> str:
+    """`auto` to cuda where there is one, else cpu; other names as they are. Raises ConfigError where it cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try --device cpu") from None
+    return name
+
+
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """Settings that are allowed and probably not meant."""
+    reward, warnings = recipe.reward, []
+    if reward.kl == "k3":
+        warnings.append("reward.kl = k3 in the loss is biased: it ends elsewhere than the KL-regularised optimum; use k1 or k2")
+    if reward.anchor == "base" and reward.kind == "ratio" and reward.beta >= 1:
+        warnings.append(
+            f"with reward.anchor = base and beta = {reward.beta:g} the optimum is no sharper than the SFT model: nothing can be "
+            "gained; use anchor = sft, or beta below 1"
+        )
+    if reward.beta == 0:
+        warnings.append("reward.beta = 0 leaves the policy without an anchor; expect it to leave the base's support")
+    return warnings
+
+
+def run_sft(pipeline: Pipeline) -> None:
+    """Base figures and SFT."""
+    pipeline.base_stage()
+    pipeline.sft_stage()
+
+
+def run_train(pipeline: Pipeline, *, baselines: bool) -> None:
+    """SFT (unless one is given), PPO, and with `baselines` the equal-compute SFT."""
+    pipeline.base_stage()
+    sft, sft_path = pipeline.sft_stage()
+    ppo = pipeline.ppo_stage(sft, sft_path)
+    if baselines:
+        pipeline.longer_sft_stage(sft, ppo)

@@ -1,0 +1,283 @@
+"""Stage 2: PPO on prompts without answers, from the SFT model, with the coherent reward. One linear loop:
+
+    1. sample a response y to each prompt x from the policy
+    2. score it: old log-probs, values, log pi_sft, log pi_base
+    3. reward r = log pi_sft(y|x) - log pi_base(y|x) at EOS, minus beta KL to the anchor, over a running deviation
+    4. advantages by GAE, returns, whitening
+    5. several passes of clipped policy and value updates
+
+Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (design section 1): beta of order 1, not
+the 0.01-0.05 usual with reward models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from srppo.advantage import gae, whiten, whitening_std
+from srppo.config import Recipe, derive_seed
+from srppo.errors import Diverged
+from srppo.loop import Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
+from srppo.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
+from srppo.masked import masked_mean
+from srppo.models import LanguageModel, ValueModel, forward_flops
+from srppo.reward import Rewards, RunningStd, compute_rewards, reward_diagnostics, reward_warnings
+from srppo.rollout import generate, micro_slices, prompt_schedule, score_logprobs, to_batch
+from srppo.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from srppo.evaluate import Development
+
+ROLLOUTS_LOGGED = 16  # responses a step that are written down
+ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first steps of a zero head wild
+
+
+@dataclass(frozen=True)
+class Learners:
+    """The two trained models with their optimizers."""
+
+    policy: LanguageModel
+    value: ValueModel
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the updates of one step aim at; BT fp32, 0 where masked. kl_scale turns nats into units of the advantages."""
+
+    batch: RolloutBatch
+    loss_mask_BT: Tensor
+    advantages_BT: Tensor
+    returns_BT: Tensor
+    anchor_logprobs_BT: Tensor
+    kl_scale: float
+
+
+def train_ppo(
+    recipe: Recipe,
+    bench: Workbench,
+    policy: LanguageModel,
+    sft_policy: LanguageModel,
+    base_policy: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    development: Development,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+) -> Session:
+    """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
+    config, rollout = recipe.ppo, recipe.rollout
+    value = ValueModel(policy)
+    learners = Learners(
+        policy,
+        value,
+        torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS),
+        torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
+    )
+    running = RunningStd()
+    state = TrainState(
+        {"policy": policy.model, "value": value},
+        {"policy": learners.policy_optimizer, "value": learners.value_optimizer},
+        {"flops": 0, "running": running.state_dict()},
+    )
+    session = Session(
+        bench,
+        state,
+        total=config.steps,
+        measure_at=lambda step: recipe.eval.every > 0 and step % recipe.eval.every == 0,
+        measure=lambda: development.measure(policy),
+        keep=recipe.eval.keep,
+        checkpoint_every=config.checkpoint_every,
+    )
+    for step in session.steps():
+        watch = Stopwatch()
+        running.load_state_dict(state.counters["running"])
+        # 1. Rollouts: prompts and random numbers are functions of the step alone.
+        chosen = prompt_schedule(len(prompts), rollout.batch, step - 1, recipe.seed)
+        generated = generate(
+            policy,
+            [prompts[i] for i in chosen],
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            seed=derive_seed(recipe.seed, "rollout", step),
+        )
+        watch.lap("generate_s")
+        # 2. Scores, all from the same path as training.
+        batch = to_batch(generated, policy, value, micro_batch=config.micro_batch, temperature=rollout.temperature)
+        sft_logprobs_BT = score_logprobs(sft_policy, batch, micro_batch=config.micro_batch)
+        base_logprobs_BT = score_logprobs(base_policy, batch, micro_batch=config.micro_batch)
+        # 3. Rewards.
+        rewards = compute_rewards(
+            recipe.reward,
+            sft_logprobs_BT=sft_logprobs_BT,
+            base_logprobs_BT=base_logprobs_BT,
+            policy_logprobs_BT=batch.old_logprobs_BT,
+            mask_BT=batch.response_mask_BT,
+            ended_B=batch.ended_B,
+            running=running,
+            seed=derive_seed(recipe.seed, "shuffle", step),
+        )
+        watch.lap("score_s")
+        # 4. Advantages, 5. updates.
+        anchor_BT = sft_logprobs_BT if recipe.reward.anchor == "sft" else base_logprobs_BT
+        targets = make_targets(recipe, batch, rewards, anchor_BT)
+        row = rollout_metrics(batch, rewards, sft_logprobs_BT, base_logprobs_BT, targets)
+        if row["kl_sft"] > config.max_kl:
+            raise Diverged(
+                f"step {step}: KL to the SFT model is {row['kl_sft']:.1f} nats a response, beyond ppo.max_kl = "
+                f"{config.max_kl:g}; raise reward.beta, lower ppo.lr, or set reward.token_clip"
+            )
+        factor = lr_factor(config.schedule, config.warmup, step, config.steps)
+        set_lr(learners.policy_optimizer, config.lr * factor)
+        set_lr(learners.value_optimizer, config.value_lr * factor)
+        row |= update(recipe, learners, targets, step)
+        watch.lap("update_s")
+        state.counters["flops"] += step_flops(learners, batch, passes=row.pop("passes"), critic_only=step <= config.critic_warmup)
+        state.counters["running"] = running.state_dict()
+        row |= {"lr": config.lr * factor, "flops": state.counters["flops"]}
+        for warning in reward_warnings(row):
+            bench.console.warn(warning)
+        log_rollouts(bench, step, [prompts[i] for i in chosen], generated.responses(), rewards.score_B.tolist())
+        seconds = sum(watch.seconds.values())
+        session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds})
+    return session
+
+
+def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
+    """Advantages (whitened over what is trained on) and returns of a batch."""
+    loss_mask_BT = batch.response_mask_BT & rewards.trained_B.unsqueeze(1)
+    advantages_BT = gae(
+        rewards.rewards_BT, batch.old_values_BT, batch.response_mask_BT, gamma=recipe.ppo.gamma, lam=recipe.ppo.lam
+    )
+    returns_BT = advantages_BT + batch.old_values_BT
+    kl_scale = 1.0 / rewards.scale
+    if recipe.ppo.whiten:
+        kl_scale /= float(whitening_std(advantages_BT, loss_mask_BT))
+        advantages_BT = whiten(advantages_BT, loss_mask_BT)
+    return Targets(batch, loss_mask_BT, advantages_BT, returns_BT, anchor_logprobs_BT, kl_scale)
+
+
+def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> dict[str, Any]:
+    """Passes of minibatch updates over one batch; returns metrics averaged over the minibatches (and `passes` made).
+
+    Once KL(old || new) a token exceeds ppo.target_kl the remaining passes are left out.
+    """
+    config = recipe.ppo
+    sums: dict[str, float] = {}
+    count = 0
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "minibatches", step * config.epochs + epoch))
+        order = torch.randperm(len(targets.batch.ended_B), generator=generator)
+        epoch_kl = 0.0
+        for indices in order.tensor_split(config.minibatches):
+            metrics = minibatch_update(recipe, learners, targets, indices.sort().values, step)
+            sums = {name: sums.get(name, 0.0) + number for name, number in metrics.items()}
+            count, epoch_kl = count + 1, epoch_kl + metrics["approx_kl"] / config.minibatches
+        if config.target_kl is not None and epoch_kl > config.target_kl:
+            break
+    return {**{name: number / count for name, number in sums.items()}, "passes": epoch + 1}
+
+
+def minibatch_update(recipe: Recipe, learners: Learners, targets: Targets, indices: Tensor, step: int) -> dict[str, float]:
+    """One optimizer step of policy and critic over the rollouts at `indices`, in micro-batches.
+
+    During the critic's warm-up the policy stands still.
+    """
+    config, count = recipe.ppo, int(targets.loss_mask_BT[indices].sum())
+    trains_policy = step > config.critic_warmup
+    learners.policy_optimizer.zero_grad(set_to_none=True)
+    learners.value_optimizer.zero_grad(set_to_none=True)
+    metrics = dict.fromkeys(("policy_loss", "value_loss", "clip_share", "value_clip_share", "approx_kl"), 0.0)
+    if count == 0:  # every rollout of the minibatch was left out by reward.at_limit = "drop"
+        return metrics
+    for part in micro_slices(len(indices), config.micro_batch):
+        chosen = indices[part]
+        rows = targets.batch.rows(chosen)
+        width = rows.response_mask_BT.shape[1]
+        mask_BT, advantages_BT, returns_BT, anchor_BT = (
+            x[chosen][:, :width]
+            for x in (targets.loss_mask_BT, targets.advantages_BT, targets.returns_BT, targets.anchor_logprobs_BT)
+        )
+        if trains_policy:
+            logprobs_BT = learners.policy.response_logprobs(
+                rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature
+            ).logprobs_N
+            policy = clipped_policy_loss(
+                logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
+            )
+            loss = policy.loss
+            if recipe.reward.kl != "k1":
+                penalty = kl_penalty(logprobs_BT, anchor_BT, mask_BT, form=recipe.reward.kl, token_count=count)
+                loss = loss + recipe.reward.beta * targets.kl_scale * penalty
+            loss.backward()
+            metrics["policy_loss"] += float(policy.loss.detach())
+            metrics["clip_share"] += float(policy.clip_share)
+            metrics["approx_kl"] += float(policy.approx_kl)
+        values_BT = learners.value.response_values(rows.tokens_BS, rows.attention_mask_BS, width)
+        critic = clipped_value_loss(
+            values_BT, rows.old_values_BT, returns_BT, mask_BT, clip=config.value_clip, token_count=count
+        )
+        critic.loss.backward()
+        metrics["value_loss"] += float(critic.loss.detach())
+        metrics["value_clip_share"] += float(critic.clip_share)
+    metrics["value_grad_norm"] = clip_gradients(learners.value, config.max_grad_norm, step)
+    learners.value_optimizer.step()
+    if trains_policy:
+        metrics["grad_norm"] = clip_gradients(learners.policy, config.max_grad_norm, step)
+        learners.policy_optimizer.step()
+    return metrics
+
+
+def rollout_metrics(
+    batch: RolloutBatch, rewards: Rewards, sft_logprobs_BT: Tensor, base_logprobs_BT: Tensor, targets: Targets
+) -> dict[str, Any]:
+    """What a batch of rollouts says before any update. KL: k1 over the sampled responses, nats a response.
+
+    The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token.
+    """
+    mask_BT, lengths_B = batch.response_mask_BT, batch.lengths_B().float()
+    return {
+        "reward": float(rewards.score_B.mean()),
+        "reward_per_token": float(rewards.score_B.sum() / lengths_B.sum()),
+        "kl_sft": float((batch.old_logprobs_BT - sft_logprobs_BT).sum(dim=1).mean()),
+        "kl_base": float((batch.old_logprobs_BT - base_logprobs_BT).sum(dim=1).mean()),
+        "length": float(lengths_B.mean()),
+        "ended": float(batch.ended_B.float().mean()),
+        "entropy": float(-masked_mean(batch.old_logprobs_BT, mask_BT)),
+        "explained_variance": explained_variance(batch.old_values_BT, targets.returns_BT, mask_BT),
+        "scale": rewards.scale,
+        **reward_diagnostics(sft_logprobs_BT - base_logprobs_BT, base_logprobs_BT, rewards.score_B, mask_BT),
+    }
+
+
+def step_flops(learners: Learners, batch: RolloutBatch, *, passes: int, critic_only: bool) -> int:
+    """Counted operations of one step: sampling, four scoring passes (policy, SFT, base, value), and the updates."""
+    lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
+    policy = forward_flops(learners.policy, lengths_B, head_tokens)
+    value = forward_flops(learners.value, lengths_B, head_tokens)
+    trained = value if critic_only else policy + value
+    return 4 * policy + value + 3 * passes * trained
+
+
+def log_rollouts(
+    bench: Workbench, step: int, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Sequence[float]
+) -> None:
+    """Write the first few rollouts of a step, as text, to the attempt's rollouts.jsonl."""
+    for prompt, response, score in list(zip(prompts, responses, scores, strict=True))[:ROLLOUTS_LOGGED]:
+        bench.attempt.log_rollout(
+            {
+                "step": step,
+                "prompt": bench.tokenizer.decode(prompt),
+                "response": bench.tokenizer.decode(response),
+                "tokens": len(response),
+                "reward": score,
+            }
+        )

@@ -1,0 +1,94 @@
+"""Facts for env.json and bug reports, gathered without importing anything heavy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "srppo torch triton transformers tokenizers accelerate datasets lm-eval safetensors numpy scipy pydantic rich typer "
+    "matplotlib peft ray tensorboard wandb"
+).split()
+VARIABLES = (
+    "OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS HF_HUB_OFFLINE TRANSFORMERS_OFFLINE CUDA_VISIBLE_DEVICES "
+    "CUBLAS_WORKSPACE_CONFIG PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF TORCH_COMPILE_DISABLE TRITON_INTERPRET "
+    "TOKENIZERS_PARALLELISM"
+).split()
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine, packages, GPUs, commit of the source and the variables that change results; no secrets."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": _usable_cores(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpus() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        if not torch.cuda.is_available():
+            return []
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = _run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    return [line.strip() for line in (names or "").splitlines() if line.strip()]
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from; `+` marks changes that are not committed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit = _run(["git", "-C", str(root), "rev-parse", "HEAD"])
+    if not commit:
+        return None
+    return commit.strip() + ("+" if _run(["git", "-C", str(root), "status", "--porcelain", "-uno"]) else "")
+
+
+def _run(command: list[str]) -> str | None:
+    """The output of a short command; None when it is missing, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 else None

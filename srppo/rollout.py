@@ -1,0 +1,149 @@
+"""From prompts to a RolloutBatch: sampling from the policy itself, then log-probs and values by the training path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from srppo.config import derive_seed
+from srppo.models import LanguageModel, ValueModel
+from srppo.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Sampled responses; fields as in RolloutBatch, without log-probs."""
+
+    tokens_BS: Tensor
+    attention_mask_BS: Tensor
+    response_mask_BT: Tensor
+    ended_B: Tensor
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, EOS included."""
+        width = self.response_mask_BT.shape[1]
+        lengths = self.response_mask_BT.sum(dim=1).tolist()
+        return [row[:n] for row, n in zip(self.tokens_BS[:, -width:].tolist(), lengths, strict=True)]
+
+
+def prompt_schedule(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """Indices of the prompts of one step: passes over all prompts, each in its own seeded order.
+
+    A function of the step alone, so a resumed run needs no cursor. A batch may span two passes; within a pass no prompt
+    comes twice.
+    """
+    orders: dict[int, list[int]] = {}
+    indices = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, offset = divmod(position, count)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "prompt-order", epoch))
+            orders[epoch] = torch.randperm(count, generator=generator).tolist()
+        indices.append(orders[epoch][offset])
+    return indices
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(tokens_BP int64, mask_BP bool): real tokens to the right; the mask comes from lengths, so pad may equal EOS."""
+    width = max(len(row) for row in rows)
+    tokens_BP = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask_BP = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens_BP[i, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask_BP[i, width - len(row) :] = True
+    return tokens_BP, mask_BP
+
+
+@torch.no_grad()
+def generate(
+    policy: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    greedy: bool = False,
+) -> Generated:
+    """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy.
+
+    The model's own generation_config is overridden: no top-k, top-p or penalties, or the sampled distribution would
+    not be the one whose log-probs are trained. A response ends with its first stop token, which counts. The global random
+    state is left as it was.
+    """
+    tokens_BP, mask_BP = (x.to(policy.device) for x in left_pad(prompts, pad_id))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=not greedy,
+        temperature=None if greedy else temperature,
+        top_k=None if greedy else 0,
+        top_p=None if greedy else 1.0,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    own = policy.model.generation_config
+    policy.model.generation_config = GenerationConfig()  # generate() fills gaps of ours from the model's own
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.precision == "bf16"),
+        ):
+            torch.manual_seed(seed)
+            tokens_BS = policy.model.generate(input_ids=tokens_BP, attention_mask=mask_BP.long(), generation_config=config)
+    finally:
+        policy.model.generation_config = own
+    response_BT = tokens_BS[:, tokens_BP.shape[1] :]
+    stopped_BT = torch.isin(response_BT, torch.tensor(list(stop_ids), device=policy.device))
+    ended_B = stopped_BT.any(dim=1)
+    first_B = torch.where(ended_B, stopped_BT.int().argmax(dim=1), response_BT.shape[1] - 1)
+    response_mask_BT = torch.arange(response_BT.shape[1], device=policy.device) <= first_B.unsqueeze(1)
+    return Generated(tokens_BS, torch.cat([mask_BP, response_mask_BT], dim=1), response_mask_BT, ended_B)
+
+
+def micro_slices(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows that cover `count` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+@torch.no_grad()
+def score_logprobs(
+    model: LanguageModel, generated: Generated | RolloutBatch, *, micro_batch: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probs of the responses under one model; BT fp32, nats, 0 where masked."""
+    width = generated.response_mask_BT.shape[1]
+    return torch.cat(
+        [
+            model.response_logprobs(
+                generated.tokens_BS[rows], generated.attention_mask_BS[rows], width, temperature=temperature
+            ).logprobs_N
+            for rows in micro_slices(len(generated.tokens_BS), micro_batch)
+        ]
+    )
+
+
+@torch.no_grad()
+def to_batch(
+    generated: Generated, policy: LanguageModel, value: ValueModel, *, micro_batch: int, temperature: float
+) -> RolloutBatch:
+    """Add behaviour log-probs (at the sampling temperature, by the same path as training) and values."""
+    width = generated.response_mask_BT.shape[1]
+    values = [
+        value.response_values(generated.tokens_BS[rows], generated.attention_mask_BS[rows], width)
+        for rows in micro_slices(len(generated.tokens_BS), micro_batch)
+    ]
+    return RolloutBatch(
+        tokens_BS=generated.tokens_BS,
+        attention_mask_BS=generated.attention_mask_BS,
+        response_mask_BT=generated.response_mask_BT,
+        old_logprobs_BT=score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature),
+        old_values_BT=torch.cat(values),
+        ended_B=generated.ended_B,
+    )

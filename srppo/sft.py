@@ -1,0 +1,121 @@
+"""Stage 1: supervised fine-tuning of the base on demonstrations; the loss counts answer tokens only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from srppo.config import Recipe, derive_seed
+from srppo.loop import Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
+from srppo.models import LanguageModel, forward_flops
+from srppo.rollout import left_pad, micro_slices, prompt_schedule
+from srppo.types import EncodedDemonstration
+
+if TYPE_CHECKING:
+    from srppo.evaluate import Development
+
+
+def collate(rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, Tensor, int]:
+    """(tokens_BS, attention_mask_BS, T): prompts left-padded, answers right-padded, as in rollouts.
+
+    A row without a prompt gives its first token as one: nothing predicts it.
+    """
+    splits = [max(row.prompt_tokens, 1) for row in rows]
+    prompt_BP, prompt_mask_BP = left_pad([row.ids[:n] for row, n in zip(rows, splits, strict=True)], pad_id)
+    answers = [row.ids[n:][::-1] for row, n in zip(rows, splits, strict=True)]
+    answer_BT, answer_mask_BT = (x.flip(1) for x in left_pad(answers, pad_id))
+    tokens_BS = torch.cat([prompt_BP, answer_BT], dim=1)
+    return tokens_BS, torch.cat([prompt_mask_BP, answer_mask_BT], dim=1), answer_BT.shape[1]
+
+
+def answer_nll_sum(model: LanguageModel, rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, int]:
+    """(summed NLL of the answers in nats, their token count). Differentiable."""
+    tokens_BS, attention_mask_BS, width = collate(rows, pad_id)
+    logprobs = model.response_logprobs(tokens_BS.to(model.device), attention_mask_BS.to(model.device), width)
+    return -logprobs.logprobs_N.sum(), int(attention_mask_BS[:, -width:].sum())
+
+
+def steps_per_epoch(count: int, batch: int) -> int:
+    """Optimizer steps of one pass; the last may be smaller."""
+    return math.ceil(count / batch)
+
+
+def epoch_rows(rows: Sequence[EncodedDemonstration], batch: int, step: int, seed: int) -> list[EncodedDemonstration]:
+    """The demonstrations of optimizer step 1, 2, ...: passes in a seeded order each; a function of the step alone."""
+    epoch, index = divmod(step - 1, steps_per_epoch(len(rows), batch))
+    order = prompt_schedule(len(rows), len(rows), epoch, derive_seed(seed, "sft-order"))
+    return [rows[i] for i in order[index * batch : (index + 1) * batch]]
+
+
+def training_flops(model: LanguageModel, rows: Sequence[EncodedDemonstration]) -> int:
+    """Counted operations of forward and backward over some demonstrations."""
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    answers = sum(len(row.ids) - max(row.prompt_tokens, 1) for row in rows)
+    return 3 * forward_flops(model, lengths, answers)
+
+
+def steps_within(model: LanguageModel, rows: Sequence[EncodedDemonstration], recipe: Recipe, budget_flops: int) -> int:
+    """The number of optimizer steps whose counted operations come nearest to a budget; at least 1."""
+    steps, spent = 0, 0
+    while True:
+        cost = training_flops(model, epoch_rows(rows, recipe.sft.batch, steps + 1, recipe.seed))
+        if steps and spent + cost / 2 > budget_flops:
+            return steps
+        steps, spent = steps + 1, spent + cost
+
+
+def train_sft(
+    recipe: Recipe,
+    bench: Workbench,
+    model: LanguageModel,
+    rows: Sequence[EncodedDemonstration],
+    development: Development,
+    *,
+    pad_id: int,
+    total: int | None = None,
+    measurements: int | None = None,
+) -> Session:
+    """Fine-tune `model` in place for `total` optimizer steps (default: the recipe's epochs); resumes by itself.
+
+    Development items are measured at `measurements` evenly spaced steps (default: at the end of each epoch). Returns the
+    finished session; the state of the kept step is on disk.
+    """
+    config = recipe.sft
+    per_epoch = steps_per_epoch(len(rows), config.batch)
+    total = total or config.epochs * per_epoch
+    points = {round((i + 1) * total / measurements) for i in range(measurements)} if measurements else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    state = TrainState({"policy": model.model}, {"policy": optimizer}, {"flops": 0})
+    session = Session(
+        bench,
+        state,
+        total=total,
+        measure_at=lambda step: step in points if points else step % per_epoch == 0,
+        measure=lambda: development.measure(model),
+        keep=recipe.eval.keep,
+        checkpoint_every=max(total // 5, 1),
+    )
+    for step in session.steps():
+        watch = Stopwatch()
+        batch = epoch_rows(rows, config.batch, step, recipe.seed)
+        answer_tokens = sum(len(row.ids) - max(row.prompt_tokens, 1) for row in batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for part in micro_slices(len(batch), config.micro_batch):
+            nll, _ = answer_nll_sum(model, batch[part], pad_id)
+            (nll / answer_tokens).backward()
+            loss += float(nll.detach()) / answer_tokens
+        grad_norm = clip_gradients(model, config.max_grad_norm, step)
+        lr = config.lr * lr_factor(config.schedule, config.warmup, step, total)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        state.counters["flops"] += training_flops(model, batch)
+        watch.lap("update_s")
+        tokens_per_s = sum(len(row.ids) for row in batch) / watch.seconds["update_s"]
+        row = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "epoch": step / per_epoch, "flops": state.counters["flops"]}
+        session.end_step(step, row, {**watch.seconds, "tokens_per_s": tokens_per_s})
+    return session

@@ -1,0 +1,614 @@
+"""Stages on disk: what was run, by whom, how far it came, and the one result that counts.
+
+    RUN/sweep.json, data/manifest.json, stages/<id>/
+        config.json                     what the stage is; written once
+        lease/<n>                       who may run it: the highest number decides
+        attempts/<n>-<host>-<pid>/      env.json, events.jsonl, metrics.jsonl
+        checkpoints/step-<N>/           the two newest and those asked for
+        result.json                     the commit point; never overwritten
+
+A stage's id is a hash of everything that decides its outcome, so two machines' folders unite by copying. Any process
+may die at any instant: what is here is whole (see `checkpoint.py`), and the next attempt resumes from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from srppo.checkpoint import (
+    create_exclusive,
+    damage,
+    describe,
+    discard,
+    replace_folder,
+    settle,
+    storing,
+    sync,
+    write_atomic,
+)
+from srppo.config import CODE_EPOCH, canonical_json
+from srppo.errors import RecordError, StorageError
+
+SCHEMA_VERSION = 1
+LEASE_TIMEOUT_S = 120.0
+HEARTBEAT_S = 5.0
+Status = Literal["ok", "failed", "timeout", "diverged", "oom"]
+
+
+def stage_id(kind: str, config: Mapping[str, Any], parents: Sequence[str] = (), data_sha: str = "") -> str:
+    """Equal for stages with the same outcome: same kind, resolved config, parents, data and code epoch."""
+    identity = {
+        "kind": kind,
+        "config": config,
+        "parents": list(parents),
+        "data_sha": data_sha,
+        "code_epoch": CODE_EPOCH,
+    }
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of stages that belong to one specification."""
+
+    path: Path
+    spec: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, spec: Mapping[str, Any]) -> Run:
+        """Create the folder, or continue the one with the same spec; any number of processes may do so at once.
+
+        Raises RecordError for a folder with another spec or with something else in it (nothing is touched), and
+        StorageError when it cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (stranger := _stranger(folder)):
+            raise RecordError(f"{folder} {stranger}, so it is no record of ours; give --out a new or empty folder")
+        with storing(folder / "sweep.json"):
+            folder.mkdir(parents=True, exist_ok=True)
+            text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
+            if (folder / "sweep.json").exists() or not create_exclusive(folder / "sweep.json", text):
+                run = cls.load(folder)
+                if difference := _difference(run.spec, json.loads(text)["spec"]):
+                    raise RecordError(
+                        f"{folder} was made with other settings ({difference}); give --out another folder"
+                    )
+        return cls(folder, json.loads(text)["spec"])
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """An existing record, for reading. Raises RecordError if there is none or another version wrote it."""
+        sweep = _read_json(Path(folder) / "sweep.json")
+        if sweep.get("schema_version") != SCHEMA_VERSION:
+            found = f"schema version {sweep.get('schema_version')!r}, this srppo reads {SCHEMA_VERSION}"
+            raise RecordError(f"{folder} has {found}; use the srppo that made it, or give --out another folder")
+        return cls(Path(folder), sweep["spec"])
+
+    def write_data_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Fix the data of this run. Raises RecordError if it was fixed before and has changed since."""
+        path = self.path / "data" / "manifest.json"
+        with storing(path):
+            path.parent.mkdir(exist_ok=True)
+            text = canonical_json(manifest)
+            if not create_exclusive(path, text) and (difference := _difference(_read_json(path), json.loads(text))):
+                raise RecordError(
+                    f"the data of {self.path} changed ({difference}); restore it or give --out another folder"
+                )
+
+    def stage(self, kind: str, config: Mapping[str, Any], parents: Sequence[str] = (), data_sha: str = "") -> Stage:
+        """The stage with this identity, new or existing."""
+        identity = {"kind": kind, "parents": list(parents), "data_sha": data_sha, "code_epoch": CODE_EPOCH}
+        path = self.path / "stages" / stage_id(kind, config, parents, data_sha)
+        with storing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            create_exclusive(path / "config.json", canonical_json({**identity, "config": config}))
+        return Stage(path)
+
+    def stages(self) -> list[Stage]:
+        """Every stage on disk, by id."""
+        return [Stage(path.parent) for path in sorted(self.path.glob("stages/*/config.json"))]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work: run by attempts, at most one at a time, committed once."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """kind, config, parents, data_sha and code_epoch, as written at the start."""
+        return _read_json(self.path / "config.json")
+
+    @property
+    def done(self) -> bool:
+        """Whether it is committed as ok: the only state that needs no further attempt."""
+        return (self.result() or {}).get("status") == "ok"
+
+    def result(self) -> dict[str, Any] | None:
+        """What was committed (status, figures, files, attempt), or None. Raises RecordError if it is damaged.
+
+        Finishes a commit that was killed between its two steps. The files' contents are checked by `verify`.
+        """
+        path = self.path / "result.json"
+        if not path.exists():
+            committed = Lease.top(self.path)[1].get("result")
+            if committed is None:
+                return None
+            with suppress(OSError):  # a record that may only be read still answers
+                create_exclusive(path, canonical_json(committed))
+            return _revive(committed)
+        result = _read_json(path)
+        if result.pop("sha256", None) != _sha256(result):
+            raise RecordError(f"{path} is damaged; copy it again, or remove it to run the stage again")
+        return _revive(result)
+
+    def verify(self) -> None:
+        """Raises RecordError naming the first file of the result that is missing or changed since the commit."""
+        for name, expected in (self.result() or {}).get("files", {}).items():
+            path = self.path / name
+            if not path.exists() or describe(path) != expected:
+                state = "changed after the result was committed" if path.exists() else "is missing"
+                raise RecordError(f"{path} {state}; restore it, or remove {self.path} to run the stage again")
+
+    def holder(self, timeout_s: float = LEASE_TIMEOUT_S) -> dict[str, Any] | None:
+        """The live process that runs this stage now (host, pid, since, attempt), or None."""
+        number, record = Lease.top(self.path)
+        return record if Lease.live(self.path, number, record, timeout_s) else None
+
+    @contextmanager
+    def attempt(self, env: Mapping[str, Any] | None = None, timeout_s: float = LEASE_TIMEOUT_S) -> Iterator[Attempt]:
+        """Run the stage: take the lease, clear up after the dead, and give the lease back whatever happens.
+
+        Raises RecordError if the stage is committed (see `reopen`) or a live process holds it. A holder is dead when
+        its process on this machine is, or when its heartbeat is older than `timeout_s` by the file server's clock.
+        """
+        if result := self.result():
+            todo = "nothing is left to do" if result["status"] == "ok" else "reopen it to try again"
+            raise RecordError(f"stage {self.id} is committed as {result['status']}; {todo}")
+        with storing(self.path / "lease", self.path):
+            lease = Lease.take(self.path, timeout_s)
+        attempt = None
+        try:
+            with storing(self.path / "attempts", self.path):
+                settle(self.path, lease.number, _server_time(self.path) - timeout_s)
+                attempt = Attempt(self, lease, env or {})
+            yield attempt
+        except BaseException as error:
+            if attempt:
+                with suppress(Exception):
+                    attempt.log_event("stopped", error=type(error).__name__, message=str(error).partition("\n")[0])
+            raise
+        finally:
+            lease.release()
+
+    def reopen(self) -> None:
+        """Move a result that is not ok into its attempt's folder, so that the stage can be tried again.
+
+        Raises RecordError if it is ok, or if another process is at the stage.
+        """
+        result = self.result()
+        if result is None:
+            return
+        if result["status"] == "ok":
+            raise RecordError(f"stage {self.id} is committed as ok; it is not run again")
+        kept = next(iter(self.path.glob(f"attempts/{result['attempt']}-*")), None)
+        kept = kept or self.path / "attempts" / f"{result['attempt']}-unknown"
+        with storing(kept / "result.json"):
+            number, _ = Lease.top(self.path)
+            if self.holder() or not Lease.claim(self.path, number + 1, {"state": "reopened"}):
+                raise RecordError(f"another process is at stage {self.id}; try again once it is done")
+            kept.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path / "result.json", kept / "result.json")
+            sync(self.path)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows that led to the present state, over all attempts: one for each (phase, step).
+
+        A later attempt's row replaces an earlier one's, and an attempt that resumed from step N discards what earlier
+        ones had logged beyond N. A line torn by a kill is left out, with a warning unless it is the last.
+        """
+        rows: dict[Any, dict[str, Any]] = {}
+        for folder in self.attempts():
+            events = _read_lines(folder / "events.jsonl")
+            starts = [event["step"] for event in events if event.get("event") == "resumed"]
+            if starts:
+                rows = {key: row for key, row in rows.items() if row.get("step") is None or row["step"] <= min(starts)}
+            for row in _read_lines(folder / "metrics.jsonl"):
+                rows[row.get("phase"), row.get("step")] = row
+        return list(rows.values())
+
+    def attempts(self) -> list[Path]:
+        """The attempts' folders, oldest first."""
+        folders = [path for path in self.path.glob("attempts/*-*") if path.name.split("-")[0].isdigit()]
+        return sorted(folders, key=lambda path: (int(path.name.split("-")[0]), path.name))
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first, whole or not."""
+        names = [path.name.removeprefix("step-") for path in self.path.glob("checkpoints/step-*")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of one checkpoint. Raises RecordError if any of its files is not what was saved."""
+        path = self.path / "checkpoints" / f"step-{step}"
+        if reason := damage(path):
+            raise RecordError(f"checkpoint {path} is damaged: {reason}; resume from another one")
+        return path
+
+    def latest_checkpoint(self, on_torn: Callable[[Path, str], None] | None = None) -> tuple[int, Path] | None:
+        """The newest whole checkpoint; `on_torn` hears of each newer one that is damaged, and why."""
+        for step in reversed(self.checkpoint_steps()):
+            path = self.path / "checkpoints" / f"step-{step}"
+            reason = damage(path)
+            if reason is None:
+                return step, path
+            if on_torn:
+                on_torn(path, reason)
+        return None
+
+
+class Attempt:
+    """One process's try at a stage; made by `Stage.attempt`.
+
+    Every method that changes the stage raises RecordError once another attempt has taken over, and StorageError when
+    the disk refuses, naming the checkpoint that survives.
+    """
+
+    def __init__(self, stage: Stage, lease: Lease, env: Mapping[str, Any]):
+        host = re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname())
+        self.stage, self.number, self._lease = stage, lease.number, lease
+        self.path = stage.path / "attempts" / f"{lease.number}-{host}-{os.getpid()}"
+        self.path.mkdir(parents=True)
+        write_atomic(self.path / "env.json", canonical_json(_plain(env)))
+        self.log_event("started", **({"took_over": lease.took_over} if lease.took_over else {}))
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append a row of figures: `step`, `phase` where a step has several rows, and anything else that JSON can hold.
+
+        NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity", which every JSON reader takes,
+        and come back from `Stage.metrics` as floats.
+        """
+        self._append("metrics.jsonl", row)
+
+    def log_event(self, kind: str, **fields: Any) -> None:
+        """Append what happened, with the time."""
+        self._append("events.jsonl", {"event": kind, "time": _now(), **fields})
+
+    def resume(self, on_torn: Callable[[Path, str], None] | None = None) -> tuple[int, Path] | None:
+        """Where to go on: the newest whole checkpoint, or None to start from step 0. Call it once, first.
+
+        Damaged checkpoints are reported, logged and removed, for the run is about to save those steps again.
+        """
+
+        def report(path: Path, reason: str) -> None:
+            self.log_event("torn_checkpoint", name=path.name, reason=reason)
+            if on_torn:
+                on_torn(path, reason)
+
+        found = self.stage.latest_checkpoint(report)
+        self.resumed(found[0] if found else -1)
+        return found
+
+    def resumed(self, step: int) -> None:
+        """Declare that this attempt goes on from the state after `step` (-1: from nothing): what came later is void."""
+        self.check()
+        self.log_event("resumed", step=step)
+        for later in self.stage.checkpoint_steps():
+            if later > step:
+                discard(self.stage.path / "checkpoints" / f"step-{later}")
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: Iterable[int] = ()) -> Path:
+        """Let `write` fill the checkpoint of `step`; then drop all but the two newest and the steps in `keep`."""
+        target = self.stage.path / "checkpoints" / f"step-{step}"
+        self._replace(target, write)
+        steps = self.stage.checkpoint_steps()
+        with self._storing(target):
+            for old in set(steps) - set(steps[-2:]) - {step, *keep}:
+                discard(target.with_name(f"step-{old}"))
+        return target
+
+    def publish(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill the folder `name` of the stage, for example `model` or `eval/<task>@<hash>`.
+
+        A kill leaves the folder as it was, or whole, or absent until the next attempt; never half written.
+        """
+        self._replace(self.stage.path / name, write)
+        return self.stage.path / name
+
+    def commit(self, status: Status, figures: Mapping[str, Any], files: Iterable[Path] = ()) -> dict[str, Any]:
+        """Record the one result of this stage; `files` (folders: all they hold) are listed with their checksums.
+
+        The decision is one exclusive link of the lease's next number, which whoever takes over needs too: if it
+        succeeds, nobody took over before and nobody can afterwards. Raises RecordError if somebody did, or if there is
+        a result.
+        """
+        if status not in get_args(Status):
+            raise ValueError(f"status {status!r} is not one of {', '.join(get_args(Status))}")
+        with self._storing(self.stage.path / "result.json"):
+            if (self.stage.path / "result.json").exists():
+                raise RecordError(f"stage {self.stage.id} has a result already; it is never committed twice")
+            result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "stage": self.stage.id, "attempt": self.number}
+            result |= {"status": status, "figures": _plain(figures), "files": self._checksums(files), "time": _now()}
+            result["sha256"] = _sha256(result)
+            self._sync_logs()
+            if not Lease.claim(self.stage.path, self.number + 1, {"state": "committed", "result": result}):
+                self.check()
+            create_exclusive(self.stage.path / "result.json", canonical_json(result))
+        return _revive(result)
+
+    def check(self) -> None:
+        """Raises RecordError if this attempt may not change the stage any more."""
+        number, record = Lease.top(self.stage.path)
+        if number != self.number:
+            by = (
+                f"{record['state']} by pid {record['pid']} on {record['host']}"
+                if "pid" in record
+                else record.get("state")
+            )
+            raise RecordError(
+                f"attempt {self.number} of stage {self.stage.id} lost its lease (now {by}): nothing is recorded"
+            )
+
+    def _replace(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Swap in a folder, after the rows that led to it are safe on disk."""
+
+        def write_and_check(folder: Path) -> None:
+            write(folder)
+            self.check()  # writing may take long enough to lose the lease
+
+        self.check()
+        with self._storing(target):
+            self._sync_logs()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                replace_folder(target, str(self.number), write_and_check)
+            except FileNotFoundError:
+                self.check()  # whoever takes over clears up after an attempt that he takes for dead
+                raise
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        """One line to the kernel: it outlives this process at once, and the machine from the next checkpoint on."""
+        with self._storing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
+            line = memoryview((canonical_json(_plain(row)) + "\n").encode())
+            while line:
+                line = line[file.write(line) :]
+
+    def _sync_logs(self) -> None:
+        for path in self.path.iterdir():
+            sync(path)
+        sync(self.path)
+
+    def _checksums(self, files: Iterable[Path]) -> dict[str, Any]:
+        found = {}
+        for file in files:
+            path = self.stage.path / file
+            for each in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
+                sync(each)
+                found[each.relative_to(self.stage.path).as_posix()] = describe(each)
+        return found
+
+    def _storing(self, path: Path) -> Any:
+        def survives() -> str:
+            found = self.stage.latest_checkpoint()
+            return f"checkpoint step-{found[0]} survives" if found else "there is no checkpoint yet"
+
+        return storing(path, survives=survives)
+
+
+class Lease:
+    """The right to run a stage: the highest number in its `lease/` folder.
+
+    Each change of hands (`held`, `released`, `committed`, `reopened`) links a fully written file to the next number. A
+    number is given once and never taken back, so of racing processes exactly one gets it, nobody undoes what another
+    did since he looked, and checking and acting are one step. The file's mtime is the holder's heartbeat.
+    """
+
+    def __init__(self, stage: Path, number: int, took_over: Mapping[str, Any] | None, heartbeat_s: float):
+        self._stage, self.number, self.took_over = stage, number, took_over
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(heartbeat_s,), name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, stage: Path, timeout_s: float) -> Lease:
+        """The next number, once the last holder has let go or is dead; RecordError while it lives."""
+        (stage / "lease").mkdir(exist_ok=True)
+        while True:
+            number, record = cls.top(stage)
+            if cls.live(stage, number, record, timeout_s):
+                pid, host, since = (record.get(key, "unknown") for key in ("pid", "host", "since"))
+                who = f"pid {pid} on {host} since {since} (attempt {number})"
+                wait = f"wait for it or stop it; one that died elsewhere is taken over after {timeout_s:.0f} s"
+                raise RecordError(f"stage {stage.name} is being run by {who}; {wait}")
+            if "result" in record:
+                raise RecordError(f"stage {stage.name} was committed by another process just now")
+            pid = os.getpid()
+            mine = {
+                "state": "held",
+                "attempt": number + 1,
+                "host": socket.gethostname(),
+                "machine": _machine(),
+                "pid": pid,
+            }
+            if cls.claim(stage, number + 1, {**mine, "started": _process_start(pid), "since": _now()}):
+                dead = record if record.get("state") == "held" else None
+                return cls(stage, number + 1, dead, min(HEARTBEAT_S, timeout_s / 4))
+
+    @staticmethod
+    def claim(stage: Path, number: int, record: Mapping[str, Any]) -> bool:
+        """Make `record` the decision with this number; False when there is one."""
+        return create_exclusive(stage / "lease" / str(number), canonical_json(record))
+
+    @staticmethod
+    def top(stage: Path) -> tuple[int, dict[str, Any]]:
+        """The highest number and its record; (0, {}) before the first."""
+        folder = stage / "lease"
+        number = max((int(path.name) for path in folder.glob("[0-9]*")), default=0)
+        while (folder / str(number + 1)).exists():  # a network disk may list late
+            number += 1
+        try:
+            return number, dict(json.loads((folder / str(number)).read_bytes())) if number else {}
+        except (ValueError, TypeError):
+            return number, {"state": "held"}  # torn by a copy: its age decides
+
+    @staticmethod
+    def live(stage: Path, number: int, record: Mapping[str, Any], timeout_s: float) -> bool:
+        """Whether somebody holds the lease and shows signs of life."""
+        if record.get("state") != "held":
+            return False
+        if record.get("machine") == _machine():
+            started = _process_start(record["pid"])
+            if started is None or (started and started != record["started"]):
+                return False  # dead, or its pid belongs to another process by now
+        with open(
+            stage / "lease" / str(number), "rb"
+        ) as file:  # opened, for a network disk caches what it only looks at
+            beat = os.fstat(file.fileno()).st_mtime
+        return _server_time(stage / "lease") - beat <= timeout_s
+
+    def release(self) -> None:
+        """Stop the heartbeat and let go, if it is still ours."""
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError, StorageError):  # nobody waits for ever: the process ends soon, and the heartbeat has
+            self.claim(self._stage, self.number + 1, {"state": "released"})
+
+    def _beat(self, heartbeat_s: float) -> None:
+        while not self._stop.wait(heartbeat_s):
+            with suppress(OSError):  # the disk may be away for a while
+                os.utime(self._stage / "lease" / str(self.number))
+
+
+def _stranger(folder: Path) -> str:
+    """What an existing folder holds instead of a record; "" if it holds one, or nothing yet."""
+    if not folder.is_dir():
+        return "is not a folder"
+    others = [name for name in os.listdir(folder) if not name.startswith(".tmp-")]
+    return f"holds {min(others)!r} but no sweep.json" if others and not (folder / "sweep.json").exists() else ""
+
+
+def _machine() -> str:
+    """Where a pid means this process: host, boot and pid namespace (containers share the first two)."""
+    boot = namespace = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {boot} {namespace}"
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, in ticks since boot; "" if that cannot be told, None if it is dead."""
+    try:
+        os.kill(pid, 0)
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except ProcessLookupError:
+        return None
+    except OSError:  # another user's, or no /proc
+        return ""
+
+
+def _server_time(folder: Path) -> float:
+    """The file server's clock, which stamps heartbeats; ours may be wrong."""
+    path = folder / f".tmp-{uuid.uuid4().hex}x"
+    try:
+        with open(path, "xb") as file:
+            now = os.fstat(file.fileno()).st_mtime
+        path.unlink()
+        return now
+    except OSError:
+        return time.time()  # nothing can be written here, so nothing can be taken over either
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _sha256(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json({k: v for k, v in result.items() if k != "sha256"}).encode()).hexdigest()
+
+
+_NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numpy and torch scalars become numbers, paths strings, non-finite floats strings as above."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return _NON_FINITE.get(repr(float(value)), value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _revive(value: Any) -> Any:
+    """The inverse of `_plain` for non-finite floats."""
+    if isinstance(value, dict):
+        return {key: _revive(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_revive(each) for each in value]
+    return float(value) if isinstance(value, str) and value in _NON_FINITE.values() else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise RecordError(f"{path} does not exist, so {path.parent} is no record of a run") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise RecordError(f"{path} cannot be read ({error}); copy it again, or give --out another folder") from None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a torn last line is silent, a torn line elsewhere is warned of."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(_revive(dict(json.loads(line))))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                warnings.warn(f"{path}, line {number}, is torn and left out", stacklevel=3)
+    return rows
+
+
+def _difference(old: Any, new: Any, limit: int = 3) -> str:
+    """The first keys in which two JSON values differ, with both values; "" when they are equal."""
+    before, after = _flatten(old), _flatten(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    shown = [f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now" for key in keys[:limit]]
+    return ", ".join(shown) + (f", and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, each in value.items() for k, v in _flatten(each, f"{prefix}{key}.").items()}
+    text = canonical_json(value)
+    return {
+        prefix[:-1]: text
+        if len(text) <= 60
+        else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    }
