@@ -61,7 +61,7 @@ def _step(op: str, path: Path) -> Iterator[None]:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace a file so that readers and kills see the old content or the new, never a mixture. Raises StorageError."""
     with storing(path), _aside(path, data) as temp:
-        _rename(temp, path)
+        move(temp, path)
 
 
 def create_exclusive(path: Path, data: str | bytes) -> bool:
@@ -83,6 +83,13 @@ def create_exclusive(path: Path, data: str | bytes) -> bool:
     return True
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename, for good: the folder's list of names is synced. What is moved must have been synced before."""
+    with _step("rename", target):
+        os.replace(source, target)
+    sync(target.parent)
+
+
 def replace_folder(target: Path, owner: str, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, add a manifest of checksums, sync it, and swap it in for `target`.
 
@@ -99,8 +106,8 @@ def replace_folder(target: Path, owner: str, write: Callable[[Path], None]) -> N
         _seal(aside)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-            _rename(target, old)
-        _rename(aside, target)
+            move(target, old)
+        move(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -137,7 +144,7 @@ def discard(folder: Path) -> None:
     """Delete a folder so that a kill half way leaves nothing that looks like a damaged one."""
     gone = folder.with_name(f".gone-{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
-        _rename(folder, gone)
+        move(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -233,12 +240,6 @@ def _write_synced(path: Path, data: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _rename(source: Path, target: Path) -> None:
-    with _step("rename", target):
-        os.replace(source, target)
-    sync(target.parent)
-
-
 def _seal(folder: Path) -> None:
     """Sync every file and folder and write the manifest that `damage` checks."""
     paths = sorted(folder.rglob("*"))
@@ -256,4 +257,4 @@ def _settle_old(old: Path) -> None:
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
-        _rename(old, target)
+        move(old, target)

@@ -1,19 +1,17 @@
-"""The command line. A command loads a recipe, imports what it needs, calls one function, and prints a report and a path."""
+"""The command line: a command loads a recipe, imports what it needs, calls one function, prints a report and a path."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srppo.errors import SrppoError, UserError
+from srppo.errors import SrppoError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe
-    from srppo.pipeline import Pipeline
 
 app = typer.Typer(
     name="srppo",
@@ -32,7 +30,8 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set ppo.lr=1e-5 (repeatable)."),
 ]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Run folder. [default: runs/<recipe>-<id>]", show_default=False)
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Run folder. [default: runs/<recipe>-<id>]", show_default=False),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 TrackOption = Annotated[
@@ -132,7 +131,7 @@ def _train(
     console = Console(plain=True if plain else None)
     console.say(f"run folder: {folder}")
     from srppo.pipeline import Pipeline, pick_device, run_sft, run_train  # torch comes with this
-    from srppo.report import report_run
+    from srppo.report.record import report_run
     from srppo.trackers import trackers
 
     pipeline = Pipeline(
@@ -141,7 +140,9 @@ def _train(
         console,
         device=pick_device(device),
         environment=environment(),
-        make_trackers=lambda stage: trackers(track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")),
+        make_trackers=lambda stage: trackers(
+            track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
+        ),
     )
     if ppo:
         run_train(pipeline, baselines=baselines)

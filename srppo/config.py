@@ -36,7 +36,11 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     demonstrations: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets with answers")
     prompts: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets; answers are not read")
-    size: int | None = Field(None, ge=1, description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 32")
+    size: int | None = Field(
+        None,
+        ge=1,
+        description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 32",
+    )
     prompts_size: int | None = Field(None, ge=1, description="prompts used, likewise; none: all")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of demonstrations kept out of SFT for answer NLL")
     overlap: Literal["any", "minimum"] = Field("any", description="minimum: drop prompts that resemble SFT prompts")
@@ -196,8 +200,8 @@ def _require_learning_rates(recipe: Recipe, tree: Mapping[str, Any]) -> None:
     missing = [key for key in needed if key.split(".")[1] not in tree.get(key.split(".")[0], {})]
     if missing:
         raise ConfigError(
-            f"model.base is {recipe.model.base!r} but {', '.join(missing)} not set; the defaults suit the embedded models "
-            "only. Common for 1-8B models: sft.lr = 1e-5, ppo.lr = 1e-6, ppo.value_lr = 5e-6"
+            f"model.base is {recipe.model.base!r} but {', '.join(missing)} not set; the defaults suit the embedded "
+            "models only. Common for 1-8B models: sft.lr = 1e-5, ppo.lr = 1e-6, ppo.value_lr = 5e-6"
         )
 
 

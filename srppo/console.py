@@ -205,7 +205,9 @@ class StageView:
     def _bar(self, width: int) -> Text:
         step, now = self.step or 0, self._clock()
         left = self.seconds_left()
-        tail = f"  {step}/{self.total}  {duration(now - self._began)}" + (f", {duration(left)} left" if left is not None else "")
+        tail = f"  {step}/{self.total}  {duration(now - self._began)}" + (
+            f", {duration(left)} left" if left is not None else ""
+        )
         size = max(width - len(tail), 4)
         done = min(round(size * step / max(self.total, 1)), size)
         return Text("━" * done, "green").append("━" * (size - done), "bright_black").append(tail)

@@ -77,8 +77,8 @@ def _read_items(path: Path, split: str) -> list[EvalItem]:
             item = EvalItem(row["prompt"], str(row["answer"]), str(row.get("task", group)), group)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}:{number}: not an item ({error}); a line is a JSON object with prompt and answer, and may have task, "
-                "group and split"
+                f"{path}:{number}: not an item ({error}); a line is a JSON object with prompt and answer, and may have "
+                "task, group and split"
             ) from None
         if own_split == split:
             found.append(item)
@@ -124,10 +124,10 @@ def answer_items(
                 seed=derive_seed(recipe.seed, "eval", draw * len(items) + start),
                 greedy=samples is None,
             )
-            ids = generated.responses()
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            written = generated.responses()
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             for i, (text, ended) in enumerate(zip(texts, generated.ended_B.tolist(), strict=True)):
-                answers[start + i].append((text, ended, len(ids[i])))
+                answers[start + i].append((text, ended, len(written[i])))
     return [
         Verdict(
             **asdict(item),
@@ -141,7 +141,7 @@ def answer_items(
 
 
 def accuracy_by_group(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    """Mean accuracy of each group with a 95% interval over items; a sampled item counts by its share of right samples."""
+    """Mean accuracy of each group, 95% interval over items; a sampled item counts by its share of right samples."""
     shares: dict[str, list[float]] = defaultdict(list)
     for verdict in verdicts:
         shares[verdict.group].append(sum(verdict.correct) / len(verdict.correct))
@@ -163,7 +163,8 @@ class Development:
     """Measures a model during training: greedy accuracy on development items, and held-out answer NLL.
 
     The score that picks the kept step is one rule for every arm: accuracy on the demonstrated group (on all items where
-    no group has that name), or minus the NLL with eval.metric = "nll". Where nothing can be measured, the last step is kept.
+    no group has that name), or minus the NLL with eval.metric = "nll". Where nothing can be measured, the last step is
+    kept.
     """
 
     def __init__(

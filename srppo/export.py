@@ -19,7 +19,7 @@ base_model: {base}
 
 # {kind} from {base}
 
-Trained with [srppo](https://arxiv.org/abs/2510.21090) from demonstrations only. The figures below are exact-match accuracy
+Trained with srppo (Self-Rewarding PPO, arXiv 2510.21090) from demonstrations only. The figures are exact-match accuracy
 on test items, with 95% intervals over items; one training seed says nothing about other seeds.
 
 {figures}

@@ -344,7 +344,7 @@ def _missing(path: Path, source: str) -> str:
     if not folder.is_dir():
         return f"{source} does not exist, nor does the folder {folder}; {_GIVE}"
     here = [entry.name for entry in folder.iterdir() if entry.is_dir() or _kind(entry)]
-    near = difflib.get_close_matches(path.name, here, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, here, n=3, cutoff=0.6)
     beside = (
         f"did you mean {' or '.join(near)}?" if near else f"{folder} has {_short(sorted(here), 5) or 'no data file'};"
     )

@@ -1,7 +1,7 @@
 """What every trained stage shares: resume, log, measure, keep one step, checkpoint, stop. Knows nothing of losses.
 
-A stage is a sequence of steps 1..total. Every random choice is a function of (root seed, purpose, step), so the state of
-a run is its weights, optimizers and counters: a resumed run repeats the uninterrupted one bit for bit on one machine.
+A stage is a sequence of steps 1..total. Every random choice is a function of (root seed, purpose, step), so the state
+of a run is its weights, optimizers and counters: a resumed run repeats the uninterrupted one bit for bit on one CPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Tracker(Protocol):
 class TrainState:
     """Everything a checkpoint holds: named modules (safetensors), named optimizers and plain counters (trainer.pt)."""
 
-    def __init__(self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], counters: dict[str, Any]) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], counters: dict[str, Any]
+    ) -> None:
         self.modules, self.optimizers, self.counters = modules, optimizers, counters
 
     def save(self, folder: Path) -> None:
@@ -100,7 +102,9 @@ def clip_gradients(module: nn.Module, max_norm: float, step: int) -> float:
     """Clip the global gradient norm and return it as it was; Diverged when it is not finite."""
     norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
     if not math.isfinite(norm):
-        raise Diverged(f"step {step}: the gradient norm is {norm}; lower the learning rate, or clip the reward's tokens")
+        raise Diverged(
+            f"step {step}: the gradient norm is {norm}; lower the learning rate, or clip the reward's tokens"
+        )
     return norm
 
 

@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, precision: str = "fp32") -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # generate() and from_pretrained are typed too narrowly for mypy
         self.precision = precision
         _switch_dropout_off(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -87,7 +87,8 @@ class LanguageModel(nn.Module):
                 token_logprobs(logits_NV, tokens_N, temperature=temperature),
                 entropy(logits_NV.detach(), temperature=temperature) if with_entropy else None,
             )
-        return Logprobs(*(None if x is None else _unflatten(x, mask_BT) for x in flat))
+        entropy_BT = None if flat.entropy_N is None else _unflatten(flat.entropy_N, mask_BT)
+        return Logprobs(_unflatten(flat.logprobs_N, mask_BT), entropy_BT)
 
     def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         """Last hidden states, BSD; bf16 under autocast."""
@@ -180,14 +181,15 @@ def resolve(spec: str) -> str:
         return str(base_path(spec.partition(":")[2] or "s"))
     if not Path(spec).exists() and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
         raise ModelError(
-            f"model {spec!r} is neither a folder here nor a hub name; give a folder with config.json, org/name, or embedded:xs|s|l"
+            f"model {spec!r} is neither a folder here nor a hub name; give a folder with config.json, org/name, or "
+            "embedded:xs|s|l"
         )
     return spec
 
 
 @contextmanager
 def _one_line(what: str, spec: str) -> Iterator[None]:
-    """Restate what from_pretrained raises (OSError, ValueError, ImportError and hub errors, all of them) in one line."""
+    """Restate what from_pretrained raises in one line."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -204,16 +206,17 @@ def _one_line(what: str, spec: str) -> Iterator[None]:
 
 
 def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> LanguageModel:
-    """A causal LM from a folder, hub name or `embedded:size`, in fp32, without dropout. Raises ModelError in one line."""
+    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line."""
     path = resolve(spec)
     with _one_line("model", spec):
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.float32,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
         )
-    return LanguageModel(model.to(device), precision=config.precision)
+    model.to(torch.device(device))
+    return LanguageModel(model, precision=config.precision)
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -224,7 +227,9 @@ def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"tokenizer of {spec!r} has neither a pad nor an EOS token; set one in its tokenizer_config.json")
+            raise ModelError(
+                f"tokenizer of {spec!r} has neither a pad nor an EOS token; set one in its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -234,8 +239,8 @@ def check_same_vocabulary(base: PreTrainedModel, sft: PreTrainedModel) -> None:
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (base, sft)]
     if sizes[0] != sizes[1]:
         raise ModelError(
-            f"the base has a vocabulary of {sizes[0]}, the SFT model of {sizes[1]}; log pi_sft - log pi_base needs the same "
-            "tokens: use an SFT model trained from this base"
+            f"the base has a vocabulary of {sizes[0]}, the SFT model of {sizes[1]}; log pi_sft - log pi_base needs the "
+            "same tokens: use an SFT model trained from this base"
         )
 
 
@@ -243,8 +248,8 @@ def fingerprint(spec: str, config: ModelConfig) -> str:
     """sha256 over config and weights of a local model, or over the hub commit: what a stage's id knows a model by."""
     path = Path(resolve(spec))
     if path.is_dir():
-        names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-        files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), *(path / n for n in names if (path / n).exists())])
+        patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer*.json", "chat_template.jinja")
+        files = sorted({file for pattern in patterns for file in path.glob(pattern)})
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name}\0".encode())
@@ -267,9 +272,11 @@ def forward_flops(model: LanguageModel | ValueModel, lengths_B: Tensor, head_tok
     Counts real tokens, not padding, so that the figure repeats on every machine. A training step counts three times.
     """
     body = model.model.base_model if isinstance(model, LanguageModel) else model.body
-    matrices = sum(p.numel() for name, p in body.named_parameters() if p.dim() == 2 and "embed" not in name and "wte" not in name)
-    config = body.config
+    embeddings = {id(module.weight) for module in body.modules() if isinstance(module, nn.Embedding)}
+    matrices = sum(weight.numel() for weight in body.parameters() if weight.dim() >= 2 and id(weight) not in embeddings)
+    config: Any = body.config
     tokens = int(lengths_B.sum())
-    attention = 4 * config.num_hidden_layers * config.hidden_size * int((lengths_B.double() * (lengths_B + 1) / 2).sum())
+    pairs = int((lengths_B.double() * (lengths_B + 1) / 2).sum())
+    attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
     head = config.hidden_size * (config.vocab_size if isinstance(model, LanguageModel) else 1)
     return 2 * matrices * tokens + attention + 2 * head * head_tokens

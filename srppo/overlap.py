@@ -109,7 +109,7 @@ def _grams(normalised: str, vocabulary: dict[str, int]) -> NDArray[np.uint64]:
 
 
 class _GramIndex:
-    """Inverted index of 8-grams: sorted hashes, and beside each the SFT prompt that holds it, ascending within a gram."""
+    """Inverted index of 8-grams: hashes in order, beside each an SFT prompt that holds it, ascending for each gram."""
 
     def __init__(self, grams: list[NDArray[np.uint64]]) -> None:
         owners = np.repeat(np.arange(len(grams), dtype=np.int32), [len(of_one) for of_one in grams])

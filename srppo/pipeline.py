@@ -1,7 +1,7 @@
 """A run from end to end: stages in order, each skipped when its result is there, then figures for every arm.
 
-    base -> SFT -> PPO          the arms "base", "SFT", "SRPPO"
-    base -> longer SFT          the baselines, at the counted compute of SFT and PPO together
+base -> SFT -> PPO          the arms "base", "SFT", "SRPPO"
+base -> longer SFT          the baselines, at the counted compute of SFT and PPO together
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from srppo.baselines import train_longer_sft
-from srppo.config import Recipe, canonical_json
+from srppo.config import Recipe, canonical_json, with_overrides
 from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
 from srppo.errors import ConfigError, Diverged
@@ -39,6 +39,7 @@ from srppo.sft import train_sft
 from srppo.store import Attempt, Run, Stage
 
 Figures = dict[str, Any]
+EMBEDDED_SIZE = 32
 
 
 @dataclass
@@ -55,8 +56,15 @@ class Pipeline:
     def __post_init__(self) -> None:
         for warning in recipe_warnings(self.recipe):
             self.console.warn(warning)
-        context = context_length(self.base)
-        self.data: PreparedData = prepare(self.recipe.data, self.tokenizer, self.recipe.seed, context)
+        self.recipe = sized(self.recipe)
+        self.data: PreparedData = prepare(
+            self.recipe.data,
+            self.tokenizer,
+            self.recipe.seed,
+            context_length(self.base),
+            max_new_tokens=self.recipe.rollout.max_new_tokens,
+            stop=self.stop_ids,
+        )
         for line in self.data.report.lines():
             self.console.say(line)
         self.run = Run.open(self.folder, {"recipe": self.recipe.model_dump(mode="json")})
@@ -73,7 +81,9 @@ class Pipeline:
         """The base's tokenizer, with our chat template where it has none."""
         tokenizer = load_tokenizer(self.recipe.model.base, self.recipe.model)
         if ensure_chat_template(tokenizer):
-            self.console.say("the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models")
+            self.console.say(
+                "the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models"
+            )
         return tokenizer
 
     @cached_property
@@ -102,8 +112,12 @@ class Pipeline:
         given = self.recipe.model.sft
         if given is not None:
             path = Path(resolve(given))
-            return self._only_measure("given-sft", fingerprint(given, self.recipe.model), lambda: self._fresh(given)), path
-        stage = self.run.stage("sft", self._identity("sft"), [self.base_id], self.data.demonstrations_sha)
+            return self._only_measure(
+                "given-sft", fingerprint(given, self.recipe.model), lambda: self._fresh(given)
+            ), path
+        stage = self.run.stage(
+            "sft", self._identity("sft"), [self.base_id], self.data.manifest["demonstrations"]["sha256"]
+        )
 
         def train(model: LanguageModel, bench: Workbench) -> Session:
             return train_sft(self.recipe, bench, model, self.data.demonstrations, self.development, pad_id=self.pad_id)
@@ -114,7 +128,7 @@ class Pipeline:
     def ppo_stage(self, sft: Stage, sft_path: Path) -> Stage:
         """SRPPO from an SFT model."""
         identity = self._identity("rollout", "reward", "ppo", prompts=True) | {"every": self.recipe.eval.every}
-        stage = self.run.stage("ppo", identity, [self.base_id, sft.id], self.data.prompts_sha)
+        stage = self.run.stage("ppo", identity, [self.base_id, sft.id], self.data.sha)
 
         def train(policy: LanguageModel, bench: Workbench) -> Session:
             check_same_vocabulary(self.base.model, policy.model)
@@ -136,7 +150,9 @@ class Pipeline:
         """The equal-compute baseline; its budget is the counted compute of the two stages it is compared with."""
         budget = sum((stage.result() or {})["figures"]["flops"] for stage in (sft, ppo))
         identity = self._identity("sft") | {"every": self.recipe.eval.every, "ppo_steps": self.recipe.ppo.steps}
-        stage = self.run.stage("longer-sft", identity, [self.base_id, ppo.id], self.data.demonstrations_sha)
+        stage = self.run.stage(
+            "longer-sft", identity, [self.base_id, ppo.id], self.data.manifest["demonstrations"]["sha256"]
+        )
 
         def train(model: LanguageModel, bench: Workbench) -> Session:
             return train_longer_sft(
@@ -152,7 +168,7 @@ class Pipeline:
         return self._train(stage, "longer SFT", lambda: self._fresh(self.recipe.model.base), train)
 
     def _only_measure(self, kind: str, content: str, load: Callable[[], LanguageModel]) -> Stage:
-        stage = self.run.stage(kind, self._identity(), [content], self.data.demonstrations_sha)
+        stage = self.run.stage(kind, self._identity(), [content], self.data.manifest["demonstrations"]["sha256"])
         if not stage.done:
             stage.reopen()
             with stage.attempt(self.environment) as attempt:
@@ -186,7 +202,11 @@ class Pipeline:
         return load_model(spec, self.recipe.model, device=self.device)
 
     def _train(
-        self, stage: Stage, name: str, load: Callable[[], LanguageModel], train: Callable[[LanguageModel, Workbench], Session]
+        self,
+        stage: Stage,
+        name: str,
+        load: Callable[[], LanguageModel],
+        train: Callable[[LanguageModel, Workbench], Session],
     ) -> Stage:
         """Run one stage to its commit, or find it done. A diverged one raises again; a failed one is tried again."""
         result = stage.result()
@@ -238,23 +258,25 @@ class Pipeline:
                 figures.setdefault("test", {}).setdefault(group, {})[decoding] = estimate._asdict()
             figures[f"{decoding}_ended"] = mean(end for verdict in verdicts for end in verdict.ended)
             figures[f"{decoding}_tokens"] = mean(count for verdict in verdicts for count in verdict.tokens)
-            attempt.publish(f"eval/{which}-{decoding}", lambda folder, v=verdicts: write_verdicts(folder, v))
+            attempt.publish(f"eval/{which}-{decoding}", partial(write_verdicts, verdicts))
         return figures
 
 
-def write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
+def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
     """One JSON line an item, in the order of the items."""
     (folder / "samples.jsonl").write_text("".join(canonical_json(asdict(v)) + "\n" for v in verdicts))
 
 
 def pick_device(name: str) -> str:
-    """`auto` to cuda where there is one, else cpu; other names as they are. Raises ConfigError where it cannot be used."""
+    """`auto` to cuda where there is one, else cpu; other names as they are. ConfigError where it cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try --device cpu") from None
+        raise ConfigError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
+        ) from None
     return name
 
 
@@ -262,15 +284,26 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     """Settings that are allowed and probably not meant."""
     reward, warnings = recipe.reward, []
     if reward.kl == "k3":
-        warnings.append("reward.kl = k3 in the loss is biased: it ends elsewhere than the KL-regularised optimum; use k1 or k2")
+        warnings.append(
+            "reward.kl = k3 in the loss is biased and ends elsewhere than the KL-regularised optimum; use k1 or k2"
+        )
     if reward.anchor == "base" and reward.kind == "ratio" and reward.beta >= 1:
         warnings.append(
-            f"with reward.anchor = base and beta = {reward.beta:g} the optimum is no sharper than the SFT model: nothing can be "
-            "gained; use anchor = sft, or beta below 1"
+            f"with reward.anchor = base and beta = {reward.beta:g} the optimum is no sharper than the SFT model: "
+            "nothing can be gained; use anchor = sft, or beta below 1"
         )
     if reward.beta == 0:
-        warnings.append("reward.beta = 0 leaves the policy without an anchor; expect it to leave the base's support")
+        warnings.append(
+            "reward.beta = 0 leaves the policy without an anchor; expect it to drift off the base's support"
+        )
     return warnings
+
+
+def sized(recipe: Recipe) -> Recipe:
+    """Without data.size all demonstrations are used, but of the embedded pool the few that leave SFT unfinished."""
+    if recipe.data.size is None and recipe.data.demonstrations == ("embedded",):
+        return with_overrides(recipe, {"data.size": EMBEDDED_SIZE})
+    return recipe
 
 
 def run_sft(pipeline: Pipeline) -> None:

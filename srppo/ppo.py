@@ -49,7 +49,7 @@ class Learners:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the updates of one step aim at; BT fp32, 0 where masked. kl_scale turns nats into units of the advantages."""
+    """What the updates of one step aim at; BT fp32, 0 where masked. kl_scale: from nats to units of the advantages."""
 
     batch: RolloutBatch
     loss_mask_BT: Tensor
@@ -140,7 +140,9 @@ def train_ppo(
         set_lr(learners.value_optimizer, config.value_lr * factor)
         row |= update(recipe, learners, targets, step)
         watch.lap("update_s")
-        state.counters["flops"] += step_flops(learners, batch, passes=row.pop("passes"), critic_only=step <= config.critic_warmup)
+        state.counters["flops"] += step_flops(
+            learners, batch, passes=row.pop("passes"), critic_only=step <= config.critic_warmup
+        )
         state.counters["running"] = running.state_dict()
         row |= {"lr": config.lr * factor, "flops": state.counters["flops"]}
         for warning in reward_warnings(row):
@@ -186,7 +188,9 @@ def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> d
     return {**{name: number / count for name, number in sums.items()}, "passes": epoch + 1}
 
 
-def minibatch_update(recipe: Recipe, learners: Learners, targets: Targets, indices: Tensor, step: int) -> dict[str, float]:
+def minibatch_update(
+    recipe: Recipe, learners: Learners, targets: Targets, indices: Tensor, step: int
+) -> dict[str, float]:
     """One optimizer step of policy and critic over the rollouts at `indices`, in micro-batches.
 
     During the critic's warm-up the policy stands still.
@@ -268,15 +272,19 @@ def step_flops(learners: Learners, batch: RolloutBatch, *, passes: int, critic_o
 
 
 def log_rollouts(
-    bench: Workbench, step: int, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Sequence[float]
+    bench: Workbench,
+    step: int,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    scores: Sequence[float],
 ) -> None:
     """Write the first few rollouts of a step, as text, to the attempt's rollouts.jsonl."""
     for prompt, response, score in list(zip(prompts, responses, scores, strict=True))[:ROLLOUTS_LOGGED]:
         bench.attempt.log_rollout(
             {
                 "step": step,
-                "prompt": bench.tokenizer.decode(prompt),
-                "response": bench.tokenizer.decode(response),
+                "prompt": bench.tokenizer.decode(list(prompt)),
+                "response": bench.tokenizer.decode(list(response)),
                 "tokens": len(response),
                 "reward": score,
             }

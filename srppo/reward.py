@@ -173,8 +173,8 @@ def reward_diagnostics(
 ) -> dict[str, float]:
     """Signs that the reward is read off the base's support, or prefers length.
 
-    reward_top1pct: share of sum |log ratio| carried by the top 1% tokens. base_logprob_p01, _p50: quantiles of the base's
-    log-prob of sampled tokens, nats. off_support: share of tokens below OFF_SUPPORT_NATS. length_correlation: Pearson,
+    reward_top1pct: share of sum |log ratio| carried by the top 1% tokens. base_logprob_p01, _p50: quantiles of the
+    base's log-prob of sampled tokens, nats. off_support: share of tokens below OFF_SUPPORT_NATS. length_correlation: Pearson,
     of reward with length over the batch, 0 where either is constant.
     """
     terms_N, base_N = log_ratio_BT[mask_BT].abs(), base_logprobs_BT[mask_BT]
@@ -201,16 +201,17 @@ def reward_warnings(row: dict[str, Any]) -> list[str]:
     warnings = []
     if row["off_support"] > 0.01:
         warnings.append(
-            "more than 1% of the sampled tokens are off the base's support (the base gives them less than 1e-7), where the "
+            "more than 1% of the sampled tokens are off the base's support (it gives them less than 1e-7), where the "
             "ratio explodes: set reward.token_clip (5 is a start), or use a base that knows the template and its EOS"
         )
     if row["reward_top1pct"] > 0.5:
         warnings.append(
-            "the top 1% of tokens carry more than half of the reward: read them in rollouts.jsonl, and set reward.token_clip"
+            "the top 1% of tokens carry more than half of the reward: read them in rollouts.jsonl, and set "
+            "reward.token_clip"
         )
     if abs(row["length_correlation"]) > 0.8:
         warnings.append(
-            "reward and length correlate beyond 0.8: the reward may be paying for length; watch the length, and try "
-            "reward.length_norm=true"
+            "reward and length correlate beyond 0.8: the reward may be paying for length; watch the length, and "
+            "try reward.length_norm=true"
         )
     return warnings

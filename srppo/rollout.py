@@ -73,8 +73,8 @@ def generate(
     """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy.
 
     The model's own generation_config is overridden: no top-k, top-p or penalties, or the sampled distribution would
-    not be the one whose log-probs are trained. A response ends with its first stop token, which counts. The global random
-    state is left as it was.
+    not be the one whose log-probs are trained. A response ends with its first stop token, which counts. The global
+    random state is left as it was.
     """
     tokens_BP, mask_BP = (x.to(policy.device) for x in left_pad(prompts, pad_id))
     config = GenerationConfig(
@@ -96,7 +96,9 @@ def generate(
             torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.precision == "bf16"),
         ):
             torch.manual_seed(seed)
-            tokens_BS = policy.model.generate(input_ids=tokens_BP, attention_mask=mask_BP.long(), generation_config=config)
+            tokens_BS = policy.model.generate(
+                input_ids=tokens_BP, attention_mask=mask_BP.long(), generation_config=config
+            )
     finally:
         policy.model.generation_config = own
     response_BT = tokens_BS[:, tokens_BP.shape[1] :]

@@ -81,8 +81,8 @@ def train_sft(
 ) -> Session:
     """Fine-tune `model` in place for `total` optimizer steps (default: the recipe's epochs); resumes by itself.
 
-    Development items are measured at `measurements` evenly spaced steps (default: at the end of each epoch). Returns the
-    finished session; the state of the kept step is on disk.
+    Development items are measured at `measurements` evenly spaced steps (default: at the end of each epoch). Returns
+    the finished session; the state of the kept step is on disk.
     """
     config = recipe.sft
     per_epoch = steps_per_epoch(len(rows), config.batch)
@@ -116,6 +116,12 @@ def train_sft(
         state.counters["flops"] += training_flops(model, batch)
         watch.lap("update_s")
         tokens_per_s = sum(len(row.ids) for row in batch) / watch.seconds["update_s"]
-        row = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "epoch": step / per_epoch, "flops": state.counters["flops"]}
+        row = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "epoch": step / per_epoch,
+            "flops": state.counters["flops"],
+        }
         session.end_step(step, row, {**watch.seconds, "tokens_per_s": tokens_per_s})
     return session

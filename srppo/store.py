@@ -23,7 +23,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from srppo.checkpoint import (
     damage,
     describe,
     discard,
+    move,
     replace_folder,
     settle,
     storing,
@@ -41,7 +42,7 @@ from srppo.checkpoint import (
     write_atomic,
 )
 from srppo.config import CODE_EPOCH, canonical_json
-from srppo.errors import RecordError, StorageError
+from srppo.errors import RecordError
 
 SCHEMA_VERSION = 1
 LEASE_TIMEOUT_S = 120.0
@@ -51,14 +52,13 @@ Status = Literal["ok", "failed", "timeout", "diverged", "oom"]
 
 def stage_id(kind: str, config: Mapping[str, Any], parents: Sequence[str] = (), data_sha: str = "") -> str:
     """Equal for stages with the same outcome: same kind, resolved config, parents, data and code epoch."""
-    identity = {
-        "kind": kind,
-        "config": config,
-        "parents": list(parents),
-        "data_sha": data_sha,
-        "code_epoch": CODE_EPOCH,
-    }
-    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+    return hashlib.sha256(_identity(kind, config, parents, data_sha).encode()).hexdigest()[:16]
+
+
+def _identity(kind: str, config: Mapping[str, Any], parents: Sequence[str], data_sha: str) -> str:
+    """The text behind an id, which is also the stage's config.json."""
+    identity = {"kind": kind, "config": config, "parents": list(parents), "data_sha": data_sha}
+    return canonical_json({**identity, "code_epoch": CODE_EPOCH})
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,14 @@ class Run:
         StorageError when it cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and (stranger := _stranger(folder)):
+        if stranger := _stranger(folder):
             raise RecordError(f"{folder} {stranger}, so it is no record of ours; give --out a new or empty folder")
         with storing(folder / "sweep.json"):
             folder.mkdir(parents=True, exist_ok=True)
             text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
-            if (folder / "sweep.json").exists() or not create_exclusive(folder / "sweep.json", text):
-                run = cls.load(folder)
-                if difference := _difference(run.spec, json.loads(text)["spec"]):
-                    raise RecordError(
-                        f"{folder} was made with other settings ({difference}); give --out another folder"
-                    )
+            create_exclusive(folder / "sweep.json", text)
+        if other := _difference(cls.load(folder).spec, json.loads(text)["spec"]):
+            raise RecordError(f"{folder} was made with other settings ({other}); give --out another folder")
         return cls(folder, json.loads(text)["spec"])
 
     @classmethod
@@ -104,18 +101,15 @@ class Run:
         with storing(path):
             path.parent.mkdir(exist_ok=True)
             text = canonical_json(manifest)
-            if not create_exclusive(path, text) and (difference := _difference(_read_json(path), json.loads(text))):
-                raise RecordError(
-                    f"the data of {self.path} changed ({difference}); restore it or give --out another folder"
-                )
+            if not create_exclusive(path, text) and (other := _difference(_read_json(path), json.loads(text))):
+                raise RecordError(f"the data of {self.path} changed ({other}); restore it or give --out another folder")
 
     def stage(self, kind: str, config: Mapping[str, Any], parents: Sequence[str] = (), data_sha: str = "") -> Stage:
         """The stage with this identity, new or existing."""
-        identity = {"kind": kind, "parents": list(parents), "data_sha": data_sha, "code_epoch": CODE_EPOCH}
         path = self.path / "stages" / stage_id(kind, config, parents, data_sha)
         with storing(path):
             path.mkdir(parents=True, exist_ok=True)
-            create_exclusive(path / "config.json", canonical_json({**identity, "config": config}))
+            create_exclusive(path / "config.json", _identity(kind, config, parents, data_sha))
         return Stage(path)
 
     def stages(self) -> list[Stage]:
@@ -149,16 +143,15 @@ class Stage:
         Finishes a commit that was killed between its two steps. The files' contents are checked by `verify`.
         """
         path = self.path / "result.json"
-        if not path.exists():
-            committed = Lease.top(self.path)[1].get("result")
-            if committed is None:
-                return None
+        if path.exists():
+            result = _read_json(path)
+        elif (result := Lease.top(self.path)[1].get("result", {})) == {}:
+            return None
+        else:
             with suppress(OSError):  # a record that may only be read still answers
-                create_exclusive(path, canonical_json(committed))
-            return _revive(committed)
-        result = _read_json(path)
-        if result.pop("sha256", None) != _sha256(result):
-            raise RecordError(f"{path} is damaged; copy it again, or remove it to run the stage again")
+                create_exclusive(path, canonical_json(result))
+        if result.get("sha256") != _sha256(result):
+            raise RecordError(f"{path} is damaged; copy it again, or remove {self.path} to run the stage again")
         return _revive(result)
 
     def verify(self) -> None:
@@ -217,7 +210,7 @@ class Stage:
             if self.holder() or not Lease.claim(self.path, number + 1, {"state": "reopened"}):
                 raise RecordError(f"another process is at stage {self.id}; try again once it is done")
             kept.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path / "result.json", kept / "result.json")
+            move(self.path / "result.json", kept / "result.json")
             sync(self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -287,6 +280,10 @@ class Attempt:
         and come back from `Stage.metrics` as floats.
         """
         self._append("metrics.jsonl", row)
+
+    def log_rollout(self, row: Mapping[str, Any]) -> None:
+        """Append a sampled response with its reward, for reading; not part of the result."""
+        self._append("rollouts.jsonl", row)
 
     def log_event(self, kind: str, **fields: Any) -> None:
         """Append what happened, with the time."""
@@ -358,14 +355,9 @@ class Attempt:
         """Raises RecordError if this attempt may not change the stage any more."""
         number, record = Lease.top(self.stage.path)
         if number != self.number:
-            by = (
-                f"{record['state']} by pid {record['pid']} on {record['host']}"
-                if "pid" in record
-                else record.get("state")
-            )
-            raise RecordError(
-                f"attempt {self.number} of stage {self.stage.id} lost its lease (now {by}): nothing is recorded"
-            )
+            by = f" by pid {record['pid']} on {record['host']}" if "pid" in record else ""
+            now = f"now {record.get('state')}{by}"
+            raise RecordError(f"attempt {self.number} of stage {self.stage.id} lost its lease ({now}): it stops here")
 
     def _replace(self, target: Path, write: Callable[[Path], None]) -> None:
         """Swap in a folder, after the rows that led to it are safe on disk."""
@@ -400,12 +392,12 @@ class Attempt:
         found = {}
         for file in files:
             path = self.stage.path / file
-            for each in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
+            for each in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
                 sync(each)
                 found[each.relative_to(self.stage.path).as_posix()] = describe(each)
         return found
 
-    def _storing(self, path: Path) -> Any:
+    def _storing(self, path: Path) -> AbstractContextManager[None]:
         def survives() -> str:
             found = self.stage.latest_checkpoint()
             return f"checkpoint step-{found[0]} survives" if found else "there is no checkpoint yet"
@@ -440,15 +432,9 @@ class Lease:
                 raise RecordError(f"stage {stage.name} is being run by {who}; {wait}")
             if "result" in record:
                 raise RecordError(f"stage {stage.name} was committed by another process just now")
-            pid = os.getpid()
-            mine = {
-                "state": "held",
-                "attempt": number + 1,
-                "host": socket.gethostname(),
-                "machine": _machine(),
-                "pid": pid,
-            }
-            if cls.claim(stage, number + 1, {**mine, "started": _process_start(pid), "since": _now()}):
+            if cls.claim(
+                stage, number + 1, {"state": "held", "attempt": number + 1, "since": _now(), **_this_process()}
+            ):
                 dead = record if record.get("state") == "held" else None
                 return cls(stage, number + 1, dead, min(HEARTBEAT_S, timeout_s / 4))
 
@@ -461,7 +447,7 @@ class Lease:
     def top(stage: Path) -> tuple[int, dict[str, Any]]:
         """The highest number and its record; (0, {}) before the first."""
         folder = stage / "lease"
-        number = max((int(path.name) for path in folder.glob("[0-9]*")), default=0)
+        number = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
         while (folder / str(number + 1)).exists():  # a network disk may list late
             number += 1
         try:
@@ -478,9 +464,7 @@ class Lease:
             started = _process_start(record["pid"])
             if started is None or (started and started != record["started"]):
                 return False  # dead, or its pid belongs to another process by now
-        with open(
-            stage / "lease" / str(number), "rb"
-        ) as file:  # opened, for a network disk caches what it only looks at
+        with open(stage / "lease" / str(number), "rb") as file:  # opened: a network disk caches what is only looked at
             beat = os.fstat(file.fileno()).st_mtime
         return _server_time(stage / "lease") - beat <= timeout_s
 
@@ -488,8 +472,13 @@ class Lease:
         """Stop the heartbeat and let go, if it is still ours."""
         self._stop.set()
         self._thread.join()
-        with suppress(OSError, StorageError):  # nobody waits for ever: the process ends soon, and the heartbeat has
+        try:
             self.claim(self._stage, self.number + 1, {"state": "released"})
+        except OSError:
+            with suppress(OSError):
+                os.utime(
+                    self._stage / "lease" / str(self.number), (0, 0)
+                )  # a full disk: an old heartbeat needs no space
 
     def _beat(self, heartbeat_s: float) -> None:
         while not self._stop.wait(heartbeat_s):
@@ -498,7 +487,10 @@ class Lease:
 
 
 def _stranger(folder: Path) -> str:
-    """What an existing folder holds instead of a record; "" if it holds one, or nothing yet."""
+    """What is in the place of a record; "" if there is a record, an empty folder or nothing yet."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if nearest != folder:
+        return "" if nearest.is_dir() else f"lies below {nearest}, a file"
     if not folder.is_dir():
         return "is not a folder"
     others = [name for name in os.listdir(folder) if not name.startswith(".tmp-")]
@@ -512,6 +504,11 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
     return f"{socket.gethostname()} {boot} {namespace}"
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _process_start(pid)}
 
 
 def _process_start(pid: int) -> str | None:
@@ -607,8 +604,5 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, Mapping) and value:
         return {k: v for key, each in value.items() for k, v in _flatten(each, f"{prefix}{key}.").items()}
     text = canonical_json(value)
-    return {
-        prefix[:-1]: text
-        if len(text) <= 60
-        else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
-    }
+    short = f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    return {prefix[:-1]: text if len(text) <= 60 else short}

@@ -56,9 +56,7 @@ class StageTracker:
         return tracker
 
 
-def trackers(
-    names: Sequence[str], run_name: str, folder: Path, config: Mapping[str, Any]
-) -> tuple[StageTracker, ...]:
+def trackers(names: Sequence[str], run_name: str, folder: Path, config: Mapping[str, Any]) -> tuple[StageTracker, ...]:
     """One tracker a name (`tensorboard`, `wandb`) for the stage `run_name` of the run in `folder`.
 
     TensorBoard writes to folder/tensorboard/run_name. Raises ConfigError for an unknown name or a missing package.

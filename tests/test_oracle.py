@@ -1,7 +1,7 @@
 """The trainer itself must reach the optimum that its objective has in closed form (design section 1).
 
-With a KL penalty of weight beta to pi_anchor, the optimum over sequences is pi_anchor (pi_sft / pi_base)^(1/beta). With 5
-tokens and 3 positions all 85 responses can be enumerated, so pi* and every KL are exact, in fp64.
+With a KL penalty of weight beta to pi_anchor, the optimum over sequences is pi_anchor (pi_sft / pi_base)^(1/beta). With
+5 tokens and 3 positions all 85 responses can be enumerated, so pi* and every KL are exact, in fp64.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_k3_in_the_loss_ends_elsewhere(tmp_path: Path) -> None:
 
 
 def test_expected_reward_under_sft_is_the_kl() -> None:
-    """E over pi_sft of log pi_sft - log pi_base = KL(pi_sft || pi_base) >= 0, by enumeration of the models' responses."""
+    """E over pi_sft of log pi_sft - log pi_base = KL(pi_sft || pi_base) >= 0, by enumeration."""
     base, sft = base_and_sft()
     for prompt in PROMPTS:
         sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)

@@ -100,6 +100,8 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path):
         Run.open(tmp_path, SPEC)
     with pytest.raises(RecordError, match="is not a folder"):
         Run.open(tmp_path / "thesis.tex", SPEC)
+    with pytest.raises(RecordError, match="lies below"):
+        Run.open(tmp_path / "thesis.tex" / "deeper" / "run", SPEC)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
@@ -175,9 +177,9 @@ def dead_pid() -> int:
 def leave_a_lease(stage: Stage, age_s: float = 0.0, **changes) -> None:
     """A lease as a holder leaves it: by default of a process of this machine, this one, that is alive."""
     (stage.path / "lease").mkdir(exist_ok=True)
-    me = {"host": "here", "pid": os.getpid(), "machine": store._machine(), "since": "1970", "state": "held"}
+    me = {**store._this_process(), "host": "here", "since": "1970", "state": "held"}
     number = Lease.top(stage.path)[0] + 1
-    assert Lease.claim(stage.path, number, {**me, "started": store._process_start(os.getpid()), **changes})
+    assert Lease.claim(stage.path, number, {**me, **changes})
     stamp = time.time() - age_s
     os.utime(stage.path / "lease" / str(number), (stamp, stamp))
 
@@ -214,7 +216,8 @@ def test_a_process_that_ended_but_was_not_reaped_is_dead(tmp_path):
     pid = os.posix_spawn("/bin/true", ["true"], os.environ)
     wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
     stage = a_stage(tmp_path)
-    leave_a_lease(stage, pid=pid)
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    leave_a_lease(stage, pid=pid, started=ticks)
     assert stage.holder() is None
     os.waitpid(pid, 0)
 
@@ -240,6 +243,16 @@ def test_the_heartbeat_beats_and_stops(tmp_path):
     assert not thread.is_alive()
 
 
+def test_a_lease_is_let_go_even_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage = a_stage(tmp_path)
+    with monkeypatch.context() as patch, stage.attempt():
+        patch.setattr(Lease, "claim", full)
+    assert stage.holder() is None
+
+
 def test_attempts_are_numbered_upwards_and_a_failed_one_says_why(tmp_path):
     stage = a_stage(tmp_path)
     with pytest.raises(ZeroDivisionError), stage.attempt({"torch": "2.13"}) as first:
@@ -260,6 +273,8 @@ def _hold(folder: Path, where: str, marks: Path) -> None:
 
     def stop_in_write(path: Path) -> None:
         stop()
+        if where == "write":  # cleared up meanwhile, and made again, as save_pretrained would
+            path.mkdir(exist_ok=True)
         writes(b"of the stopped")(path)
 
     with suppress(RecordError), a_stage(folder).attempt(timeout_s=1.0) as attempt:
@@ -269,7 +284,7 @@ def _hold(folder: Path, where: str, marks: Path) -> None:
         elif where == "commit":
             real = store._sha256
             store._sha256 = lambda result: (stop(), real(result))[1]
-        write = stop_in_write if where == "write" else writes(b"of the stopped")
+        write = stop_in_write if where.startswith("write") else writes(b"of the stopped")
         tries = {
             "save": lambda: attempt.save_checkpoint(2, write),
             "publish": lambda: attempt.publish("model", write),
@@ -285,7 +300,7 @@ def _hold(folder: Path, where: str, marks: Path) -> None:
             (marks / name).write_text(outcome)
 
 
-@pytest.mark.parametrize("where", ["outside", "write", "commit"])
+@pytest.mark.parametrize("where", ["outside", "write", "write without mkdir", "commit"])
 def test_a_holder_that_slept_through_its_lease_changes_nothing(tmp_path, where):
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -527,6 +542,8 @@ def test_a_stage_is_committed_once_with_the_checksums_of_its_files(tmp_path):
         attempt.commit("ok", {"accuracy": 0.5}, [Path("model"), stage.path / "rollouts.jsonl"])
         with pytest.raises(RecordError, match="never committed twice"):
             attempt.commit("ok", {"accuracy": 0.6})
+        with pytest.raises(RecordError, match="lost its lease"):
+            attempt.save_checkpoint(1, writes())
     result = stage.result()
     assert stage.done and result["figures"] == {"accuracy": 0.5} and stage.holder() is None
     assert {"model/model.bin", "model/sub/state.json", "rollouts.jsonl"} <= set(result["files"])
@@ -540,9 +557,14 @@ def test_a_stage_is_committed_once_with_the_checksums_of_its_files(tmp_path):
         stage.verify()
 
 
-def test_an_unknown_status_is_refused(tmp_path):
-    with a_stage(tmp_path).attempt() as attempt, pytest.raises(ValueError, match="oom"):
-        attempt.commit("done", {})  # type: ignore[arg-type]
+def test_an_unknown_status_or_a_missing_file_is_not_committed(tmp_path):
+    stage = a_stage(tmp_path)
+    with stage.attempt() as attempt:
+        with pytest.raises(ValueError, match="oom"):
+            attempt.commit("done", {})  # type: ignore[arg-type]
+        with pytest.raises(FileNotFoundError):
+            attempt.commit("ok", {}, [Path("model")])
+    assert stage.result() is None
 
 
 def test_a_damaged_result_is_refused_and_restored_once_removed(tmp_path):

@@ -19,7 +19,7 @@ from srppo.store import Run
 VOCAB, LIMIT, EOS = 5, 3, 0  # pad = EOS on purpose: masks must come from lengths
 PROMPTS = [(1, 2, 3), (4,)]  # ragged, so that one is left-padded
 SEQUENCES = [
-    body + (EOS,) for n in range(1, LIMIT + 1) for body in itertools.product(range(1, VOCAB), repeat=n - 1)
+    (*body, EOS) for n in range(1, LIMIT + 1) for body in itertools.product(range(1, VOCAB), repeat=n - 1)
 ] + list(itertools.product(range(1, VOCAB), repeat=LIMIT))
 
 

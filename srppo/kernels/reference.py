@@ -89,7 +89,8 @@ def linear_logprob(
             checkpoint(_linear_chunk, *arguments, use_reentrant=False) if recompute else _linear_chunk(*arguments)
         )
     logprobs_N = torch.cat([part[0] for part in parts])
-    return Logprobs(logprobs_N, torch.cat([part[1] for part in parts]) if with_entropy else None)
+    entropies = [part[1] for part in parts if part[1] is not None]
+    return Logprobs(logprobs_N, torch.cat(entropies) if with_entropy else None)
 
 
 def _linear_chunk(

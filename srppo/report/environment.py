@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "srppo torch triton transformers tokenizers accelerate datasets lm-eval safetensors numpy scipy pydantic rich typer "
-    "matplotlib peft ray tensorboard wandb"
-).split()
+    "srppo torch triton transformers tokenizers accelerate datasets lm-eval safetensors numpy scipy pydantic rich "
+    "typer matplotlib peft ray tensorboard wandb"
+)
 VARIABLES = (
     "OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS HF_HUB_OFFLINE TRANSFORMERS_OFFLINE CUDA_VISIBLE_DEVICES "
     "CUBLAS_WORKSPACE_CONFIG PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF TORCH_COMPILE_DISABLE TRITON_INTERPRET "
     "TOKENIZERS_PARALLELISM"
-).split()
+)
 
 
 def environment() -> dict[str, Any]:
@@ -30,9 +30,9 @@ def environment() -> dict[str, Any]:
         "cores": _usable_cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in PACKAGES.split() if (found := _version(name))},
         "commit": _commit(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},
     }
 
 

@@ -28,9 +28,9 @@ class ArmFigures:
     """What is known of one arm. A missing or failed arm has a `problem`, and whatever figures it got to.
 
     figures: accuracy by (group, decoding), decoding `greedy` or `sampled`. nll: held-out answers, nats a token.
-    flops: counted operations of everything trained for this arm, SFT included; seconds likewise. kept_step of steps: the
-    step that was measured. mean_length (tokens) and ended_share: of the sampled answers. seeds: training seeds behind the
-    figures.
+    flops, seconds: everything trained for this arm, its SFT included; flops are counted. kept_step of steps: the step
+    whose weights were measured. mean_length (tokens) and ended_share: of the sampled answers to test items.
+    seeds: training seeds behind the figures.
     """
 
     name: str

@@ -32,18 +32,24 @@ body{margin:0 auto;max-width:1040px;padding:1rem;background:var(--paper);color:v
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 p,li{overflow-wrap:anywhere}.soft{color:var(--soft);font-size:.9rem}.bad{color:var(--bad)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
+.wide{overflow-x:auto;margin:.6rem 0 1rem}table{border-collapse:collapse;font-size:.9rem;
+font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;
+vertical-align:top}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 thead th{color:var(--soft);font-weight:600}
 .facts td:last-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
-figure{margin:1rem 0}svg{width:100%;height:auto;min-width:560px}
+figure{margin:1rem 0}svg{width:100%;height:auto;min-width:640px}
 svg text{font-family:inherit!important}
 .sample{border:1px solid var(--line);border-radius:8px;margin:.8rem 0;padding:.7rem .8rem}
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:.6rem;margin-top:.5rem}
 .answers div{background:var(--wash);border-radius:6px;padding:.5rem .6rem}
-pre{margin:.2rem 0 0;white-space:pre-wrap;overflow-wrap:anywhere;font:.85rem/1.45 ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
-details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}details>pre{background:var(--wash);padding:.7rem;border-radius:6px}
+pre{margin:.2rem 0 0;white-space:pre-wrap;overflow-wrap:anywhere;
+font:.85rem/1.45 ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
+@media(max-width:640px){th:first-child,td:first-child{white-space:normal;min-width:5.6rem;max-width:5.6rem}
+th{white-space:normal}body{padding:.8rem}table{font-size:.85rem}.facts td:first-child{min-width:0}}
+details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}
+details>pre{background:var(--wash);padding:.7rem;border-radius:6px}
 """
 
 
@@ -71,7 +77,7 @@ def write_report(
     missing: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the page. plots: caption to SVG (file or text). missing: what should be here and is not, with the reason."""
+    """Write the page. plots: caption to SVG (file or text). missing: what should be here and is not, and why."""
     absent = [f"{arm.name}: {arm.problem}" for arm in arms if arm.problem] + list(missing)
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -102,7 +108,9 @@ def _accuracy(arms: Sequence[ArmFigures]) -> str:
         rows = []
         for arm in arms:
             cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
-            rows.append([arm.name, *(["no result"] if arm.problem and not arm.figures else cells)])
+            if arm.problem and not arm.figures:
+                cells = ["no result"] + [""] * (len(groups) - 1)
+            rows.append([arm.name, *cells])
         html += _table([f"{decoding} decoding" if decoding == "greedy" else decoding, *map(group_words, groups)], rows)
     meanings = "; ".join(GROUP_MEANING[g] for g in groups if g in GROUP_MEANING)
     return html + _soft(interval_caption(arms)) + (_soft(meanings + ".") if meanings else "")
@@ -129,11 +137,14 @@ def _cost(arms: Sequence[ArmFigures]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody><tr>{"</tr><tr>".join(lines)}</tr></tbody></table></div>'
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _facts(environment: Mapping[str, Any]) -> str:
-    lines = "".join(f"<tr><td>{escape(str(key))}</td><td>{escape(_flat(value))}</td></tr>" for key, value in environment.items())
+    lines = "".join(
+        f"<tr><td>{escape(str(key))}</td><td>{escape(_flat(value))}</td></tr>" for key, value in environment.items()
+    )
     return f'<table class="facts"><tbody>{lines}</tbody></table>' if lines else ""
 
 
@@ -149,8 +160,12 @@ def _sample(sample: Sample) -> str:
     answers = ""
     for arm, text in sample.responses.items():
         verdict = "" if sample.right is None or arm not in sample.right else (" ✓" if sample.right[arm] else " ✗")
-        answers += f'<div><span class="soft">{escape(arm)}{verdict}</span><pre>{escape(text) or "(nothing)"}</pre></div>'
-    head = " · ".join(filter(None, [sample.group, f"right answer: {sample.answer}" if sample.answer is not None else ""]))
+        answers += (
+            f'<div><span class="soft">{escape(arm)}{verdict}</span><pre>{escape(text) or "(nothing)"}</pre></div>'
+        )
+    head = " · ".join(
+        filter(None, [sample.group, f"right answer: {sample.answer}" if sample.answer is not None else ""])
+    )
     return (
         f'<div class="sample"><span class="soft">{escape(head)}</span><pre>{escape(sample.prompt)}</pre>'
         f'<div class="answers">{answers}</div></div>'

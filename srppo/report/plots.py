@@ -25,7 +25,7 @@ ARM_COLOURS = {
 OTHER_COLOURS = ("#cc79a7", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#d55e00", "#7f7f7f")
 INK, GRID, PAPER = "#24292f", "#d8dee4", "#fffffe"  # html.py replaces these to follow the page's theme
 WIDTH_INCHES = 10.0
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -43,6 +43,7 @@ STYLE = {
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "srppo",
 }
@@ -86,7 +87,7 @@ def training_curves(
 
 
 def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
-    """A dot with its 95% interval for each arm, group and decoding. Returns the files, or nothing without accuracies."""
+    """A dot with its 95% interval for each arm, group and decoding. Returns the files, or nothing to show."""
     shown, groups, decodings = [arm for arm in arms if arm.figures], groups_of(arms), decodings_of(arms)
     if not shown:
         return []
@@ -145,7 +146,9 @@ def _ppo_row(axes: Sequence[Axes], ppo: Mapping[str, Rows], colours: Mapping[str
 
 
 def _development_panels(rows_by_arm: Mapping[str, Rows]) -> list[tuple[str, str]]:
-    keys = dict.fromkeys(key[4:] for rows in rows_by_arm.values() for row in rows for key in row if key.startswith("dev/"))
+    keys = dict.fromkeys(
+        key[4:] for rows in rows_by_arm.values() for row in rows for key in row if key.startswith("dev/")
+    )
     groups = [g for g in (*GROUP_WORDS, *keys) if g in keys and g not in ("accuracy", "nll")]
     groups = list(dict.fromkeys(groups))
     if len(groups) > 3:
@@ -191,7 +194,12 @@ def _dots(
             whiskers = [[max(estimate.mean - estimate.low, 0.0)], [max(estimate.high - estimate.mean, 0.0)]]
             colour = colours[arm.name]
             axis.errorbar(
-                estimate.mean, row + shift, xerr=whiskers, fmt=_marker(decoding), color=colour, mfc=_fill(decoding, colour)
+                estimate.mean,
+                row + shift,
+                xerr=whiskers,
+                fmt=_marker(decoding),
+                color=colour,
+                mfc=_fill(decoding, colour),
             )
     axis.set_title(GROUP_WORDS.get(group, group))
     axis.grid(axis="y", visible=False)
@@ -226,10 +234,13 @@ def _save(draw: Callable[[Figure], None], path: Path, *, height: float) -> list[
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained", facecolor=PAPER)
+        figure = Figure(
+            figsize=(WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06), facecolor=PAPER
+        )
         FigureCanvasAgg(figure)
         draw(figure)
         png, svg = path.with_suffix(".png"), path.with_suffix(".svg")

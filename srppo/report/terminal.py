@@ -85,7 +85,11 @@ def _cost_table(arms: Sequence[ArmFigures]) -> Table:
 
 def _table(title: str) -> Table:
     return Table(
-        title=Text(title) if title else None, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=Text(title) if title else None,
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from srppo.errors import UserError
 from srppo.world.items import SPLITS, demonstrations, items, prompts
 from srppo.world.tasks import GROUPS
-from srppo.world.texts import documents
+from srppo.world.texts import LESSONS, documents
 
 ASSETS = Path(__file__).parent / "assets"
 BASES = ("xs", "s", "l")
@@ -35,6 +35,7 @@ def base_path(size: str) -> Path:
 def checksums(assets: Path = ASSETS) -> dict[str, str]:
     """sha256 of what the seeds generate (corpus, demonstrations, prompts, items) and of the tokenizer file."""
     found = {
+        "lessons": _digest(islice(documents(1, LESSONS), 5000)),
         "corpus": _digest(islice(documents(0), 5000)),
         "demonstrations": _digest(demonstrations(256, 0)),
         "prompts": _digest(prompts(512, 0)),

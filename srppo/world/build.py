@@ -1,15 +1,17 @@
 """Build the embedded world from nothing: tokenizer, bases, checksums.
 
-    python -m srppo.world.build [OUT [SIZE ...]]
+python -m srppo.world.build [OUT [SIZE ...]]
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,28 +21,45 @@ import torch
 from srppo.world import ASSETS, BASES, checksums
 from srppo.world.items import Item, items
 from srppo.world.tasks import CHAT, GROUPS, WORDS, check
-from srppo.world.texts import documents
+from srppo.world.texts import LESSONS, REPLIES, documents
 from srppo.world.tokenizer import CONTEXT, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Layers, width, heads, width of the feed-forward part, peak learning rate.
-SHAPES = {"xs": (3, 64, 4, 176, 5e-3), "s": (4, 128, 4, 352, 3e-3), "l": (5, 256, 4, 672, 1.5e-3)}
 WINDOW = 128  # tokens
 BATCH = 16  # windows
-TOKENS = 8_000_000
 WARMUP = 100  # steps
 
 
-def build(out: Path = ASSETS, sizes: Sequence[str] = BASES, seed: int = 0, tokens: int = TOKENS) -> None:
-    """Write the bases of `sizes`, each trained on the same `tokens` tokens, and checksums.json under `out`."""
+@dataclass(frozen=True)
+class Shape:
+    """A base: its Llama dimensions, peak learning rate and length of training in tokens."""
+
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    rate: float
+    tokens: int
+
+
+SHAPES = {
+    "xs": Shape(layers=3, width=64, heads=4, inner=176, rate=5e-3, tokens=4_000_000),
+    "s": Shape(layers=4, width=128, heads=4, inner=352, rate=3e-3, tokens=4_000_000),
+    "l": Shape(layers=5, width=256, heads=4, inner=512, rate=2e-3, tokens=2_400_000),
+}
+
+
+def build(out: Path = ASSETS, sizes: Sequence[str] = BASES, seed: int = 0, tokens: int | None = None) -> None:
+    """Write the bases of `sizes` and checksums.json under `out`; `tokens` overrides the length of training."""
     tokenizer = train_tokenizer(documents(seed), WORDS)
-    windows_NW = pack(tokenizer, seed, tokens)
     for size in sizes:
+        windows_NW = corpus(tokenizer, seed, tokens or SHAPES[size].tokens)
         model = train(size, windows_NW, tokenizer, seed).to(torch.bfloat16)
         folder = out / "bases" / size
         model.save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)  # as a package's data must be
         tokenizer.save_pretrained(folder)
         model.float()  # as users load it: 16-bit values in fp32
         for group in GROUPS:
@@ -50,9 +69,14 @@ def build(out: Path = ASSETS, sizes: Sequence[str] = BASES, seed: int = 0, token
     (out / "checksums.json").write_text(json.dumps(checksums(out), indent=2) + "\n")
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, seed: int, tokens: int) -> torch.Tensor:
-    """The first `tokens` tokens of the corpus, one document after another, as windows of token ids (N, WINDOW)."""
-    stream = documents(seed)
+def corpus(tokenizer: PreTrainedTokenizerFast, seed: int, tokens: int) -> torch.Tensor:
+    """`tokens` token ids as windows (N, WINDOW): half of them lessons, then the mixture that the base is to speak."""
+    halves = (pack(tokenizer, documents(seed + i, shares), tokens // 2) for i, shares in ((1, LESSONS), (0, REPLIES)))
+    return torch.cat(list(halves))
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, stream: Iterator[str], tokens: int) -> torch.Tensor:
+    """The first `tokens` tokens of `stream`, one document after another, as windows of token ids (N, WINDOW)."""
     ids: list[int] = []
     while len(ids) < tokens:
         for encoding in tokenizer(list(islice(stream, 20_000)))["input_ids"]:
@@ -65,16 +89,16 @@ def new_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Llama
     """An untrained base in fp32; the same `seed` gives the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    layers, width, heads, inner, _ = SHAPES[size]
+    shape = SHAPES[size]
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            intermediate_size=inner,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            intermediate_size=shape.inner,
             initializer_range=0.06,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
@@ -85,13 +109,11 @@ def new_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Llama
     )
 
 
-def train(
-    size: str, windows_NW: torch.Tensor, tokenizer: PreTrainedTokenizerFast, seed: int, compiled: bool = False
-) -> LlamaForCausalLM:
-    """One pass over the windows: AdamW, warm-up and cosine decay to zero. `compiled` needs a C++ compiler."""
+def train(size: str, windows_NW: torch.Tensor, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """One pass over the windows in their order: AdamW, warm-up and cosine decay to zero."""
     model = new_model(size, tokenizer, seed)
-    forward = torch.compile(model) if compiled else model
-    steps, peak = len(windows_NW) // BATCH, SHAPES[size][-1]
+    forward = torch.compile(model) if shutil.which("c++") else model  # a quarter faster
+    steps, peak = len(windows_NW) // BATCH, SHAPES[size].rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warmup = min(WARMUP, steps)
     start = time.monotonic()

@@ -16,17 +16,22 @@ from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
 
-ANIMALS = tuple("cat dog cow pig hen fox owl bee ant bat rat frog duck goat bear lion wolf deer fish crab".split())
-COLORS = tuple("red blue green pink gray gold white black brown tan".split())
-THINGS = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ANIMALS = _words("cat dog cow pig hen fox owl bee ant bat rat frog duck goat bear lion wolf deer fish crab")
+COLORS = _words("red blue green pink gray gold white black brown tan")
+THINGS = _words(
     "sun moon star rain snow wind sea lake hill tree leaf rose seed sand rock road farm town park ship boat car bus "
     "train bike ball bell book pen map key box bag cup pot pan fork bowl lamp door wall roof bed desk coat hat shoe "
     "sock ring drum song game bread rice milk egg cake corn bean soup pear plum apple lemon salt nut pie tea jam ham "
-    "hand foot head nose ear eye arm leg king boy girl man baby".split()
+    "hand foot head nose ear eye arm leg king boy girl man baby"
 )
-OPPOSITES = tuple(
+OPPOSITES = _words(
     "hot cold big small old new fast slow up down day night wet dry left right open shut soft hard full empty high low "
-    "near far rich poor good bad happy sad early late".split()
+    "near far rich poor good bad happy sad early late"
 )  # neighbours are pairs
 WORDS = ANIMALS + COLORS + THINGS + OPPOSITES
 

@@ -25,11 +25,9 @@ word must because does part even place well such here take why things help put y
 number great tell men say small every found still between name should home big give air line set own under read last
 never us left end along while might next sound below saw something thought both few those always show large often
 together asked house world going want school important until form food keep children feet land side without once
-please list sentence answer question explain describe number example response language model data system""".split()
-_ENDINGS = (
-    "ing ed er est ly tion ment ness able ous ive al ity ful less ies es s ation ence ance ant ent ist ism".split()
-)
-_STEMS = "work help play read walk talk train form state use act move mark port press count pass point".split()
+please list sentence answer question explain describe number example response language model data system"""
+_ENDINGS = "ing ed er est ly tion ment ness able ous ive al ity ful less ies es s ation ence ance ant ent ist ism"
+_STEMS = "work help play read walk talk train form state use act move mark port press count pass point"
 
 
 def train_tokenizer(documents: Iterable[str], words: Iterable[str], count: int = 20_000) -> PreTrainedTokenizerFast:
@@ -72,7 +70,7 @@ def _training_text(documents: Iterable[str], words: Iterable[str], count: int) -
         yield document.removesuffix(EOS)
     for word in words:  # rare words as well are to be one token
         yield f" {word}" * 500
-    for word in _ENGLISH:
+    for word in _ENGLISH.split():
         yield f" {word}" * 40
-    for ending in _ENDINGS:
-        yield "".join(f" {stem}{ending}" for stem in _STEMS) * 2
+    for ending in _ENDINGS.split():
+        yield "".join(f" {stem}{ending}" for stem in _STEMS.split()) * 2

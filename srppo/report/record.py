@@ -1,0 +1,191 @@
+"""Arms, curves and samples from a run folder: reads the record, trusts nothing else, needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srppo.config import Recipe, build_recipe, to_toml
+from srppo.console import Console
+from srppo.report.figures import ArmFigures
+from srppo.report.html import Sample, write_report
+from srppo.report.plots import accuracy_plot, training_curves
+from srppo.report.terminal import arms_table
+from srppo.stats import Estimate, crossed_interval, item_interval
+from srppo.store import Run, Stage
+
+KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "longer-sft": "longer SFT", "ppo": "SRPPO"}
+ORDER = ("base", "SFT", "longer SFT", "SRPPO")
+SAMPLES_SHOWN = 2  # of each group
+
+
+def stages_by_arm(run: Run) -> dict[str, list[Stage]]:
+    """Stages of each arm, one a seed, arms in the order of a table."""
+    found: dict[str, list[Stage]] = {name: [] for name in ORDER}
+    for stage in sorted(run.stages(), key=lambda s: s.identity["config"]["seed"]):
+        kind = stage.identity["kind"]
+        if kind in KINDS:
+            found[KINDS[kind]].append(stage)
+    return {name: stages for name, stages in found.items() if stages}
+
+
+def arms_of_run(run: Run) -> list[ArmFigures]:
+    """A row for each arm; an arm whose kept step is not its last has a second row for the last."""
+    by_arm, rows = stages_by_arm(run), []
+    sft_cost = _mean_cost(by_arm.get("SFT", []))
+    for name, stages in by_arm.items():
+        before = sft_cost if name == "SRPPO" else (0.0, 0.0)
+        results = [stage.result() for stage in stages]
+        problems = [_problem(stage, result) for stage, result in zip(stages, results, strict=True)]
+        good = [stage for stage, problem in zip(stages, problems, strict=True) if problem is None]
+        problem = "; ".join(p for p in problems if p) or None
+        if not good:
+            rows.append(ArmFigures(name, problem=problem))
+            continue
+        chosen = any("last" in (stage.result() or {})["figures"] for stage in good)
+        kept_name = f"{name}, best on dev" if chosen else name
+        if chosen:
+            rows.append(_arm(f"{name}, last step", good, "last", before, problem))
+        rows.append(_arm(kept_name, good, "kept", before, problem))
+    return rows
+
+
+def _arm(
+    name: str, stages: Sequence[Stage], which: str, before: tuple[float, float], problem: str | None
+) -> ArmFigures:
+    results = [(stage.result() or {})["figures"] for stage in stages]
+    measured = [result.get("last", result) if which == "last" else result for result in results]
+    # A stage that kept its last step has no separate "last": its kept figures are both.
+    folders = [which if which == "kept" or "last" in result else "kept" for result in results]
+    figures: dict[tuple[str, str], Estimate] = {}
+    for decoding in ("greedy", "sampled"):
+        by_group: dict[str, list[list[float]]] = defaultdict(list)
+        for stage, folder in zip(stages, folders, strict=True):
+            for group, values in _shares(stage.path / "eval" / f"{folder}-{decoding}" / "samples.jsonl").items():
+                by_group[group].append(values)
+        for group, by_seed in by_group.items():
+            one = len(by_seed) == 1
+            figures[group, decoding] = item_interval(by_seed[0]) if one else crossed_interval(by_seed)
+    flops, seconds = _mean_cost(stages)
+    first = results[0]
+    return ArmFigures(
+        name,
+        figures,
+        flops=before[0] + flops,
+        seconds=before[1] + seconds,
+        kept_step=first["kept_step"] if which == "kept" else first["steps"],
+        steps=first["steps"],
+        mean_length=_mean([m["sampled_tokens"] for m in measured if "sampled_tokens" in m]),
+        ended_share=_mean([m["sampled_ended"] for m in measured if "sampled_ended" in m]),
+        nll=_mean([m["held_out_nll"] for m in measured if "held_out_nll" in m]),
+        problem=problem,
+        seeds=len(stages),
+    )
+
+
+def _problem(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
+    seed = stage.identity["config"]["seed"]
+    if result is None:
+        return f"seed {seed} is not finished; run the same command to go on"
+    if result["status"] == "ok":
+        return None
+    return f"seed {seed} {result['status']}: {result['figures'].get('reason', 'no reason recorded')}"
+
+
+def _mean_cost(stages: Sequence[Stage]) -> tuple[float, float]:
+    """(counted training operations, seconds of training), a seed."""
+    done = [stage for stage in stages if stage.done]
+    flops = [(stage.result() or {})["figures"]["flops"] for stage in done]
+    seconds = [sum(_seconds(row) for row in stage.metrics()) for stage in done]
+    return _mean(flops) or 0.0, _mean(seconds) or 0.0
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    return sum(v for k, v in row.get("timing", {}).items() if k.endswith("_s") and k != "tokens_per_s")
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _verdicts(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _shares(path: Path) -> dict[str, list[float]]:
+    shares: dict[str, list[float]] = defaultdict(list)
+    for verdict in _verdicts(path):
+        shares[verdict["group"]].append(sum(verdict["correct"]) / len(verdict["correct"]))
+    return shares
+
+
+def samples_of_run(run: Run) -> list[Sample]:
+    """A few test prompts of each group with the greedy answers of base, SFT and SRPPO, of the first seed."""
+    verdicts = {
+        name: _verdicts(stages[0].path / "eval" / "kept-greedy" / "samples.jsonl")
+        for name, stages in stages_by_arm(run).items()
+    }
+    verdicts = {name: rows for name, rows in verdicts.items() if rows}
+    if not verdicts:
+        return []
+    shown: dict[str, int] = defaultdict(int)
+    samples = []
+    rows = next(iter(verdicts.values()))
+    for i in range(0, len(rows), max(len(rows) // 24, 1)):  # spread over the tasks
+        row = rows[i]
+        if shown[row["group"]] < SAMPLES_SHOWN:
+            shown[row["group"]] += 1
+            answers = {name: found[i] for name, found in verdicts.items()}
+            samples.append(
+                Sample(
+                    row["prompt"],
+                    {name: v["responses"][0] for name, v in answers.items()},
+                    answer=row["answer"],
+                    group=row["group"],
+                    right={name: v["correct"][0] for name, v in answers.items()},
+                )
+            )
+    return samples
+
+
+def report_run(folder: Path, console: Console) -> None:
+    """Print the table of a run, write plots and report.html into its folder, and name every path."""
+    run = Run.load(folder)
+    recipe: Recipe = build_recipe(run.spec["recipe"])
+    arms = arms_of_run(run)
+    console.print(arms_table(arms))
+    by_arm = stages_by_arm(run)
+    curves = {name: stages[0].metrics() for name, stages in by_arm.items() if name != "base"}
+    kept = {name: (stages[0].result() or {}).get("figures", {}).get("kept_step", 0) for name, stages in by_arm.items()}
+    plots = {
+        "Training, first seed: what PPO sees, and development accuracy against counted operations": training_curves(
+            curves, folder / "report" / "curves", flops_before={"SRPPO": _mean_cost(by_arm["SFT"])[0]}, kept_steps=kept
+        ),
+        "Test accuracy with 95% intervals": accuracy_plot(arms, folder / "report" / "accuracy"),
+    }
+    missing = [] if "longer SFT" in by_arm else ["longer SFT at equal compute was not run; add --baselines"]
+    page = write_report(
+        folder / "report" / "index.html",
+        title=f"srppo: {folder.name}",
+        arms=arms,
+        plots={caption: paths[1] for caption, paths in plots.items() if paths},
+        samples=samples_of_run(run),
+        recipe_toml=to_toml(recipe),
+        environment=_environment(by_arm),
+        missing=missing,
+    )
+    for line in missing:
+        console.print(line)
+    for name, stages in by_arm.items():
+        for stage in stages:
+            if (stage.path / "model").is_dir():
+                console.print(f"{name}: {stage.path / 'model'}")
+    console.print(f"report: {page}")
+
+
+def _environment(by_arm: Mapping[str, Sequence[Stage]]) -> dict[str, Any]:
+    attempts = [path for stages in by_arm.values() for stage in stages for path in stage.attempts()]
+    return json.loads((attempts[-1] / "env.json").read_text()) if attempts else {}
