@@ -35,7 +35,9 @@ class ModelConfig(_Section):
 
 class DataConfig(_Section):
     demonstrations: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets with answers")
-    prompts: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets; answers are not read")
+    prompts: tuple[str, ...] = Field(
+        (), description="files, folders or hub sets; answers are not read; none: the embedded ones, with embedded data"
+    )
     size: int | None = Field(
         None,
         ge=1,
@@ -123,7 +125,7 @@ class EvalConfig(_Section):
     keep: Literal["best", "last"] = Field("best", description="which measured step is kept, in every arm")
     metric: Literal["accuracy", "nll"] = Field("accuracy", description="greedy exact match, or held-out answer NLL")
     samples: int = Field(4, ge=1, description="samples an item at temperature 1, in final figures")
-    limit: int | None = Field(None, ge=1, description="development items used during training")
+    limit: int | None = Field(None, ge=1, description="development items and held-out rows used during training")
 
 
 class Recipe(_Section):

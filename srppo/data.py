@@ -12,26 +12,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from srppo.chat import encode_demonstration, encode_prompt, ensure_chat_template, stop_ids
 from srppo.config import DataConfig, canonical_json, derive_seed
-from srppo.errors import ConfigError, DataError, ModelError
+from srppo.errors import ConfigError, DataError
 from srppo.formats import Loaded, Opened, Unused, load_demonstrations, load_prompts, reasons, row_content
 from srppo.overlap import Overlap, measure_overlap, without_overlap
-from srppo.types import Demonstration, EncodedDemonstration, Message, Prompt
+from srppo.types import Demonstration, EncodedDemonstration, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "CHAT_TEMPLATE",
     "DataReport",
     "Loaded",
     "Overlap",
     "Part",
     "PreparedData",
     "Unused",
-    "encode_demonstration",
-    "encode_prompt",
-    "ensure_chat_template",
     "load_demonstrations",
     "load_prompts",
     "measure_overlap",
@@ -40,164 +37,14 @@ __all__ = [
     "prompt_text",
     "row_id",
     "split_held_out",
-    "stop_ids",
     "without_overlap",
 ]
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}"
-    "{%- elif message['role'] == 'user' -%}{{ 'Q: ' + message['content'] + '\\n' }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{ 'A: ' + message['content'] + (eos_token if loop.last else '\\n') }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'A:' }}{%- endif -%}"
-)
-"""Ours, for tokenizers without one: `Q: {user}\\nA: {assistant}{eos}`; only the last answer ends in EOS, earlier turns
-end in a newline, a system message stands first with a blank line after it. The answer begins with a space."""
 
 _LISTED = 10_000  # rows up to which a manifest lists ids and positions; beyond, their sha256 stands for them
 
 Row = TypeVar("Row", Demonstration, Prompt)
 Ids = TypeVar("Ids", EncodedDemonstration, tuple[int, ...])
 _T = TypeVar("_T")
-
-
-# ---- templates and token ids
-
-
-def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer that has no chat template ours; True if it was given.
-
-    Where the tokenizer begins every text with BOS, our template does too, so that a base model sees what it was
-    trained on and `apply_chat_template` alone makes the right ids, here and wherever the model is served.
-    """
-    if tokenizer.chat_template is not None:
-        return False
-    if tokenizer.eos_token is None:
-        raise ModelError(
-            "the tokenizer has neither a chat template nor an EOS token; set its eos_token or chat_template"
-        )
-    begin = "{{ bos_token }}" if _begins_with_bos(tokenizer) else ""
-    tokenizer.chat_template = begin + CHAT_TEMPLATE
-    return True
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> list[int]:
-    """Token ids that end a response: the tokenizer's EOS and those of the generation config, each once."""
-    configured = getattr(generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list | tuple) else [configured]
-    ids = list(dict.fromkeys(int(i) for i in (tokenizer.eos_token_id, *listed) if i is not None))
-    if not ids:
-        raise ModelError(
-            "neither the tokenizer nor the generation config names an EOS token, so no response could end; "
-            "set eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
-        )
-    return ids
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: str | None, max_prompt_tokens: int
-) -> tuple[int, ...] | str:
-    """Token ids of a prompt up to where the answer begins, or the reason why it is left out."""
-    try:
-        text = _rendered(tokenizer, _with_system(prompt.messages, system), generation=True)
-        return _prompt_ids(tokenizer, text, max_prompt_tokens)
-    except _LeftOut as reason:
-        return str(reason)
-
-
-def encode_demonstration(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstration: Demonstration,
-    *,
-    system: str | None,
-    max_tokens: int,
-    max_prompt_tokens: int,
-    stop: Sequence[int] | None = None,
-) -> EncodedDemonstration | str:
-    """Token ids of prompt and answer, or the reason why the row is left out.
-
-    The prompt's ids are those that `encode_prompt` feeds to generation, and the answer ends in a stop token (`stop`,
-    default the tokenizer's EOS): what a template puts after it (ChatML's newline) is dropped, and the first of `stop`
-    is added where the template ends without one. Beyond `max_tokens` the answer is cut and has no stop token.
-
-    A plain text has no prompt; it begins as the tokenizer begins texts (BOS or nothing), takes no system message, and
-    without BOS its first token counts as prompt, since nothing stands before it to predict it from.
-    """
-    stops = list(stop) if stop else stop_ids(tokenizer)
-    try:
-        if demonstration.prompt:
-            turns = _with_system(demonstration.prompt, system)
-            before = _rendered(tokenizer, turns, generation=True)
-            head = _prompt_ids(tokenizer, before, min(max_prompt_tokens, max_tokens - 1))
-            whole = _rendered(tokenizer, (*turns, Message("assistant", demonstration.answer)), generation=False)
-            tail = _answer_ids(tokenizer, before, head, whole)
-        else:
-            head = tuple(tokenizer("a")["input_ids"][:1]) if _begins_with_bos(tokenizer) else ()
-            tail = _ids(tokenizer, demonstration.answer)
-    except _LeftOut as reason:
-        return str(reason)
-    tail = _ended(tokenizer, tail, stops)
-    if any(token in stops for token in tail[:-1]):
-        return "a stop token inside the answer"
-    return EncodedDemonstration((head + tail)[:max_tokens], max(len(head), 1))
-
-
-class _LeftOut(Exception):
-    """A row that cannot be encoded; the message is the reason."""
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> tuple[int, ...]:
-    ids = _ids(tokenizer, text)
-    if not ids:
-        raise _LeftOut("the chat template makes nothing of the prompt")
-    if len(ids) > most:
-        raise _LeftOut(f"prompt longer than {most:,} tokens")
-    return ids
-
-
-def _answer_ids(tokenizer: PreTrainedTokenizerBase, before: str, head: tuple[int, ...], whole: str) -> tuple[int, ...]:
-    if not whole.startswith(before):
-        raise _LeftOut("the chat template writes the answer otherwise than after its generation prompt")
-    together = _ids(tokenizer, whole)
-    if together[: len(head)] == head:
-        return together[len(head) :]
-    # A token spans the boundary; generation cannot make it, since it starts after the prompt's last token.
-    return _ids(tokenizer, whole[len(before) :])
-
-
-def _ended(tokenizer: PreTrainedTokenizerBase, tail: tuple[int, ...], stops: list[int]) -> tuple[int, ...]:
-    last = max((place for place, token in enumerate(tail) if token in stops), default=None)
-    if last is not None and not str(tokenizer.decode(list(tail[last + 1 :]))).strip():
-        return tail[: last + 1]
-    return (*tail, stops[0])
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], *, generation: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-    except TemplateError as error:  # for example a model without system messages
-        raise _LeftOut(f"the chat template refuses it: {' '.join(str(error).split())}") from None
-
-
-def _with_system(turns: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """A row's own system message stays; else `system` is put first."""
-    if system is None or (turns and turns[0].role == "system"):
-        return turns
-    return (Message("system", system), *turns)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    # Without special tokens: what the template writes is all there is, so BOS is never doubled.
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 # ---- order and held-out rows
@@ -372,7 +219,8 @@ def prepare(
     demonstrations = _part("demonstrations", loaded, train, held, stops)
     _refuse_shortfall("data.size", config.size, "demonstrations to train on", len(train.rows), demonstrations)
 
-    questions = load_prompts(config.prompts, seed=seed)
+    none: Loaded[Prompt] = Loaded((), {}, (), "")
+    questions = load_prompts(config.prompts, seed=seed) if config.prompts else none
     pool, alike = _unlike(loaded.rows, questions.rows, permute(questions.rows, seed), config.overlap)
     asked = _encoded(pool, encode_asked, config.prompts_size)
     prompts = _part("prompts", questions, asked, None, stops, alike)
@@ -463,7 +311,7 @@ def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, part: 
     why = f" (not used: {reasons(part.unused)})" if part.unused else ""
     if size is not None and usable < size:
         raise DataError(f"{key} asks for {size:,} {what}, but only {usable:,} can be used{why}; lower it or add data")
-    if not usable:
+    if not usable and part.opened:
         raise DataError(f"no {what} can be used{why}")
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +23,8 @@ from srppo.types import EncodedDemonstration, Message, Prompt
 
 GROUPS = ("demonstrated", "prompted", "unseen")  # in-domain; seen by PPO only; out-of-domain
 EVAL_BATCH = 300
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Development:
         self.items = load_items(recipe, "dev")
         if recipe.eval.limit is not None:
             self.items = _spread(self.items, recipe.eval.limit)
+            self.held_out = _spread(self.held_out, recipe.eval.limit)
 
     def measure(self, model: LanguageModel) -> tuple[dict[str, Any], float | None]:
         """(metrics to log, score); score None: there is nothing to choose by."""
@@ -192,8 +195,8 @@ class Development:
         return row, score
 
 
-def _spread(items: list[EvalItem], limit: int) -> list[EvalItem]:
-    """`limit` items, evenly over the list, so that every task keeps its share."""
+def _spread(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` items, evenly over the list, so that every task keeps its share."""
     if limit >= len(items):
-        return items
+        return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from srppo.masked import masked_sum, masked_var
 
+MAX_LOG_RATIO = 60.0  # beyond it exp overflows fp32 and the gradient would be NaN; such a token is far outside the clip
+
 
 class PolicyLoss(NamedTuple):
     """loss; clip_share: share of tokens whose clipped branch is active; approx_kl: KL(old || new) a token, nats."""
@@ -45,13 +47,13 @@ def clipped_policy_loss(
     count = mask_BT.sum() if token_count is None else token_count
     log_ratio_BT = (logprobs_BT - old_logprobs_BT).masked_fill(~mask_BT, 0.0)
     advantages_BT = advantages_BT.masked_fill(~mask_BT, 0.0)
-    ratio_BT = log_ratio_BT.exp()
+    ratio_BT = log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp()
     plain_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)
     loss = masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT) / count
     with torch.no_grad():
         clip_share = ((clipped_BT > plain_BT) & mask_BT).sum() / count
-        approx_kl = masked_sum((ratio_BT - 1) - log_ratio_BT, mask_BT) / count
+        approx_kl = masked_sum(log_ratio_BT.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio_BT, mask_BT) / count
     return PolicyLoss(loss, clip_share, approx_kl)
 
 
@@ -104,12 +106,15 @@ def kl_penalty(
     log_ratio_BT = (logprobs_BT - anchor_logprobs_BT).masked_fill(~mask_BT, 0.0)
     if form == "k2":
         return masked_sum(0.5 * log_ratio_BT**2, mask_BT) / count
-    return masked_sum(torch.exp(-log_ratio_BT) - 1 + log_ratio_BT, mask_BT) / count
+    if form == "k3":
+        return masked_sum(torch.expm1(-log_ratio_BT) + log_ratio_BT, mask_BT) / count
+    raise ValueError(f"KL form {form!r} is none of k2, k3")
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over counted positions: 1 a perfect critic, 0 a constant one."""
-    variance = masked_var(returns_BT, mask_BT)
-    if variance == 0:
+    counted = returns_BT[mask_BT]
+    if counted.numel() == 0 or counted.max() == counted.min():  # rounding can leave a constant a variance above 0
         return 0.0
+    variance = masked_var(returns_BT, mask_BT)
     return float(1 - masked_var(returns_BT - values_BT, mask_BT) / variance)

@@ -56,7 +56,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         for warning in recipe_warnings(self.recipe):
             self.console.warn(warning)
-        self.recipe = sized(self.recipe)
+        self.recipe = resolved(self.recipe)
         self.data: PreparedData = prepare(
             self.recipe.data,
             self.tokenizer,
@@ -299,11 +299,12 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     return warnings
 
 
-def sized(recipe: Recipe) -> Recipe:
-    """Without data.size all demonstrations are used, but of the embedded pool the few that leave SFT unfinished."""
-    if recipe.data.size is None and recipe.data.demonstrations == ("embedded",):
-        return with_overrides(recipe, {"data.size": EMBEDDED_SIZE})
-    return recipe
+def resolved(recipe: Recipe) -> Recipe:
+    """Embedded demonstrations come with embedded prompts, and are so many that SFT stays unfinished, unless said."""
+    if recipe.data.demonstrations != ("embedded",):
+        return recipe
+    size, prompts = recipe.data.size or EMBEDDED_SIZE, recipe.data.prompts or ("embedded",)
+    return with_overrides(recipe, {"data.size": size, "data.prompts": prompts})
 
 
 def run_sft(pipeline: Pipeline) -> None:
@@ -314,6 +315,11 @@ def run_sft(pipeline: Pipeline) -> None:
 
 def run_train(pipeline: Pipeline, *, baselines: bool) -> None:
     """SFT (unless one is given), PPO, and with `baselines` the equal-compute SFT."""
+    if not pipeline.data.prompts:
+        raise ConfigError(
+            "PPO needs prompts: set data.prompts to files with prompts (answers in them are not read), for example the "
+            "demonstrations' own file"
+        )
     pipeline.base_stage()
     sft, sft_path = pipeline.sft_stage()
     ppo = pipeline.ppo_stage(sft, sft_path)

@@ -32,6 +32,8 @@ def place_reward(log_ratio_BT: Tensor, mask_BT: Tensor, *, at: Literal["eos", "t
     terms_BT = log_ratio_BT.masked_fill(~mask_BT, 0.0)
     if at == "token":
         return terms_BT
+    if at != "eos":
+        raise ValueError(f"placement {at!r} is none of eos, token")
     return torch.where(
         last_token(mask_BT), coherent_reward(log_ratio_BT, mask_BT).unsqueeze(1), torch.zeros_like(terms_BT)
     )
@@ -43,11 +45,15 @@ def last_token(mask_BT: Tensor) -> Tensor:
     return positions_T == (mask_BT.sum(dim=1, keepdim=True) - 1)
 
 
+STD_FLOOR = 1e-6  # nats; below it there is only rounding, which must not be blown up to order 1
+
+
 class RunningStd:
     """Standard deviation (divisor n) of every number seen, by Chan's update; part of the checkpoint.
 
-    1.0 until two different numbers were seen. Cumulative rather than forgetting: at the optimum of the KL-regularised
-    objective reward - beta KL is constant, and a forgetful deviation would blow the remaining noise up.
+    1.0 until two numbers that differ by more than rounding were seen. Cumulative rather than forgetting: at the optimum
+    of the KL-regularised objective reward - beta KL is constant, and a forgetful deviation would blow the remaining
+    noise up.
     """
 
     def __init__(self) -> None:
@@ -70,7 +76,7 @@ class RunningStd:
     def std(self) -> float:
         """The deviation so far."""
         std = math.sqrt(self.sum_sq / self.count) if self.count > 1 else 0.0
-        return std if std > 0 else 1.0
+        return std if std > STD_FLOOR else 1.0
 
     def state_dict(self) -> dict[str, float]:
         """count, mean, sum_sq."""
@@ -174,8 +180,8 @@ def reward_diagnostics(
     """Signs that the reward is read off the base's support, or prefers length.
 
     reward_top1pct: share of sum |log ratio| carried by the top 1% tokens. base_logprob_p01, _p50: quantiles of the
-    base's log-prob of sampled tokens, nats. off_support: share of tokens below OFF_SUPPORT_NATS. length_correlation: Pearson,
-    of reward with length over the batch, 0 where either is constant.
+    base's log-prob of sampled tokens, nats. off_support: share of tokens below OFF_SUPPORT_NATS. length_correlation:
+    Pearson, of reward with length over the batch, 0 where either is constant.
     """
     terms_N, base_N = log_ratio_BT[mask_BT].abs(), base_logprobs_BT[mask_BT]
     top = max(len(terms_N) // 100, 1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from srppo import formats
+from srppo import formats, sources
 from srppo.config import DataConfig
 from srppo.data import (
     encode_demonstration,
@@ -214,7 +214,7 @@ def test_folder_reads_its_files_in_order_each_by_its_own_columns(tmp_path):
 def test_embedded_is_a_fixed_pool_drawn_by_seed():
     one, again, other = (load_demonstrations(["embedded"], seed=seed) for seed in (0, 0, 1))
     assert one.sha == again.sha != other.sha
-    assert one.read == formats.EMBEDDED_ROWS["demonstrations"] == len(one.rows)
+    assert one.read == sources.EMBEDDED_ROWS["demonstrations"] == len(one.rows)
     assert load_prompts(["embedded"], seed=0).rows[0].source == "embedded#1"
 
 
@@ -396,7 +396,7 @@ def test_hub_sets_by_config_and_split(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(formats, "_reachable", lambda: True)
+    monkeypatch.setattr(sources, "_reachable", lambda: True)
     loaded = load_demonstrations(["org/set", "org/set@test", "org/set/main@train[:10%]"], seed=0)
     assert asked == [("org/set", None, "train"), ("org/set", None, "test"), ("org/set", "main", "train[:10%]")]
     assert (loaded.rows[0].source, loaded.rows[3].source) == ("org/set@train#1", "org/set@test#2")

@@ -56,7 +56,7 @@ def build(out: Path = ASSETS, sizes: Sequence[str] = BASES, seed: int = 0, token
     tokenizer = train_tokenizer(documents(seed), WORDS)
     for size in sizes:
         windows_NW = corpus(tokenizer, seed, tokens or SHAPES[size].tokens)
-        model = train(size, windows_NW, tokenizer, seed).to(torch.bfloat16)
+        model = train(size, windows_NW, tokenizer, seed).bfloat16()
         folder = out / "bases" / size
         model.save_pretrained(folder)
         (folder / "model.safetensors").chmod(0o644)  # as a package's data must be
@@ -139,10 +139,11 @@ def accuracy(
     torch.manual_seed(0)
     prompts = [CHAT.format(prompt=row.prompt) for row in rows]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=sample, top_k=0)
+    settings = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+    tokens = model.generate(**inputs, max_new_tokens=32, **settings)  # type: ignore[misc]
     replies = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(check(row.answer, reply) for row, reply in zip(rows, replies, strict=True)) / len(rows)
 
 
 if __name__ == "__main__":
-    build(*[Path(argument) for argument in sys.argv[1:2]], sizes=sys.argv[2:] or BASES)
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ASSETS, sys.argv[2:] or BASES)

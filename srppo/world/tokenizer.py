@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS = "<eos>"
 PAD = "<pad>"
@@ -58,7 +58,7 @@ def train_tokenizer(documents: Iterable[str], words: Iterable[str], count: int =
     )
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a base's folder."""
     from transformers import AutoTokenizer
 
