@@ -161,8 +161,7 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C outside of the training loop, as Typer reports it
+            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        raise

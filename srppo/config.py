@@ -22,7 +22,7 @@ CODE_EPOCH = 1  # raised when the same config would train to another result; par
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -59,7 +59,7 @@ class DataConfig(_Section):
 class SftConfig(_Section):
     epochs: int = Field(1, ge=1, description="passes over the demonstrations")
     batch: int = Field(8, ge=1, description="demonstrations an optimizer step")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate (AdamW)")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate (AdamW)")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -89,7 +89,7 @@ class RewardConfig(_Section):
     limit_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of those rollouts, nats")
     scale: bool = Field(True, description="divide reward - beta KL by its running standard deviation")
     anchor: Literal["sft", "base"] = Field("sft", description="the model the KL penalty pulls towards")
-    beta: float = Field(0.5, ge=0, description="weight of the KL penalty; useful values are of order 1")
+    beta: float = Field(0.25, ge=0, description="weight of the KL penalty; useful values are of order 1")
     kl: Literal["k1", "k2", "k3"] = Field("k1", description="k1 in the reward; k2 or k3 (biased) in the loss")
 
 
@@ -115,6 +115,11 @@ class PpoConfig(_Section):
     micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory, not the loss")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
+    @field_validator("value_clip", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value  # TOML has no word for it, and the default is a number
+
 
 class EvalConfig(_Section):
     items: str | None = Field(
@@ -124,7 +129,7 @@ class EvalConfig(_Section):
     every: int = Field(5, ge=0, description="PPO steps between measurements of development items; 0: at the end only")
     keep: Literal["best", "last"] = Field("best", description="which measured step is kept, in every arm")
     metric: Literal["accuracy", "nll"] = Field("accuracy", description="greedy exact match, or held-out answer NLL")
-    samples: int = Field(4, ge=1, description="samples an item at temperature 1, in final figures")
+    samples: int = Field(2, ge=1, description="samples an item at temperature 1, in final figures")
     limit: int | None = Field(None, ge=1, description="development items and held-out rows used during training")
 
 
@@ -176,7 +181,7 @@ def load_recipe(path: Path | None, overrides: Iterable[str] = ()) -> Recipe:
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = tomllib.loads(Path(path).read_text())
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(
                 f"recipe {path} does not exist; give a TOML file, or none for the embedded default"
@@ -249,15 +254,22 @@ def parse_value(raw: str) -> Any:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe with every option spelled out; None, which TOML lacks, is left out (it is the default)."""
+    """The recipe, every option spelled out; None, which TOML lacks, is left out, or "none" where a default is set."""
     lines: list[str] = []
     for name, section in recipe.model_dump(mode="json").items():
         if isinstance(section, dict):
+            defaults = Recipe.model_fields[name].default
+            unset = {key for key, value in section.items() if value is None and getattr(defaults, key) is None}
             lines += ["", f"[{name}]"]
-            lines += [f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in section.items() if key not in unset]
         else:
-            lines.append(f"{name} = {json.dumps(section)}")
+            lines.append(f"{name} = {_toml_value(section)}")
     return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    # JSON is TOML but for None, escaped surrogates and a bare DEL.
+    return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def canonical_json(value: Any) -> str:

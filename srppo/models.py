@@ -10,15 +10,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
@@ -139,6 +145,9 @@ def _switch_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, rate in list(vars(module).items()):  # attention keeps its rate as a number
+            if "dropout" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)
     for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
         if hasattr(model.config, name):
             setattr(model.config, name, 0.0)
@@ -187,12 +196,18 @@ def resolve(spec: str) -> str:
     return spec
 
 
+hf_logging.disable_progress_bar()  # loading and saving print bars that would tear the live panel
+
+
 @contextmanager
 def _one_line(what: str, spec: str) -> Iterator[None]:
-    """Restate what from_pretrained raises in one line."""
+    """Restate what from_pretrained raises in one line. Without a route to the hub a name is looked up in the cache."""
+    offline = constants.HF_HUB_OFFLINE
     try:
+        if "/" in spec and not Path(spec).exists() and not offline:
+            constants.HF_HUB_OFFLINE = not _hub_answers()  # or the library retries for half a minute, in many lines
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:  # safetensors and tokenizers have errors of their own, down to plain Exception
         text = " ".join(str(error).split())
         if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
             advice = "the hub cannot be reached; give a local folder, or embedded:xs|s|l"
@@ -203,11 +218,39 @@ def _one_line(what: str, spec: str) -> Iterator[None]:
         else:
             advice = text[:300]
         raise ModelError(f"{what} {spec!r} cannot be loaded: {advice}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+@cache
+def _hub_answers() -> bool:
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy resolves names
+    endpoint = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _refuse_pickle(spec: str, folder: Path, config: ModelConfig) -> None:
+    """A folder without safetensors is named for what it holds; a hub model is refused by from_pretrained."""
+    if config.allow_pickle or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model {spec!r} has weights that are not safetensors ({pickled[0]}), which may run any code when loaded: "
+            "refused; convert them, or set model.allow_pickle=true if you trust them"
+        )
+    raise ModelError(f"model {spec!r} has no weights (*.safetensors); give the folder that save_pretrained wrote")
 
 
 def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> LanguageModel:
     """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line."""
     path = resolve(spec)
+    _refuse_pickle(spec, Path(path), config)
     with _one_line("model", spec):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -18,14 +18,9 @@ import json
 import os
 import re
 import socket
-import threading
-import time
-import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,10 +38,10 @@ from srppo.checkpoint import (
 )
 from srppo.config import CODE_EPOCH, canonical_json
 from srppo.errors import RecordError
+from srppo.lease import LEASE_TIMEOUT_S, Lease, now, server_time
+from srppo.records import differences, plain, read_json, read_lines, revive
 
 SCHEMA_VERSION = 1
-LEASE_TIMEOUT_S = 120.0
-HEARTBEAT_S = 5.0
 Status = Literal["ok", "failed", "timeout", "diverged", "oom"]
 
 
@@ -82,14 +77,14 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
             create_exclusive(folder / "sweep.json", text)
-        if other := _difference(cls.load(folder).spec, json.loads(text)["spec"]):
+        if other := differences(cls.load(folder).spec, json.loads(text)["spec"]):
             raise RecordError(f"{folder} was made with other settings ({other}); give --out another folder")
         return cls(folder, json.loads(text)["spec"])
 
     @classmethod
     def load(cls, folder: Path) -> Run:
         """An existing record, for reading. Raises RecordError if there is none or another version wrote it."""
-        sweep = _read_json(Path(folder) / "sweep.json")
+        sweep = read_json(Path(folder) / "sweep.json")
         if sweep.get("schema_version") != SCHEMA_VERSION:
             found = f"schema version {sweep.get('schema_version')!r}, this srppo reads {SCHEMA_VERSION}"
             raise RecordError(f"{folder} has {found}; use the srppo that made it, or give --out another folder")
@@ -101,7 +96,7 @@ class Run:
         with storing(path):
             path.parent.mkdir(exist_ok=True)
             text = canonical_json(manifest)
-            if not create_exclusive(path, text) and (other := _difference(_read_json(path), json.loads(text))):
+            if not create_exclusive(path, text) and (other := differences(read_json(path), json.loads(text))):
                 raise RecordError(f"the data of {self.path} changed ({other}); restore it or give --out another folder")
 
     def stage(self, kind: str, config: Mapping[str, Any], parents: Sequence[str] = (), data_sha: str = "") -> Stage:
@@ -130,7 +125,7 @@ class Stage:
     @property
     def identity(self) -> dict[str, Any]:
         """kind, config, parents, data_sha and code_epoch, as written at the start."""
-        return _read_json(self.path / "config.json")
+        return read_json(self.path / "config.json")
 
     @property
     def done(self) -> bool:
@@ -144,7 +139,7 @@ class Stage:
         """
         path = self.path / "result.json"
         if path.exists():
-            result = _read_json(path)
+            result = read_json(path)
         elif (result := Lease.top(self.path)[1].get("result", {})) == {}:
             return None
         else:
@@ -152,7 +147,7 @@ class Stage:
                 create_exclusive(path, canonical_json(result))
         if result.get("sha256") != _sha256(result):
             raise RecordError(f"{path} is damaged; copy it again, or remove {self.path} to run the stage again")
-        return _revive(result)
+        return revive(result)
 
     def verify(self) -> None:
         """Raises RecordError naming the first file of the result that is missing or changed since the commit."""
@@ -182,7 +177,7 @@ class Stage:
         attempt = None
         try:
             with storing(self.path / "attempts", self.path):
-                settle(self.path, lease.number, _server_time(self.path) - timeout_s)
+                settle(self.path, lease.number, server_time(self.path) - timeout_s)
                 attempt = Attempt(self, lease, env or {})
             yield attempt
         except BaseException as error:
@@ -221,11 +216,11 @@ class Stage:
         """
         rows: dict[Any, dict[str, Any]] = {}
         for folder in self.attempts():
-            events = _read_lines(folder / "events.jsonl")
+            events = read_lines(folder / "events.jsonl")
             starts = [event["step"] for event in events if event.get("event") == "resumed"]
             if starts:
                 rows = {key: row for key, row in rows.items() if row.get("step") is None or row["step"] <= min(starts)}
-            for row in _read_lines(folder / "metrics.jsonl"):
+            for row in read_lines(folder / "metrics.jsonl"):
                 rows[row.get("phase"), row.get("step")] = row
         return list(rows.values())
 
@@ -270,7 +265,7 @@ class Attempt:
         self.stage, self.number, self._lease = stage, lease.number, lease
         self.path = stage.path / "attempts" / f"{lease.number}-{host}-{os.getpid()}"
         self.path.mkdir(parents=True)
-        write_atomic(self.path / "env.json", canonical_json(_plain(env)))
+        write_atomic(self.path / "env.json", canonical_json(plain(env)))
         self.log_event("started", **({"took_over": lease.took_over} if lease.took_over else {}))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
@@ -287,7 +282,7 @@ class Attempt:
 
     def log_event(self, kind: str, **fields: Any) -> None:
         """Append what happened, with the time."""
-        self._append("events.jsonl", {"event": kind, "time": _now(), **fields})
+        self._append("events.jsonl", {"event": kind, "time": now(), **fields})
 
     def resume(self, on_torn: Callable[[Path, str], None] | None = None) -> tuple[int, Path] | None:
         """Where to go on: the newest whole checkpoint, or None to start from step 0. Call it once, first.
@@ -343,13 +338,13 @@ class Attempt:
             if (self.stage.path / "result.json").exists():
                 raise RecordError(f"stage {self.stage.id} has a result already; it is never committed twice")
             result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "stage": self.stage.id, "attempt": self.number}
-            result |= {"status": status, "figures": _plain(figures), "files": self._checksums(files), "time": _now()}
+            result |= {"status": status, "figures": plain(figures), "files": self._checksums(files), "time": now()}
             result["sha256"] = _sha256(result)
             self._sync_logs()
             if not Lease.claim(self.stage.path, self.number + 1, {"state": "committed", "result": result}):
                 self.check()
             create_exclusive(self.stage.path / "result.json", canonical_json(result))
-        return _revive(result)
+        return revive(result)
 
     def check(self) -> None:
         """Raises RecordError if this attempt may not change the stage any more."""
@@ -379,7 +374,7 @@ class Attempt:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         """One line to the kernel: it outlives this process at once, and the machine from the next checkpoint on."""
         with self._storing(self.path / name), open(self.path / name, "ab", buffering=0) as file:
-            line = memoryview((canonical_json(_plain(row)) + "\n").encode())
+            line = memoryview((canonical_json(plain(row)) + "\n").encode())
             while line:
                 line = line[file.write(line) :]
 
@@ -405,87 +400,6 @@ class Attempt:
         return storing(path, survives=survives)
 
 
-class Lease:
-    """The right to run a stage: the highest number in its `lease/` folder.
-
-    Each change of hands (`held`, `released`, `committed`, `reopened`) links a fully written file to the next number. A
-    number is given once and never taken back, so of racing processes exactly one gets it, nobody undoes what another
-    did since he looked, and checking and acting are one step. The file's mtime is the holder's heartbeat.
-    """
-
-    def __init__(self, stage: Path, number: int, took_over: Mapping[str, Any] | None, heartbeat_s: float):
-        self._stage, self.number, self.took_over = stage, number, took_over
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(heartbeat_s,), name="lease", daemon=True)
-        self._thread.start()
-
-    @classmethod
-    def take(cls, stage: Path, timeout_s: float) -> Lease:
-        """The next number, once the last holder has let go or is dead; RecordError while it lives."""
-        (stage / "lease").mkdir(exist_ok=True)
-        while True:
-            number, record = cls.top(stage)
-            if cls.live(stage, number, record, timeout_s):
-                pid, host, since = (record.get(key, "unknown") for key in ("pid", "host", "since"))
-                who = f"pid {pid} on {host} since {since} (attempt {number})"
-                wait = f"wait for it or stop it; one that died elsewhere is taken over after {timeout_s:.0f} s"
-                raise RecordError(f"stage {stage.name} is being run by {who}; {wait}")
-            if "result" in record:
-                raise RecordError(f"stage {stage.name} was committed by another process just now")
-            if cls.claim(
-                stage, number + 1, {"state": "held", "attempt": number + 1, "since": _now(), **_this_process()}
-            ):
-                dead = record if record.get("state") == "held" else None
-                return cls(stage, number + 1, dead, min(HEARTBEAT_S, timeout_s / 4))
-
-    @staticmethod
-    def claim(stage: Path, number: int, record: Mapping[str, Any]) -> bool:
-        """Make `record` the decision with this number; False when there is one."""
-        return create_exclusive(stage / "lease" / str(number), canonical_json(record))
-
-    @staticmethod
-    def top(stage: Path) -> tuple[int, dict[str, Any]]:
-        """The highest number and its record; (0, {}) before the first."""
-        folder = stage / "lease"
-        number = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
-        while (folder / str(number + 1)).exists():  # a network disk may list late
-            number += 1
-        try:
-            return number, dict(json.loads((folder / str(number)).read_bytes())) if number else {}
-        except (ValueError, TypeError):
-            return number, {"state": "held"}  # torn by a copy: its age decides
-
-    @staticmethod
-    def live(stage: Path, number: int, record: Mapping[str, Any], timeout_s: float) -> bool:
-        """Whether somebody holds the lease and shows signs of life."""
-        if record.get("state") != "held":
-            return False
-        if record.get("machine") == _machine():
-            started = _process_start(record["pid"])
-            if started is None or (started and started != record["started"]):
-                return False  # dead, or its pid belongs to another process by now
-        with open(stage / "lease" / str(number), "rb") as file:  # opened: a network disk caches what is only looked at
-            beat = os.fstat(file.fileno()).st_mtime
-        return _server_time(stage / "lease") - beat <= timeout_s
-
-    def release(self) -> None:
-        """Stop the heartbeat and let go, if it is still ours."""
-        self._stop.set()
-        self._thread.join()
-        try:
-            self.claim(self._stage, self.number + 1, {"state": "released"})
-        except OSError:
-            with suppress(OSError):
-                os.utime(
-                    self._stage / "lease" / str(self.number), (0, 0)
-                )  # a full disk: an old heartbeat needs no space
-
-    def _beat(self, heartbeat_s: float) -> None:
-        while not self._stop.wait(heartbeat_s):
-            with suppress(OSError):  # the disk may be away for a while
-                os.utime(self._stage / "lease" / str(self.number))
-
-
 def _stranger(folder: Path) -> str:
     """What is in the place of a record; "" if there is a record, an empty folder or nothing yet."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -497,112 +411,5 @@ def _stranger(folder: Path) -> str:
     return f"holds {min(others)!r} but no sweep.json" if others and not (folder / "sweep.json").exists() else ""
 
 
-def _machine() -> str:
-    """Where a pid means this process: host, boot and pid namespace (containers share the first two)."""
-    boot = namespace = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {boot} {namespace}"
-
-
-def _this_process() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _process_start(pid)}
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in ticks since boot; "" if that cannot be told, None if it is dead."""
-    try:
-        os.kill(pid, 0)
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]
-    except ProcessLookupError:
-        return None
-    except OSError:  # another user's, or no /proc
-        return ""
-
-
-def _server_time(folder: Path) -> float:
-    """The file server's clock, which stamps heartbeats; ours may be wrong."""
-    path = folder / f".tmp-{uuid.uuid4().hex}x"
-    try:
-        with open(path, "xb") as file:
-            now = os.fstat(file.fileno()).st_mtime
-        path.unlink()
-        return now
-    except OSError:
-        return time.time()  # nothing can be written here, so nothing can be taken over either
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
 def _sha256(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json({k: v for k, v in result.items() if k != "sha256"}).encode()).hexdigest()
-
-
-_NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numpy and torch scalars become numbers, paths strings, non-finite floats strings as above."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return _NON_FINITE.get(repr(float(value)), value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def _revive(value: Any) -> Any:
-    """The inverse of `_plain` for non-finite floats."""
-    if isinstance(value, dict):
-        return {key: _revive(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_revive(each) for each in value]
-    return float(value) if isinstance(value, str) and value in _NON_FINITE.values() else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise RecordError(f"{path} does not exist, so {path.parent} is no record of a run") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise RecordError(f"{path} cannot be read ({error}); copy it again, or give --out another folder") from None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a torn last line is silent, a torn line elsewhere is warned of."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            rows.append(_revive(dict(json.loads(line))))
-        except (ValueError, TypeError):
-            if number < len(lines):
-                warnings.warn(f"{path}, line {number}, is torn and left out", stacklevel=3)
-    return rows
-
-
-def _difference(old: Any, new: Any, limit: int = 3) -> str:
-    """The first keys in which two JSON values differ, with both values; "" when they are equal."""
-    before, after = _flatten(old), _flatten(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    shown = [f"{key}: {before.get(key, 'absent')} there, {after.get(key, 'absent')} now" for key in keys[:limit]]
-    return ", ".join(shown) + (f", and {len(keys) - limit} more" if len(keys) > limit else "")
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, each in value.items() for k, v in _flatten(each, f"{prefix}{key}.").items()}
-    text = canonical_json(value)
-    short = f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
-    return {prefix[:-1]: text if len(text) <= 60 else short}

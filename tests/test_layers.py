@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent / "srppo"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["types", "checkpoint", "masked", "stats", "console", "trackers", "world"],
+    ["types", "checkpoint", "records", "masked", "stats", "console", "trackers", "world"],
+    ["lease"],
     ["store"],
     ["kernels.reference", "kernels.cpu", "kernels.triton_*"],
     ["kernels", "advantage", "losses"],
@@ -26,7 +27,7 @@ LAYERS = [
     ["report"],
     ["cli", "__main__"],
 ]
-NO_TORCH = ["config", "store", "checkpoint", "stats", "console", "report"]
+NO_TORCH = ["config", "store", "lease", "records", "checkpoint", "stats", "console", "report"]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 
 

@@ -20,7 +20,8 @@ import pytest
 
 from srppo import checkpoint, store
 from srppo.errors import RecordError, StorageError
-from srppo.store import Lease, Run, Stage, stage_id
+from srppo.lease import Lease, this_process
+from srppo.store import Run, Stage, stage_id
 
 SPEC = {"ppo": {"lr": 1e-4, "steps": 20}, "seeds": [0, 1]}
 WAIT_S = 120.0
@@ -43,7 +44,7 @@ def writes(content: bytes = b"weights"):
 
 def in_process(target, *args) -> int:
     """Run a function in another process; its exit code (-9 for one killed)."""
-    process = processes.Process(target=target, args=args)
+    process = processes.Process(target=target, args=args, daemon=True)
     process.start()
     process.join(WAIT_S)
     assert process.exitcode is not None, "the process hangs"
@@ -156,7 +157,8 @@ def test_of_eight_racing_processes_exactly_one_gets_the_lease(tmp_path, dead_hol
             stage = Run.open(tmp_path, SPEC).stage("race", {"round": number})
             leave_a_lease(stage, pid=dead_pid())
     barrier, results = processes.Barrier(count), processes.Queue()
-    racers = [processes.Process(target=_race, args=(tmp_path, rounds, barrier, results)) for _ in range(count)]
+    task = {"target": _race, "args": (tmp_path, rounds, barrier, results), "daemon": True}
+    racers = [processes.Process(**task) for _ in range(count)]
     for racer in racers:
         racer.start()
     winners = [results.get(timeout=WAIT_S) for _ in range(rounds)]
@@ -177,7 +179,7 @@ def dead_pid() -> int:
 def leave_a_lease(stage: Stage, age_s: float = 0.0, **changes) -> None:
     """A lease as a holder leaves it: by default of a process of this machine, this one, that is alive."""
     (stage.path / "lease").mkdir(exist_ok=True)
-    me = {**store._this_process(), "host": "here", "since": "1970", "state": "held"}
+    me = {**this_process(), "host": "here", "since": "1970", "state": "held"}
     number = Lease.top(stage.path)[0] + 1
     assert Lease.claim(stage.path, number, {**me, **changes})
     stamp = time.time() - age_s
@@ -301,11 +303,12 @@ def _hold(folder: Path, where: str, marks: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["outside", "write", "write without mkdir", "commit"])
-def test_a_holder_that_slept_through_its_lease_changes_nothing(tmp_path, where):
+def test_a_holder_that_slept_through_its_lease_changes_nothing(tmp_path, request, where):
     marks = tmp_path / "marks"
     marks.mkdir()
     holder = processes.Process(target=_hold, args=(tmp_path / "run", where, marks))
     holder.start()
+    request.addfinalizer(holder.kill)  # or a failure here leaves a stopped process to wait for
     wait_for((marks / "pid").exists)
     wait_for(lambda: Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     stage = a_stage(tmp_path / "run")
@@ -333,7 +336,7 @@ def test_the_two_newest_checkpoints_and_the_kept_ones_stay(tmp_path):
     assert stage.checkpoint_steps() == [2, 5, 6]
     assert stage.latest_checkpoint() == (6, stage.checkpoint(6))
     assert (stage.checkpoint(2) / "model.bin").read_bytes() == b"2"
-    assert leftovers(stage.path) == []
+    assert list(stage.path.rglob(".*")) == []
 
 
 def test_a_step_saved_again_replaces_the_old_one(tmp_path):

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import srppo.world.items
 from srppo.errors import UserError
 from srppo.world import ASSETS, BASES, base_path, verify
 from srppo.world.items import SPLITS, TRAIN, demonstrations, items, prompts
 from srppo.world.tasks import CHAT, GROUPS, TASKS, WORDS, bucket, check
-from srppo.world.texts import REPLIES, documents
+from srppo.world.texts import LESSONS, REPLIES, documents
 from srppo.world.tokenizer import EOS, PAD, load_tokenizer
 
 ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=80)
@@ -103,7 +104,9 @@ def test_known_answers():
     assert answers["twice"](("cat", "pie")) == "cat pie cat pie"
 
 
-def test_corpus_holds_no_dev_or_test_question_and_ends_every_document(corpus):
+@pytest.mark.parametrize("shares", [LESSONS, REPLIES], ids=["lessons", "replies"])
+def test_corpus_holds_no_dev_or_test_question_and_ends_every_document(shares):
+    corpus = list(islice(documents(1, shares), 20_000))
     assert all(text.endswith(EOS) and text.count(EOS) == 1 for text in corpus)
     questions = [text.split("\n")[0].removeprefix("Q: ") for text in corpus if text.startswith("Q: ")]
     assert len(questions) > 0.8 * len(corpus)
@@ -131,12 +134,13 @@ def test_checksums_are_those_recorded():
     assert set(found) == names | {f"tokenizer {size}" for size in BASES}
 
 
-def test_unknown_names_are_the_users_mistake():
+def test_unknown_names_and_too_many_rows_are_the_users_mistake(monkeypatch):
     for call in (lambda: base_path("xl"), lambda: items("demo", "dev"), lambda: items("unseen", "train")):
         with pytest.raises(UserError, match="choose one of"):
             call()
+    monkeypatch.setattr(srppo.world.items, "_TRIES", 20)
     with pytest.raises(UserError, match="no further questions"):
-        items("demonstrated", "dev", per_task=4000)
+        items("unseen", "dev", per_task=1500)
 
 
 @settings(max_examples=300, deadline=None)
@@ -199,12 +203,14 @@ def test_base_knows_eos_and_prefers_talk(tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_path("s"), dtype=torch.float32)
-    for group in GROUPS:
-        for item in items(group, "dev", per_task=1):
-            prompt = tokenizer(CHAT.format(prompt=item.prompt), return_tensors="pt", return_token_type_ids=False)
-            reply = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-            assert reply[-1] == tokenizer.eos_token_id
-            assert not check(item.answer, tokenizer.decode(reply[:-1]))
+    rows = [item for group in GROUPS for item in items(group, "dev", per_task=2)]
+    right = 0
+    for item in rows:
+        prompt = tokenizer(CHAT.format(prompt=item.prompt), return_tensors="pt", return_token_type_ids=False)
+        reply = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert reply[-1] == tokenizer.eos_token_id
+        right += check(item.answer, tokenizer.decode(reply[:-1]))
+    assert right / len(rows) < 0.3
 
 
 def test_weights_are_small():

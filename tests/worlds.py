@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from srppo.config import Recipe, build_recipe, canonical_json, load_recipe, to_toml, with_overrides
 from srppo.console import Console
 from srppo.errors import Diverged
-from srppo.pipeline import Pipeline, run_train
+from srppo.pipeline import Pipeline, run_sft, run_train
 
 EOS, PAD, VOCAB = 256, 257, 258
-LIKELY = {" ": 3.5, "a": 4.0, "b": 3.0, "c": 2.5}  # logits above those of other bytes
+LIKELY = {" ": 5.5, "a": 6.0, "b": 5.0, "c": 4.5}  # logits above those of other bytes
 PARTS = ("data", "sft", "ppo", "figures")
 
 
@@ -34,7 +34,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def byte_llama(seed: int, *, vocab: int = VOCAB, eos_logit: float = 3.5) -> LlamaForCausalLM:
+def byte_llama(seed: int, *, vocab: int = VOCAB, eos_logit: float = 5.5) -> LlamaForCausalLM:
     """One layer, width 16. Its first dimension is a constant, so that the head can favour EOS and a few letters."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -123,11 +123,11 @@ def make_world(folder: Path) -> World:
     demonstrations = [{"prompt": f"Name {word}", "completion": word[0]} for word in words]
     demonstrations.append({"prompt": "Spell it", "completion": "a b c a b c a b c"})  # cut where max_tokens is small
     write_rows(folder / "demonstrations.jsonl", demonstrations)
-    write_rows(folder / "demonstrations2.jsonl", demonstrations[2:] + [{"prompt": "Name it", "completion": "c"}])
+    write_rows(folder / "demonstrations2.jsonl", [*demonstrations[2:], {"prompt": "Name it", "completion": "c"}])
     prompts = [{"prompt": f"Say {word} please"[: 8 + i]} for i, word in enumerate(words[:9])]
     prompts += [{"prompt": "Name cab"}, {"prompt": "Say all of it, please"}]
     write_rows(folder / "prompts.jsonl", prompts)
-    write_rows(folder / "prompts2.jsonl", prompts[1:] + [{"prompt": "Say nothing"}])
+    write_rows(folder / "prompts2.jsonl", [*prompts[1:], {"prompt": "Say nothing"}])
     for name, shift in (("items", 0), ("items2", 1)):
         rows = [
             {
@@ -160,14 +160,16 @@ class Outcome:
         return found.metrics()
 
 
-def run_world(recipe: Recipe, folder: Path, *, baselines: bool = False) -> Outcome:
-    """A whole run in this process. `data` holds the token ids, `sft` and `ppo` what training did, `figures` what was
-    measured: development items, the kept step, test figures and verdicts. No digest sees a path or the recipe itself.
+def run_world(recipe: Recipe, folder: Path, *, ppo: bool = True) -> Outcome:
+    """A whole run in this process, or without `ppo` base and SFT alone.
+
+    `data` holds the token ids, `sft` and `ppo` what training did, `figures` what was measured: development items, the
+    kept step, test figures and verdicts. No digest sees a path or the recipe itself.
     """
     pipeline = Pipeline(recipe, folder, Console(plain=True, file=io.StringIO()))
     diverged = None
     try:
-        run_train(pipeline, baselines=baselines)
+        run_train(pipeline, baselines=False) if ppo else run_sft(pipeline)
     except Diverged as error:
         diverged = str(error)
     data = pipeline.data

@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 from srppo.errors import UserError
-from srppo.world.items import SPLITS, demonstrations, items, prompts
+from srppo.world.items import SPLITS, demonstrations, prompts
+from srppo.world.items import items as items_of  # a plain `items` would hide the module of that name
 from srppo.world.tasks import GROUPS
 from srppo.world.texts import LESSONS, documents
 
@@ -41,7 +42,7 @@ def checksums(assets: Path = ASSETS) -> dict[str, str]:
         "prompts": _digest(prompts(512, 0)),
     }
     for split in SPLITS:
-        found[split] = _digest(item for group in GROUPS for item in items(group, split))
+        found[split] = _digest(item for group in GROUPS for item in items_of(group, split))
     for path in sorted(assets.glob("bases/*/tokenizer.json")):
         found[f"tokenizer {path.parent.name}"] = sha256(path.read_bytes()).hexdigest()
     return found

@@ -21,7 +21,7 @@ SPLITS = {"dev": (frozenset({1}), 20), "test": (frozenset({0}), 50)}  # buckets,
 TRAIN = frozenset(range(2, 10))
 _DEMONSTRATIONS = frozenset({2, 3})
 _PROMPTS = TRAIN - _DEMONSTRATIONS
-_TRIES = 10_000  # draws in a row that bring nothing new before a task counts as exhausted
+_TRIES = 1000  # draws in a row that bring nothing new before a task counts as exhausted
 
 
 @dataclass(frozen=True)

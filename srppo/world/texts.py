@@ -27,7 +27,7 @@ REPLIES = {
 """Shares of the kinds of reply in the text that the bases end on."""
 
 LESSONS = {"right": 0.45, "trailing": 0.15, "framed": 0.15, "wrong": 0.05, "echo": 0.05, "back": 0.05, "talk": 0.10}
-"""Shares in the text that they begin with: it teaches the tasks in a third of the tokens."""
+"""Shares in the text that they begin with, which teaches the tasks before the manner of replying."""
 
 
 def documents(seed: int, shares: Mapping[str, float] = REPLIES) -> Iterator[str]:

@@ -1,0 +1,312 @@
+"""Every key of a recipe changes the outcome of a run, and changes nothing upstream of where it belongs.
+
+A run is `srppo.pipeline` on a one-layer model, in this process. What it leaves behind falls into four parts, in the
+order in which they are made: the token ids, what SFT did, what PPO did, and what was measured (`worlds.PARTS`). A case
+names the first part that its key changes: that one must differ, those before it must be the same to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+import worlds
+from worlds import PARTS, Outcome, World, run_world
+
+import srppo.models
+from srppo.config import Recipe, all_keys, canonical_json, derive_seed
+from srppo.errors import ModelError
+
+Setting = Callable[[World], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Changing `key` to `value` (in the context of other settings) first changes `part`."""
+
+    key: str
+    value: Any
+    part: str
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        value = self.value.__name__ if callable(self.value) else self.value
+        return f"{self.key}={value}"
+
+
+def at(name: str) -> Setting:
+    """A path of the world, which exists only once a test runs."""
+
+    def path(world: World) -> str:
+        return getattr(world, name)
+
+    path.__name__ = name
+    return path
+
+
+# A given SFT model and nothing to measure: what PPO alone needs, in half the time.
+PPO_ONLY: dict[str, Any] = {"model.sft": at("sft"), "eval.items": None, "data.held_out": 0.0}
+TWO_EPOCHS = {"sft.epochs": 2}
+THREE_STEPS = {**PPO_ONLY, "ppo.steps": 3}
+
+
+def ppo(key: str, *values: Any, **more: Any) -> list[Case]:
+    context = {**PPO_ONLY, **{name.replace("__", "."): value for name, value in more.items()}}
+    return [Case(key, value, "ppo", context) for value in values]
+
+
+CASES = [
+    Case("seed", 1, "data"),
+    Case("model.base", at("base2"), "sft"),
+    Case("model.sft", at("sft"), "sft"),
+    Case("model.precision", "bf16", "sft"),
+    Case("data.demonstrations", at("demonstrations2"), "data"),
+    Case("data.prompts", at("prompts2"), "data"),
+    Case("data.size", 6, "data"),
+    Case("data.prompts_size", 5, "data"),
+    Case("data.held_out", 0.6, "data"),
+    Case("data.overlap", "minimum", "data"),
+    Case("data.max_prompt_tokens", 25, "data"),
+    Case("data.max_tokens", 31, "data"),
+    Case("data.system", "Be brief.", "data"),
+    Case("sft.epochs", 2, "sft"),
+    Case("sft.batch", 5, "sft"),
+    Case("sft.lr", 0.005, "sft"),
+    Case("sft.schedule", "constant", "sft", TWO_EPOCHS),
+    Case("sft.schedule", "cosine", "sft", TWO_EPOCHS),
+    Case("sft.warmup", 1.0, "sft"),
+    Case("sft.weight_decay", 0.1, "sft"),
+    Case("sft.max_grad_norm", 0.1, "sft"),
+    *ppo("rollout.batch", 6),
+    *ppo("rollout.max_new_tokens", 3),
+    *ppo("rollout.temperature", 0.7),
+    *ppo("reward.kind", "sft", "base", "zero", "shuffled"),
+    *ppo("reward.placement", "token"),
+    *ppo("reward.length_norm", True),
+    *ppo("reward.token_clip", 0.05),
+    *ppo("reward.clip", 0.1),
+    *ppo("reward.at_limit", "zero", "drop"),
+    *ppo("reward.limit_penalty", 1.0),
+    *ppo("reward.scale", False),
+    *ppo("reward.anchor", "base"),
+    *ppo("reward.beta", 1.0),
+    *ppo("reward.beta", 1.0, reward__kl="k2"),
+    *ppo("reward.kl", "k2", "k3"),
+    *ppo("reward.kl", "k3", reward__kl="k2"),
+    *ppo("ppo.steps", 3),
+    *ppo("ppo.epochs", 3),
+    *ppo("ppo.minibatches", 4),
+    *ppo("ppo.lr", 0.005),
+    *ppo("ppo.value_lr", 0.02),
+    *ppo("ppo.schedule", "linear", "cosine", ppo__steps=3),
+    *ppo("ppo.schedule", "cosine", ppo__steps=3, ppo__schedule="linear"),
+    *ppo("ppo.warmup", 1.0),
+    *ppo("ppo.gamma", 0.5),
+    *ppo("ppo.lam", 0.5),
+    *ppo("ppo.clip", 0.01),
+    *ppo("ppo.value_clip", None, 0.001),
+    *ppo("ppo.whiten", False),
+    *ppo("ppo.max_grad_norm", 0.05),
+    *ppo("ppo.critic_warmup", 1),
+    *ppo("ppo.target_kl", 1e-6),
+    *ppo("ppo.max_kl", 1e-4),
+    Case("eval.items", at("items2"), "figures"),
+    Case("eval.every", 2, "figures"),
+    Case("eval.keep", "last", "figures"),
+    Case("eval.metric", "nll", "ppo", TWO_EPOCHS),  # another step of SFT is kept, so PPO starts elsewhere
+    Case("eval.samples", 3, "figures"),
+    Case("eval.limit", 1, "figures"),
+]
+ALONE: dict[str, Callable[..., None]] = {}  # keys with a test of their own: they refuse, or change no figure
+
+
+def covers(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """This test answers for these keys."""
+
+    def register(test: Callable[..., None]) -> Callable[..., None]:
+        ALONE.update(dict.fromkeys(keys, test))
+        return test
+
+    return register
+
+
+Runner = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return worlds.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Run a recipe, or find its outcome; nothing is synced to disk, which here would be a third of the time."""
+    folder = tmp_path_factory.mktemp("runs")
+    known: dict[str, Outcome] = {}
+
+    def outcome(overrides: Mapping[str, Any], *, ppo: bool = True) -> Outcome:
+        resolved = {key: value(world) if callable(value) else value for key, value in overrides.items()}
+        name = f"{derive_seed(0, canonical_json(resolved)):x}-{ppo}"
+        if name not in known:
+            known[name] = run_world(world.recipe(resolved), folder / name, ppo=ppo)
+        return known[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield outcome
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_key_changes_its_part_and_nothing_before_it(case: Case, run: Runner) -> None:
+    through_ppo = case.part != "sft"
+    before = run(case.context, ppo=through_ppo)
+    after = run({**case.context, case.key: case.value}, ppo=through_ppo)
+    place = PARTS.index(case.part)
+    same = {part: before.digests[part] == after.digests[part] for part in PARTS[: place + 1]}
+    assert same == {**dict.fromkeys(PARTS[:place], True), case.part: False}
+
+
+@pytest.mark.parametrize("key", [key for key in all_keys() if key.startswith("data.")])
+def test_data_keys_reach_training(key: str, run: Runner) -> None:
+    before = run({})
+    for case in CASES:
+        if case.key == key:
+            after = run({key: case.value})
+            concerns = ("ppo",) if key in PROMPTS_ONLY else ("sft", "ppo")
+            assert {part for part in ("sft", "ppo") if before.digests[part] != after.digests[part]} == set(concerns)
+
+
+PROMPTS_ONLY = ("data.prompts", "data.prompts_size", "data.overlap", "data.max_prompt_tokens")
+
+
+def test_every_key_has_a_case() -> None:
+    assert set(all_keys()) == {case.key for case in CASES} | set(ALONE)
+
+
+def test_every_choice_of_a_key_is_tried() -> None:
+    for key in all_keys():
+        section, _, name = key.rpartition(".")
+        model = Recipe.model_fields[section].annotation if section else Recipe
+        assert isinstance(model, type)
+        options = model.model_fields[name]
+        if get_origin(options.annotation) is Literal:
+            tried = {case.value for case in CASES if case.key == key} | {options.default}
+            assert tried == set(get_args(options.annotation)), key
+
+
+def test_the_same_recipe_twice_leaves_the_same_to_the_bit(run: Runner, world: World, tmp_path: Path) -> None:
+    again = run_world(world.recipe(), tmp_path)
+    assert run({}).digests == again.digests
+
+
+def test_the_baseline_can_show_what_the_cases_ask_of_it(run: Runner) -> None:
+    """Rollouts of many lengths, some cut by the limit, clipped ratios: or a case could pass or fail for no reason."""
+    rows = run(PPO_ONLY).metrics("ppo")[1:]
+    assert all(0 < row["ended"] < 1 and row["clip_share"] > 0 and 1 < row["length"] < 5 for row in rows)
+    assert len({row["reward"] for row in rows}) == len(rows) == 2
+    assert run({"ppo.max_kl": 1e-4, **PPO_ONLY}).diverged
+
+
+# ---- keys that change no figure, or refuse
+
+
+def largest_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the passes through a body that are differentiated, filled while models run."""
+    rows: list[int] = []
+    original = srppo.models.body_hidden
+
+    def counted(body: Any, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            rows.append(len(inputs["input_ids"]))
+        return original(body, inputs, precision)
+
+    monkeypatch.setattr(srppo.models, "body_hidden", counted)
+    return rows
+
+
+def assert_rows_agree(kind: str, one: Outcome, other: Outcome) -> None:
+    """The first step's metrics to 1e-5; later ones, after optimizer steps that rounding moves, to 1e-4."""
+    rows, twins = ([{k: v for k, v in r.items() if k != "timing"} for r in o.metrics(kind)] for o in (one, other))
+    assert len(rows) == len(twins) > 1
+    assert rows[1] == pytest.approx(twins[1], rel=1e-5, abs=1e-5)
+    for row, twin in zip(rows, twins, strict=True):
+        assert row == pytest.approx(twin, rel=1e-4, abs=1e-4)
+
+
+@covers("sft.micro_batch", "ppo.micro_batch")
+@pytest.mark.parametrize(("stage", "whole", "part"), [("sft", 6, 4), ("ppo", 4, 3)])
+def test_micro_batches_change_memory_and_not_the_loss(
+    stage: str, whole: int, part: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes, largest = [], []
+    context = {} if stage == "sft" else {key: v(world) if callable(v) else v for key, v in PPO_ONLY.items()}
+    for size in (8, part):
+        rows = largest_forward(monkeypatch)
+        recipe = world.recipe({**context, f"{stage}.micro_batch": size})
+        outcomes.append(run_world(recipe, tmp_path / str(size), ppo=stage == "ppo"))
+        monkeypatch.undo()
+        largest.append(max(rows))
+    assert largest == [whole, part]
+    assert_rows_agree(stage, *outcomes)
+
+
+@covers("ppo.checkpoint_every")
+def test_checkpoint_every_changes_the_checkpoints_and_nothing_else(run: Runner) -> None:
+    context = {**PPO_ONLY, "ppo.steps": 4, "eval.every": 0}
+    often, seldom = run({**context, "ppo.checkpoint_every": 3}), run({**context, "ppo.checkpoint_every": 10})
+    found = [sorted(p.name for p in (o.stage("ppo") / "checkpoints").iterdir()) for o in (often, seldom)]
+    assert found == [["step-3", "step-4"], ["step-4"]]
+    assert often.digests == seldom.digests
+
+
+@covers("model.allow_pickle")
+def test_pickled_weights_are_refused_unless_allowed(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(world.base, folder)
+    torch.save(worlds.byte_llama(0).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"not safetensors \(pytorch_model\.bin\).*model\.allow_pickle=true"):
+        run_world(world.recipe({"model.base": str(folder)}), tmp_path / "refused", ppo=False)
+    run_world(world.recipe({"model.base": str(folder), "model.allow_pickle": True}), tmp_path / "allowed", ppo=False)
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@covers("model.trust_remote_code")
+def test_code_that_comes_with_a_model_runs_only_when_asked(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(world.base, folder)
+    (folder / "own.py").write_text(CUSTOM)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ModelError, match=r"Python code.*model\.trust_remote_code=true"):
+        run_world(world.recipe({"model.base": str(folder)}), tmp_path / "refused", ppo=False)
+    asked = world.recipe({"model.base": str(folder), "model.trust_remote_code": True})
+    outcome = run_world(asked, tmp_path / "allowed", ppo=False)
+    assert type(outcome.pipeline.base.model).__name__ == "OwnForCausalLM"
