@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +46,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 def demo(
     out: OutOption = None,
     sets: SetOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds; intervals then cover seeds and items.")] = 1,
     build: Annotated[
         bool, typer.Option("--build", help="Rebuild the embedded world (tokenizer, bases) from nothing, into --out.")
     ] = False,
@@ -61,7 +63,7 @@ def demo(
         return
     from srppo.config import load_recipe
 
-    _train(load_recipe(None, sets or []), "demo", out, "cpu", [], plain, baselines=True)
+    _train(load_recipe(None, sets or []), "demo", out, "cpu", [], plain, baselines=True, seeds=seeds)
 
 
 @app.command()
@@ -122,8 +124,9 @@ def _train(
     *,
     baselines: bool,
     ppo: bool = True,
+    seeds: int = 1,
 ) -> None:
-    from srppo.config import recipe_id
+    from srppo.config import recipe_id, with_overrides
     from srppo.console import Console
     from srppo.report.environment import environment
 
@@ -134,26 +137,33 @@ def _train(
     from srppo.report.record import report_run
     from srppo.trackers import trackers
 
-    pipeline = Pipeline(
-        recipe,
-        folder,
-        console,
-        device=pick_device(device),
-        environment=environment(),
-        make_trackers=lambda stage: trackers(
-            track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
-        ),
-    )
-    if ppo:
-        run_train(pipeline, baselines=baselines)
-    else:
-        run_sft(pipeline)
+    recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
+    for each in recipes:
+        if seeds > 1:
+            console.say(f"seed {each.seed}, {recipes.index(each) + 1} of {seeds}")
+        pipeline = Pipeline(
+            each,
+            folder,
+            console,
+            device=pick_device(device),
+            environment=environment(),
+            seeds=[each.seed for each in recipes],
+            make_trackers=lambda stage: trackers(
+                track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
+            ),
+        )
+        if ppo:
+            run_train(pipeline, baselines=baselines)
+        else:
+            run_sft(pipeline)
     report_run(folder, console)
 
 
 def main() -> None:
     """Entry point: every expected error in one line; a traceback only with --debug."""
     debug = "--debug" in sys.argv
+    # Spinning threads cost 10x where two processes share the cores; read by OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app(standalone_mode=True)
     except SrppoError as error:

@@ -34,6 +34,8 @@ class Tracker(Protocol):
 
     def log(self, values: dict[str, Any], step: int | None = None) -> Any: ...
 
+    def finish(self) -> None: ...
+
 
 class TrainState:
     """Everything a checkpoint holds: named modules (safetensors), named optimizers and plain counters (trainer.pt)."""

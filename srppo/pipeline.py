@@ -21,7 +21,7 @@ from srppo.baselines import train_longer_sft
 from srppo.config import Recipe, canonical_json, with_overrides
 from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
-from srppo.errors import ConfigError, Diverged
+from srppo.errors import ConfigError, Diverged, RunError
 from srppo.evaluate import Development, Verdict, accuracy_by_group, answer_items, answer_nll, load_items
 from srppo.export import export_model, model_card
 from srppo.loop import Session, Tracker, Workbench, load_weights
@@ -44,13 +44,17 @@ EMBEDDED_SIZE = 32
 
 @dataclass
 class Pipeline:
-    """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage."""
+    """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage.
+
+    `seeds`, where several pipelines share the folder, lists the seeds of all of them.
+    """
 
     recipe: Recipe
     folder: Path
     console: Console
     device: str = "cpu"
     environment: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
     make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
 
     def __post_init__(self) -> None:
@@ -67,8 +71,9 @@ class Pipeline:
         )
         for line in self.data.report.lines():
             self.console.say(line)
-        self.run = Run.open(self.folder, {"recipe": self.recipe.model_dump(mode="json")})
-        self.run.write_data_manifest(self.data.manifest)
+        recipe = self.recipe.model_dump(mode="json", exclude={"seed"})
+        self.run = Run.open(self.folder, {"recipe": recipe, "seeds": self.seeds or [self.recipe.seed]})
+        self.run.write_data_manifest(self.data.manifest, f"manifest-seed-{self.recipe.seed}")
         self.development = Development(self.recipe, self.tokenizer, self.data.held_out)
 
     @cached_property
@@ -222,12 +227,19 @@ class Pipeline:
             bench = Workbench(stage, attempt, self.tokenizer, self.console, name, self.make_trackers(stage))
             try:
                 session = train(model, bench)
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"{name} ran out of memory ({str(error).splitlines()[0]}); lower ppo.micro_batch and "
+                    "sft.micro_batch: they change memory, not the result"
+                ) from error
             except Diverged as error:
                 survivor = stage.latest_checkpoint()
                 kept = f"the last good checkpoint is {survivor[1]}" if survivor else "there was no checkpoint yet"
                 attempt.commit("diverged", {"reason": str(error)})
                 raise Diverged(f"{name} diverged at {error}; {kept}") from error
             attempt.commit("ok", self._finish(bench, model, session), files=[Path("model")])
+            for tracker in bench.trackers:
+                tracker.finish()
         return stage
 
     def _finish(self, bench: Workbench, model: LanguageModel, session: Session) -> Figures:

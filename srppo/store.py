@@ -90,9 +90,9 @@ class Run:
             raise RecordError(f"{folder} has {found}; use the srppo that made it, or give --out another folder")
         return cls(Path(folder), sweep["spec"])
 
-    def write_data_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def write_data_manifest(self, manifest: Mapping[str, Any], name: str = "manifest") -> None:
         """Fix the data of this run. Raises RecordError if it was fixed before and has changed since."""
-        path = self.path / "data" / "manifest.json"
+        path = self.path / "data" / f"{name}.json"
         with storing(path):
             path.parent.mkdir(exist_ok=True)
             text = canonical_json(manifest)

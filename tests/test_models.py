@@ -30,8 +30,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from srppo.config import ModelConfig, build_recipe
 from srppo.chat import CHAT_TEMPLATE, ensure_chat_template
+from srppo.config import ModelConfig, build_recipe
 from srppo.errors import ModelError
 from srppo.export import export_model, model_card
 from srppo.models import (

@@ -154,7 +154,7 @@ def samples_of_run(run: Run) -> list[Sample]:
 def report_run(folder: Path, console: Console) -> None:
     """Print the table of a run, write plots and report.html into its folder, and name every path."""
     run = Run.load(folder)
-    recipe: Recipe = build_recipe(run.spec["recipe"])
+    recipe: Recipe = build_recipe({**run.spec["recipe"], "seed": run.spec["seeds"][0]})
     arms = arms_of_run(run)
     console.print(arms_table(arms))
     by_arm = stages_by_arm(run)
