@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from srppo.baselines import train_longer_sft
+from srppo.checkpoint import write_atomic
 from srppo.config import Recipe, canonical_json, with_overrides
 from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
@@ -71,10 +72,14 @@ class Pipeline:
         )
         for line in self.data.report.lines():
             self.console.say(line)
+        # Mistakes in what is needed later are found now: nothing is measured in vain, and no folder is left behind.
+        if self.recipe.model.sft is not None:
+            check_same_vocabulary(self.base.model, self._fresh(self.recipe.model.sft).model)
+        self.development = Development(self.recipe, self.tokenizer, self.data.held_out)
+        self.items_sha = items_sha(self.recipe)
         recipe = self.recipe.model_dump(mode="json", exclude={"seed"})
         self.run = Run.open(self.folder, {"recipe": recipe, "seeds": self.seeds or [self.recipe.seed]})
         self.run.write_data_manifest(self.data.manifest, f"manifest-seed-{self.recipe.seed}")
-        self.development = Development(self.recipe, self.tokenizer, self.data.held_out)
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -197,12 +202,6 @@ class Pipeline:
             "max_new_tokens": dump["rollout"]["max_new_tokens"],
         }
 
-    @cached_property
-    def items_sha(self) -> str:
-        """What the items of development and test are, by content."""
-        items = [asdict(item) for split in ("dev", "test") for item in load_items(self.recipe, split)]
-        return hashlib.sha256(canonical_json(items).encode()).hexdigest()[:16]
-
     def _fresh(self, spec: str) -> LanguageModel:
         return load_model(spec, self.recipe.model, device=self.device)
 
@@ -250,6 +249,8 @@ class Pipeline:
             figures["last"] = self._measure(bench.attempt, model, "last")
             load_weights(model.model, bench.stage.checkpoint(kept) / "policy.safetensors")
         figures |= self._measure(bench.attempt, model, "kept")
+        for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
+            write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
         card = model_card(self.recipe, bench.name, figures)
         bench.attempt.publish(
             "model", lambda folder: export_model(folder, model, self.tokenizer, stop_ids=self.stop_ids, card=card)
@@ -272,6 +273,12 @@ class Pipeline:
             figures[f"{decoding}_tokens"] = mean(count for verdict in verdicts for count in verdict.tokens)
             attempt.publish(f"eval/{which}-{decoding}", partial(write_verdicts, verdicts))
         return figures
+
+
+def items_sha(recipe: Recipe) -> str:
+    """What the items of development and test are, by content."""
+    items = [asdict(item) for split in ("dev", "test") for item in load_items(recipe, split)]
+    return hashlib.sha256(canonical_json(items).encode()).hexdigest()[:16]
 
 
 def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:

@@ -214,15 +214,21 @@ class Stage:
         A later attempt's row replaces an earlier one's, and an attempt that resumed from step N discards what earlier
         ones had logged beyond N. A line torn by a kill is left out, with a warning unless it is the last.
         """
-        rows: dict[Any, dict[str, Any]] = {}
+        return list({(row.get("phase"), row.get("step")): row for row in self._logged("metrics.jsonl")}.values())
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The sampled responses that led to the present state, over all attempts, in the order of steps."""
+        return self._logged("rollouts.jsonl")
+
+    def _logged(self, name: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
         for folder in self.attempts():
             events = read_lines(folder / "events.jsonl")
             starts = [event["step"] for event in events if event.get("event") == "resumed"]
             if starts:
-                rows = {key: row for key, row in rows.items() if row.get("step") is None or row["step"] <= min(starts)}
-            for row in read_lines(folder / "metrics.jsonl"):
-                rows[row.get("phase"), row.get("step")] = row
-        return list(rows.values())
+                rows = [row for row in rows if row.get("step") is None or row["step"] <= min(starts)]
+            rows += read_lines(folder / name)
+        return rows
 
     def attempts(self) -> list[Path]:
         """The attempts' folders, oldest first."""

@@ -64,11 +64,11 @@ def group_words(group: str) -> str:
     return f"{GROUP_WORDS[group]} ({group})" if group in GROUP_WORDS else group
 
 
-def estimate_text(estimate: Estimate | None) -> str:
-    """`0.43 [0.38, 0.49]`, or a dash."""
+def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
+    """`0.43 [0.38, 0.49]`, or a dash; with sign "+" of a difference, `+0.43 [+0.38, +0.49]`."""
     if estimate is None or estimate.n == 0 or not math.isfinite(estimate.mean):
         return "-"
-    return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{estimate.mean:{sign}.2f} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
 
 
 def number_text(value: float | None, form: str = ".1f") -> str:
@@ -113,5 +113,5 @@ def interval_caption(arms: Sequence[ArmFigures]) -> str:
     if "sampled" in decodings_of(arms):
         text += " Sampled: temperature 1; an item counts by its share of right samples."
     if sum(bool(arm.figures) for arm in arms) > 1:
-        text += " Arms share their items: to tell two apart use a paired test (srppo compare), not overlap."
+        text += " Arms share items and seeds: read the paired differences, not the overlap."
     return text

@@ -69,6 +69,7 @@ def write_report(
     *,
     title: str,
     arms: Sequence[ArmFigures],
+    differences: Sequence[ArmFigures] = (),
     plots: Mapping[str, Path | str] | None = None,
     samples: Sequence[Sample] = (),
     recipe_toml: str = "",
@@ -85,6 +86,7 @@ def write_report(
         _list("Missing or failed", absent, "bad"),
         _list("Warnings", warnings, ""),
         _section("Results", _accuracy(arms) + _cost(arms)),
+        _section("Paired differences: SRPPO minus", _estimates(differences, "+") if differences else ""),
         *(_plot(caption, svg, i) for i, (caption, svg) in enumerate((plots or {}).items())),
         _section("Samples", "".join(_sample(sample) for sample in samples)),
         _section("Recipe", f"<details><summary>recipe.toml</summary><pre>{escape(recipe_toml)}</pre></details>")
@@ -103,17 +105,21 @@ def write_report(
 
 
 def _accuracy(arms: Sequence[ArmFigures]) -> str:
+    meanings = "; ".join(GROUP_MEANING[g] for g in groups_of(arms) if g in GROUP_MEANING)
+    return _estimates(arms) + _soft(interval_caption(arms)) + (_soft(meanings + ".") if meanings else "")
+
+
+def _estimates(arms: Sequence[ArmFigures], sign: str = "") -> str:
     groups, html = groups_of(arms), ""
     for decoding in decodings_of(arms):
         rows = []
         for arm in arms:
-            cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
+            cells = [estimate_text(arm.figures.get((group, decoding)), sign) for group in groups]
             if arm.problem and not arm.figures:
                 cells = ["no result"] + [""] * (len(groups) - 1)
             rows.append([arm.name, *cells])
         html += _table([f"{decoding} decoding" if decoding == "greedy" else decoding, *map(group_words, groups)], rows)
-    meanings = "; ".join(GROUP_MEANING[g] for g in groups if g in GROUP_MEANING)
-    return html + _soft(interval_caption(arms)) + (_soft(meanings + ".") if meanings else "")
+    return html
 
 
 def _cost(arms: Sequence[ArmFigures]) -> str:

@@ -13,7 +13,7 @@ from srppo.console import Console
 from srppo.report.figures import ArmFigures
 from srppo.report.html import Sample, write_report
 from srppo.report.plots import accuracy_plot, training_curves
-from srppo.report.terminal import arms_table
+from srppo.report.terminal import arms_table, differences_table
 from srppo.stats import Estimate, crossed_interval, item_interval
 from srppo.store import Run, Stage
 
@@ -84,6 +84,33 @@ def _arm(
         problem=problem,
         seeds=len(stages),
     )
+
+
+def differences_of_run(run: Run) -> list[ArmFigures]:
+    """SRPPO minus each other trained arm, kept steps, paired on items and seeds."""
+    by_arm = stages_by_arm(run)
+    by_seed = {
+        name: {s.identity["config"]["seed"]: s for s in stages if (s.path / "eval").is_dir()}
+        for name, stages in by_arm.items()
+    }
+    rows = []
+    for other in ("SFT", "longer SFT"):
+        seeds = sorted(by_seed.get("SRPPO", {}).keys() & by_seed.get(other, {}).keys())
+        figures: dict[tuple[str, str], Estimate] = {}
+        for decoding in ("greedy", "sampled"):
+            by_group: dict[str, list[list[float]]] = defaultdict(list)
+            for seed in seeds:
+                ours, theirs = (
+                    _shares(by_seed[name][seed].path / "eval" / f"kept-{decoding}" / "samples.jsonl")
+                    for name in ("SRPPO", other)
+                )
+                for group in ours:
+                    by_group[group].append([a - b for a, b in zip(ours[group], theirs[group], strict=True)])
+            for group, values in by_group.items():
+                figures[group, decoding] = crossed_interval(values)
+        if figures:
+            rows.append(ArmFigures(other, figures, seeds=len(seeds)))
+    return rows
 
 
 def _problem(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
@@ -157,6 +184,9 @@ def report_run(folder: Path, console: Console) -> None:
     recipe: Recipe = build_recipe({**run.spec["recipe"], "seed": run.spec["seeds"][0]})
     arms = arms_of_run(run)
     console.print(arms_table(arms))
+    pairs = differences_of_run(run)
+    if pairs:
+        console.print(differences_table(pairs))
     by_arm = stages_by_arm(run)
     curves = {name: stages[0].metrics() for name, stages in by_arm.items() if name != "base"}
     kept = {name: (stages[0].result() or {}).get("figures", {}).get("kept_step", 0) for name, stages in by_arm.items()}
@@ -171,6 +201,7 @@ def report_run(folder: Path, console: Console) -> None:
         folder / "report" / "index.html",
         title=f"srppo: {folder.name}",
         arms=arms,
+        differences=pairs,
         plots={caption: paths[1] for caption, paths in plots.items() if paths},
         samples=samples_of_run(run),
         recipe_toml=to_toml(recipe),

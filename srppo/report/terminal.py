@@ -24,6 +24,7 @@ from srppo.report.figures import (
 
 NAME_WIDTH = 18
 CELL_WIDTH = len("0.43 [0.38, 0.49]")
+SIGNS_WIDTH = 3  # a difference has a sign before each of its three numbers
 GROUPS_A_TABLE = 3
 NO_RESULT = "no result"
 WIDTH = 80
@@ -42,17 +43,25 @@ def arms_table(arms: Sequence[ArmFigures], title: str = "Test items") -> Rendera
     return Group(*parts, *(_Narrow(line) for line in lines))
 
 
-def _accuracy_table(arms: Sequence[ArmFigures], groups: Sequence[str], title: str) -> Table:
+def differences_table(pairs: Sequence[ArmFigures], title: str = "Paired differences: SRPPO minus") -> RenderableType:
+    """Differences of accuracy between arms on the same items and seeds; at most 80 columns."""
+    groups = groups_of(pairs)
+    starts = range(0, len(groups), GROUPS_A_TABLE)
+    return Group(*(_accuracy_table(pairs, groups[i : i + GROUPS_A_TABLE], title, sign="+") for i in starts))
+
+
+def _accuracy_table(arms: Sequence[ArmFigures], groups: Sequence[str], title: str, sign: str = "") -> Table:
     table = _table(title)
-    table.add_column("", width=NAME_WIDTH, overflow="fold")
+    signs = SIGNS_WIDTH if sign else 0  # the name gives way, so that the table stays as wide
+    table.add_column("", width=NAME_WIDTH - GROUPS_A_TABLE * signs, overflow="fold")
     for group in groups:
         head = Text(GROUP_WORDS.get(group, group))
-        table.add_column(head, width=CELL_WIDTH, justify="right", overflow="fold")
+        table.add_column(head, width=CELL_WIDTH + signs, justify="right", overflow="fold")
     decodings = decodings_of(arms)
     for decoding in decodings:
         table.add_row(Text(decoding, "bold"))
         for arm in arms:
-            cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
+            cells = [estimate_text(arm.figures.get((group, decoding)), sign) for group in groups]
             if arm.problem and not arm.figures:
                 cells = [NO_RESULT] + [""] * (len(groups) - 1)
             table.add_row(_name(arm), *map(Text, cells))
