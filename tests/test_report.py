@@ -93,7 +93,7 @@ def test_caption_claims_what_the_figures_support() -> None:
     several = [arm("SFT", 60, seeds=5), arm("SRPPO", 70, seeds=4)]
     assert "items and training seeds (4 to 5 seeds), resampled crossed" in interval_caption(several)
     assert "say nothing of other seeds" not in interval_caption(several)
-    assert "paired test" in interval_caption(several) and "paired test" not in interval_caption(several[:1])
+    assert "paired" in interval_caption(several) and "paired" not in interval_caption(several[:1])
     mixed = [ArmFigures("SFT", {("a", "greedy"): wilson(1, 10), ("b", "greedy"): wilson(1, 20)})]
     assert "n = 10 a, 20 b" in interval_caption(mixed) and "Sampled" not in interval_caption(mixed)
 

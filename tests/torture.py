@@ -12,6 +12,7 @@ everything and has run nothing: it has one thread.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -67,6 +68,8 @@ def serve() -> None:
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
     if threads != 1:
         sys.exit(f"the server has {threads} threads; what it forks could hang")
+    gc.collect()
+    gc.freeze()  # a child that collects garbage would copy all of it
     children = set()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
@@ -83,6 +86,7 @@ def serve() -> None:
             print(json.dumps(pid), flush=True)
     for pid in children:
         os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # libraries grumble at their own teardown
 
 
 def live(order: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def differences_of_run(run: Run) -> list[ArmFigures]:
             for group, values in by_group.items():
                 figures[group, decoding] = crossed_interval(values)
         if figures:
-            rows.append(ArmFigures(other, figures, seeds=len(seeds)))
+            rows.append(ArmFigures(other.replace("longer SFT", "longer"), figures, seeds=len(seeds)))
     return rows
 
 
