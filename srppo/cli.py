@@ -107,7 +107,12 @@ def env() -> None:
     from srppo.report.environment import environment
 
     for key, value in environment().items():
-        typer.echo(f"{key}: {value}")
+        if isinstance(value, dict):
+            typer.echo(f"{key}:")
+            for name, each in value.items():
+                typer.echo(f"  {name}: {each}")
+        else:
+            typer.echo(f"{key}: {value}")
 
 
 def _name(recipe: Path | None) -> str:

@@ -153,8 +153,9 @@ class Session:
                 self._log({"step": 0, **self.measure()[0]})
             for step in range(start + 1, self.total + 1):
                 yield step
-                if stopped.is_set() and step < self.total:
-                    self.checkpoint(step)
+                if stopped.is_set():
+                    if step < self.total:  # the last one has been saved
+                        self.checkpoint(step)
                     raise Interrupted(
                         f"stopped at step {step} of {self.total}; the state is saved: run the same command to go on"
                     )

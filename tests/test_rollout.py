@@ -183,6 +183,8 @@ def test_any_of_several_stop_tokens_ends_a_response_and_counts() -> None:
     for response, ended in zip(generated.responses(), generated.ended_B.tolist(), strict=True):
         assert ended == (response[-1] in stops) and not any(token in stops for token in response[:-1])
         ends.add(response[-1])
+    after = generated.tokens_BS[:, -generated.response_mask_BT.shape[1] :][~generated.response_mask_BT]
+    assert (after == 4).all()  # sampling stopped there, too
     assert ends >= set(stops)
 
 

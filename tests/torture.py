@@ -306,7 +306,7 @@ def tree_digest(tree: Any) -> str:
     if isinstance(tree, torch.Tensor):
         return digest(f"{tree.dtype} {tuple(tree.shape)}".encode() + tree.contiguous().numpy().tobytes())
     if isinstance(tree, dict):
-        return digest(repr([(key, tree_digest(value)) for key, value in sorted(tree.items(), key=repr)]))
+        return digest(repr([(key, tree_digest(value)) for key, value in sorted(tree.items(), key=lambda item: repr(item[0]))]))
     if isinstance(tree, list | tuple):
         return digest(repr([tree_digest(value) for value in tree]))
     return digest(repr(tree))

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srppo.config import Recipe, build_recipe, to_toml
+from srppo.checkpoint import write_atomic
+from srppo.config import Recipe, build_recipe, canonical_json, to_toml
 from srppo.console import Console
 from srppo.report.figures import ArmFigures
 from srppo.report.html import Sample, write_report
@@ -113,6 +114,26 @@ def differences_of_run(run: Run) -> list[ArmFigures]:
     return rows
 
 
+def rows_of_run(run: Run) -> list[dict[str, Any]]:
+    """One plain row a seed, arm, kept or last step, group and decoding, with what made it: for results/*.jsonl."""
+    rows = []
+    for arm, stages in stages_by_arm(run).items():
+        for stage in stages:
+            environment = _environment_of(stage)
+            made = {key: environment.get(key) for key in ("cpu", "cores", "commit")}
+            made |= {name: environment.get("packages", {}).get(name) for name in ("torch", "transformers")}
+            figures = (stage.result() or {}).get("figures", {})
+            common = {"arm": arm, "seed": stage.identity["config"]["seed"], "flops": figures.get("flops"), **made}
+            common |= {"kept_step": figures.get("kept_step"), "steps": figures.get("steps")}
+            for which in ("kept", "last"):
+                for decoding in ("greedy", "sampled"):
+                    path = stage.path / "eval" / f"{which}-{decoding}" / "samples.jsonl"
+                    for group, values in _shares(path).items():
+                        row = {"group": group, "decoding": decoding, "which": which, "items": len(values)}
+                        rows.append({**common, **row, "accuracy": sum(values) / len(values)})
+    return rows
+
+
 def _problem(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
     seed = stage.identity["config"]["seed"]
     if result is None:
@@ -205,9 +226,11 @@ def report_run(folder: Path, console: Console) -> None:
         plots={caption: paths[1] for caption, paths in plots.items() if paths},
         samples=samples_of_run(run),
         recipe_toml=to_toml(recipe),
-        environment=_environment(by_arm),
+        environment=next((_environment_of(stages[0]) for stages in reversed(by_arm.values())), {}),
         missing=missing,
     )
+    lines = "".join(canonical_json(row) + "\n" for row in rows_of_run(run))
+    write_atomic(folder / "report" / "rows.jsonl", lines)
     for line in missing:
         console.print(line)
     for name, stages in by_arm.items():
@@ -217,6 +240,7 @@ def report_run(folder: Path, console: Console) -> None:
     console.print(f"report: {page}")
 
 
-def _environment(by_arm: Mapping[str, Sequence[Stage]]) -> dict[str, Any]:
-    attempts = [path for stages in by_arm.values() for stage in stages for path in stage.attempts()]
+def _environment_of(stage: Stage) -> dict[str, Any]:
+    """What the last attempt at a stage ran on."""
+    attempts = stage.attempts()
     return json.loads((attempts[-1] / "env.json").read_text()) if attempts else {}
