@@ -14,7 +14,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(BIN)/.installed  ## the whole method on the embedded world, in about three minutes
+demo: $(BIN)/.installed  ## the whole method on the embedded world, in about two minutes
 	$(BIN)/srppo demo
 
 test: $(BIN)/.installed  ## the default test suite

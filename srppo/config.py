@@ -90,7 +90,9 @@ class RewardConfig(_Section):
     scale: bool = Field(True, description="divide reward - beta KL by its running standard deviation")
     anchor: Literal["sft", "base"] = Field("sft", description="the model the KL penalty pulls towards")
     beta: float = Field(0.25, ge=0, description="weight of the KL penalty; useful values are of order 1")
-    kl: Literal["k1", "k2", "k3"] = Field("k1", description="k1 in the reward; k2 or k3 (biased) in the loss")
+    kl: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="k1 in the reward; k2 (of the response) or k3 (of each token, biased) in the loss"
+    )
 
 
 class PpoConfig(_Section):

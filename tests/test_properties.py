@@ -211,7 +211,7 @@ def test_gradients_of_the_kl_penalties(batch: Batch) -> None:
     gap_BT = zeroed(logprobs_BT.detach() - anchor_logprobs_BT, mask_BT)
     k2 = kl_penalty(logprobs_BT, anchor_logprobs_BT, mask_BT, form="k2")
     (k2_grad_BT,) = torch.autograd.grad(k2, logprobs_BT)
-    close(k2_grad_BT, gap_BT / count)
+    close(k2_grad_BT, zeroed(gap_BT.sum(dim=1, keepdim=True).expand_as(gap_BT), mask_BT) / count)
     k3 = kl_penalty(logprobs_BT, anchor_logprobs_BT, mask_BT, form="k3")
     (k3_grad_BT,) = torch.autograd.grad(k3, logprobs_BT)
     close(k3_grad_BT, (1 - (-gap_BT).exp()) / count)

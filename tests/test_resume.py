@@ -183,7 +183,9 @@ def test_a_second_process_on_a_running_stage_is_told_so_in_one_line(place: Place
         kept = run.with_name("two.log").rename(run.with_name("first.log"))
         second = place.server.start(run)
         assert second.wait() == 2
-        pattern = rf"error: stage {stage_of(run, 'ppo').id} is being run by pid {first.pid} on \S+ since .*; wait for it"
+        pattern = (
+            rf"error: stage {stage_of(run, 'ppo').id} is being run by pid {first.pid} on \S+ since .*; wait for it"
+        )
         assert re.match(pattern, last_line(second)), last_line(second)
     finally:
         first.signal(signal.SIGCONT)

@@ -43,7 +43,7 @@ def tiny_llama(seed: int = 0, vocab: int = VOCAB, scale: float = 0.2) -> LlamaFo
     return model
 
 
-def base_and_sft(distance: float = 0.5) -> tuple[LanguageModel, LanguageModel]:
+def base_and_sft(distance: float = 0.4) -> tuple[LanguageModel, LanguageModel]:
     """A random base, and an "SFT" model: the base moved by noise of `distance` times each weight's deviation."""
     base = tiny_llama()
     sft = copy.deepcopy(base)

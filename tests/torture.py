@@ -260,8 +260,8 @@ def workplace() -> Iterator[tuple[Path, Server]]:
 def bits(folder: Path) -> dict[str, str]:
     """A digest of everything that must not depend on how often a run was killed, by name.
 
-    Exports, the last checkpoint (weights, optimizers, counters, random state), metrics without timing, figures, samples
-    and checksums in the result; the ids of stages and which steps they kept.
+    Exports, the last checkpoint (weights, optimizers, counters, random state), metrics without timing, rollouts, figures,
+    samples and checksums in the result; the ids of stages and which steps they kept.
     """
     import torch
 
@@ -276,6 +276,7 @@ def bits(folder: Path) -> dict[str, str]:
         rows = [{k: v for k, v in row.items() if k != "timing"} for row in stage.metrics()]
         found[f"{kind}: id"] = stage.id
         found[f"{kind}: metrics"] = digest(repr(rows))
+        found[f"{kind}: rollouts"] = digest(repr(stage.rollouts()))
         for name in ("status", "figures", "files"):
             found[f"{kind}: result's {name}"] = digest(canonical_json(result[name]))
         for file in [*stage.path.glob("model/*"), *stage.path.glob("eval/*/*")]:
@@ -306,7 +307,9 @@ def tree_digest(tree: Any) -> str:
     if isinstance(tree, torch.Tensor):
         return digest(f"{tree.dtype} {tuple(tree.shape)}".encode() + tree.contiguous().numpy().tobytes())
     if isinstance(tree, dict):
-        return digest(repr([(key, tree_digest(value)) for key, value in sorted(tree.items(), key=lambda item: repr(item[0]))]))
+        return digest(
+            repr([(key, tree_digest(value)) for key, value in sorted(tree.items(), key=lambda item: repr(item[0]))])
+        )
     if isinstance(tree, list | tuple):
         return digest(repr([tree_digest(value) for value in tree]))
     return digest(repr(tree))

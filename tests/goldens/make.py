@@ -278,12 +278,13 @@ def value_loss(values: Rows, old: Rows, returns: Rows, clip: float | None, count
     }
 
 
-def kl_term(form: str, lp: float, ref: float) -> float:
-    return 0.5 * (lp - ref) ** 2 if form == "k2" else math.expm1(ref - lp) - (ref - lp)
-
-
-def kl_slope(form: str, lp: float, ref: float) -> float:
-    return lp - ref if form == "k2" else -math.expm1(ref - lp)
+def kl_row(form: str, lp: Row, ref: Row) -> tuple[float, Row]:
+    """The penalty of one response and its gradient: k2 of the response's log ratio, k3 summed over its tokens."""
+    if form == "k2":
+        gap = math.fsum(x - y for x, y in zip(lp, ref, strict=True))
+        return 0.5 * gap**2, [gap] * len(lp)
+    terms = [math.expm1(y - x) - (y - x) for x, y in zip(lp, ref, strict=True)]
+    return math.fsum(terms), [-math.expm1(y - x) for x, y in zip(lp, ref, strict=True)]
 
 
 def explained_variance(values: Rows, returns: Rows) -> float:
@@ -330,9 +331,9 @@ def make_losses() -> dict[str, Any]:
 
     def add_kl(name: str, width: int, lp: Rows, anchor: Rows, form: str, token_count: int | None = None) -> None:
         count = token_count or len(flat(lp))
-        terms = [kl_term(form, x, ref) for x, ref in zip(flat(lp), flat(anchor), strict=True)]
-        grad = each(lambda x, ref: kl_slope(form, x, ref) / count, lp, anchor)
-        expected = {"loss": math.fsum(terms) / count, "grad": grad}
+        rows = [kl_row(form, x, ref) for x, ref in zip(lp, anchor, strict=True)]
+        grad = [[slope / count for slope in slopes] for _, slopes in rows]
+        expected = {"loss": math.fsum(term for term, _ in rows) / count, "grad": grad}
         inputs = {"width": width, "logprobs": lp, "anchor_logprobs": anchor, "form": form}
         kl_cases.append({"name": f"{form}, {name}", **inputs, "token_count": token_count, "expected": expected})
 
@@ -412,7 +413,8 @@ def make_losses() -> dict[str, Any]:
         },
         "kl_penalty": {
             "what": "the k2 and k3 penalties on KL(policy, anchor), and their gradients in the policy's log-probs",
-            "formula": "d = log ref - log pi; k2: 0.5 d^2; k3: exp(d) - 1 - d; summed / token_count",
+            "formula": "d_t = log ref - log pi; k2: 0.5 (sum_t d_t)^2 of each response, which has the gradient of the KL "
+            "between responses; k3: exp(d_t) - 1 - d_t at each token; summed / token_count",
             "source": "Schulman, Approximating KL Divergence, 2020, joschu.net/blog/kl-approx.html",
             "cases": kl_cases,
         },

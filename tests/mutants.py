@@ -1,0 +1,819 @@
+"""Mutants of the core, and the test that kills each (`make mutants`).
+
+    python tests/mutants.py [WORD ...]      all, or those whose name or file contains one of the words
+
+Each mutant is one edit of one file, made in a copy of the repository, never in place; only its own tests run, in a
+process forked from one that has imported torch but nothing of this package. A mutant is killed when a test fails: one
+that cannot be imported, or whose tests cannot be found, does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 180
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` (found exactly once in `file`) becomes `new`; `tests` (nodes in tests/, by spaces) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GOLDEN, CORE, STORE = "test_goldens.py::", "test_core.py::", "test_store.py::"
+POLICY_LOSS = f"{GOLDEN}test_clipped_policy_loss"
+VALUE_LOSS = f"{GOLDEN}test_clipped_value_loss"
+REWARDS = f"{CORE}test_rewards_by_hand"
+TARGETS = f"{CORE}test_targets_by_hand"
+STEP = f"{CORE}test_one_optimizer_step_by_hand"
+RESUMED = f"{CORE}test_a_resumed_run_ends_with_the_same_state"
+WIRING = f"{CORE}test_rewards_are_taken_at_temperature_1_and_kl_from_the_anchor"
+LOGPROBS = "test_models.py::test_logprobs_are_the_models_own_under_ragged_padding"
+MASKS = "test_rollout.py::test_masks_come_from_lengths_whatever_the_padding"
+
+LOSSES = [
+    Mutant(
+        "policy loss: sign",
+        "losses.py",
+        "plain_BT = -advantages_BT * ratio_BT\n",
+        "plain_BT = advantages_BT * ratio_BT\n",
+        POLICY_LOSS,
+    ),
+    Mutant(
+        "policy loss: clip dropped",
+        "losses.py",
+        "-advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)",
+        "-advantages_BT * ratio_BT",
+        POLICY_LOSS,
+    ),
+    Mutant(
+        "policy loss: min for max",
+        "losses.py",
+        "    loss = masked_sum(torch.maximum(plain_BT",
+        "    loss = masked_sum(torch.minimum(plain_BT",
+        POLICY_LOSS,
+    ),
+    Mutant(
+        "policy loss: old over new",
+        "losses.py",
+        "log_ratio_BT = (logprobs_BT - old_logprobs_BT)",
+        "log_ratio_BT = (old_logprobs_BT - logprobs_BT)",
+        POLICY_LOSS,
+    ),
+    Mutant(
+        "approx_kl: k1 for k3",
+        "losses.py",
+        "log_ratio_BT.clamp(max=MAX_LOG_RATIO).expm1() - log_ratio_BT",
+        "-log_ratio_BT",
+        POLICY_LOSS,
+    ),
+    Mutant(
+        "value loss: clip dropped",
+        "losses.py",
+        "0.5 * masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT)",
+        "0.5 * masked_sum(plain_BT, mask_BT)",
+        VALUE_LOSS,
+    ),
+    Mutant(
+        "value loss: min for max",
+        "losses.py",
+        "0.5 * masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT)",
+        "0.5 * masked_sum(torch.minimum(plain_BT, clipped_BT), mask_BT)",
+        VALUE_LOSS,
+    ),
+    Mutant(
+        "value loss: clipped on one side",
+        "losses.py",
+        "torch.minimum(torch.maximum(values_BT, old_values_BT - clip), old_values_BT + clip)",
+        "torch.maximum(values_BT, old_values_BT - clip)",
+        VALUE_LOSS,
+    ),
+    Mutant(
+        "KL k1: sign",
+        "losses.py",
+        "return (logprobs_BT - anchor_logprobs_BT)",
+        "return (anchor_logprobs_BT - logprobs_BT)",
+        f"{GOLDEN}test_k1",
+    ),
+    Mutant(
+        "KL k2: half dropped",
+        "losses.py",
+        "masked_sum(0.5 * log_ratio_BT**2",
+        "masked_sum(log_ratio_BT**2",
+        f"{GOLDEN}test_kl_penalty",
+    ),
+    Mutant(
+        "KL k3: reversed",
+        "losses.py",
+        "torch.expm1(-log_ratio_BT) + log_ratio_BT",
+        "torch.expm1(log_ratio_BT) - log_ratio_BT",
+        f"{GOLDEN}test_kl_penalty",
+    ),
+    Mutant(
+        "masks: inverted",
+        "masked.py",
+        "kept = x.masked_fill(~mask, 0.0)",
+        "kept = x.masked_fill(mask, 0.0)",
+        f"{GOLDEN}test_coherent_reward",
+    ),
+    Mutant(
+        "masks: multiplied, so that NaN passes",
+        "masked.py",
+        "kept = x.masked_fill(~mask, 0.0)",
+        "kept = x * mask",
+        f"{GOLDEN}test_coherent_reward",
+    ),
+    Mutant(
+        "masks: mean over all positions",
+        "masked.py",
+        "count = mask.sum() if dim is None",
+        "count = mask.new_ones(mask.shape).sum() if dim is None",
+        f"{GOLDEN}test_whiten",
+    ),
+]
+
+ADVANTAGES = [
+    Mutant(
+        "GAE: rewards shifted by one",
+        "advantage.py",
+        "rewards_BT[:, t] + gamma",
+        "rewards_BT[:, t - 1] + gamma",
+        f"{GOLDEN}test_gae",
+    ),
+    Mutant(
+        "GAE: lambda dropped",
+        "advantage.py",
+        "gamma * lam * next_advantage_B",
+        "gamma * next_advantage_B",
+        f"{GOLDEN}test_gae",
+    ),
+    Mutant(
+        "GAE: gamma dropped",
+        "advantage.py",
+        "+ gamma * next_value_B",
+        "+ next_value_B",
+        f"{GOLDEN}test_gae",
+    ),
+    Mutant(
+        "GAE: bootstraps beyond the end",
+        "advantage.py",
+        "next_value_B = torch.zeros_like(values_BT[:, 0])",
+        "next_value_B = values_BT[:, -1].clone()",
+        f"{GOLDEN}test_gae",
+    ),
+    Mutant(
+        "whitening: mean stays",
+        "advantage.py",
+        "(x_BT - masked_mean(x_BT, mask_BT)) / deviation",
+        "x_BT / deviation",
+        f"{GOLDEN}test_whiten",
+    ),
+    Mutant(
+        "whitening: variance for deviation",
+        "advantage.py",
+        "(masked_var(x_BT, mask_BT) + WHITEN_EPS).sqrt()",
+        "(masked_var(x_BT, mask_BT) + WHITEN_EPS)",
+        f"{GOLDEN}test_whiten",
+    ),
+]
+
+REWARD = [
+    Mutant(
+        "reward: base minus SFT",
+        "reward.py",
+        '"ratio": sft_logprobs_BT - base_logprobs_BT',
+        '"ratio": base_logprobs_BT - sft_logprobs_BT',
+        REWARDS,
+    ),
+    Mutant(
+        "reward: sign",
+        "reward.py",
+        "return masked_sum(log_ratio_BT, mask_BT, dim=1)",
+        "return -masked_sum(log_ratio_BT, mask_BT, dim=1)",
+        f"{GOLDEN}test_place_reward",
+    ),
+    Mutant(
+        "reward: in the last column",
+        "reward.py",
+        "positions_T == (mask_BT.sum(dim=1, keepdim=True) - 1)",
+        "(positions_T == mask_BT.shape[1] - 1).expand_as(mask_BT)",
+        f"{GOLDEN}test_place_reward",
+    ),
+    Mutant(
+        "reward: on the pad after EOS",
+        "reward.py",
+        "(mask_BT.sum(dim=1, keepdim=True) - 1)",
+        "mask_BT.sum(dim=1, keepdim=True)",
+        f"{GOLDEN}test_place_reward",
+    ),
+    Mutant(
+        "reward: KL's sign",
+        "reward.py",
+        "rewards_BT - config.beta * k1(",
+        "rewards_BT + config.beta * k1(",
+        REWARDS,
+    ),
+    Mutant(
+        "reward: beta x 1.5",
+        "reward.py",
+        "rewards_BT - config.beta * k1(",
+        "rewards_BT - 1.5 * config.beta * k1(",
+        REWARDS,
+    ),
+    Mutant(
+        "reward: anchor swapped",
+        "reward.py",
+        'anchor_BT = sft_logprobs_BT if config.anchor == "sft"',
+        'anchor_BT = sft_logprobs_BT if config.anchor == "base"',
+        REWARDS,
+    ),
+    Mutant(
+        "scale: divides r alone",
+        "reward.py",
+        "return Rewards(rewards_BT / scale, score_B",
+        "return Rewards(rewards_BT + place_reward(terms_BT, mask_BT, at=config.placement) * (1 / scale - 1), score_B",
+        REWARDS,
+    ),
+    Mutant(
+        "scale: deviation of r alone",
+        "reward.py",
+        "running.update(rewards_BT.sum(dim=1)[trained_B])",
+        "running.update(score_B[trained_B])",
+        REWARDS,
+    ),
+    Mutant(
+        "scale: batches of another mean",
+        "reward.py",
+        " + delta * delta * self.count * n / total",
+        "",
+        f"{GOLDEN}test_running_std",
+    ),
+    Mutant(
+        "limit: penalty on every rollout",
+        "reward.py",
+        "penalised_BT = last_token(mask_BT) & ~ended_B.unsqueeze(1)",
+        "penalised_BT = last_token(mask_BT)",
+        f"{CORE}test_the_rule_for_rollouts_at_the_limit",
+    ),
+]
+
+ROLLOUT = [
+    Mutant("rollout: EOS excluded", "rollout.py", "<= first_B.unsqueeze(1)", "< first_B.unsqueeze(1)", MASKS),
+    Mutant(
+        "rollout: mask from pad ids",
+        "rollout.py",
+        "response_mask_BT = torch.arange(response_BT.shape[1], device=policy.device) <= first_B.unsqueeze(1)",
+        "response_mask_BT = response_BT != pad_id",
+        MASKS,
+    ),
+    Mutant(
+        "rollout: top_k = 50",
+        "rollout.py",
+        "top_k=None if greedy else 0",
+        "top_k=None if greedy else 50",
+        "test_rollout.py::test_all_of_a_large_vocabulary_can_be_sampled",
+    ),
+    Mutant(
+        "rollout: the model's own generation_config",
+        "rollout.py",
+        "policy.model.generation_config = GenerationConfig()  #",
+        "policy.model.generation_config = own  #",
+        "test_rollout.py::test_a_models_own_settings_change_no_response_and_are_put_back",
+    ),
+    Mutant(
+        "rollout: sampled at temperature 1",
+        "rollout.py",
+        "temperature=None if greedy else temperature",
+        "temperature=None if greedy else 1.0",
+        "test_rollout.py::test_samples_follow_the_softmax_whatever_the_model_was_shipped_with",
+    ),
+    Mutant(
+        "rollout: old log-probs at temperature 1",
+        "rollout.py",
+        "score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature)",
+        "score_logprobs(policy, generated, micro_batch=micro_batch)",
+        WIRING,
+    ),
+    Mutant(
+        "rollout: draws from the global random state",
+        "rollout.py",
+        "            torch.manual_seed(seed)\n",
+        "",
+        "test_rollout.py::test_seeds_decide_the_samples_and_nothing_else_does",
+    ),
+    Mutant(
+        "prompts: the seed is ignored",
+        "rollout.py",
+        'derive_seed(seed, "prompt-order", epoch)',
+        'derive_seed(0, "prompt-order", epoch)',
+        "test_rollout.py::test_the_schedule_is_a_function_of_step_and_seed_alone",
+    ),
+    Mutant(
+        "prompts: each pass in the same order",
+        "rollout.py",
+        'derive_seed(seed, "prompt-order", epoch)',
+        'derive_seed(seed, "prompt-order", 0)',
+        "test_rollout.py::test_each_prompt_comes_once_a_pass",
+    ),
+]
+
+MODELS = [
+    Mutant("models: no position ids", "models.py", "    if takes_positions:\n", "    if False:\n", LOGPROBS),
+    Mutant(
+        "models: log-probs off by one",
+        "models.py",
+        "hidden_ND = self.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1][mask_BT]",
+        "hidden_ND = self.hidden(tokens_BS, attention_mask_BS)[:, -response_width:][mask_BT]",
+        LOGPROBS,
+    ),
+    Mutant(
+        "models: values off by one",
+        "models.py",
+        "body_hidden(self.body, inputs, self.precision)[:, -response_width - 1 : -1]",
+        "body_hidden(self.body, inputs, self.precision)[:, -response_width:]",
+        "test_models.py::test_the_critic_sees_the_state_before_each_token",
+    ),
+    Mutant(
+        "models: dropout stays",
+        "models.py",
+        "            module.p = 0.0\n",
+        "            pass\n",
+        "test_models.py::test_dropout_is_off_and_passes_repeat",
+    ),
+    Mutant(
+        "models: left in train mode",
+        "models.py",
+        "    model.eval()\n",
+        "",
+        "test_models.py::test_dropout_is_off_and_passes_repeat",
+    ),
+    Mutant(
+        "critic: shares the policy's weights",
+        "models.py",
+        "copy.deepcopy(start.model.base_model)",
+        "start.model.base_model",
+        "test_models.py::test_the_critic_starts_at_zero_and_shares_nothing",
+    ),
+    Mutant(
+        "critic: head not zero",
+        "models.py",
+        "nn.init.zeros_(self.head.weight)",
+        "nn.init.normal_(self.head.weight)",
+        "test_models.py::test_the_critic_starts_at_zero_and_shares_nothing",
+    ),
+    Mutant(
+        "models: 16-bit master weights",
+        "models.py",
+        "            dtype=torch.float32,\n",
+        '            dtype="auto",\n',
+        "test_models.py::test_a_bf16_checkpoint_is_loaded_as_fp32",
+    ),
+    Mutant(
+        "kernel: log-probs rounded to bf16",
+        "kernels/reference.py",
+        "return logp_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)",
+        "return logp_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1).bfloat16().float()",
+        f"{GOLDEN}test_token_logprobs",
+    ),
+    Mutant(
+        "kernel: logits rounded to bf16",
+        "kernels/reference.py",
+        "F.linear(hidden_ND.float(), weight_VD.float(), bias_V) * logit_scale",
+        "F.linear(hidden_ND.float(), weight_VD.float(), bias_V).bfloat16().float() * logit_scale",
+        "test_models.py::test_bf16_stays_in_the_body",
+    ),
+    Mutant(
+        "kernel: temperature ignored",
+        "kernels/reference.py",
+        "token_logprobs(logits_NV, tokens_N, temperature=temperature)",
+        "token_logprobs(logits_NV, tokens_N)",
+        LOGPROBS,
+    ),
+]
+
+PPO = [
+    Mutant(
+        "ppo: reward at the sampling temperature",
+        "ppo.py",
+        "score_logprobs(sft_policy, batch, micro_batch=config.micro_batch)",
+        "score_logprobs(sft_policy, batch, micro_batch=config.micro_batch, temperature=rollout.temperature)",
+        WIRING,
+    ),
+    Mutant(
+        "ppo: anchor of the loss swapped",
+        "ppo.py",
+        'sft_logprobs_BT if recipe.reward.anchor == "sft"',
+        'sft_logprobs_BT if recipe.reward.anchor == "base"',
+        WIRING,
+    ),
+    Mutant(
+        "ppo: SFT and base exchanged",
+        "ppo.py",
+        "            sft_logprobs_BT=sft_logprobs_BT,\n            base_logprobs_BT=base_logprobs_BT,\n",
+        "            sft_logprobs_BT=base_logprobs_BT,\n            base_logprobs_BT=sft_logprobs_BT,\n",
+        WIRING,
+    ),
+    Mutant(
+        "ppo: KL in the loss not over the scale", "ppo.py", "kl_scale = 1.0 / rewards.scale", "kl_scale = 1.0", TARGETS
+    ),
+    Mutant(
+        "ppo: KL in the loss not over the whitening",
+        "ppo.py",
+        "kl_scale /= float(whitening_std(advantages_BT, loss_mask_BT))",
+        "kl_scale /= 1.0",
+        TARGETS,
+    ),
+    Mutant(
+        "ppo: whitening takes in what is left out",
+        "ppo.py",
+        "advantages_BT = whiten(advantages_BT, loss_mask_BT)",
+        "advantages_BT = whiten(advantages_BT, batch.response_mask_BT)",
+        TARGETS,
+    ),
+    Mutant(
+        "ppo: returns of whitened advantages",
+        "ppo.py",
+        "returns_BT = advantages_BT + batch.old_values_BT",
+        "returns_BT = whiten(advantages_BT, loss_mask_BT) + batch.old_values_BT",
+        TARGETS,
+    ),
+    Mutant(
+        "ppo: KL in the loss without its scale",
+        "ppo.py",
+        "recipe.reward.beta * targets.kl_scale * penalty",
+        "recipe.reward.beta * penalty",
+        STEP,
+    ),
+    Mutant(
+        "ppo: tokens counted a micro-batch (policy)",
+        "ppo.py",
+        "advantages_BT, mask_BT, clip=config.clip, token_count=count",
+        "advantages_BT, mask_BT, clip=config.clip",
+        STEP,
+    ),
+    Mutant(
+        "ppo: tokens counted a micro-batch (critic)",
+        "ppo.py",
+        "returns_BT, mask_BT, clip=config.value_clip, token_count=count",
+        "returns_BT, mask_BT, clip=config.value_clip",
+        STEP,
+    ),
+    Mutant(
+        "ppo: new log-probs at temperature 1",
+        "ppo.py",
+        "rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature",
+        "rows.tokens_BS, rows.attention_mask_BS, width",
+        STEP,
+    ),
+    Mutant(
+        "ppo: gradients pile up over minibatches",
+        "ppo.py",
+        "    learners.policy_optimizer.zero_grad(set_to_none=True)\n",
+        "",
+        f"{CORE}test_gradients_are_clipped_to_the_norm_and_reported_as_they_were",
+    ),
+    Mutant(
+        "ppo: the critic's head stands still",
+        "ppo.py",
+        "torch.optim.Adam(value.parameters()",
+        "torch.optim.Adam(value.body.parameters()",
+        f"{CORE}test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand",
+    ),
+    Mutant(
+        "ppo: the SFT model is trained along",
+        "ppo.py",
+        "    value = ValueModel(policy)\n",
+        "    value = ValueModel(policy)\n    policy.model = sft_policy.model\n",
+        f"{CORE}test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand",
+    ),
+    Mutant(
+        "ppo: warm-up of the critic one step short",
+        "ppo.py",
+        "trains_policy = step > config.critic_warmup",
+        "trains_policy = step >= config.critic_warmup",
+        f"{CORE}test_the_policy_stands_still_while_the_critic_warms_up",
+    ),
+    Mutant(
+        "ppo: schedule off by one",
+        "ppo.py",
+        "lr_factor(config.schedule, config.warmup, step, config.steps)",
+        "lr_factor(config.schedule, config.warmup, step - 1, config.steps)",
+        f"{CORE}test_training_follows_the_schedule",
+    ),
+    Mutant(
+        "ppo: running deviation not restored",
+        "ppo.py",
+        'running.load_state_dict(state.counters["running"])',
+        "pass",
+        RESUMED,
+    ),
+    Mutant(
+        "ppo: running deviation not in the checkpoint",
+        "ppo.py",
+        'state.counters["running"] = running.state_dict()',
+        "pass",
+        RESUMED,
+    ),
+]
+
+LOOP = [
+    Mutant(
+        "loop: gradient clipping does not clip",
+        "loop.py",
+        "nn.utils.clip_grad_norm_(module.parameters(), max_norm)",
+        "nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])",
+        f"{CORE}test_gradients_are_clipped_to_the_norm_and_reported_as_they_were",
+    ),
+    Mutant(
+        "loop: schedule reaches 0 too early",
+        "loop.py",
+        "done = (step - ramp - 1) / max(total - ramp, 1)",
+        "done = (step - ramp) / max(total - ramp, 1)",
+        f"{CORE}test_learning_rates_by_hand",
+    ),
+    Mutant(
+        "loop: optimizers not restored",
+        "loop.py",
+        'optimizer.load_state_dict(state["optimizers"][name])',
+        "pass",
+        RESUMED,
+    ),
+    Mutant("loop: weights not restored", "loop.py", "tensor.data.copy_(saved[name])", "pass", RESUMED),
+    Mutant("loop: counters not restored", "loop.py", 'self.counters.update(state["counters"])', "pass", RESUMED),
+    Mutant(
+        "loop: the kept step is not kept",
+        "loop.py",
+        'keep={self.state.counters["kept_step"]}',
+        "keep=()",
+        RESUMED,
+    ),
+    Mutant(
+        "loop: ties go to the later step",
+        "loop.py",
+        'score > counters["kept_score"]',
+        'score >= counters["kept_score"]',
+        RESUMED,
+    ),
+    Mutant(
+        "loop: Ctrl-C in a last step is swallowed",
+        "loop.py",
+        "                if stopped.is_set():\n",
+        "                if stopped.is_set() and step < self.total:\n",
+        "test_resume.py::test_ctrl_c_in_the_last_step_does_not_let_the_next_stage_begin",
+    ),
+    Mutant(
+        "pipeline: the last step is exported for the kept",
+        "pipeline.py",
+        'load_weights(model.model, bench.stage.checkpoint(kept) / "policy.safetensors")',
+        "pass",
+        f"{CORE}test_the_kept_step_is_measured_and_exported",
+    ),
+]
+
+SFT = [
+    Mutant(
+        "sft: loss on the prompt too",
+        "sft.py",
+        "splits = [max(row.prompt_tokens, 1) for row in rows]",
+        "splits = [1 for row in rows]",
+        f"{CORE}test_the_sft_loss_counts_answers_with_eos_and_nothing_else",
+    ),
+    Mutant(
+        "sft: mean a micro-batch",
+        "sft.py",
+        "(nll / answer_tokens).backward()",
+        "(nll / sum(len(r.ids) - max(r.prompt_tokens, 1) for r in batch[part])).backward()",
+        f"{CORE}test_an_sft_step_is_a_mean_over_all_answer_tokens_whatever_the_micro_batch",
+    ),
+    Mutant(
+        "sft: every epoch in the same order",
+        "sft.py",
+        "prompt_schedule(len(rows), len(rows), epoch,",
+        "prompt_schedule(len(rows), len(rows), 0,",
+        f"{CORE}test_sft_epochs_take_each_row_once_in_a_seeded_order_each",
+    ),
+    Mutant(
+        "sft: the seed is ignored",
+        "sft.py",
+        'derive_seed(seed, "sft-order")',
+        'derive_seed(0, "sft-order")',
+        f"{CORE}test_sft_epochs_take_each_row_once_in_a_seeded_order_each",
+    ),
+    Mutant(
+        "data: answers without EOS",
+        "chat.py",
+        "return (*tail, stops[0])",
+        "return tail",
+        "test_data.py::test_loss_begins_where_the_answer_begins"
+        " test_data.py::test_plain_text_is_all_answer_and_its_first_token_has_no_predictor"
+        " test_data.py::test_answers_end_in_a_stop_token_whatever_the_template_puts_there",
+    ),
+]
+
+RECORD = [
+    Mutant(
+        "checkpoint: files not synced",
+        "checkpoint.py",
+        "    for path in paths:\n        sync(path)\n",
+        "",
+        f"{STORE}test_everything_is_synced_before_it_is_moved_into_place_and_the_folder_after",
+    ),
+    Mutant(
+        "checkpoint: folder not synced after the rename",
+        "checkpoint.py",
+        "        os.replace(source, target)\n    sync(target.parent)\n",
+        "        os.replace(source, target)\n",
+        f"{STORE}test_everything_is_synced_before_it_is_moved_into_place_and_the_folder_after",
+    ),
+    Mutant(
+        "checkpoint: written in place",
+        "checkpoint.py",
+        "            move(target, old)\n        move(aside, target)\n",
+        "            move(target, old)\n        shutil.copytree(aside, target)\n        shutil.rmtree(aside)\n",
+        f"{STORE}test_everything_is_synced_before_it_is_moved_into_place_and_the_folder_after",
+    ),
+    Mutant(
+        "checkpoint: checksums not compared",
+        "checkpoint.py",
+        'if found["sha256"] != expected["sha256"]:',
+        "if False:",
+        f"{STORE}test_a_torn_checkpoint_is_named_and_the_one_before_is_used",
+    ),
+    Mutant(
+        "checkpoint: one that stepped aside is lost",
+        "checkpoint.py",
+        "    elif old.exists():\n        move(old, target)\n",
+        "",
+        f"{STORE}test_what_the_dead_left_behind_is_swept_and_what_may_be_alive_is_not",
+    ),
+    Mutant(
+        "store: commit not fenced",
+        "store.py",
+        'if not Lease.claim(self.stage.path, self.number + 1, {"state": "committed", "result": result}):',
+        "if False:",
+        f"{STORE}test_a_holder_that_slept_through_its_lease_changes_nothing[commit]",
+    ),
+    Mutant(
+        "store: a checkpoint of one who lost his lease",
+        "store.py",
+        "            self.check()  # writing may take long enough to lose the lease\n",
+        "",
+        f"{STORE}test_a_holder_that_slept_through_its_lease_changes_nothing[write]",
+    ),
+    Mutant(
+        "lease: a live holder is not respected",
+        "lease.py",
+        "            if cls.live(stage, number, record, timeout_s):\n",
+        "            if False:\n",
+        f"{STORE}test_whose_lease_is_taken_over",
+    ),
+    Mutant(
+        "store: rows of discarded steps stay",
+        "store.py",
+        'row["step"] <= min(starts)]',
+        'row["step"] >= -1]',
+        f"{STORE}test_rows_of_a_resumed_attempt_replace_those_it_discarded",
+    ),
+    Mutant(
+        "store: torn checkpoints are used",
+        "store.py",
+        "            if reason is None:\n                return step, path\n",
+        "            return step, path\n",
+        f"{STORE}test_a_torn_checkpoint_is_named_and_the_one_before_is_used",
+    ),
+]
+
+MUTANTS = [*LOSSES, *ADVANTAGES, *REWARD, *ROLLOUT, *MODELS, *PPO, *LOOP, *SFT, *RECORD]
+
+
+def problems(root: Path = ROOT) -> list[str]:
+    """What is wrong with the list itself: names that repeat, text that is not there exactly once, tests that are not."""
+    found = [f"{name}: the name is there {n} times" for name, n in Counter(m.name for m in MUTANTS).items() if n > 1]
+    for mutant in MUTANTS:
+        times = (root / "srppo" / mutant.file).read_text().count(mutant.old)
+        if times != 1:
+            found.append(f"{mutant.name}: its text is {times} times in {mutant.file}")
+        for node in mutant.tests.split():
+            file, _, function = node.partition("::")
+            if f"def {function.partition('[')[0]}(" not in (root / "tests" / file).read_text():
+                found.append(f"{mutant.name}: there is no test {node}")
+    return found
+
+
+class Watcher:
+    """A pytest plugin: the first test that fails, and how many ran."""
+
+    def __init__(self) -> None:
+        self.failed: str | None = None
+        self.ran = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.ran += report.when == "call"
+        if report.failed and self.failed is None:
+            self.failed = report.nodeid
+
+
+def run_tests(root: Path, tests: list[str], answer: Path) -> None:
+    """In a forked process: pytest on the copy, quiet; writes what happened, and does not return."""
+    import pytest
+
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(devnull, stream)
+    os.chdir(root)
+    sys.dont_write_bytecode = True  # a mutant of the same size and second would find the last one's
+    sys.path[:0] = [str(root), str(root / "tests")]
+    watcher, code, wrong = Watcher(), 70, ""
+    try:
+        nodes = [f"tests/{node}" for node in tests]
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *nodes], plugins=[watcher]))
+        import srppo
+
+        if not str(srppo.__file__).startswith(str(root)):
+            wrong = f"{srppo.__file__} was tested, which is not the copy"
+    except BaseException as error:
+        wrong = repr(error)
+    answer.write_text(json.dumps({"code": code, "failed": watcher.failed, "ran": watcher.ran, "wrong": wrong}))
+    os._exit(0)
+
+
+def outcome(root: Path, tests: list[str]) -> dict[str, Any]:
+    """What pytest says of these tests in the copy."""
+    answer = root / "answer.json"
+    answer.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        run_tests(root, tests, answer)
+    end = time.monotonic() + LIMIT_S
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return {"code": 124, "failed": None, "ran": 0, "wrong": f"no answer in {LIMIT_S} s"}
+        time.sleep(0.01)
+    if not answer.exists():
+        return {"code": 70, "failed": None, "ran": 0, "wrong": "the tests' process died"}
+    return dict(json.loads(answer.read_text()))
+
+
+def main(words: list[str]) -> int:
+    if wrong := problems():
+        print("\n".join(wrong))
+        return 1
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file} {m.name}" for word in words)]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # What the tests import beside this package, once; forking is safe while there is one thread.
+    import hypothesis
+    import numpy  # noqa: F401
+    import scipy.stats
+    import torch
+    import transformers
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    torch.set_num_threads(1)
+    assert hypothesis and scipy.stats and transformers and not any(name.startswith("srppo") for name in sys.modules)
+    began, bad = time.monotonic(), 0
+    with tempfile.TemporaryDirectory(prefix="srppo-mutants-") as name:
+        root = Path(name)
+        for part in ("srppo", "tests"):
+            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        nodes = sorted({node for mutant in chosen for node in mutant.tests.split()})
+        whole = outcome(root, nodes)
+        if whole["code"] != 0 or whole["wrong"]:
+            print(f"without any mutant the tests do not pass: {whole}")
+            return 1
+        print(f"{len(nodes)} test functions pass without a mutant, {time.monotonic() - began:.0f} s")
+        for mutant in chosen:
+            start, file = time.monotonic(), root / "srppo" / mutant.file
+            text = file.read_text()
+            file.write_text(text.replace(mutant.old, mutant.new))
+            found = outcome(root, mutant.tests.split())
+            file.write_text(text)
+            killed = found["code"] == 1 and found["failed"] is not None and not found["wrong"]
+            bad += not killed
+            verdict = found["failed"] if killed else f"SURVIVES, or the test did not run: {found}"
+            print(f"{mutant.name:<50} {time.monotonic() - start:5.1f} s  {verdict}", flush=True)
+    print(f"{len(chosen)} mutants, {len(chosen) - bad} killed, {time.monotonic() - began:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
