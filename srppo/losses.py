@@ -100,8 +100,8 @@ def kl_penalty(
 
     With d_t = log pi - log anchor of a token: k2 = (sum_t d_t)^2 / 2 has, on policy, the gradient of KL(pi || anchor)
     over responses. Squared a token at a time it would not: an early token would not answer for the KL of those it
-    leads to (0.044 nats from the optimum on the enumerable case, against 0.011; LOG.md). k3 = sum_t exp(-d_t) - 1 + d_t,
-    a token at a time as GRPO has it, is unbiased as a value, but as a loss it has the gradient of KL(anchor || pi)
+    leads to (0.044 nats from the optimum on the enumerable case, against 0.011; LOG.md). k3, the sum over tokens of
+    exp(-d_t) - 1 + d_t as GRPO has it, is unbiased as a value, but as a loss it has the gradient of KL(anchor || pi)
     and ends elsewhere.
     """
     count = mask_BT.sum() if token_count is None else token_count

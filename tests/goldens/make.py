@@ -413,8 +413,8 @@ def make_losses() -> dict[str, Any]:
         },
         "kl_penalty": {
             "what": "the k2 and k3 penalties on KL(policy, anchor), and their gradients in the policy's log-probs",
-            "formula": "d_t = log ref - log pi; k2: 0.5 (sum_t d_t)^2 of each response, which has the gradient of the KL "
-            "between responses; k3: exp(d_t) - 1 - d_t at each token; summed / token_count",
+            "formula": "d_t = log ref - log pi; k2: 0.5 (sum_t d_t)^2 of each response, which has the gradient of "
+            "the KL between responses; k3: exp(d_t) - 1 - d_t at each token; summed / token_count",
             "source": "Schulman, Approximating KL Divergence, 2020, joschu.net/blog/kl-approx.html",
             "cases": kl_cases,
         },
