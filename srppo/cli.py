@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srppo.errors import SrppoError
+from srppo.errors import Diverged, SrppoError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe
@@ -143,24 +143,28 @@ def _train(
     from srppo.trackers import trackers
 
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
-    for each in recipes:
-        if seeds > 1:
-            console.say(f"seed {each.seed}, {recipes.index(each) + 1} of {seeds}")
-        pipeline = Pipeline(
-            each,
-            folder,
-            console,
-            device=pick_device(device),
-            environment=environment(),
-            seeds=[each.seed for each in recipes],
-            make_trackers=lambda stage: trackers(
-                track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
-            ),
-        )
-        if ppo:
-            run_train(pipeline, baselines=baselines)
-        else:
-            run_sft(pipeline)
+    try:
+        for each in recipes:
+            if seeds > 1:
+                console.say(f"seed {each.seed}, {recipes.index(each) + 1} of {seeds}")
+            pipeline = Pipeline(
+                each,
+                folder,
+                console,
+                device=pick_device(device),
+                environment=environment(),
+                seeds=[each.seed for each in recipes],
+                make_trackers=lambda stage: trackers(
+                    track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
+                ),
+            )
+            if ppo:
+                run_train(pipeline, baselines=baselines)
+            else:
+                run_sft(pipeline)
+    except Diverged:
+        report_run(folder, console)  # what there is, with the reason; main prints the error and sets the exit code
+        raise
     report_run(folder, console)
 
 

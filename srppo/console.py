@@ -177,7 +177,8 @@ class StageView:
 
     def __rich__(self) -> RenderableType:
         """The live panel: at most 80 columns and about nine lines."""
-        width = min(self._console.width, PANEL_WIDTH)
+        # Ctrl-C echoes two characters after the last line; room for them, or they wrap and the panel is not cleared.
+        width = min(self._console.width, PANEL_WIDTH) - len("^C")
         inner = max(width - 4, 8)
         lines = [self._bar(inner)]
         cells = [(f.words, f.form(self.row.get(f.key)), i == 0) for i, f in enumerate(self._fields)]
@@ -313,14 +314,14 @@ class Console:
             self.say(view.summary(stopped=not finished))
 
     def _line(self, text: str, style: str | None = None) -> None:
-        """One line as it is: never wrapped, never read as markup, and legible in any encoding."""
+        """One line as it is, never read as markup and legible in any encoding; a terminal wraps it between words."""
         if self.plain or self.quiet:
             stream = self._file or sys.stderr
             encoding = getattr(stream, "encoding", None) or "utf-8"
             stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
             stream.flush()
         else:
-            self._err.print(Text(text, style or ""), soft_wrap=True)
+            self._err.print(Text(text, style or ""))
 
     def _can_animate(self) -> bool:
         stream = self._file or sys.stderr

@@ -114,8 +114,15 @@ LOSSES = [
     Mutant(
         "KL k2: half dropped",
         "losses.py",
-        "masked_sum(0.5 * log_ratio_BT**2",
-        "masked_sum(log_ratio_BT**2",
+        "return 0.5 * (log_ratio_BT.sum(dim=1) ** 2)",
+        "return (log_ratio_BT.sum(dim=1) ** 2)",
+        f"{GOLDEN}test_kl_penalty",
+    ),
+    Mutant(
+        "KL k2: a token at a time",
+        "losses.py",
+        "(log_ratio_BT.sum(dim=1) ** 2).sum()",
+        "(log_ratio_BT**2).sum()",
         f"{GOLDEN}test_kl_penalty",
     ),
     Mutant(

@@ -242,17 +242,19 @@ def losses_by_hand(learners: Learners, targets: Targets, rows: Sequence[int]) ->
         prompt, response = texts(batch)[i]
         logits = learners.policy.model(input_ids=torch.tensor([prompt + response])).logits[0] / 0.8
         hidden = learners.value.body(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+        gap: Tensor | float = 0.0  # of the whole response: k2 squares the sum
         for t, token in enumerate(response):
             if targets.loss_mask_BT[i, t]:
                 new = logits[len(prompt) - 1 + t].log_softmax(-1)[token]
                 ratio, advantage = (new - batch.old_logprobs_BT[i, t]).exp(), targets.advantages_BT[i, t]
                 surrogate = surrogate - torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
-                k2 = k2 + 0.5 * (new - targets.anchor_logprobs_BT[i, t]) ** 2
+                gap = gap + new - targets.anchor_logprobs_BT[i, t]
                 value = learners.value.head(hidden[len(prompt) - 1 + t])[0]
                 old, target = batch.old_values_BT[i, t], targets.returns_BT[i, t]
                 near = old + (value - old).clamp(-0.1, 0.1)
                 critic = critic + 0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)
                 count += 1
+        k2 = k2 + 0.5 * gap**2
     assert isinstance(surrogate, Tensor) and isinstance(k2, Tensor) and isinstance(critic, Tensor)
     return surrogate / count, k2 / count, critic / count
 

@@ -45,7 +45,7 @@ def small_smollm2(folder: Path) -> None:
 def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     small_smollm2(tmp_path / "model")
-    words = "red blue green cat dog fox sun moon star".split()
+    words = ["red", "blue", "green", "cat", "dog", "fox", "sun", "moon", "star"]
     chats = [
         {"messages": [{"role": "user", "content": f"say {a} {b}"}, {"role": "assistant", "content": f"{a} {b}"}]}
         for a in words
