@@ -12,6 +12,7 @@ the 0.01-0.05 usual with reward models.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from srppo.advantage import gae, whiten, whitening_std
-from srppo.config import Recipe, derive_seed
+from srppo.config import PpoConfig, Recipe, derive_seed
 from srppo.errors import Diverged
 from srppo.loop import Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
 from srppo.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
@@ -45,6 +46,17 @@ class Learners:
     value: ValueModel
     policy_optimizer: torch.optim.Optimizer
     value_optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def start(cls, policy: LanguageModel, config: PpoConfig) -> Learners:
+        """The critic starts as a copy of the policy's body, which is the SFT model's, under a zero head."""
+        value = ValueModel(policy)
+        return cls(
+            policy,
+            value,
+            torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS),
+            torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,13 +85,8 @@ def train_ppo(
 ) -> Session:
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
     config, rollout = recipe.ppo, recipe.rollout
-    value = ValueModel(policy)
-    learners = Learners(
-        policy,
-        value,
-        torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS),
-        torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
-    )
+    learners = Learners.start(policy, config)
+    value = learners.value
     running = RunningStd()
     state = TrainState(
         {"policy": policy.model, "value": value},
@@ -130,11 +137,7 @@ def train_ppo(
         anchor_BT = sft_logprobs_BT if recipe.reward.anchor == "sft" else base_logprobs_BT
         targets = make_targets(recipe, batch, rewards, anchor_BT)
         row = rollout_metrics(batch, rewards, sft_logprobs_BT, base_logprobs_BT, targets)
-        if row["kl_sft"] > config.max_kl:
-            raise Diverged(
-                f"step {step}: KL to the SFT model is {row['kl_sft']:.1f} nats a response, beyond ppo.max_kl = "
-                f"{config.max_kl:g}; raise reward.beta, lower ppo.lr, or set reward.token_clip"
-            )
+        stop_if_diverged(row["kl_sft"], config.max_kl, step)
         factor = lr_factor(config.schedule, config.warmup, step, config.steps)
         set_lr(learners.policy_optimizer, config.lr * factor)
         set_lr(learners.value_optimizer, config.value_lr * factor)
@@ -151,6 +154,15 @@ def train_ppo(
         seconds = sum(watch.seconds.values())
         session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds})
     return session
+
+
+def stop_if_diverged(kl_sft: float, limit: float, step: int) -> None:
+    """Raise Diverged where the KL to the SFT model, nats a response, is beyond the limit."""
+    if kl_sft > limit:
+        raise Diverged(
+            f"step {step}: KL to the SFT model is {kl_sft:.1f} nats a response, beyond ppo.max_kl = {limit:g}; "
+            "raise reward.beta, lower ppo.lr, or set reward.token_clip"
+        )
 
 
 def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
@@ -173,7 +185,7 @@ def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> d
     Once KL(old || new) a token exceeds ppo.target_kl the remaining passes are left out.
     """
     config = recipe.ppo
-    sums: dict[str, float] = {}
+    sums: Counter[str] = Counter()
     count = 0
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "minibatches", step * config.epochs + epoch))
@@ -181,7 +193,7 @@ def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> d
         epoch_kl = 0.0
         for indices in order.tensor_split(config.minibatches):
             metrics = minibatch_update(recipe, learners, targets, indices.sort().values, step)
-            sums = {name: sums.get(name, 0.0) + number for name, number in metrics.items()}
+            sums.update(metrics)
             count, epoch_kl = count + 1, epoch_kl + metrics["approx_kl"] / config.minibatches
         if config.target_kl is not None and epoch_kl > config.target_kl:
             break

@@ -4,7 +4,7 @@
 
 Each mutant is one edit of one file, made in a copy of the repository, never in place; only its own tests run, in a
 process forked from one that has imported torch but nothing of this package. A mutant is killed when a test fails: one
-that cannot be imported, or whose tests cannot be found, does not count.
+that cannot be imported or names what is not there, or whose tests cannot be found, does not count.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 180
+CARELESS = ("NameError", "UnboundLocalError", "AttributeError", "ImportError")  # what no test needs to find
 
 
 @dataclass(frozen=True)
@@ -710,7 +711,7 @@ MUTANTS = [*LOSSES, *ADVANTAGES, *REWARD, *ROLLOUT, *MODELS, *PPO, *LOOP, *SFT, 
 
 
 def problems(root: Path = ROOT) -> list[str]:
-    """What is wrong with the list itself: names that repeat, text that is not there exactly once, tests that are not."""
+    """What is wrong with the list itself: names that repeat, text not there exactly once, tests that do not exist."""
     found = [f"{name}: the name is there {n} times" for name, n in Counter(m.name for m in MUTANTS).items() if n > 1]
     for mutant in MUTANTS:
         times = (root / "srppo" / mutant.file).read_text().count(mutant.old)
@@ -724,16 +725,18 @@ def problems(root: Path = ROOT) -> list[str]:
 
 
 class Watcher:
-    """A pytest plugin: the first test that fails, and how many ran."""
+    """A pytest plugin: the first test that fails and why, and how many ran."""
 
     def __init__(self) -> None:
         self.failed: str | None = None
+        self.why = ""
         self.ran = 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.ran += report.when == "call"
         if report.failed and self.failed is None:
             self.failed = report.nodeid
+            self.why = str(getattr(getattr(report.longrepr, "reprcrash", None), "message", ""))[:200]
 
 
 def run_tests(root: Path, tests: list[str], answer: Path) -> None:
@@ -756,6 +759,8 @@ def run_tests(root: Path, tests: list[str], answer: Path) -> None:
             wrong = f"{srppo.__file__} was tested, which is not the copy"
     except BaseException as error:
         wrong = repr(error)
+    if watcher.why.startswith(CARELESS):
+        wrong = f"the mutant is no working program: {watcher.why}"
     answer.write_text(json.dumps({"code": code, "failed": watcher.failed, "ran": watcher.ran, "wrong": wrong}))
     os._exit(0)
 

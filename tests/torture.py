@@ -260,8 +260,8 @@ def workplace() -> Iterator[tuple[Path, Server]]:
 def bits(folder: Path) -> dict[str, str]:
     """A digest of everything that must not depend on how often a run was killed, by name.
 
-    Exports, the last checkpoint (weights, optimizers, counters, random state), metrics without timing, rollouts, figures,
-    samples and checksums in the result; the ids of stages and which steps they kept.
+    Exports, the last checkpoint (weights, optimizers, counters, random state), metrics without timing, rollouts,
+    figures, samples and checksums in the result; the ids of stages and which steps they kept.
     """
     import torch
 

@@ -22,6 +22,7 @@ from srppo.pipeline import Pipeline, run_sft, run_train
 EOS, PAD, VOCAB = 256, 257, 258
 LIKELY = {" ": 5.5, "a": 6.0, "b": 5.0, "c": 4.5}  # logits above those of other bytes
 PARTS = ("data", "sft", "ppo", "figures")
+BOOKKEEPING = ("timing", "flops", "lr")  # what a row says of the recipe, rather than of what it did
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -144,11 +145,12 @@ def make_world(folder: Path) -> World:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind: a digest of each part (PARTS), and the record itself."""
+    """What a run left behind: a digest of each part (PARTS) and of the last trained weights, and the record itself."""
 
     folder: Path
     pipeline: Pipeline
     digests: dict[str, str]
+    weights: dict[str, str]
     diverged: str | None
 
     def stage(self, kind: str) -> Path:
@@ -173,22 +175,25 @@ def run_world(recipe: Recipe, folder: Path, *, ppo: bool = True) -> Outcome:
     except Diverged as error:
         diverged = str(error)
     data = pipeline.data
+    weights: dict[str, str] = {}
     parts: dict[str, list[Any]] = {name: [] for name in PARTS}
     parts["data"] = [[row.ids for row in data.demonstrations], [row.ids for row in data.held_out], data.prompts]
     for stage in sorted(pipeline.run.stages(), key=lambda s: s.identity["kind"]):
         kind = stage.identity["kind"]
         part = "sft" if kind in ("sft", "given-sft") else "ppo" if kind == "ppo" else "figures"
-        rows = [{k: v for k, v in row.items() if k not in ("timing", "time")} for row in stage.metrics()]
+        rows = [{k: v for k, v in row.items() if k not in BOOKKEEPING} for row in stage.metrics()]
         parts[part].append([kind, [{k: v for k, v in row.items() if not k.startswith("dev/")} for row in rows]])
         parts["figures"].append([kind, [{k: v for k, v in row.items() if k.startswith("dev/")} for row in rows]])
         result = stage.result()
-        parts["figures"].append(result and {k: v for k, v in result["figures"].items() if k != "reason"})
+        parts["figures"].append(
+            result and {k: v for k, v in result["figures"].items() if k not in ("reason", *BOOKKEEPING)}
+        )
         for file in sorted(stage.path.glob("eval/*/samples.jsonl")):
             parts["figures"].append([file.parent.name, file.read_text()])
         parts["figures"] += [hashlib.sha256(f.read_bytes()).hexdigest() for f in stage.path.glob("model/*.safetensors")]
         last = stage.latest_checkpoint()
         if last:
-            weights = (last[1] / "policy.safetensors").read_bytes()
-            parts[part].append([last[0], hashlib.sha256(weights).hexdigest()])
+            weights[part] = hashlib.sha256((last[1] / "policy.safetensors").read_bytes()).hexdigest()
+            parts[part].append([last[0], weights[part]])
     digests = {name: hashlib.sha256(canonical_json(value).encode()).hexdigest() for name, value in parts.items()}
-    return Outcome(folder, pipeline, digests, diverged)
+    return Outcome(folder, pipeline, digests, weights, diverged)
