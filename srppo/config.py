@@ -205,7 +205,7 @@ def _require_learning_rates(recipe: Recipe, tree: Mapping[str, Any]) -> None:
     """The default learning rates suit embedded models of 1M parameters and would ruin a larger one in silence."""
     if recipe.model.base.startswith("embedded"):
         return
-    needed = ("sft.lr", "ppo.lr", "ppo.value_lr")
+    needed = ("ppo.lr", "ppo.value_lr") if recipe.model.sft else ("sft.lr", "ppo.lr", "ppo.value_lr")
     missing = [key for key in needed if key.split(".")[1] not in tree.get(key.split(".")[0], {})]
     if missing:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from srppo.models import LanguageModel
 CARD = """---
 library_name: transformers
 tags: [srppo, {kind}]
-base_model: {base}
+base_model: {quoted_base}
 ---
 
 # {kind} from {base}
@@ -47,7 +48,7 @@ def export_model(
     )
     model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(recipe: Recipe, kind: str, figures: Mapping[str, Any]) -> str:
@@ -60,6 +61,7 @@ def model_card(recipe: Recipe, kind: str, figures: Mapping[str, Any]) -> str:
     return CARD.format(
         kind=kind,
         base=recipe.model.base,
+        quoted_base=json.dumps(recipe.model.base, ensure_ascii=False),  # a path may hold what YAML takes for syntax
         figures=table,
         kept=figures["kept_step"],
         total=figures["steps"],

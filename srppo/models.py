@@ -10,15 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants
@@ -28,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from srppo.config import ModelConfig
 from srppo.errors import ModelError
+from srppo.hub import offline_when_unreachable
 from srppo.kernels import Logprobs, entropy, linear_logprob, token_logprobs
 
 LOGIT_TOLERANCE = 1e-3  # largest difference between our head and the model's own logits, per logit, in the load check
@@ -202,11 +199,10 @@ hf_logging.disable_progress_bar()  # loading and saving print bars that would te
 @contextmanager
 def _one_line(what: str, spec: str) -> Iterator[None]:
     """Restate what from_pretrained raises in one line. Without a route to the hub a name is looked up in the cache."""
-    offline = constants.HF_HUB_OFFLINE
+    names_the_hub = "/" in spec and not Path(spec).exists()
     try:
-        if "/" in spec and not Path(spec).exists() and not offline:
-            constants.HF_HUB_OFFLINE = not _hub_answers()  # or the library retries for half a minute, in many lines
-        yield
+        with offline_when_unreachable(constants) if names_the_hub else nullcontext():
+            yield
     except Exception as error:  # safetensors and tokenizers have errors of their own, down to plain Exception
         text = " ".join(str(error).split())
         if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
@@ -218,20 +214,6 @@ def _one_line(what: str, spec: str) -> Iterator[None]:
         else:
             advice = text[:300]
         raise ModelError(f"{what} {spec!r} cannot be loaded: {advice}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-@cache
-def _hub_answers() -> bool:
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # the proxy resolves names
-    endpoint = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _refuse_pickle(spec: str, folder: Path, config: ModelConfig) -> None:

@@ -10,18 +10,15 @@ import difflib
 import gzip
 import io
 import json
-import os
 import re
-import socket
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from srppo.errors import DataError
+from srppo.hub import offline_when_unreachable
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 EMBEDDED_ROWS = {"demonstrations": 2000, "prompts": 4000}
@@ -203,9 +200,10 @@ def _line(error: BaseException) -> str:
 
 def _hub(source: str, name: str, config: str | None, split: str) -> Table:
     import datasets
+    import huggingface_hub.constants
 
     local = f"give a local file instead ({_ALLOWED}) or a folder of them"
-    with _offline_when_unreachable():
+    with offline_when_unreachable(datasets.config, huggingface_hub.constants):
         try:
             found = datasets.load_dataset(name, config, split=split)
         except ConnectionError:
@@ -220,32 +218,3 @@ def _hub(source: str, name: str, config: str | None, split: str) -> Table:
             raise DataError(f"hub set {source} cannot be loaded: {_line(error)}") from None
     rows = [(f"{name}@{split}#{number}", row) for number, row in enumerate(found, 1)]
     return Table(source, rows, found.info.license or None)
-
-
-@contextmanager
-def _offline_when_unreachable() -> Iterator[None]:
-    """Without a route to the hub, go to the local cache at once: the libraries retry for 20 seconds and print each."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    if not any(before) and not _reachable():
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-def _reachable() -> bool:
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # the proxy resolves names; let the library try
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
-    except (OSError, UnicodeError):
-        return False
-    return True

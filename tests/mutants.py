@@ -506,8 +506,8 @@ PPO = [
     Mutant(
         "ppo: the SFT model is trained along",
         "ppo.py",
-        "    value = ValueModel(policy)\n",
-        "    value = ValueModel(policy)\n    policy.model = sft_policy.model\n",
+        "learners = Learners.start(policy, config)",
+        "policy.model = sft_policy.model; learners = Learners.start(policy, config)",
         f"{CORE}test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand",
     ),
     Mutant(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from srppo import formats, sources
+from srppo import formats, hub, sources
 from srppo.config import DataConfig
 from srppo.data import (
     encode_demonstration,
@@ -396,7 +396,7 @@ def test_hub_sets_by_config_and_split(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(sources, "_reachable", lambda: True)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     loaded = load_demonstrations(["org/set", "org/set@test", "org/set/main@train[:10%]"], seed=0)
     assert asked == [("org/set", None, "train"), ("org/set", None, "test"), ("org/set", "main", "train[:10%]")]
     assert (loaded.rows[0].source, loaded.rows[3].source) == ("org/set@train#1", "org/set@test#2")

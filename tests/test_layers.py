@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "srppo"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["types", "checkpoint", "records", "masked", "stats", "console", "trackers", "world"],
+    ["types", "checkpoint", "records", "hub", "masked", "stats", "console", "trackers", "world"],
     ["lease"],
     ["store"],
     ["kernels.reference", "kernels.cpu", "kernels.triton_*"],

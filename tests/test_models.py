@@ -365,12 +365,7 @@ def test_damaged_files_end_in_one_line(base: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-YAML_WORDS = pytest.param(
-    "runs/a: b #1", marks=pytest.mark.xfail(strict=True, reason="export.CARD does not quote base_model")
-)
-
-
-@pytest.mark.parametrize("where", ["embedded:s", "org/name", YAML_WORDS])
+@pytest.mark.parametrize("where", ["embedded:s", "org/name", "runs/a: b #1"])
 @pytest.mark.parametrize("kind", ["SRPPO", "longer SFT"])
 def test_an_export_loads_with_from_pretrained(where: str, kind: str, base: Path, tmp_path: Path) -> None:
     lm = load_model(str(base), ModelConfig())

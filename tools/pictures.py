@@ -54,7 +54,8 @@ def markdown_table(run: Run) -> str:
             lines.append(f"| *SRPPO minus {pair.name}* | {' | '.join(cells)} |")
         lines.append("")
     estimate = next(iter(arms[-1].figures.values()))
-    lines.append(f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds; 95% intervals, both resampled.")
+    n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"
+    lines.append(f"{n}; exact match, with 95% intervals over items and seeds, resampled crossed.")
     return "\n".join(lines)
 
 
