@@ -22,7 +22,7 @@ from srppo.checkpoint import write_atomic
 from srppo.config import Recipe, canonical_json, with_overrides
 from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
-from srppo.errors import ConfigError, Diverged, RunError
+from srppo.errors import ConfigError, Diverged, RecordError, RunError
 from srppo.evaluate import Development, Verdict, accuracy_by_group, answer_items, answer_nll, load_items
 from srppo.export import export_model, model_card
 from srppo.loop import Session, Tracker, Workbench, load_weights
@@ -247,7 +247,7 @@ class Pipeline:
         figures: Figures = {"kept_step": kept, "steps": session.total, "flops": session.state.counters["flops"]}
         if kept != session.total:
             figures["last"] = self._measure(bench.attempt, model, "last")
-            load_weights(model.model, bench.stage.checkpoint(kept) / "policy.safetensors")
+            load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")
         figures |= self._measure(bench.attempt, model, "kept")
         for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
             write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
@@ -279,6 +279,15 @@ def items_sha(recipe: Recipe) -> str:
     """What the items of development and test are, by content."""
     items = [asdict(item) for split in ("dev", "test") for item in load_items(recipe, split)]
     return hashlib.sha256(canonical_json(items).encode()).hexdigest()[:16]
+
+
+def kept_checkpoint(stage: Stage, step: int) -> Path:
+    """The checkpoint of the kept step; later ones cannot stand in for it, so a damaged one costs the stage."""
+    try:
+        return stage.checkpoint(step)
+    except RecordError as error:
+        reason = str(error).partition(";")[0]
+        raise RecordError(f"{reason}; it holds the kept step: remove {stage.path} to train that stage again") from error
 
 
 def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
