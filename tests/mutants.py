@@ -588,7 +588,7 @@ LOOP = [
     Mutant(
         "pipeline: the last step is exported for the kept",
         "pipeline.py",
-        'load_weights(model.model, bench.stage.checkpoint(kept) / "policy.safetensors")',
+        'load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")',
         "pass",
         f"{CORE}test_the_kept_step_is_measured_and_exported",
     ),
