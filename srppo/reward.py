@@ -205,7 +205,12 @@ def _correlation(x_B: Tensor, y_B: Tensor) -> float:
 def reward_warnings(row: dict[str, Any]) -> list[str]:
     """What a person should do about a batch's diagnostics; the texts do not vary, so each is shown once a run."""
     warnings = []
-    if row["off_support"] > 0.01:
+    if row["off_support"] > 0.25:
+        warnings.append(
+            "more than a quarter of the sampled tokens are off the base's support (it gives them less than 1e-7): this "
+            "base does not know such text at all, and the reward pays for every token: use a base that does"
+        )
+    elif row["off_support"] > 0.01:
         warnings.append(
             "more than 1% of the sampled tokens are off the base's support (it gives them less than 1e-7), where the "
             "ratio explodes: set reward.token_clip (5 is a start), or use a base that knows the template and its EOS"
