@@ -132,14 +132,22 @@ def _ppo_row(axes: Sequence[Axes], ppo: Mapping[str, Rows], colours: Mapping[str
                 points = [(r["step"], r[key]) for r in rows if _is_number(r.get(key))]
                 if not points:
                     continue
-                axis.plot(*zip(*points, strict=True), line, color=colours[arm], label="_" if words else arm, lw=1.8)
+                marker = "o" if len(points) == 1 else ""
+                style: dict[str, Any] = {"color": colours[arm], "label": "_" if words else arm, "lw": 1.8, "ms": 3.5}
+                axis.plot(*zip(*points, strict=True), marker + line, **style)
                 if words and len(ppo) == 1:
                     axis.annotate(
                         words.strip(), points[-1], xytext=(0, 4), textcoords="offset points", ha="right", fontsize=9
                     )
         axis.set_title(title)
         axis.set_xlabel("PPO step")
-        axis.locator_params(axis="x", integer=True, nbins=5)
+        steps = {row["step"] for rows in ppo.values() for row in rows}
+        if len(steps) < 5:  # no room for fractions of a step
+            axis.set_xticks(sorted(steps))
+            axis.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
+        else:
+            axis.locator_params(axis="x", integer=True, nbins=5)
+        axis.locator_params(axis="y", nbins=5)
     axes[3].set_ylim(-0.03, 1.03)
     if len(ppo) > 1:
         axes[1].set_title("KL, nats (dotted: to base)")
