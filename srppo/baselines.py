@@ -1,37 +1,25 @@
-"""What SRPPO must beat: more of the same SFT, at the compute that SFT and PPO took together."""
+"""What SRPPO must beat: more of the same SFT, within the compute that SFT and PPO took together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from srppo.config import Recipe
-from srppo.loop import Session, Workbench
 from srppo.models import LanguageModel
-from srppo.sft import steps_within, train_sft
+from srppo.sft import steps_within
 from srppo.types import EncodedDemonstration
 
-if TYPE_CHECKING:
-    from srppo.evaluate import Development
+SHARES = (1.0, 1 / 4, 1 / 16, 1 / 64)
+"""Of the budget: the whole is "longer SFT at equal compute"; the one that development items pick is "epochs chosen"."""
 
 
-def train_longer_sft(
-    recipe: Recipe,
-    bench: Workbench,
-    model: LanguageModel,
-    rows: Sequence[EncodedDemonstration],
-    development: Development,
-    *,
-    pad_id: int,
-    budget_flops: int,
-) -> Session:
-    """SFT of the base for the number of steps whose counted operations come nearest to `budget_flops`.
+def longer_sft_steps(
+    recipe: Recipe, model: LanguageModel, rows: Sequence[EncodedDemonstration], budget_flops: int
+) -> list[int]:
+    """Optimizer steps of each longer SFT, longest first; each is a training of its own, with its own schedule.
 
-    Its schedule spans the whole of it. Its last step is "longer SFT at equal compute"; the step that development items
-    pick is "SFT with its epochs chosen". It is measured as often as the PPO arm, so that both choose among as many.
+    Geometric, because the best number of epochs on few demonstrations is far below what PPO's compute would pay for;
+    a step along the longest run is no substitute, since its learning rate would still be near the peak.
     """
-    measurements = -(-recipe.ppo.steps // recipe.eval.every) if recipe.eval.every else 1
-    total = steps_within(model, rows, recipe, budget_flops)
-    return train_sft(
-        recipe, bench, model, rows, development, pad_id=pad_id, total=total, measurements=min(measurements, total)
-    )
+    whole = steps_within(model, rows, recipe, budget_flops)
+    return list(dict.fromkeys(max(round(whole * share), 1) for share in SHARES))

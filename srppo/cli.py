@@ -79,7 +79,8 @@ def sft(
     """Stage 1 alone: fine-tune the base on demonstrations."""
     from srppo.config import load_recipe
 
-    _train(load_recipe(recipe, sets or []), _name(recipe), out, device, track or [], plain, baselines=False, ppo=False)
+    loaded = load_recipe(recipe, sets or [], ppo=False)
+    _train(loaded, _name(recipe), out, device, track or [], plain, baselines=False, ppo=False)
 
 
 @app.command()
@@ -135,13 +136,15 @@ def _train(
     from srppo.console import Console
     from srppo.report.environment import environment
 
-    folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}"
+    several = f"-{seeds}-seeds" if seeds > 1 else ""
+    folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"
     console = Console(plain=True if plain else None)
     console.say(f"run folder: {folder}")
     from srppo.pipeline import Pipeline, pick_device, run_sft, run_train  # torch comes with this
     from srppo.report.record import report_run
     from srppo.trackers import trackers
 
+    trackers(track, folder.name, folder, {})  # an unknown or missing one is said now; none starts before it is used
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
     try:
         for each in recipes:
@@ -154,6 +157,7 @@ def _train(
                 device=pick_device(device),
                 environment=environment(),
                 seeds=[each.seed for each in recipes],
+                needs_prompts=ppo,
                 make_trackers=lambda stage: trackers(
                     track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
                 ),

@@ -174,10 +174,10 @@ def all_keys() -> list[str]:
     return keys
 
 
-def load_recipe(path: Path | None, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path | None, overrides: Iterable[str] = (), *, ppo: bool = True) -> Recipe:
     """A recipe from a TOML file (None: the embedded default) and `section.key=value` overrides, validated.
 
-    Relative data and model paths in a recipe are taken from the working directory, as everywhere else.
+    `ppo` False: the recipe is for SFT alone. Relative paths are taken from the working directory, as everywhere else.
     Raises ConfigError in one line: unknown keys with the nearest match, wrong values with what is allowed.
     """
     tree: dict[str, Any] = {}
@@ -197,21 +197,28 @@ def load_recipe(path: Path | None, overrides: Iterable[str] = ()) -> Recipe:
         key, value = parse_override(override)
         _assign(tree, key, value)
     recipe = build_recipe(tree)
-    _require_learning_rates(recipe, tree)
+    _require_explicit(recipe, tree, ppo)
     return recipe
 
 
-def _require_learning_rates(recipe: Recipe, tree: Mapping[str, Any]) -> None:
-    """The default learning rates suit embedded models of 1M parameters and would ruin a larger one in silence."""
-    if recipe.model.base.startswith("embedded"):
+def _require_explicit(recipe: Recipe, tree: Mapping[str, Any], ppo: bool) -> None:
+    """The default data and learning rates suit embedded models of 1M parameters; for others they must be said."""
+    if is_embedded(recipe.model.base):
         return
-    needed = ("ppo.lr", "ppo.value_lr") if recipe.model.sft else ("sft.lr", "ppo.lr", "ppo.value_lr")
+    needed = ["data.demonstrations"]
+    needed += ["sft.lr"] if recipe.model.sft is None else []
+    needed += ["ppo.lr", "ppo.value_lr"] if ppo else []
     missing = [key for key in needed if key.split(".")[1] not in tree.get(key.split(".")[0], {})]
     if missing:
         raise ConfigError(
             f"model.base is {recipe.model.base!r} but {', '.join(missing)} not set; the defaults suit the embedded "
             "models only. Common for 1-8B models: sft.lr = 1e-5, ppo.lr = 1e-6, ppo.value_lr = 5e-6"
         )
+
+
+def is_embedded(spec: str) -> bool:
+    """Whether a model spec names one of the embedded bases: `embedded` or `embedded:size`."""
+    return spec == "embedded" or spec.startswith("embedded:")
 
 
 def build_recipe(tree: Mapping[str, Any]) -> Recipe:

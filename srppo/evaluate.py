@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srppo.chat import encode_prompt
 from srppo.config import Recipe, derive_seed
-from srppo.data import encode_prompt, stop_ids
 from srppo.errors import DataError
 from srppo.models import LanguageModel
 from srppo.rollout import generate
@@ -67,16 +67,20 @@ def load_items(recipe: Recipe, split: str) -> list[EvalItem]:
 
 def _read_items(path: Path, split: str) -> list[EvalItem]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"eval.items {path} cannot be read: {error}") from None
     found = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             own_split = row.get("split", "dev" if number % 2 else "test")
             group = str(row.get("group", "items"))
             item = EvalItem(row["prompt"], str(row["answer"]), str(row.get("task", group)), group)
+            if not isinstance(item.prompt, str) or own_split not in ("dev", "test"):
+                raise TypeError(f"prompt {item.prompt!r}, split {own_split!r}; a prompt is text, a split dev or test")
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}:{number}: not an item ({error}); a line is a JSON object with prompt and answer, and may have "
@@ -97,12 +101,13 @@ def answer_items(
     recipe: Recipe,
     *,
     samples: int | None,
+    stops: Sequence[int],
 ) -> list[Verdict]:
     """Let a model answer: greedily (samples None) or `samples` times at temperature 1.
 
     Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them.
     """
-    stops, pad = stop_ids(tokenizer, model.model.generation_config), int(tokenizer.pad_token_id)
+    pad = int(tokenizer.pad_token_id)
     prompts = []
     for item in items:
         ids = encode_prompt(
@@ -170,13 +175,22 @@ class Development:
     """
 
     def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[EncodedDemonstration]
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Sequence[EncodedDemonstration],
+        stops: Sequence[int],
     ) -> None:
-        self.recipe, self.tokenizer, self.held_out = recipe, tokenizer, held_out
+        self.recipe, self.tokenizer, self.held_out, self.stops = recipe, tokenizer, held_out, stops
         self.items = load_items(recipe, "dev")
         if recipe.eval.limit is not None:
             self.items = _spread(self.items, recipe.eval.limit)
             self.held_out = _spread(self.held_out, recipe.eval.limit)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether there is anything to choose a step by."""
+        return bool(self.items if self.recipe.eval.metric == "accuracy" else self.held_out)
 
     def measure(self, model: LanguageModel) -> tuple[dict[str, Any], float | None]:
         """(metrics to log, score); score None: there is nothing to choose by."""
@@ -187,7 +201,7 @@ class Development:
             if self.recipe.eval.metric == "nll":
                 score = -row["dev/nll"]
         if self.items:
-            verdicts = answer_items(model, self.tokenizer, self.items, self.recipe, samples=None)
+            verdicts = answer_items(model, self.tokenizer, self.items, self.recipe, samples=None, stops=self.stops)
             row |= {f"dev/{group}": estimate.mean for group, estimate in accuracy_by_group(verdicts).items()}
             row["dev/accuracy"] = sum(v.correct[0] for v in verdicts) / len(verdicts)
             if self.recipe.eval.metric == "accuracy":

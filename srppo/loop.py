@@ -170,7 +170,7 @@ class Session:
             measured, score = self.measure()
             row = {**row, **measured}
             if self.keep == "last" or score is None:
-                counters["kept_step"] = step
+                counters["kept_step"], counters["kept_score"] = step, -math.inf if score is None else score
             elif score > counters["kept_score"]:
                 counters["kept_step"], counters["kept_score"], improved = step, score, True
         self._log({"step": step, **row, "timing": dict(timing)})

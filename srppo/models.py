@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from srppo.config import ModelConfig
+from srppo.config import ModelConfig, is_embedded
 from srppo.errors import ModelError
 from srppo.hub import offline_when_unreachable
 from srppo.kernels import Logprobs, entropy, linear_logprob, token_logprobs
@@ -181,7 +181,7 @@ def _find_head(lm: LanguageModel) -> Head:
 
 def resolve(spec: str) -> str:
     """A model spec to what from_pretrained takes: `embedded:s` to its folder; folders and hub names as they are."""
-    if spec.startswith("embedded"):
+    if is_embedded(spec):
         from srppo.world import base_path
 
         return str(base_path(spec.partition(":")[2] or "s"))
@@ -266,6 +266,18 @@ def check_same_vocabulary(base: PreTrainedModel, sft: PreTrainedModel) -> None:
         raise ModelError(
             f"the base has a vocabulary of {sizes[0]}, the SFT model of {sizes[1]}; log pi_sft - log pi_base needs the "
             "same tokens: use an SFT model trained from this base"
+        )
+
+
+def check_same_tokens(base: PreTrainedTokenizerBase, sft: PreTrainedTokenizerBase) -> None:
+    """The same id must be the same token for both models; equal sizes do not make it so."""
+    ours, theirs = base.get_vocab(), sft.get_vocab()
+    if ours != theirs:
+        differing = min(ours.items() ^ theirs.items(), key=lambda pair: (pair[1], pair[0]))
+        raise ModelError(
+            f"base and SFT model number their tokens differently ({len(ours)} and {len(theirs)} tokens, the first that "
+            f"differs is {differing[0]!r}, id {differing[1]}); log pi_sft - log pi_base needs the same tokens: use "
+            "an SFT model trained from this base"
         )
 
 

@@ -7,6 +7,7 @@ base -> longer SFT          the baselines, at the counted compute of SFT and PPO
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srppo.baselines import train_longer_sft
+from srppo.baselines import longer_sft_steps
 from srppo.checkpoint import write_atomic
 from srppo.config import Recipe, canonical_json, with_overrides
 from srppo.console import Console
@@ -28,6 +29,7 @@ from srppo.export import export_model, model_card
 from srppo.loop import Session, Tracker, Workbench, load_weights
 from srppo.models import (
     LanguageModel,
+    check_same_tokens,
     check_same_vocabulary,
     context_length,
     fingerprint,
@@ -56,6 +58,7 @@ class Pipeline:
     device: str = "cpu"
     environment: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = ()
+    needs_prompts: bool = True
     make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
 
     def __post_init__(self) -> None:
@@ -74,8 +77,22 @@ class Pipeline:
             self.console.say(line)
         # Mistakes in what is needed later are found now: nothing is measured in vain, and no folder is left behind.
         if self.recipe.model.sft is not None:
-            check_same_vocabulary(self.base.model, self._fresh(self.recipe.model.sft).model)
-        self.development = Development(self.recipe, self.tokenizer, self.data.held_out)
+            check_same_vocabulary(self.base.model, self.given_sft.model)
+            if fingerprint(self.recipe.model.sft, self.recipe.model) == self.base_id:
+                raise ConfigError(
+                    "model.sft is the base itself: the reward would be 0 everywhere; give a fine-tuned model"
+                )
+        if self.needs_prompts and not self.data.prompts:
+            raise ConfigError(
+                "PPO needs prompts: set data.prompts to files with prompts (answers in them are not read), for example "
+                "the demonstrations' own file"
+            )
+        self.development = Development(self.recipe, self.tokenizer, self.data.held_out, self.stop_ids)
+        if self.recipe.eval.keep == "best" and not self.development.ranks:
+            self.console.warn(
+                f"nothing measures eval.metric = {self.recipe.eval.metric} here (accuracy needs eval.items, nll needs "
+                "data.held_out): the last step of each arm is kept"
+            )
         self.items_sha = items_sha(self.recipe)
         recipe = self.recipe.model_dump(mode="json", exclude={"seed"})
         self.run = Run.open(self.folder, {"recipe": recipe, "seeds": self.seeds or [self.recipe.seed]})
@@ -88,8 +105,11 @@ class Pipeline:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer, with our chat template where it has none."""
-        tokenizer = load_tokenizer(self.recipe.model.base, self.recipe.model)
+        """The tokenizer of the model that PPO starts from, whose template it knows; with ours where it has none."""
+        config = self.recipe.model
+        tokenizer = load_tokenizer(config.sft or config.base, config)
+        if config.sft is not None:
+            check_same_tokens(load_tokenizer(config.base, config), tokenizer)
         if ensure_chat_template(tokenizer):
             self.console.say(
                 "the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models"
@@ -99,7 +119,13 @@ class Pipeline:
     @cached_property
     def stop_ids(self) -> list[int]:
         """Token ids that end a response."""
-        return stop_ids(self.tokenizer, self.base.model.generation_config)
+        model = self.base if self.recipe.model.sft is None else self.given_sft
+        return stop_ids(self.tokenizer, model.model.generation_config)
+
+    @cached_property
+    def given_sft(self) -> LanguageModel:
+        """The SFT model that the recipe names."""
+        return self._fresh(str(self.recipe.model.sft))
 
     @property
     def pad_id(self) -> int:
@@ -156,26 +182,23 @@ class Pipeline:
 
         return self._train(stage, "SRPPO", lambda: self._fresh(str(sft_path)), train)
 
-    def longer_sft_stage(self, sft: Stage, ppo: Stage) -> Stage:
-        """The equal-compute baseline; its budget is the counted compute of the two stages it is compared with."""
+    def longer_sft_stages(self, sft: Stage, ppo: Stage) -> list[Stage]:
+        """The baselines; their budget is the counted compute of the two stages they are compared with."""
         budget = sum((stage.result() or {})["figures"]["flops"] for stage in (sft, ppo))
-        identity = self._identity("sft") | {"every": self.recipe.eval.every, "ppo_steps": self.recipe.ppo.steps}
-        stage = self.run.stage(
-            "longer-sft", identity, [self.base_id, ppo.id], self.data.manifest["demonstrations"]["sha256"]
-        )
+        return [
+            self._longer_sft_stage(steps)
+            for steps in longer_sft_steps(self.recipe, self.base, self.data.demonstrations, budget)
+        ]
+
+    def _longer_sft_stage(self, steps: int) -> Stage:
+        identity = self._identity("sft") | {"steps": steps}
+        stage = self.run.stage("longer-sft", identity, [self.base_id], self.data.manifest["demonstrations"]["sha256"])
 
         def train(model: LanguageModel, bench: Workbench) -> Session:
-            return train_longer_sft(
-                self.recipe,
-                bench,
-                model,
-                self.data.demonstrations,
-                self.development,
-                pad_id=self.pad_id,
-                budget_flops=budget,
-            )
+            rows = self.data.demonstrations
+            return train_sft(self.recipe, bench, model, rows, self.development, pad_id=self.pad_id, total=steps)
 
-        return self._train(stage, "longer SFT", lambda: self._fresh(self.recipe.model.base), train)
+        return self._train(stage, f"longer SFT ({steps} steps)", lambda: self._fresh(self.recipe.model.base), train)
 
     def _only_measure(self, kind: str, content: str, load: Callable[[], LanguageModel]) -> Stage:
         stage = self.run.stage(kind, self._identity(), [content], self.data.manifest["demonstrations"]["sha256"])
@@ -244,7 +267,9 @@ class Pipeline:
     def _finish(self, bench: Workbench, model: LanguageModel, session: Session) -> Figures:
         """Measure the kept step (and the last, where it is another) on test items, and export the kept one."""
         kept = int(session.state.counters["kept_step"])
-        figures: Figures = {"kept_step": kept, "steps": session.total, "flops": session.state.counters["flops"]}
+        counters = session.state.counters
+        figures: Figures = {"kept_step": kept, "steps": session.total, "flops": counters["flops"]}
+        figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
         if kept != session.total:
             figures["last"] = self._measure(bench.attempt, model, "last")
             load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")
@@ -266,7 +291,7 @@ class Pipeline:
             items = load_items(self.recipe, "test")
             if not items:
                 break
-            verdicts = answer_items(model, self.tokenizer, items, self.recipe, samples=samples)
+            verdicts = answer_items(model, self.tokenizer, items, self.recipe, samples=samples, stops=self.stop_ids)
             for group, estimate in accuracy_by_group(verdicts).items():
                 figures.setdefault("test", {}).setdefault(group, {})[decoding] = estimate._asdict()
             figures[f"{decoding}_ended"] = mean(end for verdict in verdicts for end in verdict.ended)
@@ -343,13 +368,13 @@ def run_sft(pipeline: Pipeline) -> None:
 
 def run_train(pipeline: Pipeline, *, baselines: bool) -> None:
     """SFT (unless one is given), PPO, and with `baselines` the equal-compute SFT."""
-    if not pipeline.data.prompts:
+    if baselines and pipeline.recipe.model.sft is not None:
         raise ConfigError(
-            "PPO needs prompts: set data.prompts to files with prompts (answers in them are not read), for example the "
-            "demonstrations' own file"
+            "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft took "
+            "is not known; leave out --baselines, or leave out model.sft so that it is trained here"
         )
     pipeline.base_stage()
     sft, sft_path = pipeline.sft_stage()
     ppo = pipeline.ppo_stage(sft, sft_path)
     if baselines:
-        pipeline.longer_sft_stage(sft, ppo)
+        pipeline.longer_sft_stages(sft, ppo)

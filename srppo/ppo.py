@@ -144,7 +144,10 @@ def train_ppo(
         row |= update(recipe, learners, targets, step)
         watch.lap("update_s")
         state.counters["flops"] += step_flops(
-            learners, batch, passes=row.pop("passes"), critic_only=step <= config.critic_warmup
+            learners,
+            batch,
+            updates=(row.pop("minibatches"), config.minibatches),
+            critic_only=step <= config.critic_warmup,
         )
         state.counters["running"] = running.state_dict()
         row |= {"lr": config.lr * factor, "flops": state.counters["flops"]}
@@ -180,9 +183,9 @@ def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_l
 
 
 def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> dict[str, Any]:
-    """Passes of minibatch updates over one batch; returns metrics averaged over the minibatches (and `passes` made).
+    """Passes of minibatch updates over one batch; returns metrics averaged over the `minibatches` done.
 
-    Once KL(old || new) a token exceeds ppo.target_kl the remaining passes are left out.
+    Once KL(old || new) a token exceeds ppo.target_kl, nothing further is done with this batch.
     """
     config = recipe.ppo
     sums: Counter[str] = Counter()
@@ -190,14 +193,18 @@ def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> d
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "minibatches", step * config.epochs + epoch))
         order = torch.randperm(len(targets.batch.ended_B), generator=generator)
-        epoch_kl = 0.0
         for indices in order.tensor_split(config.minibatches):
             metrics = minibatch_update(recipe, learners, targets, indices.sort().values, step)
             sums.update(metrics)
-            count, epoch_kl = count + 1, epoch_kl + metrics["approx_kl"] / config.minibatches
-        if config.target_kl is not None and epoch_kl > config.target_kl:
-            break
-    return {**{name: number / count for name, number in sums.items()}, "passes": epoch + 1}
+            count += 1
+            if moved_too_far(metrics["approx_kl"], config):
+                return {**{name: number / count for name, number in sums.items()}, "minibatches": count}
+    return {**{name: number / count for name, number in sums.items()}, "minibatches": count}
+
+
+def moved_too_far(approx_kl: float, config: PpoConfig) -> bool:
+    """KL early stop: whether KL(old || new) a token is beyond ppo.target_kl."""
+    return config.target_kl is not None and approx_kl > config.target_kl
 
 
 def minibatch_update(
@@ -205,7 +212,7 @@ def minibatch_update(
 ) -> dict[str, float]:
     """One optimizer step of policy and critic over the rollouts at `indices`, in micro-batches.
 
-    During the critic's warm-up the policy stands still.
+    During the critic's warm-up the policy stands still; once the policy has moved too far, neither takes the step.
     """
     config, count = recipe.ppo, int(targets.loss_mask_BT[indices].sum())
     trains_policy = step > config.critic_warmup
@@ -244,6 +251,8 @@ def minibatch_update(
         critic.loss.backward()
         metrics["value_loss"] += float(critic.loss.detach())
         metrics["value_clip_share"] += float(critic.clip_share)
+    if moved_too_far(metrics["approx_kl"], config):
+        return metrics
     metrics["value_grad_norm"] = clip_gradients(learners.value, config.max_grad_norm, step)
     learners.value_optimizer.step()
     if trains_policy:
@@ -274,13 +283,16 @@ def rollout_metrics(
     }
 
 
-def step_flops(learners: Learners, batch: RolloutBatch, *, passes: int, critic_only: bool) -> int:
-    """Counted operations of one step: sampling, four scoring passes (policy, SFT, base, value), and the updates."""
+def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, int], critic_only: bool) -> int:
+    """Counted operations of one step: sampling, four scoring passes (policy, SFT, base, value), and the updates.
+
+    updates: minibatches done, and how many make a pass.
+    """
     lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
     policy = forward_flops(learners.policy, lengths_B, head_tokens)
     value = forward_flops(learners.value, lengths_B, head_tokens)
     trained = value if critic_only else policy + value
-    return 4 * policy + value + 3 * passes * trained
+    return 4 * policy + value + 3 * trained * updates[0] // updates[1]
 
 
 def log_rollouts(

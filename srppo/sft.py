@@ -77,24 +77,22 @@ def train_sft(
     *,
     pad_id: int,
     total: int | None = None,
-    measurements: int | None = None,
 ) -> Session:
-    """Fine-tune `model` in place for `total` optimizer steps (default: the recipe's epochs); resumes by itself.
+    """Fine-tune `model` in place; resumes by itself. Returns the finished session; the kept step's state is on disk.
 
-    Development items are measured at `measurements` evenly spaced steps (default: at the end of each epoch). Returns
-    the finished session; the state of the kept step is on disk.
+    By default for the recipe's epochs, with development items measured at the end of each; or for `total` optimizer
+    steps, measured at the end only.
     """
     config = recipe.sft
     per_epoch = steps_per_epoch(len(rows), config.batch)
-    total = total or config.epochs * per_epoch
-    points = {round((i + 1) * total / measurements) for i in range(measurements)} if measurements else None
+    by_epoch, total = total is None, total or config.epochs * per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     state = TrainState({"policy": model.model}, {"policy": optimizer}, {"flops": 0})
     session = Session(
         bench,
         state,
         total=total,
-        measure_at=lambda step: step in points if points else step % per_epoch == 0,
+        measure_at=lambda step: by_epoch and step % per_epoch == 0,
         measure=lambda: development.measure(model),
         keep=recipe.eval.keep,
         checkpoint_every=max(total // 5, 1),

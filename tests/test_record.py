@@ -57,8 +57,9 @@ def test_differences_are_paired(run: Run) -> None:
     rows = [row for row in rows_of_run(run) if row["which"] == "kept"]
     mean = {(r["arm"], r["seed"], r["group"], r["decoding"]): r["accuracy"] for r in rows}
     pairs = {pair.name: pair for pair in differences_of_run(run)}
-    assert pairs.keys() == {"SFT", "longer"}
-    for name, arm in (("SFT", "SFT"), ("longer", "longer SFT")):
+    assert pairs.keys() == {"SFT", "longer", "chosen"}
+    names = {"SFT": "SFT", "longer": "longer SFT, equal compute", "chosen": "longer SFT, best on dev"}
+    for name, arm in names.items():
         for (group, decoding), estimate in pairs[name].figures.items():
             expected = np.mean([mean["SRPPO", s, group, decoding] - mean[arm, s, group, decoding] for s in (0, 1)])
             assert estimate.mean == pytest.approx(expected)
@@ -68,7 +69,7 @@ def test_rows_are_complete(run: Run) -> None:
     rows = rows_of_run(run)
     assert {row["seed"] for row in rows} == {0, 1}
     kept = [row for row in rows if row["which"] == "kept"]
-    assert len(kept) == 4 * 2 * 2 * 2, "arms x seeds x groups x decodings"
+    assert len(kept) == 5 * 2 * 2 * 2, "arms x seeds x groups x decodings"
 
 
 def test_an_arm_that_diverged_is_shown_and_one_that_was_not_run_is_said(world: World, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from srppo.console import Console as SrppoConsole
 from srppo.console import StageView
 from srppo.report.figures import estimate_text, group_words, groups_of
-from srppo.report.record import arms_of_run, differences_of_run, stages_by_arm
+from srppo.report.record import PAIRS, arms_of_run, differences_of_run, stages_by_arm
 from srppo.report.terminal import arms_table, differences_table
 from srppo.store import Run
 
@@ -35,7 +35,7 @@ def terminal_picture(run: Run, command: str, path: Path) -> None:
     console.print(f"$ {command}", style="bold", highlight=False)
     console.print(view)
     console.print(arms_table(arms_of_run(run)))
-    console.print(differences_table(differences_of_run(run)))
+    console.print(differences_table(differences_of_run(run), caption=PAIRS))
     console.save_svg(str(path), title="srppo")
 
 

@@ -70,6 +70,7 @@ def write_report(
     title: str,
     arms: Sequence[ArmFigures],
     differences: Sequence[ArmFigures] = (),
+    differences_caption: str = "",
     plots: Mapping[str, Path | str] | None = None,
     samples: Sequence[Sample] = (),
     recipe_toml: str = "",
@@ -86,7 +87,10 @@ def write_report(
         _list("Missing or failed", absent, "bad"),
         _list("Warnings", warnings, ""),
         _section("Results", _accuracy(arms) + _cost(arms)),
-        _section("Paired differences: SRPPO minus", _estimates(differences, "+") if differences else ""),
+        _section(
+            "Paired differences: SRPPO minus",
+            _estimates(differences, "+") + _soft(differences_caption) if differences else "",
+        ),
         *(_plot(caption, svg, i) for i, (caption, svg) in enumerate((plots or {}).items())),
         _section("Samples", "".join(_sample(sample) for sample in samples)),
         _section("Recipe", f"<details><summary>recipe.toml</summary><pre>{escape(recipe_toml)}</pre></details>")

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from srppo.checkpoint import write_atomic
@@ -18,23 +19,46 @@ from srppo.report.terminal import arms_table, differences_table
 from srppo.stats import Estimate, crossed_interval, item_interval
 from srppo.store import Run, Stage
 
-KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "longer-sft": "longer SFT", "ppo": "SRPPO"}
-ORDER = ("base", "SFT", "longer SFT", "SRPPO")
+KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO"}
+EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
+ORDER = ("base", "SFT", EQUAL, CHOSEN, "SRPPO")
+PAIRS = (
+    "Same items and seeds. SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: "
+    "longer SFT, best on development items."
+)
+DIFFERENCES = {"SFT": "SFT", EQUAL: "longer", CHOSEN: "chosen"}  # from the arm to its short name in the paired table
 SAMPLES_SHOWN = 2  # of each group
 
 
 def stages_by_arm(run: Run) -> dict[str, list[Stage]]:
-    """Stages of each arm, one a seed, arms in the order of a table."""
+    """Stages of each arm, one a seed, arms in the order of a table.
+
+    Longer SFT was trained at several lengths: the longest is at equal compute; the one that scored best on development
+    items, the shorter at a tie, has its epochs chosen.
+    """
     found: dict[str, list[Stage]] = {name: [] for name in ORDER}
+    longer: dict[int, list[Stage]] = defaultdict(list)
     for stage in sorted(run.stages(), key=lambda s: s.identity["config"]["seed"]):
         kind = stage.identity["kind"]
-        if kind in KINDS:
+        if kind == "longer-sft":
+            longer[stage.identity["config"]["seed"]].append(stage)
+        elif kind in KINDS:
             found[KINDS[kind]].append(stage)
+    for stages in longer.values():
+        stages.sort(key=lambda s: s.identity["config"]["steps"])
+        found[EQUAL].append(stages[-1])
+        if all(stage.done and _score(stage) is not None for stage in stages):
+            found[CHOSEN].append(max(stages, key=lambda stage: _score(stage) or 0.0))
     return {name: stages for name, stages in found.items() if stages}
 
 
+def _score(stage: Stage) -> float | None:
+    score = (stage.result() or {})["figures"]["score"]
+    return None if score is None else float(score)
+
+
 def arms_of_run(run: Run) -> list[ArmFigures]:
-    """A row for each arm; an arm whose kept step is not its last has a second row for the last."""
+    """A row for each arm; SRPPO has a second row for its last step where development items picked another."""
     by_arm, rows = stages_by_arm(run), []
     sft_cost = _mean_cost(by_arm.get("SFT", []))
     for name, stages in by_arm.items():
@@ -46,11 +70,10 @@ def arms_of_run(run: Run) -> list[ArmFigures]:
         if not good:
             rows.append(ArmFigures(name, problem=problem))
             continue
-        chosen = any("last" in (stage.result() or {})["figures"] for stage in good)
-        kept_name = f"{name}, best on dev" if chosen else name
-        if chosen:
+        picked = any("last" in (stage.result() or {})["figures"] for stage in good)
+        if picked:
             rows.append(_arm(f"{name}, last step", good, "last", before, problem))
-        rows.append(_arm(kept_name, good, "kept", before, problem))
+        rows.append(_arm(f"{name}, best on dev" if picked else name, good, "kept", before, problem))
     return rows
 
 
@@ -71,18 +94,21 @@ def _arm(
             one = len(by_seed) == 1
             figures[group, decoding] = item_interval(by_seed[0]) if one else crossed_interval(by_seed)
     flops, seconds = _mean_cost(stages)
-    first = results[0]
+    steps = [result["steps"] for result in results]
+    kept = [result["kept_step"] for result in results] if which == "kept" else steps
+    spread = f"kept steps {min(kept)} to {max(kept)} over the seeds; the median is shown" if len(set(kept)) > 1 else ""
     return ArmFigures(
         name,
         figures,
         flops=before[0] + flops,
         seconds=before[1] + seconds,
-        kept_step=first["kept_step"] if which == "kept" else first["steps"],
-        steps=first["steps"],
+        kept_step=int(median(kept)),
+        steps=int(median(steps)),
         mean_length=_mean([m["sampled_tokens"] for m in measured if "sampled_tokens" in m]),
         ended_share=_mean([m["sampled_ended"] for m in measured if "sampled_ended" in m]),
         nll=_mean([m["held_out_nll"] for m in measured if "held_out_nll" in m]),
         problem=problem,
+        note=spread,
         seeds=len(stages),
     )
 
@@ -95,7 +121,7 @@ def differences_of_run(run: Run) -> list[ArmFigures]:
         for name, stages in by_arm.items()
     }
     rows = []
-    for other in ("SFT", "longer SFT"):
+    for other, short in DIFFERENCES.items():
         seeds = sorted(by_seed.get("SRPPO", {}).keys() & by_seed.get(other, {}).keys())
         figures: dict[tuple[str, str], Estimate] = {}
         for decoding in ("greedy", "sampled"):
@@ -110,7 +136,7 @@ def differences_of_run(run: Run) -> list[ArmFigures]:
             for group, values in by_group.items():
                 figures[group, decoding] = crossed_interval(values)
         if figures:
-            rows.append(ArmFigures(other.replace("longer SFT", "longer"), figures, seeds=len(seeds)))
+            rows.append(ArmFigures(short, figures, seeds=len(seeds)))
     return rows
 
 
@@ -132,6 +158,15 @@ def rows_of_run(run: Run) -> list[dict[str, Any]]:
                         row = {"group": group, "decoding": decoding, "which": which, "items": len(values)}
                         rows.append({**common, **row, "accuracy": sum(values) / len(values)})
     return rows
+
+
+def longer_curve(run: Run) -> list[dict[str, Any]]:
+    """The start and the end of each longer SFT of the first seed, by length: accuracy against compute."""
+    stages = [stage for stage in run.stages() if stage.identity["kind"] == "longer-sft" and stage.done]
+    first = min((stage.identity["config"]["seed"] for stage in stages), default=0)
+    rows = [stage.metrics() for stage in stages if stage.identity["config"]["seed"] == first]
+    ends = sorted((metrics[-1] for metrics in rows), key=lambda row: row["step"])
+    return [rows[0][0], *ends] if rows else []
 
 
 def _problem(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
@@ -207,9 +242,13 @@ def report_run(folder: Path, console: Console) -> None:
     console.print(arms_table(arms))
     pairs = differences_of_run(run)
     if pairs:
-        console.print(differences_table(pairs))
+        console.print(differences_table(pairs, caption=PAIRS))
     by_arm = stages_by_arm(run)
-    curves = {name: stages[0].metrics() for name, stages in by_arm.items() if name != "base"}
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name in ("SFT", "longer SFT", "SRPPO"):
+        rows = longer_curve(run) if name == "longer SFT" else [r for s in by_arm.get(name, [])[:1] for r in s.metrics()]
+        if rows:
+            curves[name] = rows
     kept = {name: (stages[0].result() or {}).get("figures", {}).get("kept_step", 0) for name, stages in by_arm.items()}
     plots = {
         "Training, first seed: what PPO sees, and development accuracy against counted operations": training_curves(
@@ -217,12 +256,15 @@ def report_run(folder: Path, console: Console) -> None:
         ),
         "Test accuracy with 95% intervals": accuracy_plot(arms, folder / "report" / "accuracy"),
     }
-    missing = [] if "longer SFT" in by_arm else ["longer SFT at equal compute was not run; add --baselines"]
+    missing = []
+    if "SRPPO" in by_arm and EQUAL not in by_arm:
+        missing.append("longer SFT at equal compute was not run; add --baselines")
     page = write_report(
         folder / "report" / "index.html",
         title=f"srppo: {folder.name}",
         arms=arms,
         differences=pairs,
+        differences_caption=PAIRS,
         plots={caption: paths[1] for caption, paths in plots.items() if paths},
         samples=samples_of_run(run),
         recipe_toml=to_toml(recipe),

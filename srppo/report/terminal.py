@@ -43,11 +43,14 @@ def arms_table(arms: Sequence[ArmFigures], title: str = "Test items") -> Rendera
     return Group(*parts, *(_Narrow(line) for line in lines))
 
 
-def differences_table(pairs: Sequence[ArmFigures], title: str = "Paired differences: SRPPO minus") -> RenderableType:
+def differences_table(
+    pairs: Sequence[ArmFigures], title: str = "Paired differences: SRPPO minus", caption: str = ""
+) -> RenderableType:
     """Differences of accuracy between arms on the same items and seeds; at most 80 columns."""
     groups = groups_of(pairs)
     starts = range(0, len(groups), GROUPS_A_TABLE)
-    return Group(*(_accuracy_table(pairs, groups[i : i + GROUPS_A_TABLE], title, sign="+") for i in starts))
+    tables = [_accuracy_table(pairs, groups[i : i + GROUPS_A_TABLE], title, sign="+") for i in starts]
+    return Group(*tables, _Narrow(Text(caption, "dim")))
 
 
 def _accuracy_table(arms: Sequence[ArmFigures], groups: Sequence[str], title: str, sign: str = "") -> Table:
