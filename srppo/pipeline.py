@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -324,6 +325,8 @@ def pick_device(name: str) -> str:
     """`auto` to cuda where there is one, else cpu; other names as they are. ConfigError where it cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, mps, or auto")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
