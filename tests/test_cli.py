@@ -249,7 +249,9 @@ def test_a_hub_name_without_a_network_fails_at_once(cli: Cli, tmp_path: Path) ->
 
 def test_a_device_that_is_not_here(cli: Cli, tmp_path: Path) -> None:
     line = cli.train(tmp_path / "run", "--device", "nonsense").error()
-    assert "device 'nonsense' cannot be used here" in line and "--device cpu" in line
+    assert "device 'nonsense' is unknown" in line and "cuda, cuda:1, mps, or auto" in line
+    line = cli.train(tmp_path / "run", "--device", "cuda:7").error()
+    assert "device 'cuda:7' cannot be used here" in line and "--device cpu" in line
 
 
 def test_a_folder_that_is_not_ours(cli: Cli, tmp_path: Path) -> None:
