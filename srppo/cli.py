@@ -140,8 +140,9 @@ def _train(
     folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"
     console = Console(plain=True if plain else None)
     console.say(f"run folder: {folder}")
-    from srppo.pipeline import Pipeline, pick_device, run_sft, run_train  # torch comes with this
+    from srppo.pipeline import Pipeline, run_sft, run_train  # torch comes with this
     from srppo.report.record import report_run
+    from srppo.settings import pick_device
     from srppo.trackers import trackers
 
     trackers(track, folder.name, folder, {})  # an unknown or missing one is said now; none starts before it is used

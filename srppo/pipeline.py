@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.baselines import longer_sft_steps
 from srppo.checkpoint import write_atomic
-from srppo.config import Recipe, canonical_json, with_overrides
+from srppo.config import Recipe, canonical_json
 from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
 from srppo.errors import ConfigError, Diverged, RecordError, RunError
@@ -39,11 +38,11 @@ from srppo.models import (
     resolve,
 )
 from srppo.ppo import train_ppo
+from srppo.settings import recipe_warnings, resolved
 from srppo.sft import train_sft
 from srppo.store import Attempt, Run, Stage
 
 Figures = dict[str, Any]
-EMBEDDED_SIZE = 32
 
 
 @dataclass
@@ -319,48 +318,6 @@ def kept_checkpoint(stage: Stage, step: int) -> Path:
 def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
     """One JSON line an item, in the order of the items."""
     (folder / "samples.jsonl").write_text("".join(canonical_json(asdict(v)) + "\n" for v in verdicts))
-
-
-def pick_device(name: str) -> str:
-    """`auto` to cuda where there is one, else cpu; other names as they are. ConfigError where it cannot be used."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ConfigError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, mps, or auto")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
-        ) from None
-    return name
-
-
-def recipe_warnings(recipe: Recipe) -> list[str]:
-    """Settings that are allowed and probably not meant."""
-    reward, warnings = recipe.reward, []
-    if reward.kl == "k3":
-        warnings.append(
-            "reward.kl = k3 in the loss is biased and ends elsewhere than the KL-regularised optimum; use k1 or k2"
-        )
-    if reward.anchor == "base" and reward.kind == "ratio" and reward.beta >= 1:
-        warnings.append(
-            f"with reward.anchor = base and beta = {reward.beta:g} the optimum is no sharper than the SFT model: "
-            "nothing can be gained; use anchor = sft, or beta below 1"
-        )
-    if reward.beta == 0:
-        warnings.append(
-            "reward.beta = 0 leaves the policy without an anchor; expect it to drift off the base's support"
-        )
-    return warnings
-
-
-def resolved(recipe: Recipe) -> Recipe:
-    """Embedded demonstrations come with embedded prompts, and are so many that SFT stays unfinished, unless said."""
-    if recipe.data.demonstrations != ("embedded",):
-        return recipe
-    size, prompts = recipe.data.size or EMBEDDED_SIZE, recipe.data.prompts or ("embedded",)
-    return with_overrides(recipe, {"data.size": size, "data.prompts": prompts})
 
 
 def run_sft(pipeline: Pipeline) -> None:

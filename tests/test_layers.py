@@ -17,7 +17,7 @@ LAYERS = [
     ["store"],
     ["kernels.reference", "kernels.cpu", "kernels.triton_*"],
     ["kernels", "advantage", "losses"],
-    ["sources", "overlap", "chat", "models"],
+    ["sources", "overlap", "chat", "models", "settings"],
     ["formats"],
     ["data"],
     ["reward", "rollout", "loop"],
