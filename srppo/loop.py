@@ -135,9 +135,11 @@ class Session:
         measure: Callable[[], tuple[Row, float | None]],
         keep: str,
         checkpoint_every: int,
+        measure_start: bool = True,
     ) -> None:
         self.bench, self.state, self.total, self.keep = bench, state, total, keep
         self.measure_at, self.measure, self.checkpoint_every = measure_at, measure, checkpoint_every
+        self.measure_start = measure_start
         state.counters.setdefault("kept_step", 0)
         state.counters.setdefault("kept_score", -math.inf)
 
@@ -149,7 +151,7 @@ class Session:
             self.bench.console.say(f"{self.bench.name}: resumed from step {found[0]}")
         start = found[0] if found else 0
         with self.bench.console.stage(self.bench.name, self.total) as self.view, stop_on_signal() as stopped:
-            if not found:
+            if not found and self.measure_start:
                 self._log({"step": 0, **self.measure()[0]})
             for step in range(start + 1, self.total + 1):
                 yield step

@@ -96,6 +96,7 @@ def train_sft(
         measure=lambda: development.measure(model),
         keep=recipe.eval.keep,
         checkpoint_every=max(total // 5, 1),
+        measure_start=by_epoch,  # the start is the base's for every length
     )
     for step in session.steps():
         watch = Stopwatch()

@@ -161,12 +161,13 @@ def rows_of_run(run: Run) -> list[dict[str, Any]]:
 
 
 def longer_curve(run: Run) -> list[dict[str, Any]]:
-    """The start and the end of each longer SFT of the first seed, by length: accuracy against compute."""
+    """Accuracy against compute: the start (the base, as SFT's) and the end of each longer SFT of the first seed."""
     stages = [stage for stage in run.stages() if stage.identity["kind"] == "longer-sft" and stage.done]
     first = min((stage.identity["config"]["seed"] for stage in stages), default=0)
     rows = [stage.metrics() for stage in stages if stage.identity["config"]["seed"] == first]
     ends = sorted((metrics[-1] for metrics in rows), key=lambda row: row["step"])
-    return [rows[0][0], *ends] if rows else []
+    start = [row for stage in stages_by_arm(run).get("SFT", [])[:1] for row in stage.metrics()[:1]]
+    return [*start, *ends] if rows else []
 
 
 def _problem(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
