@@ -29,6 +29,10 @@ class ModelConfig(_Section):
     base: str = Field("embedded:s", description="base model: a folder, a hub name, or embedded:xs|s|l")
     sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast in the bodies; heads stay fp32")
+    kernels: Literal["auto", "triton", "torch", "reference"] = Field(
+        "auto",
+        description="log-prob kernels; auto: triton on a GPU, else torch; reference: slow, plain, the definition",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants
@@ -25,7 +25,16 @@ from transformers.utils import logging as hf_logging
 from srppo.config import ModelConfig, is_embedded
 from srppo.errors import ModelError
 from srppo.hub import offline_when_unreachable
-from srppo.kernels import Logprobs, entropy, linear_logprob, token_logprobs
+from srppo.kernels import (
+    Impl,
+    Logprobs,
+    choose,
+    entropy,
+    linear_logprob,
+    linear_logprob_diff,
+    logprob_diff,
+    token_logprobs,
+)
 
 LOGIT_TOLERANCE = 1e-3  # largest difference between our head and the model's own logits, per logit, in the load check
 
@@ -39,13 +48,23 @@ class Head:
     softcap: float | None = None
 
 
+class LogRatio(NamedTuple):
+    """log pi_sft - log pi_base of responses and its two terms; BT fp32, nats, 0 where masked."""
+
+    log_ratio_BT: Tensor
+    sft_logprobs_BT: Tensor
+    base_logprobs_BT: Tensor
+
+
 class LanguageModel(nn.Module):
     """A causal LM with what the trainer needs of it: log-probs of responses under explicit positions and masks."""
 
-    def __init__(self, model: PreTrainedModel, *, precision: str = "fp32") -> None:
+    def __init__(self, model: PreTrainedModel, *, precision: str = "fp32", kernels: Impl = "auto") -> None:
         super().__init__()
         self.model: Any = model  # generate() and from_pretrained are typed too narrowly for mypy
         self.precision = precision
+        self.kernels: Impl = kernels
+        choose(kernels, *model.parameters())
         _switch_dropout_off(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.head = _find_head(self)
@@ -71,10 +90,9 @@ class LanguageModel(nn.Module):
         mask_BT = attention_mask_BS[:, -response_width:]
         tokens_N = tokens_BS[:, -response_width:][mask_BT]
         if self.head.linear:
-            hidden_ND = self.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1][mask_BT]
             output = self.model.get_output_embeddings()
             flat = linear_logprob(
-                hidden_ND,
+                self._hidden_rows(tokens_BS, attention_mask_BS, response_width),
                 output.weight,
                 tokens_N,
                 bias_V=output.bias,
@@ -82,10 +100,10 @@ class LanguageModel(nn.Module):
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 with_entropy=with_entropy,
+                impl=self.kernels,
             )
-        else:  # in fp32 throughout: the model would round its logits under autocast
-            logits_NV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
-            logits_NV = logits_NV[:, -response_width - 1 : -1][mask_BT]
+        else:
+            logits_NV = self._logit_rows(tokens_BS, attention_mask_BS, response_width)
             flat = Logprobs(
                 token_logprobs(logits_NV, tokens_N, temperature=temperature),
                 entropy(logits_NV.detach(), temperature=temperature) if with_entropy else None,
@@ -93,12 +111,54 @@ class LanguageModel(nn.Module):
         entropy_BT = None if flat.entropy_N is None else _unflatten(flat.entropy_N, mask_BT)
         return Logprobs(_unflatten(flat.logprobs_N, mask_BT), entropy_BT)
 
+    def _hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
+        """Hidden states before each counted response token, ND."""
+        hidden_BSD = self.hidden(tokens_BS, attention_mask_BS)
+        return hidden_BSD[:, -response_width - 1 : -1][attention_mask_BS[:, -response_width:]]
+
+    def _logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
+        """The model's own logits there, NV; in fp32 throughout, since it would round them under autocast."""
+        logits_BSV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
+        return logits_BSV[:, -response_width - 1 : -1][attention_mask_BS[:, -response_width:]]
+
     def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         """Last hidden states, BSD; bf16 under autocast."""
         return body_hidden(self.model.base_model, self._inputs(tokens_BS, attention_mask_BS), self.precision)
 
     def _inputs(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
         return model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
+
+
+@torch.no_grad()
+def response_log_ratio(
+    sft: LanguageModel, base: LanguageModel, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int
+) -> LogRatio:
+    """log pi_sft - log pi_base of the last `response_width` columns at temperature 1, and its two terms."""
+    mask_BT = attention_mask_BS[:, -response_width:]
+    rows = (tokens_BS, attention_mask_BS, response_width)
+    tokens_N = tokens_BS[:, -response_width:][mask_BT]
+    if sft.head.linear and sft.head == base.head:
+        heads = [model.model.get_output_embeddings() for model in (sft, base)]
+        parts = linear_logprob_diff(
+            sft._hidden_rows(*rows),
+            heads[0].weight,
+            base._hidden_rows(*rows),
+            heads[1].weight,
+            tokens_N,
+            sft_bias_V=heads[0].bias,
+            base_bias_V=heads[1].bias,
+            logit_scale=sft.head.logit_scale,
+            softcap=sft.head.softcap,
+            with_parts=True,
+            impl=sft.kernels,
+        )
+    elif not sft.head.linear and not base.head.linear:
+        sft_NV, base_NV = (model._logit_rows(*rows) for model in (sft, base))
+        parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
+    else:  # two heads of different kinds
+        sft_BT, base_BT = (model.response_logprobs(*rows).logprobs_N for model in (sft, base))
+        return LogRatio(sft_BT - base_BT, sft_BT, base_BT)
+    return LogRatio(*(_unflatten(part_N, mask_BT) for part_N in parts[:3]))
 
 
 class ValueModel(nn.Module):
@@ -241,7 +301,7 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> Langua
             use_safetensors=None if config.allow_pickle else True,
         )
     model.to(torch.device(device))
-    return LanguageModel(model, precision=config.precision)
+    return LanguageModel(model, precision=config.precision, kernels=config.kernels)
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -101,7 +101,7 @@ class Pipeline:
     @cached_property
     def base(self) -> LanguageModel:
         """The frozen base."""
-        return load_model(self.recipe.model.base, self.recipe.model, device=self.device)
+        return self._load(self.recipe.model.base)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -125,7 +125,7 @@ class Pipeline:
     @cached_property
     def given_sft(self) -> LanguageModel:
         """The SFT model that the recipe names."""
-        return self._fresh(str(self.recipe.model.sft))
+        return self._load(str(self.recipe.model.sft))
 
     @property
     def pad_id(self) -> int:
@@ -149,7 +149,7 @@ class Pipeline:
         if given is not None:
             path = Path(resolve(given))
             return self._only_measure(
-                "given-sft", fingerprint(given, self.recipe.model), lambda: self._fresh(given)
+                "given-sft", fingerprint(given, self.recipe.model), lambda: self._load(given)
             ), path
         stage = self.run.stage(
             "sft", self._identity("sft"), [self.base_id], self.data.manifest["demonstrations"]["sha256"]
@@ -158,7 +158,7 @@ class Pipeline:
         def train(model: LanguageModel, bench: Workbench) -> Session:
             return train_sft(self.recipe, bench, model, self.data.demonstrations, self.development, pad_id=self.pad_id)
 
-        self._train(stage, "SFT", lambda: self._fresh(self.recipe.model.base), train)
+        self._train(stage, "SFT", lambda: self._load(self.recipe.model.base), train)
         return stage, stage.path / "model"
 
     def ppo_stage(self, sft: Stage, sft_path: Path) -> Stage:
@@ -172,7 +172,7 @@ class Pipeline:
                 self.recipe,
                 bench,
                 policy,
-                self._fresh(str(sft_path)),
+                self._load(str(sft_path)),
                 self.base,
                 self.data.prompts,
                 self.development,
@@ -180,7 +180,7 @@ class Pipeline:
                 pad_id=self.pad_id,
             )
 
-        return self._train(stage, "SRPPO", lambda: self._fresh(str(sft_path)), train)
+        return self._train(stage, "SRPPO", lambda: self._load(str(sft_path)), train)
 
     def longer_sft_stages(self, sft: Stage, ppo: Stage) -> list[Stage]:
         """The baselines; their budget is the counted compute of the two stages they are compared with."""
@@ -198,7 +198,7 @@ class Pipeline:
             rows = self.data.demonstrations
             return train_sft(self.recipe, bench, model, rows, self.development, pad_id=self.pad_id, total=steps)
 
-        return self._train(stage, f"longer SFT ({steps} steps)", lambda: self._fresh(self.recipe.model.base), train)
+        return self._train(stage, f"longer SFT ({steps} steps)", lambda: self._load(self.recipe.model.base), train)
 
     def _only_measure(self, kind: str, content: str, load: Callable[[], LanguageModel]) -> Stage:
         stage = self.run.stage(kind, self._identity(), [content], self.data.manifest["demonstrations"]["sha256"])
@@ -225,8 +225,14 @@ class Pipeline:
             "max_new_tokens": dump["rollout"]["max_new_tokens"],
         }
 
-    def _fresh(self, spec: str) -> LanguageModel:
-        return load_model(spec, self.recipe.model, device=self.device)
+    def _load(self, spec: str) -> LanguageModel:
+        model = load_model(spec, self.recipe.model, device=self.device)
+        if not model.head.linear:
+            self.console.warn(
+                f"the head of {type(model.model).__name__} is not linear, or does more than scale and softcap: whole "
+                "logits are built, which costs memory; results are the same"
+            )
+        return model
 
     def _train(
         self,

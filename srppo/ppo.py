@@ -26,9 +26,9 @@ from srppo.errors import Diverged
 from srppo.loop import Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
 from srppo.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
 from srppo.masked import masked_mean
-from srppo.models import LanguageModel, ValueModel, forward_flops
+from srppo.models import LanguageModel, LogRatio, ValueModel, forward_flops
 from srppo.reward import Rewards, RunningStd, compute_rewards, reward_diagnostics, reward_warnings
-from srppo.rollout import generate, micro_slices, prompt_schedule, score_logprobs, to_batch
+from srppo.rollout import generate, micro_slices, prompt_schedule, score_log_ratio, to_batch
 from srppo.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -119,13 +119,13 @@ def train_ppo(
         watch.lap("generate_s")
         # 2. Scores, all from the same path as training.
         batch = to_batch(generated, policy, value, micro_batch=config.micro_batch, temperature=rollout.temperature)
-        sft_logprobs_BT = score_logprobs(sft_policy, batch, micro_batch=config.micro_batch)
-        base_logprobs_BT = score_logprobs(base_policy, batch, micro_batch=config.micro_batch)
+        scores = score_log_ratio(sft_policy, base_policy, batch, micro_batch=config.micro_batch)
         # 3. Rewards.
         rewards = compute_rewards(
             recipe.reward,
-            sft_logprobs_BT=sft_logprobs_BT,
-            base_logprobs_BT=base_logprobs_BT,
+            log_ratio_BT=scores.log_ratio_BT,
+            sft_logprobs_BT=scores.sft_logprobs_BT,
+            base_logprobs_BT=scores.base_logprobs_BT,
             policy_logprobs_BT=batch.old_logprobs_BT,
             mask_BT=batch.response_mask_BT,
             ended_B=batch.ended_B,
@@ -134,9 +134,9 @@ def train_ppo(
         )
         watch.lap("score_s")
         # 4. Advantages, 5. updates.
-        anchor_BT = sft_logprobs_BT if recipe.reward.anchor == "sft" else base_logprobs_BT
+        anchor_BT = scores.sft_logprobs_BT if recipe.reward.anchor == "sft" else scores.base_logprobs_BT
         targets = make_targets(recipe, batch, rewards, anchor_BT)
-        row = rollout_metrics(batch, rewards, sft_logprobs_BT, base_logprobs_BT, targets)
+        row = rollout_metrics(batch, rewards, scores, targets)
         stop_if_diverged(row["kl_sft"], config.max_kl, step)
         factor = lr_factor(config.schedule, config.warmup, step, config.steps)
         set_lr(learners.policy_optimizer, config.lr * factor)
@@ -261,9 +261,7 @@ def minibatch_update(
     return metrics
 
 
-def rollout_metrics(
-    batch: RolloutBatch, rewards: Rewards, sft_logprobs_BT: Tensor, base_logprobs_BT: Tensor, targets: Targets
-) -> dict[str, Any]:
+def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: LogRatio, targets: Targets) -> dict[str, Any]:
     """What a batch of rollouts says before any update. KL: k1 over the sampled responses, nats a response.
 
     The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token.
@@ -272,14 +270,14 @@ def rollout_metrics(
     return {
         "reward": float(rewards.score_B.mean()),
         "reward_per_token": float(rewards.score_B.sum() / lengths_B.sum()),
-        "kl_sft": float((batch.old_logprobs_BT - sft_logprobs_BT).sum(dim=1).mean()),
-        "kl_base": float((batch.old_logprobs_BT - base_logprobs_BT).sum(dim=1).mean()),
+        "kl_sft": float((batch.old_logprobs_BT - scores.sft_logprobs_BT).sum(dim=1).mean()),
+        "kl_base": float((batch.old_logprobs_BT - scores.base_logprobs_BT).sum(dim=1).mean()),
         "length": float(lengths_B.mean()),
         "ended": float(batch.ended_B.float().mean()),
         "entropy": float(-masked_mean(batch.old_logprobs_BT, mask_BT)),
         "explained_variance": explained_variance(batch.old_values_BT, targets.returns_BT, mask_BT),
         "scale": rewards.scale,
-        **reward_diagnostics(sft_logprobs_BT - base_logprobs_BT, base_logprobs_BT, rewards.score_B, mask_BT),
+        **reward_diagnostics(scores.log_ratio_BT, scores.base_logprobs_BT, rewards.score_B, mask_BT),
     }
 
 

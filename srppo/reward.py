@@ -106,6 +106,7 @@ class Rewards:
 def compute_rewards(
     config: RewardConfig,
     *,
+    log_ratio_BT: Tensor,
     sft_logprobs_BT: Tensor,
     base_logprobs_BT: Tensor,
     policy_logprobs_BT: Tensor,
@@ -116,10 +117,10 @@ def compute_rewards(
 ) -> Rewards:
     """The reward of each token of a batch of rollouts, by `config`; updates `running` with this batch first.
 
-    All log-probs in nats, BT fp32; `policy_logprobs_BT` are the behaviour log-probs (at the sampling temperature: they
+    All log-probs in nats, BT fp32; `log_ratio_BT` is their difference taken before rounding; `policy_logprobs_BT` are the behaviour log-probs (at the sampling temperature: they
     are those of the distribution being optimised). `seed` orders the shuffled kind.
     """
-    terms_BT = reward_terms(config, sft_logprobs_BT, base_logprobs_BT, mask_BT, seed)
+    terms_BT = reward_terms(config, log_ratio_BT, sft_logprobs_BT, base_logprobs_BT, mask_BT, seed)
     if config.at_limit == "zero":
         terms_BT = terms_BT.masked_fill(~ended_B.unsqueeze(1), 0.0)
     rewards_BT = place_reward(terms_BT, mask_BT, at=config.placement)
@@ -137,12 +138,17 @@ def compute_rewards(
 
 
 def reward_terms(
-    config: RewardConfig, sft_logprobs_BT: Tensor, base_logprobs_BT: Tensor, mask_BT: Tensor, seed: int
+    config: RewardConfig,
+    log_ratio_BT: Tensor,
+    sft_logprobs_BT: Tensor,
+    base_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    seed: int,
 ) -> Tensor:
     """The per-token terms of the reward after its clips and length normalisation; BT, 0 where masked."""
     ratio_BT = {
-        "ratio": sft_logprobs_BT - base_logprobs_BT,
-        "shuffled": sft_logprobs_BT - base_logprobs_BT,
+        "ratio": log_ratio_BT,
+        "shuffled": log_ratio_BT,
         "sft": sft_logprobs_BT,
         "base": -base_logprobs_BT,
         "zero": torch.zeros_like(sft_logprobs_BT),

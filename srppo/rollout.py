@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from srppo.config import derive_seed
-from srppo.models import LanguageModel, ValueModel
+from srppo.models import LanguageModel, LogRatio, ValueModel, response_log_ratio
 from srppo.types import RolloutBatch
 
 
@@ -129,6 +129,18 @@ def score_logprobs(
             for rows in micro_slices(len(generated.tokens_BS), micro_batch)
         ]
     )
+
+
+def score_log_ratio(
+    sft_policy: LanguageModel, base_policy: LanguageModel, batch: Generated | RolloutBatch, *, micro_batch: int
+) -> LogRatio:
+    """log pi_sft - log pi_base of the responses at temperature 1, and its two terms."""
+    width = batch.response_mask_BT.shape[1]
+    parts = [
+        response_log_ratio(sft_policy, base_policy, batch.tokens_BS[rows], batch.attention_mask_BS[rows], width)
+        for rows in micro_slices(len(batch.tokens_BS), micro_batch)
+    ]
+    return LogRatio(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()

@@ -205,8 +205,8 @@ REWARD = [
     Mutant(
         "reward: base minus SFT",
         "reward.py",
-        '"ratio": sft_logprobs_BT - base_logprobs_BT',
-        '"ratio": base_logprobs_BT - sft_logprobs_BT',
+        '"ratio": log_ratio_BT',
+        '"ratio": -log_ratio_BT',
         REWARDS,
     ),
     Mutant(
@@ -346,8 +346,8 @@ MODELS = [
     Mutant(
         "models: log-probs off by one",
         "models.py",
-        "hidden_ND = self.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1][mask_BT]",
-        "hidden_ND = self.hidden(tokens_BS, attention_mask_BS)[:, -response_width:][mask_BT]",
+        "return hidden_BSD[:, -response_width - 1 : -1]",
+        "return hidden_BSD[:, -response_width:]",
         LOGPROBS,
     ),
     Mutant(
@@ -401,16 +401,16 @@ MODELS = [
     ),
     Mutant(
         "kernel: logits rounded to bf16",
-        "kernels/reference.py",
-        "F.linear(hidden_ND.float(), weight_VD.float(), bias_V) * logit_scale",
-        "F.linear(hidden_ND.float(), weight_VD.float(), bias_V).bfloat16().float() * logit_scale",
+        "kernels/native.cpp",
+        "            V z = load(column + v * LANES);\n",
+        "            V z = load(column + v * LANES);\n(I&)z &= 0xffff0000;\n",
         "test_models.py::test_bf16_stays_in_the_body",
     ),
     Mutant(
         "kernel: temperature ignored",
-        "kernels/reference.py",
-        "token_logprobs(logits_NV, tokens_N, temperature=temperature)",
-        "token_logprobs(logits_NV, tokens_N)",
+        "kernels/cpu.py",
+        "1.0 / transform.temperature",
+        "1.0",
         LOGPROBS,
     ),
 ]
@@ -418,9 +418,9 @@ MODELS = [
 PPO = [
     Mutant(
         "ppo: reward at the sampling temperature",
-        "ppo.py",
-        "score_logprobs(sft_policy, batch, micro_batch=config.micro_batch)",
-        "score_logprobs(sft_policy, batch, micro_batch=config.micro_batch, temperature=rollout.temperature)",
+        "models.py",
+        "            with_parts=True,\n            impl=sft.kernels,\n",
+        "            with_parts=True,\n            impl=sft.kernels,\n            temperature=0.6,\n",
         WIRING,
     ),
     Mutant(
@@ -433,8 +433,8 @@ PPO = [
     Mutant(
         "ppo: SFT and base exchanged",
         "ppo.py",
-        "            sft_logprobs_BT=sft_logprobs_BT,\n            base_logprobs_BT=base_logprobs_BT,\n",
-        "            sft_logprobs_BT=base_logprobs_BT,\n            base_logprobs_BT=sft_logprobs_BT,\n",
+        "sft_logprobs_BT=scores.sft_logprobs_BT,\n            base_logprobs_BT=scores.base_logprobs_BT,\n",
+        "sft_logprobs_BT=scores.base_logprobs_BT,\n            base_logprobs_BT=scores.sft_logprobs_BT,\n",
         WIRING,
     ),
     Mutant(

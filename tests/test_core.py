@@ -42,6 +42,7 @@ def ragged_logprobs(seed: int) -> Tensor:
 def rewards_of(running: RunningStd, **config: Any) -> Rewards:
     return compute_rewards(
         RewardConfig(**config),
+        log_ratio_BT=ragged_logprobs(1) - ragged_logprobs(2),
         sft_logprobs_BT=ragged_logprobs(1),
         base_logprobs_BT=ragged_logprobs(2),
         policy_logprobs_BT=ragged_logprobs(3),

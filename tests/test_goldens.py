@@ -108,13 +108,18 @@ def test_files_state_their_provenance() -> None:
 # Kernels
 
 
+def summed(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results: fp32, for fp64 logits fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @kept_dtypes
 @cases("kernels", "token_logprobs")
 def test_token_logprobs(case: dict[str, Any], dtype: torch.dtype) -> None:
     logits_NV = torch.tensor(case["logits"], dtype=dtype, requires_grad=True)
     logits_BTV = logits_NV[None]
     logprobs_BT = token_logprobs(logits_BTV, torch.tensor([case["tokens"]]), temperature=case["temperature"])
-    assert_close(logprobs_BT, [case["expected"]], torch.float32)
+    assert_close(logprobs_BT, [case["expected"]], summed(dtype))
     (grad_NV,) = torch.autograd.grad((logprobs_BT * torch.tensor(case["upstream"])).sum(), logits_NV)
     assert grad_NV.dtype == dtype
     assert_close(grad_NV.float(), case["expected_grad"], torch.float32)
@@ -133,7 +138,7 @@ def test_token_logprobs_over_batch_and_time(case: dict[str, Any]) -> None:
 @cases("kernels", "entropy")
 def test_entropy(case: dict[str, Any], dtype: torch.dtype) -> None:
     logits_BTV = torch.tensor(case["logits"], dtype=dtype)[None]
-    assert_close(entropy(logits_BTV, temperature=case["temperature"]), [case["expected"]], torch.float32)
+    assert_close(entropy(logits_BTV, temperature=case["temperature"]), [case["expected"]], summed(dtype))
 
 
 @kept_dtypes
@@ -142,7 +147,7 @@ def test_logprob_diff(case: dict[str, Any], dtype: torch.dtype) -> None:
     sft_logits_NV = torch.tensor(case["sft_logits"], dtype=dtype)
     base_logits_NV = torch.tensor(case["base_logits"], dtype=dtype)
     diff_N = logprob_diff(sft_logits_NV, base_logits_NV, torch.tensor(case["tokens"]))
-    assert_close(diff_N, case["expected"], torch.float32)
+    assert_close(diff_N, case["expected"], summed(dtype))
 
 
 def test_bf16_logits_are_not_rounded_again() -> None:

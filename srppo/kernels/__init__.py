@@ -1,30 +1,302 @@
-"""The one dispatch point of the log-prob kernels: callers import from here and never name an implementation."""
+"""The one dispatch point of the log-prob kernels: callers import from here and never name an implementation's module.
+
+| impl        | what                                                                                     |
+|-------------|------------------------------------------------------------------------------------------|
+| `triton`    | fused kernels for CUDA and ROCm (and, under TRITON_INTERPRET=1, for tests on any machine) |
+| `torch`     | vocabulary chunks; on x86 and other CPUs a compiled loop around oneDNN's microkernel       |
+| `reference` | the definition, in plain torch; the others are tested against it and against fp64         |
+| `auto`      | `triton` on a GPU, `torch` elsewhere and for fp64                                          |
+
+Every operation accumulates in fp32 (fp64 for fp64 input). `triton` and `torch` give a row the same bits every time and
+whatever the other rows are. Logits are softcap * tanh(raw * logit_scale / softcap) / temperature. Rows whose token is
+`ignore_index` give 0 and get no gradient. Columns from `vocabulary` on are padding, without a share of the softmax.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import importlib.util
+import math
+import os
+from types import ModuleType
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
+import torch
 from torch import Tensor
 
-from srppo.errors import ConfigError
+from srppo.errors import ConfigError, DataError
 from srppo.kernels import reference
-from srppo.kernels.reference import Logprobs, entropy, linear_logprob, token_logprobs
+from srppo.kernels.autograd import LinearLogprob
+from srppo.kernels.reference import entropy, token_logprobs
+from srppo.kernels.types import IGNORED, Head, LogprobDiff, Logprobs, Transform
 
-Impl = Literal["auto", "reference"]
+Impl = Literal["auto", "triton", "torch", "reference"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-__all__ = ["Impl", "Logprobs", "entropy", "linear_logprob", "logprob_diff", "token_logprobs"]
+__all__ = [
+    "Impl",
+    "LogprobDiff",
+    "Logprobs",
+    "Transform",
+    "choose",
+    "entropy",
+    "linear_logprob",
+    "linear_logprob_diff",
+    "logprob_diff",
+    "token_logprobs",
+]
 
 
-def logprob_diff(sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """log pi_sft(token) - log pi_base(token) from two logits matrices; N fp32, nats.
+class Options(TypedDict, total=False):
+    """Keywords that both differences share."""
 
-    Raises ConfigError for an unknown `impl` and for vocabularies of different size.
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    vocabulary: int | None
+    impl: Impl
+
+
+class LinearOptions(Options, total=False):
+    """Keywords of linear_logprob_diff."""
+
+    sft_bias_V: Tensor | None
+    base_bias_V: Tensor | None
+
+
+@overload
+def logprob_diff(
+    sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor, *, with_parts: Literal[True], **o: Unpack[Options]
+) -> LogprobDiff: ...
+@overload
+def logprob_diff(
+    sft_logits_NV: Tensor,
+    base_logits_NV: Tensor,
+    tokens_N: Tensor,
+    *,
+    with_parts: Literal[False] = ...,
+    **o: Unpack[Options],
+) -> Tensor: ...
+def logprob_diff(
+    sft_logits_NV: Tensor,
+    base_logits_NV: Tensor,
+    tokens_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocabulary: int | None = None,
+    with_parts: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | LogprobDiff:
+    """log pi_sft(token) - log pi_base(token) from two logits matrices, one pass over both; N fp32, nats.
+
+    Source: SRPPO, arXiv 2510.21090, a term of the coherent reward. Not differentiable: the reward is a constant of the
+    optimisation. `with_parts` returns a LogprobDiff, each log-prob and logsumexp too.
+
+    Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
+    """
+    if sft_logits_NV.shape != base_logits_NV.shape or sft_logits_NV.dim() != 2:
+        raise ConfigError(
+            f"logits of the SFT model are {tuple(sft_logits_NV.shape)}, of the base {tuple(base_logits_NV.shape)}; "
+            "both must be (N, V): the same tokens over one vocabulary"
+        )
+    columns = _columns(sft_logits_NV.shape[1], vocabulary)
+    ignored_N = _check_tokens(tokens_N, len(sft_logits_NV), columns, ignore_index)
+    transform = _transform(temperature, logit_scale, softcap)
+    logits = [x_NV[:, :columns] for x_NV in (sft_logits_NV, base_logits_NV)]
+    kernels = choose(impl, *logits, tokens_N)
+    targets_N = tokens_N if ignored_N is None else tokens_N.masked_fill(ignored_N, IGNORED)
+    parts = kernels.logprob_diff(*logits, targets_N, transform)
+    return parts if with_parts else parts.diff_N
+
+
+@overload
+def linear_logprob_diff(
+    sft_hidden_ND: Tensor,
+    sft_weight_VD: Tensor,
+    base_hidden_ND: Tensor,
+    base_weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    with_parts: Literal[True],
+    **o: Unpack[LinearOptions],
+) -> LogprobDiff: ...
+@overload
+def linear_logprob_diff(
+    sft_hidden_ND: Tensor,
+    sft_weight_VD: Tensor,
+    base_hidden_ND: Tensor,
+    base_weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    with_parts: Literal[False] = ...,
+    **o: Unpack[LinearOptions],
+) -> Tensor: ...
+def linear_logprob_diff(
+    sft_hidden_ND: Tensor,
+    sft_weight_VD: Tensor,
+    base_hidden_ND: Tensor,
+    base_weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    sft_bias_V: Tensor | None = None,
+    base_bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocabulary: int | None = None,
+    with_parts: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | LogprobDiff:
+    """The same from hidden states and heads: no logits matrix is ever built; N fp32, nats.
+
+    The two models may differ in D. One head for both (the same tensor) is read once. Not differentiable.
+    `with_parts` returns a LogprobDiff, each log-prob and logsumexp too.
+
+    Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
+    """
+    sft, base = Head(sft_hidden_ND, sft_weight_VD, sft_bias_V), Head(base_hidden_ND, base_weight_VD, base_bias_V)
+    if len(sft_weight_VD) != len(base_weight_VD) or len(sft_hidden_ND) != len(base_hidden_ND):
+        raise ConfigError(
+            f"the SFT model has {len(sft_hidden_ND)} rows over {len(sft_weight_VD)} tokens, the base "
+            f"{len(base_hidden_ND)} over {len(base_weight_VD)}; both must score the same tokens over one vocabulary"
+        )
+    sft, base = (_check_head(head, vocabulary) for head in (sft, base))
+    ignored_N = _check_tokens(tokens_N, len(sft_hidden_ND), len(sft.weight_VD), ignore_index)
+    kernels = choose(impl, *sft, *base, tokens_N)
+    transform = _transform(temperature, logit_scale, softcap)
+    if ignored_N is None:
+        parts = kernels.linear_logprob_diff(sft, base, tokens_N, transform)
+    else:
+        kept = (~ignored_N).nonzero().squeeze(-1)
+        dense = [head._replace(hidden_ND=head.hidden_ND[kept]) for head in (sft, base)]
+        parts = kernels.linear_logprob_diff(*dense, tokens_N[kept], transform)
+        parts = LogprobDiff(*(_scatter(part, kept, len(tokens_N)) for part in parts))
+    return parts if with_parts else parts.diff_N
+
+
+def linear_logprob(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocabulary: int | None = None,
+    with_entropy: bool = False,
+    impl: Impl = "auto",
+) -> Logprobs:
+    """Log-probs of tokens under one model, never building logits; N fp32, nats.
+
+    Differentiable in hidden, weight and bias; the entropy is watched, never trained on. Between forward and backward
+    only N-sized statistics are kept; the backward pass skips rows without upstream gradient and a frozen head.
+
+    Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
+    """
+    head = _check_head(Head(hidden_ND, weight_VD, bias_V), vocabulary)
+    ignored_N = _check_tokens(tokens_N, len(hidden_ND), len(head.weight_VD), ignore_index)
+    kernels = choose(impl, *head, tokens_N)
+    transform = _transform(temperature, logit_scale, softcap)
+    kept = None if ignored_N is None else (~ignored_N).nonzero().squeeze(-1)
+    if kept is not None:
+        head, tokens_N = head._replace(hidden_ND=hidden_ND[kept]), tokens_N[kept]
+    if kernels is reference:
+        logprobs_N, entropy_N = reference.linear_logprob(head, tokens_N, transform, with_entropy=with_entropy)
+    else:
+        logprobs_N, entropy_N = LinearLogprob.apply(*head, tokens_N, transform, with_entropy, kernels)
+    if kept is not None:
+        logprobs_N = _scatter(logprobs_N, kept, len(hidden_ND))
+        entropy_N = None if entropy_N is None else _scatter(entropy_N, kept, len(hidden_ND))
+    return Logprobs(logprobs_N, entropy_N)
+
+
+def _scatter(x_K: Tensor, kept_K: Tensor, count: int) -> Tensor:
+    return x_K.new_zeros(count).index_copy(0, kept_K, x_K)
+
+
+def choose(impl: str, *tensors: Tensor | None) -> ModuleType:
+    """The module of an implementation; `auto` goes by the device and dtype of the tensors.
+
+    Raises ConfigError for an unknown name and where the tensors cannot be handled.
     """
     if impl not in get_args(Impl):
         raise ConfigError(f"impl is {impl!r}; allowed: {', '.join(get_args(Impl))}")
-    if sft_logits_NV.shape != base_logits_NV.shape:
+    present = [x for x in tensors if x is not None]
+    devices, floats = {x.device for x in present}, {x.dtype for x in present if x.is_floating_point()}
+    if len(devices) > 1:
+        raise ConfigError(f"the inputs lie on several devices ({', '.join(map(str, devices))}); put them on one")
+    if not floats <= set(DTYPES):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in floats)
+        raise ConfigError(f"logits, hidden states and weights are {names}; allowed: bfloat16, float16, float32")
+    on_gpu, double = devices.pop().type == "cuda", torch.float64 in floats
+    if impl == "auto":
+        impl = "triton" if on_gpu and not double and importlib.util.find_spec("triton") else "torch"
+    if impl == "reference":
+        return reference
+    if impl == "torch":
+        from srppo.kernels import cpu
+
+        return cpu
+    if not importlib.util.find_spec("triton"):
+        raise ConfigError("impl is 'triton', which is not installed (it comes for Linux only); use impl='auto'")
+    if double:
+        raise ConfigError("impl is 'triton', whose kernels take bf16, fp16 and fp32, not fp64; use impl='auto'")
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("impl is 'triton' and the tensors are not on a GPU; use impl='auto', or TRITON_INTERPRET=1")
+    from srppo.kernels import triton_ops
+
+    return triton_ops
+
+
+def _transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
+    return Transform(temperature, logit_scale, softcap)
+
+
+def _columns(columns: int, vocabulary: int | None) -> int:
+    if vocabulary is None:
+        vocabulary = columns
+    if not 0 < vocabulary <= columns:
+        raise ConfigError(f"vocabulary is {vocabulary}; it must lie in 1..{columns}, the number of columns")
+    return vocabulary
+
+
+def _check_head(head: Head, vocabulary: int | None) -> Head:
+    """The head without its padding rows. Raises ConfigError where shapes do not fit."""
+    hidden, weight, bias = (None if x is None else tuple(x.shape) for x in head)
+    if hidden is None or weight is None or len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
+        raise ConfigError(f"hidden states are {hidden} and the weight is {weight}; they must be (N, D) and (V, D)")
+    if bias is not None and bias != weight[:1]:
+        raise ConfigError(f"the bias is {bias}, the weight {weight}; the bias must be (V,)")
+    columns = _columns(weight[0], vocabulary)
+    if columns == weight[0]:
+        return head
+    return Head(head.hidden_ND, head.weight_VD[:columns], None if head.bias_V is None else head.bias_V[:columns])
+
+
+def _check_tokens(tokens_N: Tensor, rows: int, columns: int, ignore_index: int) -> Tensor | None:
+    """N bool, True on ignored rows; None where there are none. Raises DataError for a token outside the vocabulary."""
+    if tokens_N.shape != (rows,) or tokens_N.dtype != torch.int64:
         raise ConfigError(
-            f"logits of the SFT model are {tuple(sft_logits_NV.shape)}, of the base {tuple(base_logits_NV.shape)}; "
-            "both must score the same tokens over one vocabulary"
+            f"tokens are {tuple(tokens_N.shape)} of {str(tokens_N.dtype).removeprefix('torch.')}; they must be "
+            f"({rows},) of int64, one a row"
         )
-    return reference.logprob_diff(sft_logits_NV, base_logits_NV, tokens_N)
+    outside_N = (tokens_N < 0) | (tokens_N >= columns)
+    if not outside_N.any():
+        return None
+    ignored_N = tokens_N == ignore_index
+    wrong_N = tokens_N[outside_N & ~ignored_N]
+    if len(wrong_N):
+        raise DataError(
+            f"{len(wrong_N)} of {rows} tokens lie outside the vocabulary, the first is {int(wrong_N[0])}; allowed: "
+            f"0..{columns - 1}, or ignore_index = {ignore_index}"
+        )
+    return ignored_N

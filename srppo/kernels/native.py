@@ -1,0 +1,215 @@
+"""Builds and loads native.cpp: compiled once a machine by its own C++ compiler, kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The first that compiles is taken. Without OpenMP there is one thread; without the native target, narrow vectors.
+FLAGS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], [])
+SWITCH = "SRPPO_COMPILED"  # an environment variable: 0 keeps to plain torch
+_Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_MATRIX, _TRANSFORM = [_Pointer, _Int, _Int], [_Float, _Float, _Float]
+_SIGNATURES = {
+    "srppo_linear_stats": [*_MATRIX * 2, _Pointer, _Pointer, _Int, _Int, _Int, *_TRANSFORM, ctypes.c_int]
+    + [_Pointer] * 4
+    + [ctypes.c_int],
+    "srppo_logits_diff": [*_MATRIX * 2, _Pointer, _Int, _Int, *_TRANSFORM, _Pointer, ctypes.c_int],
+    "srppo_logits_gradient": [_Pointer, _Int, *[_Pointer] * 5, _Int, _Int, _Int, *_TRANSFORM, ctypes.c_int],
+}
+
+
+class Native(NamedTuple):
+    """The loaded library, or None and why."""
+
+    library: ctypes.CDLL | None
+    note: str
+
+
+@functools.cache
+def load() -> Native:
+    """The compiled kernels; `note` says how they were built, or why there are none."""
+    if os.environ.get(SWITCH) == "0":
+        return Native(None, f"switched off by {SWITCH}=0")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
+    if compiler is None:
+        return Native(None, "no C++ compiler (g++ or clang++) was found")
+    try:
+        path, note = _build(compiler)
+        library = ctypes.CDLL(str(path))
+        for name, signature in _SIGNATURES.items():
+            getattr(library, name).argtypes = signature
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return Native(None, f"{compiler} could not build or load them: {_first_line(error)}")
+    wrong = _self_check(library)
+    return Native(None, wrong) if wrong else Native(library, note)
+
+
+def _first_line(error: Exception) -> str:
+    output = getattr(error, "stderr", None) or str(error)
+    lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _build(compiler: str) -> tuple[Path, str]:
+    """Compile unless the cache holds this very build. Raises OSError or SubprocessError."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = version.splitlines()[0]
+    folder = _cache()
+    for last, flags in [(flags is FLAGS[-1], flags) for flags in FLAGS]:
+        identity = "\n".join([SOURCE.read_text(), version, *flags, torch.__version__, _processor()])
+        target = folder / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+        note = f"compiled by {version} {' '.join(flags)}".rstrip()
+        if target.exists():
+            return target, note
+        try:
+            _compile(compiler, flags, target)
+            return target, note
+        except subprocess.CalledProcessError:
+            if last:
+                raise
+    raise AssertionError("FLAGS is not empty")
+
+
+def _compile(compiler: str, flags: list[str], target: Path) -> None:
+    libraries = Path(torch.__file__).parent / "lib"
+    # Into a file of its own, then renamed: two processes that build at once do not meet.
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(handle)
+    command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", *flags]
+    command += [str(SOURCE), "-o", name, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="srppo-"))  # a read-only home: compiled anew in each process
+
+
+def _processor() -> str:
+    """What -march=native saw: homes are shared by machines of different kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _self_check(library: ctypes.CDLL) -> str | None:
+    """Why this build must not be used: its results differ from torch's on a small product, in some mode."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND, weight_VD = (torch.randn(shape, generator=generator).bfloat16() for shape in ((33, 40), (130, 40)))
+    tokens_N = torch.arange(33)
+    logits_NV = hidden_ND.float() @ weight_VD.float().T
+    expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N[:, None])[:, 0]
+    modes = [False, True] if has_bf16_tiles() else [False]
+    for pairs in modes:
+        out = linear_stats(library, hidden_ND, weight_VD, None, tokens_N, (1.0, 0.0, 1.0), pairs, False, 1)
+        if not torch.allclose(out[0] - out[2], expected_N, atol=1e-4):
+            return "the compiled kernels disagree with torch on this machine"
+    return None
+
+
+def has_bf16_tiles() -> bool:
+    """Whether bf16 products are faster than fp32 ones (AMX); without, AVX-512's bf16 runs at half of fp32's rate."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def linear_stats(
+    library: ctypes.CDLL,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    tokens_N: Tensor,
+    transform: tuple[float, float, float],
+    pairs: bool,
+    with_entropy: bool,
+    threads: int,
+) -> Tensor:
+    """4N fp32: target logit - maximum, maximum, log sum exp(z - maximum), entropy. `pairs`: bf16 products (AMX)."""
+    out_4N = torch.empty(4, len(tokens_N))
+    _call(
+        library.srppo_linear_stats,
+        *_matrix(hidden_ND),
+        *_matrix(weight_VD),
+        None if bias_V is None else bias_V.data_ptr(),
+        tokens_N.data_ptr(),
+        len(tokens_N),
+        hidden_ND.shape[1],
+        len(weight_VD),
+        *transform,
+        int(pairs),
+        *(row_N.data_ptr() for row_N in out_4N[:3]),
+        out_4N[3].data_ptr() if with_entropy else None,
+        threads,
+    )
+    return out_4N
+
+
+def logits_diff(
+    library: ctypes.CDLL,
+    sft_NV: Tensor,
+    base_NV: Tensor,
+    tokens_N: Tensor,
+    transform: tuple[float, float, float],
+    threads: int,
+) -> Tensor:
+    """5N fp32: the fields of LogprobDiff; rows with a negative token are 0."""
+    out_5N = torch.empty(5, len(tokens_N))
+    arguments = (*_matrix(sft_NV), *_matrix(base_NV), tokens_N.data_ptr(), *sft_NV.shape, *transform)
+    _call(library.srppo_logits_diff, *arguments, out_5N.data_ptr(), threads)
+    return out_5N
+
+
+def logits_gradient(
+    library: ctypes.CDLL,
+    raw_NC: Tensor,
+    first: int,
+    bias_C: Tensor | None,
+    rows: Sequence[Tensor],
+    transform: tuple[float, float, float],
+    threads: int,
+) -> None:
+    """Raw fp32 logits of columns first..first+C become the gradient of sum(upstream * log-prob) in them, in place.
+
+    rows: tokens_N, max_N, log_sum_N, upstream_N.
+    """
+    pointers = [None if x is None else x.data_ptr() for x in (bias_C, *rows)]
+    shape = (len(raw_NC), first, raw_NC.shape[1])
+    _call(library.srppo_logits_gradient, raw_NC.data_ptr(), raw_NC.stride(0), *pointers, *shape, *transform, threads)
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), DTYPES[x.dtype], x.stride(0)
+
+
+def _call(function: object, *arguments: object) -> None:
+    status = function(*arguments)  # type: ignore[operator]
+    if status == 1:
+        raise MemoryError("not enough memory for the log-prob kernel's buffers")
+    if status:
+        raise RuntimeError("the compiled log-prob kernel failed; SRPPO_COMPILED=0 keeps to plain torch")
