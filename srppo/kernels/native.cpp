@@ -1,7 +1,7 @@
 // The log-prob kernels for CPUs, built by native.py at first use. One pass over the vocabulary, no logits matrix.
 //
-// From hidden states the logits are computed transposed, a tile of 64 vocabulary entries x 64 rows at a time:
-// weight[64, D] @ hidden.T[D, 64]. So the weight, the large operand, is read in place and once (only 16-bit weights are
+// From hidden states the logits are computed transposed, a tile of 128 vocabulary entries x 32 rows at a time:
+// weight[128, D] @ hidden.T[D, 32]. So the weight, the large operand, is read in place and once (only 16-bit weights are
 // widened, a panel at a time), the hidden states, the small one, are packed once, and the running maximum and sum of a
 // row live in a vector lane of their own: no horizontal reduction, and no row's bits depend on its neighbours. The tile
 // is multiplied by oneDNN's microkernel inside torch and reduced while it lies in the cache.
@@ -10,12 +10,15 @@
 // thread, combined in order.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
+#include <vector>
 
 namespace c10 {
 struct BFloat16;
@@ -36,12 +39,13 @@ constexpr int SEGMENT = 512;   // vocabulary entries whose partial sums one thre
 constexpr int K_BLOCK = 1024;  // hidden dimensions a call of the microkernel
 constexpr int64_t PANEL_BYTES = 1 << 20;   // weights that stay in the second-level cache while all rows pass by
 constexpr int64_t PACKED_BYTES = 8 << 20;  // hidden states packed at once
+constexpr int64_t DEEP_ROWS = 512;         // rows at once where D > K_BLOCK: their tiles must stay in the cache too
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
 
-typedef float V __attribute__((vector_size(64), aligned(4)));
-typedef int32_t I __attribute__((vector_size(64), aligned(4)));
+typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int WIDTH = 16, VECTORS = LANES / WIDTH;
 
 inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
@@ -53,7 +57,7 @@ inline V maximum(V a, V b) { return a > b ? a : b; }
 inline V exp_negative(V x) {
     const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     V n = x * all(1.44269504f) + magic;
-    const I exponent = reinterpret_cast<I&>(n) << 23;
+    const I exponent = (I)n << 23;  // a cast between vectors keeps the bits
     n = n - magic;
     const V r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
     V p = all(1.9875691500e-4f);
@@ -63,8 +67,8 @@ inline V exp_negative(V x) {
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
     V y = p * r * r + r + all(1.0f);
-    const I scaled = reinterpret_cast<I&>(y) + exponent;
-    return x < all(-87.0f) ? V{} : reinterpret_cast<const V&>(scaled);
+    const I scaled = (I)y + exponent;
+    return x < all(-87.0f) ? V{} : (V)scaled;
 }
 
 inline V tanh_of(V x) {
@@ -110,34 +114,30 @@ inline void add_terms(V z, V shift, bool with_entropy, V& sum, V& weighted) {
     if (with_entropy) weighted += p > V{} ? p * d : (p == p ? V{} : p);
 }
 
-template <class T>
-float widen(T x);
-template <>
-float widen(float x) {
-    return x;
-}
-template <>
-float widen(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-template <>
-float widen(_Float16 x) {
+inline float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
     return x;
 }
 
-template <class T>
-void widen_row(const void* source, int64_t offset, int64_t count, float* out) {
-    const T* p = static_cast<const T*>(source) + offset;
-    for (int64_t i = 0; i < count; i++) out[i] = widen(p[i]);
+inline float from_bf16(uint16_t x) { return from_bits(uint32_t(x) << 16); }
+
+inline float from_fp16(uint16_t x) {
+    const uint32_t special = (x & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;  // infinity and NaN keep the largest exponent
+    const float size = from_bits(uint32_t(x & 0x7fff) << 13) * 0x1p112f;  // exact, subnormal numbers too
+    uint32_t bits;
+    std::memcpy(&bits, &size, 4);
+    return from_bits(bits | special | uint32_t(x & 0x8000) << 16);
 }
 
 void widen_row(Dtype dtype, const void* source, int64_t offset, int64_t count, float* out) {
-    if (dtype == FP32) widen_row<float>(source, offset, count, out);
-    if (dtype == BF16) widen_row<uint16_t>(source, offset, count, out);
-    if (dtype == FP16) widen_row<_Float16>(source, offset, count, out);
+    const float* wide = static_cast<const float*>(source) + offset;
+    const uint16_t* half = static_cast<const uint16_t*>(source) + offset;
+    if (dtype == FP32) std::copy_n(wide, count, out);
+    if (dtype == BF16)
+        for (int64_t i = 0; i < count; i++) out[i] = from_bf16(half[i]);
+    if (dtype == FP16)
+        for (int64_t i = 0; i < count; i++) out[i] = from_fp16(half[i]);
 }
 
 template <class T>
@@ -161,41 +161,20 @@ struct Stats {  // N each; entropy may be null
     float *target, *max, *log_sum, *entropy;
 };
 
-// hidden[rows, D] as blocks of 64 rows, transposed: fp32 [D, 64], or bf16 pairs [D / 2, 64, 2]; rows beyond the end are 0.
-void pack_block(const Matrix& hidden, int64_t first, int64_t rows, int64_t D, bool pairs, void* out) {
-    Buffer<float> row(D);
-    std::memset(out, 0, D * LANES * (pairs ? 2 : 4));
-    for (int64_t j = 0; j < rows; j++) {
-        if (pairs) {
-            const uint16_t* source = static_cast<const uint16_t*>(hidden.data) + (first + j) * hidden.stride;
-            uint16_t* packed = static_cast<uint16_t*>(out);
-            for (int64_t k = 0; k < D; k++) packed[(k / 2 * LANES + j) * 2 + k % 2] = source[k];
-        } else {
-            widen_row(Dtype(hidden.dtype), hidden.data, (first + j) * hidden.stride, D, row);
-            float* packed = static_cast<float*>(out);
-            for (int64_t k = 0; k < D; k++) packed[k * LANES + j] = row[k];
-        }
-    }
+// C[entries, LANES] (+)= panel[entries, depth] @ block[depth, LANES].
+void multiply(int64_t entries, int64_t depth, const void* panel, int64_t panel_stride, const void* block, bool pairs,
+              bool add, float* tile) {
+    using at::native::cpublas::brgemm;
+    using c10::BFloat16;
+    if (pairs)
+        brgemm(entries, LANES, depth, panel_stride, LANES, LANES, add, static_cast<const BFloat16*>(panel),
+               static_cast<const BFloat16*>(block), tile, true);
+    else
+        brgemm(entries, LANES, depth, panel_stride, LANES, LANES, add, static_cast<const float*>(panel),
+               static_cast<const float*>(block), tile, false);
 }
 
-void multiply(int64_t entries, int64_t D, const void* panel, int64_t panel_stride, const void* block, bool pairs,
-              float* tile) {
-    for (int64_t k = 0; k < D; k += K_BLOCK) {
-        const int64_t depth = std::min<int64_t>(K_BLOCK, D - k);
-        if (pairs)
-            at::native::cpublas::brgemm(entries, LANES, depth, panel_stride, LANES, LANES, k > 0,
-                                        reinterpret_cast<const c10::BFloat16*>(static_cast<const uint16_t*>(panel) + k),
-                                        reinterpret_cast<const c10::BFloat16*>(static_cast<const uint16_t*>(block) +
-                                                                               k * LANES),
-                                        tile, true);
-        else
-            at::native::cpublas::brgemm(entries, LANES, depth, panel_stride, LANES, LANES, k > 0,
-                                        static_cast<const float*>(panel) + k,
-                                        static_cast<const float*>(block) + k * LANES, tile, false);
-    }
-}
-
-// Fold one tile [entries, 64] into the states of its 64 rows.
+// Fold one tile [entries, LANES] into the states of its rows.
 void reduce(float* tile, int64_t entries, const float* bias, const Transform& transform, bool with_entropy,
             Online* states) {
     const bool changed = bias || !transform.identity();
@@ -212,11 +191,14 @@ void reduce(float* tile, int64_t entries, const float* bias, const Transform& tr
         }
         Online state = states[g];
         const V shift = state.rescale(tile_max, with_entropy);
-        V sums[2] = {}, weighted[2] = {};  // two chains, so that additions do not wait for each other
-        for (int64_t v = 0; v < entries; v++)
-            add_terms(load(column + v * LANES), shift, with_entropy, sums[v % 2], weighted[v % 2]);
-        state.sum += sums[0] + sums[1];
-        state.weighted += weighted[0] + weighted[1];
+        V sum = {}, sum2 = {}, weighted = {}, weighted2 = {};  // two chains: additions do not wait for each other
+        for (int64_t v = 0; v + 1 < entries; v += 2) {
+            add_terms(load(column + v * LANES), shift, with_entropy, sum, weighted);
+            add_terms(load(column + (v + 1) * LANES), shift, with_entropy, sum2, weighted2);
+        }
+        if (entries % 2) add_terms(load(column + (entries - 1) * LANES), shift, with_entropy, sum, weighted);
+        state.sum += sum + sum2;
+        state.weighted += weighted + weighted2;
         states[g] = state;
     }
 }
@@ -234,7 +216,7 @@ void combine(const Partials& partials, int64_t segments, int64_t stride, int64_t
         if (part == 0) continue;  // a segment of -inf only
         const double factor = std::exp(below);
         sum += part * factor;
-        weighted += factor * (partials.weighted[s * stride + row] + part * below);
+        if (out.entropy) weighted += factor * (partials.weighted[s * stride + row] + part * below);
     }
     out.max[n] = top;
     out.target[n] -= top;
@@ -242,67 +224,134 @@ void combine(const Partials& partials, int64_t segments, int64_t stride, int64_t
     if (out.entropy) out.entropy[n] = float(std::log(sum) - weighted / sum);
 }
 
-// One pass over the vocabulary for `rows` rows from `first` on.
-void linear_pass(const Matrix& hidden, const Matrix& weight, const float* bias, const int64_t* tokens, int64_t first,
-                 int64_t rows, int64_t D, int64_t vocabulary, const Transform& transform, bool pairs, const Stats& out,
-                 int threads) {
-    const int64_t blocks = (rows + LANES - 1) / LANES, segments = (vocabulary + SEGMENT - 1) / SEGMENT;
-    const int64_t stride = blocks * LANES, element = pairs ? 2 : 4;
-    Buffer<char> packed(blocks * LANES * D * element);
-    Buffer<float> part_max(segments * stride), part_sum(segments * stride);
-    Buffer<float> part_weighted(segments * stride);
-    const Partials partials{part_max, part_sum, part_weighted};
-    const bool in_place = pairs || weight.dtype == FP32, with_entropy = out.entropy;
-    const int64_t width = weight.dtype == FP32 ? 4 : 2, panel_stride = in_place ? weight.stride : D + WIDTH;
-    const int64_t panel_entries = std::clamp<int64_t>(PANEL_BYTES / (D * element), 16, SEGMENT);
-    const int64_t tile_entries = std::min<int64_t>(TILE, panel_entries);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; b++)
-            pack_block(hidden, first + b * LANES, std::min<int64_t>(LANES, rows - b * LANES), D, pairs,
-                       packed.data + b * LANES * D * element);
-        Buffer<float> tile(TILE * LANES), wide(in_place ? 1 : panel_entries * (D + WIDTH));
-        std::unique_ptr<Online[]> states(new Online[blocks * VECTORS]);
-#pragma omp for schedule(dynamic)
-        for (int64_t s = 0; s < segments; s++) {
-            std::fill_n(states.get(), blocks * VECTORS, Online());
-            const int64_t end = std::min<int64_t>(vocabulary, (s + 1) * SEGMENT);
-            for (int64_t v = s * SEGMENT; v < end; v += panel_entries) {
-                const int64_t entries = std::min<int64_t>(panel_entries, end - v);
-                const void* panel = static_cast<const char*>(weight.data) + v * weight.stride * width;
-                if (!in_place) {
-                    for (int64_t i = 0; i < entries; i++)
-                        widen_row(Dtype(weight.dtype), weight.data, (v + i) * weight.stride, D,
-                                  wide + i * (D + WIDTH));
-                    panel = wide;
+// One pass over the vocabulary for rows first .. first + rows.
+struct Pass {
+    Matrix hidden, weight;
+    const float* bias;
+    const int64_t* tokens;
+    int64_t first, rows, D, vocabulary;
+    Transform transform;
+    bool pairs;
+    Stats out;
+
+    int64_t blocks() const { return (rows + LANES - 1) / LANES; }
+    int64_t segments() const { return (vocabulary + SEGMENT - 1) / SEGMENT; }
+    int64_t element() const { return pairs ? 2 : 4; }
+    bool in_place() const { return pairs || weight.dtype == FP32; }
+    bool deep() const { return D > K_BLOCK; }  // then tiles of all rows wait for the next part of the weights
+    int64_t panel_entries() const {
+        return std::clamp<int64_t>(PANEL_BYTES / (std::min<int64_t>(D, K_BLOCK) * element()), 16, SEGMENT);
+    }
+    int64_t rows_of(int64_t block) const { return std::min<int64_t>(LANES, rows - block * LANES); }
+
+    struct Workspace {  // of one thread
+        Buffer<float> tiles, wide;
+        std::unique_ptr<Online[]> states;
+        explicit Workspace(const Pass& pass)
+            : tiles((pass.deep() ? pass.blocks() * pass.panel_entries() : TILE) * LANES),
+              wide(pass.in_place() ? 1 : pass.panel_entries() * (std::min<int64_t>(pass.D, K_BLOCK) + WIDTH)),
+              states(new Online[pass.blocks() * VECTORS]) {}
+    };
+
+    // A block of hidden states transposed: fp32 [D, LANES], or bf16 pairs [D / 2, LANES, 2]; missing rows are 0.
+    void pack(int64_t block, char* packed) const {
+        char* target = packed + block * LANES * D * element();
+        std::memset(target, 0, LANES * D * element());
+        for (int64_t j = 0; j < rows_of(block); j++) {
+            const int64_t offset = (first + block * LANES + j) * hidden.stride;
+            if (pairs) {
+                const uint16_t* source = static_cast<const uint16_t*>(hidden.data) + offset;
+                uint16_t* halves = reinterpret_cast<uint16_t*>(target);
+                for (int64_t k = 0; k < D; k++) halves[(k / 2 * LANES + j) * 2 + k % 2] = source[k];
+            } else {
+                float row[K_BLOCK];
+                for (int64_t k = 0; k < D; k += K_BLOCK) {
+                    const int64_t depth = std::min<int64_t>(K_BLOCK, D - k);
+                    widen_row(Dtype(hidden.dtype), hidden.data, offset + k, depth, row);
+                    for (int64_t i = 0; i < depth; i++) reinterpret_cast<float*>(target)[(k + i) * LANES + j] = row[i];
                 }
-                for (int64_t b = 0; b < blocks; b++)
-                    for (int64_t t = 0; t < entries; t += tile_entries) {
-                        const int64_t height = std::min<int64_t>(tile_entries, entries - t);
-                        multiply(height, D, static_cast<const char*>(panel) + t * panel_stride * element,
-                                 panel_stride, packed.data + b * LANES * D * element, pairs, tile);
-                        reduce(tile, height, bias ? bias + v + t : nullptr, transform, with_entropy,
-                               &states[b * VECTORS]);
-                        for (int64_t j = 0; j < std::min<int64_t>(LANES, rows - b * LANES); j++) {
-                            const int64_t n = first + b * LANES + j, at = tokens[n] - v - t;
-                            if (at >= 0 && at < height) out.target[n] = tile[at * LANES + j];
-                        }
-                    }
-            }
-            for (int64_t i = 0; i < blocks * VECTORS; i++) {
-                store(partials.max + s * stride + i * WIDTH, states[i].max);
-                store(partials.sum + s * stride + i * WIDTH, states[i].sum);
-                store(partials.weighted + s * stride + i * WIDTH, states[i].weighted);
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) combine(partials, segments, stride, r, out, first + r);
-        at::native::cpublas::brgemm_release(pairs);
     }
-}
+
+    // The partial sums of one segment of the vocabulary.
+    void segment(int64_t s, const char* packed, Workspace& work, const Partials& partials) const {
+        std::fill_n(work.states.get(), blocks() * VECTORS, Online());
+        const int64_t end = std::min<int64_t>(vocabulary, (s + 1) * SEGMENT);
+        for (int64_t v = s * SEGMENT; v < end; v += panel_entries())
+            panel(v, std::min<int64_t>(panel_entries(), end - v), packed, work);
+        const int64_t stride = blocks() * LANES;
+        for (int64_t i = 0; i < blocks() * VECTORS; i++) {
+            const int64_t at = s * stride + i * WIDTH;
+            store(partials.max + at, work.states[i].max);
+            store(partials.sum + at, work.states[i].sum);
+            if (out.entropy) store(partials.weighted + at, work.states[i].weighted);
+        }
+    }
+
+    // All rows pass by some entries of the vocabulary.
+    void panel(int64_t v, int64_t entries, const char* packed, Workspace& work) const {
+        const int64_t tall = std::min<int64_t>(TILE, panel_entries()), width = weight.dtype == FP32 ? 4 : 2;
+        for (int64_t k = 0; k < D; k += K_BLOCK) {
+            const int64_t depth = std::min<int64_t>(K_BLOCK, D - k);
+            const int64_t stride = in_place() ? weight.stride : depth + WIDTH;
+            const char* weights = static_cast<const char*>(weight.data) + (v * weight.stride + k) * width;
+            if (!in_place()) {
+                for (int64_t i = 0; i < entries; i++)
+                    widen_row(Dtype(weight.dtype), weights, i * weight.stride, depth, work.wide + i * stride);
+                weights = reinterpret_cast<const char*>(work.wide.data);
+            }
+            for (int64_t b = 0; b < blocks(); b++)
+                for (int64_t t = 0; t < entries; t += tall) {
+                    const int64_t height = std::min<int64_t>(tall, entries - t);
+                    float* tile = work.tiles + (deep() ? (b * panel_entries() + t) * LANES : 0);
+                    multiply(height, depth, weights + t * stride * element(), stride,
+                             packed + (b * LANES * D + k * LANES) * element(), pairs, k > 0, tile);
+                    if (k + depth == D) finish(tile, v + t, height, b, work);
+                }
+        }
+    }
+
+    void finish(float* tile, int64_t v, int64_t height, int64_t block, Workspace& work) const {
+        reduce(tile, height, bias ? bias + v : nullptr, transform, out.entropy, &work.states[block * VECTORS]);
+        for (int64_t j = 0; j < rows_of(block); j++) {
+            const int64_t n = first + block * LANES + j, at = tokens[n] - v;
+            if (at >= 0 && at < height) out.target[n] = tile[at * LANES + j];
+        }
+    }
+
+    void run(int threads) const {
+        const int64_t cells = segments() * blocks() * LANES;
+        Buffer<char> packed(blocks() * LANES * D * element());
+        Buffer<float> max(cells), sum(cells), weighted(out.entropy ? cells : 1);
+        const Partials partials{max, sum, weighted};
+        std::vector<std::unique_ptr<Workspace>> work;
+        for (int i = 0; i < threads; i++) work.push_back(std::make_unique<Workspace>(*this));
+        std::atomic<int> next{0};
+        std::exception_ptr error;
+#pragma omp parallel num_threads(threads)
+        {
+            Workspace& own = *work[next++];
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < blocks(); b++) pack(b, packed);
+#pragma omp for schedule(dynamic)
+            for (int64_t s = 0; s < segments(); s++) {
+                try {  // an exception must not leave the loop
+                    segment(s, packed, own, partials);
+                } catch (...) {
+#pragma omp critical
+                    error = std::current_exception();
+                }
+            }
+            at::native::cpublas::brgemm_release(pairs);
+        }
+        if (error) std::rethrow_exception(error);
+        for (int64_t r = 0; r < rows; r++) combine(partials, segments(), blocks() * LANES, r, out, first + r);
+    }
+};
 
 constexpr int64_t BLOCK = 1024;  // logits of a row at a time: 4 KiB, in the first-level cache
+constexpr int64_t STEP = 2 * WIDTH;
 
 inline float highest(V x) {
     float top = x[0];
@@ -315,22 +364,32 @@ void logits_row(const Matrix& logits, int64_t row, int64_t token, int64_t vocabu
                 float* block, float& target, float& max, double& sum) {
     max = -INF, sum = 0;
     for (int64_t v = 0; v < vocabulary; v += BLOCK) {
-        const int64_t count = std::min<int64_t>(BLOCK, vocabulary - v), padded = (count + WIDTH - 1) / WIDTH * WIDTH;
-        widen_row(Dtype(logits.dtype), logits.data, row * logits.stride + v, count, block);
-        if (!transform.identity())
-            for (int64_t i = 0; i < count; i += WIDTH) store(block + i, transform(load(block + i)));
-        std::fill(block + count, block + padded, -INF);
-        V top = all(-INF), sums[2] = {}, unused = V{};
-        for (int64_t i = 0; i < padded; i += WIDTH) top = maximum(top, load(block + i));
+        const int64_t count = std::min<int64_t>(BLOCK, vocabulary - v), padded = (count + STEP - 1) / STEP * STEP;
+        const float* z = static_cast<const float*>(logits.data) + row * logits.stride + v;
+        if (logits.dtype != FP32 || !transform.identity() || count != padded) {
+            widen_row(Dtype(logits.dtype), logits.data, row * logits.stride + v, count, block);
+            if (!transform.identity())
+                for (int64_t i = 0; i < count; i += WIDTH) store(block + i, transform(load(block + i)));
+            std::fill(block + count, block + padded, -INF);
+            z = block;
+        }
+        V top = all(-INF), top2 = top, sum_a = {}, sum_b = {}, unused = {};
+        for (int64_t i = 0; i < padded; i += STEP) {
+            top = maximum(top, load(z + i));
+            top2 = maximum(top2, load(z + i + WIDTH));
+        }
+        top = maximum(top, top2);
         const float next = std::max(max, highest(top)), shift = next == -INF ? 0.0f : next;
-        for (int64_t i = 0; i < padded; i += WIDTH)
-            add_terms(load(block + i), all(shift), false, sums[i / WIDTH % 2], unused);
-        const V block_sum = sums[0] + sums[1];
+        for (int64_t i = 0; i < padded; i += STEP) {
+            add_terms(load(z + i), all(shift), false, sum_a, unused);
+            add_terms(load(z + i + WIDTH), all(shift), false, sum_b, unused);
+        }
+        const V block_sum = sum_a + sum_b;
         double total = 0;
         for (int lane = 0; lane < WIDTH; lane++) total += block_sum[lane];
         sum = sum * std::exp(double(max) - shift) + total;
         max = next;
-        if (token >= v && token < v + count) target = block[token - v];
+        if (token >= v && token < v + count) target = z[token - v];
     }
 }
 
@@ -363,12 +422,13 @@ int srppo_linear_stats(const void* hidden, int64_t hidden_dtype, int64_t hidden_
                        int64_t D, int64_t vocabulary, float scale, float softcap, float inverse_temperature, int pairs,
                        float* target, float* max, float* log_sum, float* entropy, int threads) {
     try {
-        const int64_t row_bytes = D * (pairs ? 2 : 4);
-        const int64_t rows = std::max<int64_t>(PACKED_BYTES / row_bytes / LANES, 1) * LANES;
+        int64_t rows = std::max<int64_t>(PACKED_BYTES / (D * (pairs ? 2 : 4)) / LANES, 1) * LANES;
+        if (D > K_BLOCK) rows = std::min(rows, DEEP_ROWS);
         for (int64_t first = 0; first < N; first += rows)
-            linear_pass({hidden, hidden_dtype, hidden_stride}, {weight, weight_dtype, weight_stride}, bias, tokens,
-                        first, std::min(rows, N - first), D, vocabulary, {scale, softcap, inverse_temperature}, pairs,
-                        {target, max, log_sum, entropy}, threads);
+            Pass{{hidden, hidden_dtype, hidden_stride}, {weight, weight_dtype, weight_stride}, bias, tokens, first,
+                 std::min(rows, N - first), D, vocabulary, {scale, softcap, inverse_temperature}, pairs != 0,
+                 {target, max, log_sum, entropy}}
+                .run(threads);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
