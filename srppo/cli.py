@@ -23,6 +23,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+bench_app = typer.Typer(help="Benchmarks: what is measured here, beside its rivals.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 RecipeArgument = Annotated[
     Path | None, typer.Argument(help="TOML recipe; without one the embedded world is used.", show_default=False)
 ]
@@ -105,6 +108,7 @@ def train(
 @app.command()
 def env() -> None:
     """Facts about this machine and installation, for a bug report."""
+    import srppo.kernels.native  # noqa: F401  with it, the facts say how the kernels are built
     from srppo.report.environment import environment
 
     for key, value in environment().items():
@@ -114,6 +118,65 @@ def env() -> None:
                 typer.echo(f"  {name}: {each}")
         else:
             typer.echo(f"{key}: {value}")
+
+
+@bench_app.command("kernel")
+def bench_kernel(
+    preset: Annotated[str, typer.Option(help="quick (a CPU, under a minute), cpu, or full (a GPU).")] = "quick",
+    op: Annotated[
+        str, typer.Option(help="linear_logprob_diff (from hidden states) or logprob_diff (from logits).")
+    ] = "linear_logprob_diff",
+    backward: Annotated[
+        bool, typer.Option("--backward", help="linear_logprob forward and backward instead: one model.")
+    ] = False,
+    n: Annotated[list[int] | None, typer.Option("--n", help="Tokens in a batch (repeatable).")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A model's head, e.g. llama-3-8b, or DxV (repeatable).")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp32 (repeatable).")] = None,
+    rivals: Annotated[str, typer.Option(metavar="A,B", help="Only these; the bare GEMMs always run.")] = "",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    rounds: Annotated[int | None, typer.Option(help="Calls of each rival.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended; CSV and roofline lie beside.")
+    ] = Path("runs/bench-kernel/kernel.jsonl"),
+    debug: DebugOption = False,
+) -> None:
+    """The log-prob kernels beside every rival, in one run: time, memory, bandwidth and error against fp64."""
+    from srppo.bench.kernel import KernelBench, run_kernel_bench
+    from srppo.console import Console
+
+    options = KernelBench(
+        preset=preset,
+        op=op,
+        backward=backward,
+        n=tuple(n or ()),
+        shapes=tuple(shape or ()),
+        dtypes=tuple(dtype or ()),
+        rivals=tuple(filter(None, rivals.split(","))),
+        threads=threads,
+        device=device,
+        rounds=rounds,
+        seed=seed,
+        out=out,
+    )
+    run_kernel_bench(options, Console())
+
+
+@bench_app.command("compile")
+def bench_compile(
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942 (repeatable). [default: all]")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Registers, spills, shared memory and matrix instructions of each Triton kernel, without a GPU."""
+    from srppo.bench.compile import TARGETS, print_compile_report
+    from srppo.console import Console
+
+    raise typer.Exit(print_compile_report(Console(), tuple(target or TARGETS)))
 
 
 def _name(recipe: Path | None) -> str:

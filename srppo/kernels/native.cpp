@@ -36,7 +36,8 @@ namespace {
 constexpr int LANES = 32;      // rows (tokens) of a tile
 constexpr int TILE = 128;      // vocabulary entries of a tile: 16 KiB, in the first-level cache
 constexpr int SEGMENT = 512;   // vocabulary entries whose partial sums one thread makes
-constexpr int K_BLOCK = 1024;  // hidden dimensions a call of the microkernel
+constexpr int K_BLOCK = 1024;  // hidden dimensions of a panel
+constexpr int SUM_DEPTH = 256; // products in one chain of additions: chains of 1024 would err twice as much
 constexpr int64_t PANEL_BYTES = 1 << 20;   // weights that stay in the second-level cache while all rows pass by
 constexpr int64_t PACKED_BYTES = 8 << 20;  // hidden states packed at once
 constexpr int64_t DEEP_ROWS = 512;         // rows at once where D > K_BLOCK: their tiles must stay in the cache too
@@ -161,17 +162,22 @@ struct Stats {  // N each; entropy may be null
     float *target, *max, *log_sum, *entropy;
 };
 
-// C[entries, LANES] (+)= panel[entries, depth] @ block[depth, LANES].
-void multiply(int64_t entries, int64_t depth, const void* panel, int64_t panel_stride, const void* block, bool pairs,
+// C[entries, LANES] (+)= panel[entries, depth] @ block[depth, LANES], summed SUM_DEPTH products at a time.
+void multiply(int64_t entries, int64_t depth, const char* panel, int64_t panel_stride, const char* block, bool pairs,
               bool add, float* tile) {
     using at::native::cpublas::brgemm;
     using c10::BFloat16;
-    if (pairs)
-        brgemm(entries, LANES, depth, panel_stride, LANES, LANES, add, static_cast<const BFloat16*>(panel),
-               static_cast<const BFloat16*>(block), tile, true);
-    else
-        brgemm(entries, LANES, depth, panel_stride, LANES, LANES, add, static_cast<const float*>(panel),
-               static_cast<const float*>(block), tile, false);
+    const int64_t element = pairs ? 2 : 4;
+    for (int64_t k = 0; k < depth; k += SUM_DEPTH, add = true) {
+        const int64_t count = std::min<int64_t>(SUM_DEPTH, depth - k);
+        const void *a = panel + k * element, *b = block + k * LANES * element;
+        if (pairs)
+            brgemm(entries, LANES, count, panel_stride, LANES, LANES, add, static_cast<const BFloat16*>(a),
+                   static_cast<const BFloat16*>(b), tile, true);
+        else
+            brgemm(entries, LANES, count, panel_stride, LANES, LANES, add, static_cast<const float*>(a),
+                   static_cast<const float*>(b), tile, false);
+    }
 }
 
 // Fold one tile [entries, LANES] into the states of its rows.

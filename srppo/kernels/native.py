@@ -50,7 +50,11 @@ def load() -> Native:
         return Native(None, "no C++ compiler (g++ or clang++) was found")
     try:
         path, note = _build(compiler)
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # not a library at all
+            path.unlink(missing_ok=True)
+            library = ctypes.CDLL(str(_build(compiler)[0]))
         for name, signature in _SIGNATURES.items():
             getattr(library, name).argtypes = signature
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
@@ -94,6 +98,8 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
     command += [str(SOURCE), "-o", name, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        with open(name, "rb") as file:  # on disk before it has its name: half a library would kill the process
+            os.fsync(file.fileno())
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)

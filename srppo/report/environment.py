@@ -17,7 +17,7 @@ PACKAGES = (
 VARIABLES = (
     "OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS HF_HUB_OFFLINE TRANSFORMERS_OFFLINE CUDA_VISIBLE_DEVICES "
     "CUBLAS_WORKSPACE_CONFIG PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF TORCH_COMPILE_DISABLE TRITON_INTERPRET "
-    "TOKENIZERS_PARALLELISM"
+    "TOKENIZERS_PARALLELISM SRPPO_COMPILED CXX"
 )
 
 
@@ -30,10 +30,20 @@ def environment() -> dict[str, Any]:
         "cores": _usable_cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
+        "kernels": _kernels(),
         "packages": {name: found for name in PACKAGES.split() if (found := _version(name))},
         "commit": _commit(),
         "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},
     }
+
+
+def _kernels() -> str | None:
+    """How the CPU's log-prob kernels are built; known where torch is loaded."""
+    if "torch" not in sys.modules:
+        return None
+    from srppo.kernels import native
+
+    return native.load().note
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,153 @@
+"""The compiled CPU kernels: how they are built, kept, checked and done without; and the mode for CPUs with AMX."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from srppo.kernels import native
+from srppo.kernels.types import Transform
+
+SCRIPT = """
+import torch
+from srppo.kernels import linear_logprob_diff, native
+g = torch.Generator().manual_seed(0)
+a, b = (torch.randn(5, 12, generator=g) for _ in range(2))
+v, w = (torch.randn(70, 12, generator=g) for _ in range(2))
+t = torch.tensor([0, 69, 3, 4, 64])
+x = linear_logprob_diff(a, v, b, w, t)
+y = linear_logprob_diff(a.double(), v.double(), b.double(), w.double(), t, impl="reference")
+print(float((x - y).abs().max()) < 1e-5, native.load().note, sep="|")
+"""
+
+
+def in_process(**environment: str) -> tuple[str, str]:
+    """(whether a difference is right, how the kernels were built) in a fresh process."""
+    done = run(environment).communicate(timeout=120)[0]
+    right, _, note = done.strip().partition("|")
+    return right, note
+
+
+def run(environment: dict[str, str]) -> subprocess.Popen[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def builds(cache: Path) -> list[Path]:
+    return sorted((cache / "srppo").glob("*"))
+
+
+needs_compiler = pytest.mark.skipif(native.load().library is None, reason=native.load().note)
+
+
+@needs_compiler
+def test_two_processes_build_at_once_and_a_third_finds_it_done(tmp_path: Path) -> None:
+    both = [run({"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(2)]
+    answers = [process.communicate(timeout=120)[0] for process in both]
+    assert all(answer.startswith("True|compiled by ") for answer in answers)
+    (library,) = builds(tmp_path)  # and nothing half-written beside it
+    before = library.stat().st_mtime_ns
+    assert in_process(XDG_CACHE_HOME=str(tmp_path))[0] == "True" and library.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_a_cached_file_that_is_no_library_is_built_again(tmp_path: Path) -> None:
+    assert in_process(XDG_CACHE_HOME=str(tmp_path))[0] == "True"
+    (library,) = builds(tmp_path)
+    whole = library.read_bytes()
+    library.write_bytes(b"")
+    right, note = in_process(XDG_CACHE_HOME=str(tmp_path))
+    assert right == "True" and note.startswith("compiled by ") and len(library.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    right, note = in_process(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert right == "True" and note.startswith("compiled by ")
+
+
+def test_without_a_compiler_the_twin_answers(tmp_path: Path) -> None:
+    assert in_process(SRPPO_COMPILED="0") == ("True", "switched off by SRPPO_COMPILED=0")
+    (tmp_path / "bin").mkdir()
+    right, note = in_process(PATH=str(tmp_path / "bin"), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    assert (right, note) == ("True", "no C++ compiler (g++ or clang++) was found")
+
+
+def test_a_compiler_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-cxx"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho "fatal error: no" >&2; exit 1\n'
+    )
+    compiler.chmod(0o755)
+    right, note = in_process(CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert (right, note) == ("True", f"{compiler} could not build or load them: fatal error: no")
+
+
+@needs_compiler
+def test_a_build_with_wrong_results_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = native.SOURCE.read_text()
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.SOURCE.write_text(text.replace("all(0.693359375f)", "all(0.69f)"))
+    assert native.SOURCE.read_text() != text
+    assert native.load.__wrapped__() == (None, "the compiled kernels disagree with torch on this machine")
+
+
+def exact(hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor) -> Tensor:
+    logp_NV = (hidden_ND.double() @ weight_VD.double().T).log_softmax(-1)
+    return logp_NV.gather(1, tokens_N[:, None])[:, 0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("D", "vocabulary"), [(2, 5), (64, 1000), (250, 4099), (1026, 513), (2050, 300)])
+def test_bf16_products_are_exact_with_fp32_sums(D: int, vocabulary: int) -> None:
+    """The mode that CPUs with AMX use; AVX-512 runs it too, slowly. Its error is that of fp32, and rows stand alone."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no bf16 products")
+    generator = torch.Generator().manual_seed(D)
+    hidden_ND = torch.randn(70, D, generator=generator).bfloat16()
+    weight_VD = (torch.randn(vocabulary, D, generator=generator) * 4 / D**0.5).bfloat16()
+    tokens_N = torch.randint(0, vocabulary, (70,), generator=generator)
+    library = native.load().library
+    assert library is not None
+
+    def logprobs(rows: slice, pairs: bool) -> Tensor:
+        identity = (1.0, 0.0, 1.0)
+        out = native.linear_stats(library, hidden_ND[rows], weight_VD, None, tokens_N[rows], identity, pairs, False, 1)
+        return out[0] - out[2]
+
+    expected_N = exact(hidden_ND, weight_VD, tokens_N)
+    eager_N = (hidden_ND.float() @ weight_VD.float().T).log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
+    allowed = 2 * float((eager_N - expected_N).abs().max()) + 1e-6
+    for pairs in (False, True):
+        whole_N = logprobs(slice(0, 70), pairs)
+        assert float((whole_N - expected_N).abs().max()) <= allowed
+        for count in (1, 2, 7, 15, 16, 17, 33):
+            assert torch.equal(logprobs(slice(0, count), pairs), whole_N[:count])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_twin_has_no_bits_of_its_own(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled or not, results agree to rounding, gradients included."""
+    from srppo.kernels import cpu
+
+    generator = torch.Generator().manual_seed(1)
+    head = cpu.Head(*(torch.randn(shape, generator=generator) for shape in ((40, 24), (2500, 24), (2500,))))
+    tokens_N = torch.randint(0, 2500, (40,), generator=generator)
+    grad_N, transform = torch.randn(40, generator=generator), Transform(0.7, 0.5, softcap)
+    answers = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "load", lambda: native.Native(None, "switched off"))
+        stats = cpu.forward(head, tokens_N, transform, with_entropy=True)
+        gradients = cpu.backward(head, tokens_N, transform, stats, grad_N, (True, True, True))
+        answers.append([*stats, *gradients])
+    for ours, twins in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, twins, atol=2e-6, rtol=2e-6)
