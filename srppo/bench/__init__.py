@@ -1,0 +1,1 @@
+"""Benchmarks: the kernels against their rivals, and what they compile to."""
