@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
         self.model: Any = model  # generate() and from_pretrained are typed too narrowly for mypy
         self.precision = precision
         self.kernels: Impl = kernels
-        choose(kernels, *model.parameters())
+        choose(kernels, model.device, next(model.parameters()))
         _switch_dropout_off(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.head = _find_head(self)

@@ -106,7 +106,7 @@ def logprob_diff(
     ignored_N = _check_tokens(tokens_N, len(sft_logits_NV), columns, ignore_index)
     transform = _transform(temperature, logit_scale, softcap)
     logits = [x_NV[:, :columns] for x_NV in (sft_logits_NV, base_logits_NV)]
-    kernels = choose(impl, *logits, tokens_N)
+    kernels = choose(impl, tokens_N.device, *logits)
     targets_N = tokens_N if ignored_N is None else tokens_N.masked_fill(ignored_N, IGNORED)
     parts = kernels.logprob_diff(*logits, targets_N, transform)
     return parts if with_parts else parts.diff_N
@@ -166,7 +166,7 @@ def linear_logprob_diff(
         )
     sft, base = (_check_head(head, vocabulary) for head in (sft, base))
     ignored_N = _check_tokens(tokens_N, len(sft_hidden_ND), len(sft.weight_VD), ignore_index)
-    kernels = choose(impl, *sft, *base, tokens_N)
+    kernels = choose(impl, tokens_N.device, *sft, *base)
     transform = _transform(temperature, logit_scale, softcap)
     if ignored_N is None:
         parts = kernels.linear_logprob_diff(sft, base, tokens_N, transform)
@@ -201,7 +201,7 @@ def linear_logprob(
     """
     head = _check_head(Head(hidden_ND, weight_VD, bias_V), vocabulary)
     ignored_N = _check_tokens(tokens_N, len(hidden_ND), len(head.weight_VD), ignore_index)
-    kernels = choose(impl, *head, tokens_N)
+    kernels = choose(impl, tokens_N.device, *head)
     transform = _transform(temperature, logit_scale, softcap)
     kept = None if ignored_N is None else (~ignored_N).nonzero().squeeze(-1)
     if kept is not None:
@@ -220,21 +220,21 @@ def _scatter(x_K: Tensor, kept_K: Tensor, count: int) -> Tensor:
     return x_K.new_zeros(count).index_copy(0, kept_K, x_K)
 
 
-def choose(impl: str, *tensors: Tensor | None) -> ModuleType:
-    """The module of an implementation; `auto` goes by the device and dtype of the tensors.
+def choose(impl: str, device: torch.device, *tensors: Tensor | None) -> ModuleType:
+    """The module of an implementation; `auto` goes by the device and the dtypes of the tensors.
 
     Raises ConfigError for an unknown name and where the tensors cannot be handled.
     """
     if impl not in get_args(Impl):
         raise ConfigError(f"impl is {impl!r}; allowed: {', '.join(get_args(Impl))}")
     present = [x for x in tensors if x is not None]
-    devices, floats = {x.device for x in present}, {x.dtype for x in present if x.is_floating_point()}
+    devices, floats = {device, *(x.device for x in present)}, {x.dtype for x in present}
     if len(devices) > 1:
         raise ConfigError(f"the inputs lie on several devices ({', '.join(map(str, devices))}); put them on one")
     if not floats <= set(DTYPES):
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in floats)
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats))
         raise ConfigError(f"logits, hidden states and weights are {names}; allowed: bfloat16, float16, float32")
-    on_gpu, double = devices.pop().type == "cuda", torch.float64 in floats
+    on_gpu, double = device.type == "cuda", torch.float64 in floats
     if impl == "auto":
         impl = "triton" if on_gpu and not double and importlib.util.find_spec("triton") else "torch"
     if impl == "reference":
@@ -289,14 +289,12 @@ def _check_tokens(tokens_N: Tensor, rows: int, columns: int, ignore_index: int) 
             f"tokens are {tuple(tokens_N.shape)} of {str(tokens_N.dtype).removeprefix('torch.')}; they must be "
             f"({rows},) of int64, one a row"
         )
-    outside_N = (tokens_N < 0) | (tokens_N >= columns)
-    if not outside_N.any():
-        return None
     ignored_N = tokens_N == ignore_index
-    wrong_N = tokens_N[outside_N & ~ignored_N]
-    if len(wrong_N):
+    wrong_N = ((tokens_N < 0) | (tokens_N >= columns)) & ~ignored_N
+    ignored, wrong = torch.stack([ignored_N.sum(), wrong_N.sum()]).tolist()  # one wait for a GPU, not two
+    if wrong:
         raise DataError(
-            f"{len(wrong_N)} of {rows} tokens lie outside the vocabulary, the first is {int(wrong_N[0])}; allowed: "
+            f"{wrong} of {rows} tokens lie outside the vocabulary, the first is {int(tokens_N[wrong_N][0])}; allowed: "
             f"0..{columns - 1}, or ignore_index = {ignore_index}"
         )
-    return ignored_N
+    return ignored_N if ignored else None

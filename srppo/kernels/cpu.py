@@ -19,7 +19,7 @@ from torch import Tensor
 from srppo.kernels import native, reference
 from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform, accumulator, difference
 
-COLUMNS = 2048  # vocabulary entries a chunk
+COLUMNS = 1024  # vocabulary entries a chunk
 ROWS = 1024  # rows a wave
 FEW_ROWS = 16  # matrix products of fewer rows round differently: such batches are padded
 ONE_THREAD_FLOPS = 1e7  # below it, waking a second thread costs more than it saves
@@ -86,7 +86,7 @@ def backward(
     d_weight_VD = torch.empty_like(weight_VD) if needs[1] else None
     d_bias_V = torch.empty_like(bias_V) if bias_V is not None and needs[2] else None
     vectors = [_padded(x) for x in (tokens_N, stats.max_N, stats.log_sum_N, grad_N.to(dtype))]
-    with torch.autocast(hidden_ND.device.type, enabled=False):
+    with torch.autocast(hidden_ND.device.type, enabled=False), _products("ieee"):
         for start in range(0, columns, COLUMNS):
             chunk = slice(start, min(start + COLUMNS, columns))
             weight_CD = weight_VD[chunk].to(dtype)
@@ -119,8 +119,7 @@ def _to_gradient(
     library = _compiled(raw_NC)
     if library is not None:
         numbers, threads = _numbers(transform), _threads(32 * raw_NC.numel())
-        rows = [x.contiguous() for x in vectors]
-        native.logits_gradient(library, raw_NC, first, bias_C, rows, numbers, threads)
+        native.logits_gradient(library, raw_NC, first, bias_C, vectors, numbers, threads)
         return
     if bias_C is not None:
         raw_NC += bias_C
@@ -144,9 +143,16 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform, with_entropy
     wide_ND, targets_N = _padded(head.hidden_ND.to(dtype)), _padded(tokens_N)
     max_N = wide_ND.new_full((len(wide_ND),), -torch.inf)
     sum_N, weighted_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N), torch.zeros_like(max_N)
-    with torch.autocast(wide_ND.device.type, enabled=False), torch.no_grad(), _fast_products(head):
+    columns, precision = min(COLUMNS, len(head.weight_VD)), "bf16" if _bf16_products(head) else "ieee"
+    z_buffer = wide_ND.new_empty(len(wide_ND) * columns)  # used by every chunk: the allocator keeps nothing
+    weight_buffer = wide_ND.new_empty(columns * wide_ND.shape[1] if head.weight_VD.dtype != dtype else 0)
+    with torch.autocast(wide_ND.device.type, enabled=False), torch.no_grad(), _products(precision):
         for start in range(0, len(head.weight_VD), COLUMNS):
-            z_NC = wide_ND @ head.weight_VD[start : start + COLUMNS].to(dtype).T
+            weight_CD = head.weight_VD[start : start + COLUMNS]
+            if weight_CD.dtype != dtype:
+                weight_CD = weight_buffer[: weight_CD.numel()].view(weight_CD.shape).copy_(weight_CD)
+            z_NC = z_buffer[: len(wide_ND) * len(weight_CD)].view(len(wide_ND), -1)
+            torch.mm(wide_ND, weight_CD.T, out=z_NC)
             if head.bias_V is not None:
                 z_NC += head.bias_V[start : start + COLUMNS].to(dtype)
             z_NC = z_NC if transform == Transform() else transform(z_NC)
@@ -215,15 +221,15 @@ def _bf16_products(head: Head) -> bool:
 
 
 @contextmanager
-def _fast_products(head: Head) -> Iterator[None]:
-    """fp32 matrices that hold bf16 values are multiplied as bf16 with fp32 sums: exact products at AMX speed."""
-    if not _bf16_products(head):
-        yield
-        return
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
+def _products(precision: str) -> Iterator[None]:
+    """How fp32 matrices are multiplied, whatever the user has set.
+
+    "ieee": in fp32. "bf16": rounded to bf16 with fp32 sums, which is exact, and at AMX speed, where they hold bf16.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
     try:
         yield
     finally:
-        products.fp32_precision = before
+        matmul.fp32_precision = before

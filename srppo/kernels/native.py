@@ -204,7 +204,8 @@ def logits_gradient(
 
     rows: tokens_N, max_N, log_sum_N, upstream_N.
     """
-    pointers = [None if x is None else x.data_ptr() for x in (bias_C, *rows)]
+    vectors = [None if x is None else x.contiguous() for x in (bias_C, *rows)]
+    pointers = [None if x is None else x.data_ptr() for x in vectors]
     shape = (len(raw_NC), first, raw_NC.shape[1])
     _call(library.srppo_logits_gradient, raw_NC.data_ptr(), raw_NC.stride(0), *pointers, *shape, *transform, threads)
 

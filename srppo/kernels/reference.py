@@ -17,7 +17,10 @@ CHUNK_ELEMENTS = 1 << 25  # logits held at once by the linear operations: 128 Mi
 
 
 def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[token], BT fp32 (fp64 for fp64), nats. Differentiable in the logits; any leading shape."""
+    """log softmax(logits / temperature)[token], BT fp32 (fp64 for fp64), nats.
+
+    Differentiable in the logits; any leading shape.
+    """
     # log_softmax centres on the maximum; target - logsumexp would lose 4e-4 nats at a shared offset of 1e4.
     logp_BTV = (logits_BTV.to(accumulator(logits_BTV)) / temperature).log_softmax(dim=-1)
     return logp_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)
