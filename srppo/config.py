@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from srppo.errors import ConfigError
 
-CODE_EPOCH = 1  # raised when the same config would train to another result; part of every stage's id
+CODE_EPOCH = 2  # raised when the same config would train to another result; part of every stage's id
 
 
 class _Section(BaseModel):

@@ -219,6 +219,7 @@ class Pipeline:
         return {name: dump[name] for name in sections} | {
             "seed": dump["seed"],
             "precision": dump["model"]["precision"],
+            "kernels": dump["model"]["kernels"],
             "data": {key: value for key, value in dump["data"].items() if key not in outside},
             "eval": {k: v for k, v in dump["eval"].items() if k not in ("every", "items")},
             "eval_items": self.items_sha,

@@ -1,0 +1,236 @@
+"""The gradient of linear_logprob: logits are recomputed a block at a time, the products for dH and dW are cuBLAS's.
+
+Cost: the forward GEMM again, then one GEMM each for dH and dW (6 N V D operations in all) and d logits written and
+read WAVE x CHUNK at a time, so that no N x V matrix exists. The vocabulary is the outer loop: a chunk's dW is complete
+after all waves of rows, and only that chunk is held in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srppo.kernels.triton_common import INTERPRETED, blocks, launch, programs, scalars, tanh
+from srppo.kernels.triton_tiles import operands, placed, product, tiled, tiles_of
+from srppo.kernels.types import Head, RowStats, Transform
+
+WAVE = 4096  # rows and
+CHUNK = 8192  # columns of d logits held at once: 64 MiB in bf16, 128 MiB in fp32
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward(
+    head: Head, tokens_N: Tensor, transform: Transform, stats: RowStats, grad_N: Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    """Gradients of hidden (N, D), weight (V, D) and bias (V) that are needed, each in its input's dtype.
+
+    Sums are fp32. d logits are bf16 where both operands are, so that the GEMMs run on the matrix units; with fp16,
+    which has no room for small probabilities, and with mixed dtypes they are fp32.
+    """
+    rows, (columns, depth), device = len(tokens_N), head.weight_VD.shape, head.weight_VD.device
+    need_hidden, need_weight, need_bias = needs
+    need_bias = need_bias and head.bias_V is not None
+    d_hidden_ND = torch.zeros(rows, depth, dtype=torch.float32, device=device) if need_hidden else None
+    # Without rows nothing is written.
+    fresh = torch.empty_like if rows else torch.zeros_like
+    d_weight_VD = fresh(head.weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+    d_bias_V = torch.zeros(columns, dtype=torch.float32, device=device) if need_bias else None
+    dense = operands(head)
+    dtype = torch.bfloat16 if dense.hidden_ND.dtype == torch.bfloat16 else torch.float32
+    buffer = torch.empty(min(rows, WAVE), min(CHUNK, columns), dtype=dtype, device=device)
+    for start in range(0, columns if rows and any(needs) else 0, CHUNK):
+        chunk = slice(start, min(start + CHUNK, columns))
+        part = Head(dense.hidden_ND, dense.weight_VD[chunk], None if dense.bias_V is None else dense.bias_V[chunk])
+        d_chunk_CD: Tensor | None = None
+        for begin in range(0, rows, WAVE):
+            wave = slice(begin, min(begin + WAVE, rows))
+            d_logits_WC = buffer[: wave.stop - begin, : chunk.stop - start]
+            piece = part._replace(hidden_ND=part.hidden_ND[wave])
+            _d_logits(
+                piece,
+                tokens_N[wave],
+                transform,
+                stats.max_N[wave],
+                stats.log_sum_N[wave],
+                grad_N[wave],
+                start,
+                d_logits_WC,
+            )
+            if d_hidden_ND is not None:
+                _add_product(d_hidden_ND[wave], d_logits_WC, piece.weight_VD)
+            if d_weight_VD is not None and rows <= WAVE:
+                _product_into(d_weight_VD[chunk], d_logits_WC.T, piece.hidden_ND)
+            elif d_weight_VD is not None:
+                if d_chunk_CD is None:
+                    d_chunk_CD = torch.zeros(chunk.stop - start, depth, dtype=torch.float32, device=device)
+                _add_product(d_chunk_CD, d_logits_WC.T, piece.hidden_ND)
+            if d_bias_V is not None:
+                d_bias_V[chunk] += d_logits_WC.sum(0, dtype=torch.float32)
+        if d_weight_VD is not None and d_chunk_CD is not None:
+            d_weight_VD[chunk] = d_chunk_CD
+    return (
+        None if d_hidden_ND is None else d_hidden_ND.to(head.hidden_ND.dtype),
+        d_weight_VD,
+        None if d_bias_V is None or head.bias_V is None else d_bias_V.to(head.bias_V.dtype),
+    )
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, accumulated in fp32 and rounded to out's dtype once."""
+    if a.dtype == b.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a.float(), b.float()))
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in fp32."""
+    if a.dtype == b.dtype == torch.bfloat16 and _adds_to_fp32(out.device):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float())
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device) -> bool:
+    """Whether this build of torch adds a bf16 product to an fp32 matrix on the device; not all do."""
+    a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool((out == 17).all())
+
+
+def _d_logits(
+    head: Head,
+    tokens_W: Tensor,
+    transform: Transform,
+    max_W: Tensor,
+    log_sum_W: Tensor,
+    grad_W: Tensor,
+    first: int,
+    d_logits_WC: Tensor,
+) -> None:
+    """Write d loss / d raw logits of a wave of rows and a chunk of columns that begins at token `first`."""
+    cut = tiles_of(head)
+    if d_logits_WC.element_size() > head.hidden_ND.element_size():  # fp32 on its way out takes more shared memory
+        cut = replace(cut, columns=cut.columns // 2)
+    columns = len(head.weight_VD)
+    total = blocks(len(tokens_W), cut.rows) * blocks(columns, cut.columns)
+    grid = min(total, programs(head.hidden_ND)) if cut.descriptors or INTERPRETED else total
+    arguments = tiled("head", head, cut) | {
+        "tokens": tokens_W.contiguous(),
+        "maxima": max_W.contiguous(),
+        "log_sums": log_sum_W.contiguous(),
+        "grads": grad_W.contiguous(),
+        "d_logits": d_logits_WC,
+        "rows": len(tokens_W),
+        "columns": columns,
+        "first": first,
+        "out_stride": d_logits_WC.stride(0),
+        "programs": grid,
+        **scalars(transform),
+        "ROWS": cut.rows,
+        "COLUMNS": cut.columns,
+        "DEPTH": cut.depth,
+        "GROUP": cut.group,
+        "PRECISION": cut.precision,
+        "DESCRIPTORS": cut.descriptors,
+    }
+    launch(_d_logits_kernel, grid, arguments, warps=cut.warps, stages=cut.stages)
+
+
+@triton.jit
+def _store_half(
+    raw,
+    bias,
+    tokens,
+    maxima,
+    log_sums,
+    grads,
+    d_logits,
+    row,
+    column,
+    rows,
+    columns,
+    first,
+    out_stride,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Turn a tile of raw logits into d logits and write it."""
+    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    inside = r < rows
+    if bias is not None:
+        raw += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+    slopes = tl.load(grads + r, mask=inside, other=0.0)[:, None] * (inner * outer)  # inner is 1 without a cap
+    bent = tanh(inner * raw) if CAPPED else raw
+    logits = outer * bent
+    top = tl.load(maxima + r, mask=inside, other=0.0)[:, None]
+    log_sum = tl.load(log_sums + r, mask=inside, other=0.0)[:, None]
+    # Centred before the log sum is taken away: their sum would lose digits where logits share a large offset.
+    probabilities = tl.exp((logits - top) - log_sum)
+    target = (tl.load(tokens + r, mask=inside, other=-1) - first).to(tl.int32)[:, None]
+    result = (tl.where(c[None, :] == target, 1.0, 0.0) - probabilities) * slopes
+    if CAPPED:
+        result *= 1.0 - bent * bent
+    at = d_logits + r[:, None] * out_stride + c[None, :]  # below WAVE x CHUNK: 32 bits hold it
+    tl.store(at, result.to(d_logits.dtype.element_ty), mask=inside[:, None] & (c < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "first", "programs"])
+def _d_logits_kernel(
+    head_hidden,
+    head_weight,
+    head_bias,
+    head_depth,
+    head_hidden_stride,
+    head_weight_stride,
+    tokens,
+    maxima,
+    log_sums,
+    grads,
+    d_logits,
+    rows,
+    columns,
+    first,
+    out_stride,
+    programs,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    HEAD_EVEN: tl.constexpr,
+):
+    """(onehot(token) - softmax) * upstream gradient * d logits / d raw, tile by tile."""
+    row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    for item in tl.range(tl.program_id(0), row_blocks * column_blocks, programs, flatten=DESCRIPTORS):
+        row_block, column_block = placed(item, row_blocks, column_blocks, GROUP)
+        row, column = row_block * ROWS, column_block * COLUMNS
+        raw = product(
+            head_hidden, head_weight, row, column, rows, columns, head_depth, head_hidden_stride, head_weight_stride,
+            ROWS, COLUMNS, DEPTH, PRECISION, DESCRIPTORS, HEAD_EVEN,
+        )  # fmt: skip
+        # In halves: a tile as wide as the accumulator and the probabilities beside it do not fit in registers.
+        left, right = raw.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            _store_half(
+                right if half else left, head_bias, tokens, maxima, log_sums, grads, d_logits, row,
+                column + half * (COLUMNS // 2), rows, columns, first, out_stride, inner, outer, CAPPED,
+                ROWS, COLUMNS // 2,
+            )  # fmt: skip

@@ -1,0 +1,223 @@
+"""Log-probs from hidden states and heads: the logits live in registers, a tile at a time.
+
+Two launches for one or two models: the GEMM of triton_tiles leaves the statistics of each tile, and one program a row
+folds those of its row in fixed order and takes the target logit as a dot product of its own (4 D bytes a row in 16
+bits). No locks, no atomics: the same bits every time, whatever the other rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srppo.kernels.triton_common import INTERPRETED, blocks, launch, scalars, transformed
+from srppo.kernels.triton_tiles import fold, named, operands, tiles_of
+from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform
+
+PARTIAL_BYTES = 1 << 27  # tile statistics held at once; more rows are taken in slabs
+SLAB = 2048  # rows by which slabs grow: whole groups of row blocks
+DOT = 64 if INTERPRETED else 1024  # elements a step of the target's dot product
+
+
+def linear_logprob_diff(sft: Head, base: Head, tokens_N: Tensor, transform: Transform) -> LogprobDiff:
+    """See srppo.kernels.linear_logprob_diff. One head for both models is read once, its rows stacked."""
+    count, tokens_N = len(tokens_N), tokens_N.contiguous()
+    results_5N = torch.empty(5, count, dtype=torch.float32, device=tokens_N.device)
+    shared = _same(sft.weight_VD, base.weight_VD) and _same(sft.bias_V, base.bias_V)
+    shared = shared and sft.hidden_ND.dtype == base.hidden_ND.dtype
+    heads = [operands(sft), operands(base)]
+    for slab in _slabs(heads, count, fields=2):
+        pair = [head._replace(hidden_ND=head.hidden_ND[slab]) for head in heads]
+        size = len(pair[0].hidden_ND)
+        if shared:
+            both = pair[0]._replace(hidden_ND=torch.cat([head.hidden_ND for head in pair]))
+            partials = fold([both], transform, with_entropy=False)[0].split(size)
+        else:
+            partials = fold(pair, transform, with_entropy=False)
+        arguments: dict[str, Any] = {"tokens": tokens_N[slab], "results": results_5N[:, slab], "plane": count}
+        for name, head, partial in zip(("sft", "base"), pair, partials, strict=True):
+            arguments |= _folded(name, head, partial)
+        arguments |= {**scalars(transform), "DOT": DOT}
+        launch(_diff_kernel, size, arguments, warps=4)
+    return LogprobDiff(*results_5N.unbind())
+
+
+def forward(head: Head, tokens_N: Tensor, transform: Transform, *, with_entropy: bool) -> RowStats:
+    """Statistics of every row, from which log-probs follow; keeps nothing else."""
+    count, tokens_N = len(tokens_N), tokens_N.contiguous()
+    results_4N = torch.empty(4, count, dtype=torch.float32, device=tokens_N.device)
+    head = operands(head)
+    for slab in _slabs([head], count, fields=3 if with_entropy else 2):
+        part = head._replace(hidden_ND=head.hidden_ND[slab])
+        (partial,) = fold([part], transform, with_entropy=with_entropy)
+        arguments = {
+            "tokens": tokens_N[slab],
+            "results": results_4N[:, slab],
+            "plane": count,
+            **_folded("head", part, partial),
+            **scalars(transform),
+            "ENTROPY": with_entropy,
+            "DOT": DOT,
+        }
+        launch(_stats_row_kernel, len(part.hidden_ND), arguments, warps=4)
+    centred_N, max_N, log_sum_N, entropy_N = results_4N.unbind()
+    return RowStats(centred_N, max_N, log_sum_N, entropy_N if with_entropy else None)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _slabs(heads: list[Head], count: int, fields: int) -> list[slice]:
+    """Row ranges whose partials stay within PARTIAL_BYTES; no row's result hangs on where they are cut."""
+    bytes_per_row = sum(4 * fields * blocks(len(head.weight_VD), tiles_of(head).columns) for head in heads)
+    size = max(PARTIAL_BYTES // bytes_per_row // SLAB * SLAB, SLAB)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _folded(name: str, head: Head, partial: Tensor) -> dict[str, Any]:
+    """The arguments by which a row's kernel reads the partials of a head."""
+    width = partial.shape[-1]
+    arguments = {
+        f"{name}_partials": partial,
+        f"{name}_width": width,
+        f"{name.upper()}_WIDTH": triton.next_power_of_2(width),
+    }
+    return named(name, head) | arguments
+
+
+@triton.jit
+def _row(
+    hidden,
+    weight,
+    bias,
+    depth,
+    hidden_stride,
+    weight_stride,
+    partials,
+    row,
+    token,
+    width,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """(target logit - maximum, maximum, log sum, entropy) of a row; NaN where all of it is -inf."""
+    FIELDS: tl.constexpr = 3 if ENTROPY else 2
+    tile = tl.arange(0, WIDTH)
+    at = partials + row * (FIELDS * width) + tile
+    tops = tl.load(at, mask=tile < width, other=float("-inf"))
+    totals = tl.load(at + width, mask=tile < width, other=0.0)
+    highest = tl.max(tops, 0)
+    scales = tl.exp(tops - highest)
+    total = tl.sum(totals * scales, 0)
+    log_sum = tl.log(total)
+    entropy = log_sum
+    if ENTROPY:
+        weighted = tl.load(at + 2 * width, mask=tile < width, other=0.0)
+        gaps = tl.where(totals > 0, tops - highest, 0.0)  # -inf * 0 where a tile holds nothing but -inf
+        entropy = log_sum - tl.sum(scales * (weighted + gaps * totals), 0) / total
+    k = tl.arange(0, DOT)
+    sums = tl.zeros((DOT,), tl.float32)
+    h_at = hidden + row * hidden_stride + k
+    w_at = weight + token * weight_stride + k
+    for start in range(0, depth, DOT):
+        h = tl.load(h_at + start, mask=k < depth - start, other=0.0).to(tl.float32)
+        sums += h * tl.load(w_at + start, mask=k < depth - start, other=0.0).to(tl.float32)
+    raw = tl.sum(sums, 0)
+    if bias is not None:
+        raw += tl.load(bias + token).to(tl.float32)
+    gap = transformed(raw, inner, outer, CAPPED) - highest
+    # The tile summed the target's logit in another order: as the maximum itself it may lie an ulp below this one, and
+    # no log-prob is above 0.
+    return tl.where(gap > 0, 0.0, gap), highest, log_sum, entropy
+
+
+@triton.jit(do_not_specialize=["plane"])
+def _diff_kernel(
+    tokens,
+    results,
+    plane,
+    sft_hidden,
+    sft_weight,
+    sft_bias,
+    sft_depth,
+    sft_hidden_stride,
+    sft_weight_stride,
+    sft_partials,
+    sft_width,
+    base_hidden,
+    base_weight,
+    base_bias,
+    base_depth,
+    base_hidden_stride,
+    base_weight_stride,
+    base_partials,
+    base_width,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    SFT_WIDTH: tl.constexpr,
+    BASE_WIDTH: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One program a row: the five results from both models' partials."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row)
+    sft_gap, sft_max, sft_log, _ = _row(
+        sft_hidden, sft_weight, sft_bias, sft_depth, sft_hidden_stride, sft_weight_stride, sft_partials,
+        row, token, sft_width, inner, outer, CAPPED, False, SFT_WIDTH, DOT,
+    )  # fmt: skip
+    base_gap, base_max, base_log, _ = _row(
+        base_hidden, base_weight, base_bias, base_depth, base_hidden_stride, base_weight_stride, base_partials,
+        row, token, base_width, inner, outer, CAPPED, False, BASE_WIDTH, DOT,
+    )  # fmt: skip
+    out, plane = results + row, plane.to(tl.int64)
+    tl.store(out, (sft_gap - base_gap) - (sft_log - base_log))
+    tl.store(out + plane, sft_gap - sft_log)
+    tl.store(out + 2 * plane, base_gap - base_log)
+    tl.store(out + 3 * plane, sft_max + sft_log)
+    tl.store(out + 4 * plane, base_max + base_log)
+
+
+@triton.jit(do_not_specialize=["plane"])
+def _stats_row_kernel(
+    tokens,
+    results,
+    plane,
+    head_hidden,
+    head_weight,
+    head_bias,
+    head_depth,
+    head_hidden_stride,
+    head_weight_stride,
+    head_partials,
+    head_width,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One program a row: the statistics of RowStats from one model's partials."""
+    row = tl.program_id(0).to(tl.int64)
+    gap, highest, log_sum, entropy = _row(
+        head_hidden, head_weight, head_bias, head_depth, head_hidden_stride, head_weight_stride, head_partials,
+        row, tl.load(tokens + row), head_width, inner, outer, CAPPED, ENTROPY, HEAD_WIDTH, DOT,
+    )  # fmt: skip
+    out, plane = results + row, plane.to(tl.int64)
+    tl.store(out, gap)
+    tl.store(out + plane, highest)
+    tl.store(out + 2 * plane, log_sum)
+    if ENTROPY:
+        tl.store(out + 3 * plane, entropy)

@@ -1,0 +1,382 @@
+"""Cases of the Triton kernels, run by test_triton.py: interpreted on any machine, compiled where there is a GPU.
+
+What is expected is computed here, in fp64 and from the formulas, by no code of the package.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from srppo import kernels
+from srppo.bench.compile import compile_report
+from srppo.errors import ConfigError
+from srppo.kernels import triton_backward, triton_common, triton_linear, triton_ops
+from srppo.kernels.types import IGNORED, Head, Transform
+
+INTERPRETED = triton_common.INTERPRETED
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PLAIN, BENT = Transform(), Transform(temperature=0.7, logit_scale=1.3, softcap=5.0)
+INF = float("inf")
+
+
+def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def some_tokens(rows, columns, seed=1):
+    tokens_N = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(seed))
+    tokens_N[0] = columns - 1  # in the ragged tail
+    return tokens_N.to(DEVICE)
+
+
+def make_head(rows, columns, depth, dtype=torch.float32, bias=True, seed=0):
+    bias_V = random(columns, dtype=dtype, seed=seed + 2) if bias else None
+    weight_VD = random(columns, depth, dtype=dtype, scale=3 / depth**0.5, seed=seed + 1)
+    return Head(random(rows, depth, dtype=dtype, seed=seed), weight_VD, bias_V)
+
+
+def product(head, dtype):
+    raw_NV = head.hidden_ND.to(dtype) @ head.weight_VD.to(dtype).T
+    return raw_NV if head.bias_V is None else raw_NV + head.bias_V.to(dtype)
+
+
+def expected(raw_NV, tokens_N, transform):
+    """(log-prob, logsumexp, entropy) of each row, in the dtype of raw_NV."""
+    z_NV = raw_NV * transform.logit_scale
+    if transform.softcap is not None:
+        z_NV = transform.softcap * torch.tanh(z_NV / transform.softcap)
+    z_NV = z_NV / transform.temperature
+    max_N1 = z_NV.max(1, keepdim=True).values
+    centred_NV = z_NV - max_N1
+    log_sum_N = centred_NV.exp().sum(1).log()
+    logp_NV = centred_NV - log_sum_N[:, None]
+    entropy_N = -(logp_NV.exp() * torch.where(logp_NV == -INF, 0.0, logp_NV)).sum(1)
+    return logp_NV.gather(1, tokens_N[:, None])[:, 0], max_N1[:, 0] + log_sum_N, entropy_N
+
+
+def expected_diff(raws, tokens_N, transform):
+    (sft_N, sft_lse_N, _), (base_N, base_lse_N, _) = (expected(raw_NV, tokens_N, transform) for raw_NV in raws)
+    return sft_N - base_N, sft_N, base_N, sft_lse_N, base_lse_N
+
+
+def assert_near(got, truth, eager, slack=1e-6):
+    """At most twice the error of plain fp32, plus a rounding or two; NaN and infinities where they belong."""
+    for i, (x, right, plain) in enumerate(zip(got, truth, eager, strict=True)):
+        finite = right.isfinite()
+        assert torch.equal(x[~finite].double().nan_to_num(1.0), right[~finite].nan_to_num(1.0)), i
+        error = (x.double() - right)[finite].abs()
+        bound = 2 * (plain.double() - right)[finite].abs().max() + slack if finite.any() else 0.0
+        assert not finite.any() or error.max() <= bound, f"field {i}: {error.max():.2e} > {bound:.2e}"
+
+
+def check_logits(sft_NV, base_NV, tokens_N, transform):
+    got = triton_ops.logprob_diff(sft_NV, base_NV, tokens_N, transform)
+    assert all(x.dtype == torch.float32 for x in got)
+    truth = expected_diff([sft_NV.double(), base_NV.double()], tokens_N.clamp(min=0), transform)
+    eager = expected_diff([sft_NV.float(), base_NV.float()], tokens_N.clamp(min=0), transform)
+    kept = tokens_N != IGNORED
+    assert_near([x[kept] for x in got], [x[kept] for x in truth], [x[kept] for x in eager])
+    assert all((x[~kept] == 0).all() for x in got)
+    assert not (got.sft_logprobs_N > 0).any() and not (got.base_logprobs_N > 0).any()
+    return got
+
+
+def check_linear(sft, base, tokens_N, transform):
+    got = triton_ops.linear_logprob_diff(sft, base, tokens_N, transform)
+    truth = expected_diff([product(head, torch.float64) for head in (sft, base)], tokens_N, transform)
+    eager = expected_diff([product(head, torch.float32) for head in (sft, base)], tokens_N, transform)
+    assert_near(got, truth, eager)
+    assert not (got.sft_logprobs_N > 0).any() and not (got.base_logprobs_N > 0).any()
+    return got
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("columns", [1, 300])
+@pytest.mark.parametrize("dtypes", [(x, x) for x in DTYPES] + [(torch.bfloat16, torch.float32)], ids=str)
+def test_logits(dtypes, columns):
+    for transform in (PLAIN, BENT):
+        sft_NV, base_NV = (random(4, columns, dtype=d, scale=4, seed=i) for i, d in enumerate(dtypes))
+        tokens_N = some_tokens(4, columns)
+        tokens_N[2] = IGNORED
+        check_logits(sft_NV, base_NV, tokens_N, transform)
+
+
+def adversarial_rows(columns):
+    rows_NV = random(6, columns, scale=3)
+    rows_NV[0, : columns - 3] = -INF  # leading blocks of nothing but -inf
+    rows_NV[1] = -INF  # nothing else at all
+    rows_NV[2, 7] = 60.0  # peaked at the target
+    rows_NV[3, 8] = 60.0  # peaked elsewhere
+    rows_NV[4, 7] = -INF  # the target itself
+    rows_NV[5, :-1] = -INF  # one column left
+    return rows_NV
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_adversarial(dtype):
+    columns = 520
+    tokens_N = torch.tensor([columns - 1, 7, 7, 7, 7, columns - 1], device=DEVICE)
+    sft_NV = adversarial_rows(columns).to(dtype)
+    got = check_logits(sft_NV, random(6, columns, dtype=dtype, scale=3, seed=9), tokens_N, PLAIN)
+    assert got.diff_N[1].isnan() and got.diff_N[4] == -INF and got.sft_logprobs_N[5] == 0
+    check_logits(sft_NV, sft_NV.flip(0), tokens_N, PLAIN)
+    # A cap makes -inf finite; columns past the vocabulary must not be.
+    check_logits(sft_NV, sft_NV.flip(0), tokens_N, BENT)
+
+
+def test_logits_offset():
+    sft_NV, base_NV = random(5, 300, scale=3), random(5, 300, scale=3, seed=1) + 1e4
+    tokens_N = some_tokens(5, 300)
+    got = check_logits(sft_NV, base_NV, tokens_N, PLAIN)
+    truth = expected_diff([sft_NV.double(), base_NV.double()], tokens_N, PLAIN)[0]
+    assert (got.diff_N - truth).abs().max() < 3e-6
+
+
+def test_logits_antisymmetric():
+    a_NV, b_NV, tokens_N = random(5, 300, scale=3), random(5, 300, scale=3, seed=1) + 1e3, some_tokens(5, 300)
+    for transform in (PLAIN, BENT):
+        there, back, none = (
+            triton_ops.logprob_diff(x, y, tokens_N, transform).diff_N
+            for x, y in ((a_NV, b_NV), (b_NV, a_NV), (a_NV, a_NV.clone()))
+        )
+        assert same_bits(there, -back) and (none == 0).all()
+
+
+@pytest.mark.parametrize("columns", [300, 304])
+def test_logits_strided_rows(columns):
+    wide_NV = random(4, 2 * columns + 24, dtype=torch.bfloat16, scale=3)
+    sft_NV, base_NV = wide_NV[:, :columns], wide_NV[:, columns : 2 * columns]
+    check_logits(sft_NV, base_NV, some_tokens(4, columns), PLAIN)
+    check_logits(sft_NV.T.contiguous().T, base_NV, some_tokens(4, columns), PLAIN)
+
+
+def test_logits_row_bits():
+    for columns, counts in ((301, (1, 2, 7, 15, 16, 17)), (304, (1, 7))):
+        sft_NV, base_NV, tokens_N = random(33, columns), random(33, columns, seed=1), some_tokens(33, columns)
+        whole = triton_ops.logprob_diff(sft_NV, base_NV, tokens_N, BENT)
+        for rows in [slice(n) for n in counts] + [slice(5, 8)]:
+            part = triton_ops.logprob_diff(sft_NV[rows].clone(), base_NV[rows].clone(), tokens_N[rows], BENT)
+            assert all(same_bits(x[rows], y) for x, y in zip(whole, part, strict=True)), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns,depth", [(150, 40), (3, 7)])
+def test_linear(dtype, columns, depth):
+    for transform, bias in ((PLAIN, False), (BENT, True)):
+        sft, base = (make_head(18, columns, depth + 8 * i, dtype, bias, seed=5 * i) for i in range(2))
+        check_linear(sft, base, some_tokens(18, columns), transform)
+
+
+@pytest.mark.parametrize("hidden,weight", list(itertools.permutations(DTYPES, 2)), ids=str)
+def test_linear_mixed_dtypes(hidden, weight):
+    head = make_head(5, 70, 24)
+    sft = Head(head.hidden_ND.to(hidden), head.weight_VD.to(weight), head.bias_V)
+    check_linear(sft, make_head(5, 70, 24, weight, seed=7), some_tokens(5, 70), PLAIN)
+
+
+def test_linear_tma(monkeypatch):
+    if INTERPRETED:
+        cut = triton_common.TILES["interpreter", 4]
+        monkeypatch.setitem(triton_common.TILES, ("interpreter", 4), dataclasses.replace(cut, descriptors=True))
+    for depth in (40, 41):  # rows on 16 bytes, and not
+        check_linear(make_head(18, 150, depth), make_head(18, 150, depth, seed=5), some_tokens(18, 150), BENT)
+    head, tokens_N = make_head(18, 150, 40), some_tokens(18, 150)
+    grads = gradients(head, tokens_N, BENT, random(18), torch.float64)
+    for x, right in zip(run_backward(head, tokens_N, BENT, random(18)), grads, strict=True):
+        assert (x.double() - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_linear_shared_head():
+    for dtype, transform in ((torch.bfloat16, PLAIN), (torch.float32, BENT)):
+        sft = make_head(9, 150, 40, dtype)
+        base = sft._replace(hidden_ND=random(9, 40, dtype=dtype, seed=8))
+        tokens_N = some_tokens(9, 150)
+        shared = check_linear(sft, base, tokens_N, transform)
+        apart = triton_ops.linear_logprob_diff(
+            sft, base._replace(weight_VD=base.weight_VD.clone()), tokens_N, transform
+        )
+        assert all(same_bits(x, y) for x, y in zip(shared, apart, strict=True))
+        back = triton_ops.linear_logprob_diff(base, sft, tokens_N, transform)
+        assert same_bits(shared.diff_N, -back.diff_N)
+        assert (triton_ops.linear_logprob_diff(sft, sft, tokens_N, transform).diff_N == 0).all()
+
+
+def test_linear_adversarial():
+    # Column 0 of the hidden states scales column 0 of the weight: logits of -inf without a NaN from 0 * inf.
+    head = make_head(6, 150, 16, bias=False)
+    bias_V = torch.zeros(150, device=DEVICE)
+    bias_V[:130] = -INF  # two leading tiles of nothing else
+    tokens_N = torch.tensor([149, 140, 135, 131, 7, 149], device=DEVICE)
+    got = check_linear(head._replace(bias_V=bias_V), head, tokens_N, PLAIN)
+    assert got.sft_logprobs_N[4] == -INF
+    nothing = triton_ops.forward(head._replace(bias_V=bias_V.fill_(-INF)), tokens_N, PLAIN, with_entropy=True)
+    assert nothing.logprobs_N.isnan().all() and nothing.lse_N.isnan().all()
+    # One row so peaked that its log-prob is 0, in an order of sums that puts the target above the tile's maximum.
+    peaked = Head(head.hidden_ND * 40, head.weight_VD * 5, None)
+    best_N = product(peaked, torch.float64).argmax(1)
+    assert (triton_ops.linear_logprob_diff(peaked, head, best_N, PLAIN).sft_logprobs_N <= 0).all()
+
+
+def offset_head(rows, columns, depth):
+    """Logits near 1e4 that fp32 holds exactly: eighths times eighths, where neighbours lie 1/1024 apart."""
+    hidden_ND, weight_VD, _ = ((x * 8).round() / 8 for x in make_head(rows, columns, depth))
+    return Head(hidden_ND, weight_VD, torch.full((columns,), 1e4, device=DEVICE))
+
+
+def test_linear_offset():
+    head, tokens_N = offset_head(6, 150, 16), some_tokens(6, 150)
+    base = head._replace(hidden_ND=head.hidden_ND.flip(0), bias_V=None)
+    got = triton_ops.linear_logprob_diff(head, base, tokens_N, PLAIN).diff_N
+    truth = expected_diff([product(x, torch.float64) for x in (head, base)], tokens_N, PLAIN)[0]
+    assert (got - truth).abs().max() < 3e-6
+
+
+def test_linear_strided_rows():
+    hidden_ND, weight_VD = random(9, 60)[:, 4:44], random(150, 60, scale=0.3)[:, 8:48]
+    sft = Head(hidden_ND, weight_VD)
+    check_linear(sft, Head(hidden_ND.T.contiguous().T, weight_VD.T.contiguous().T), some_tokens(9, 150), PLAIN)
+
+
+def test_linear_row_bits(monkeypatch):
+    sft, base, tokens_N = make_head(33, 150, 40), make_head(33, 150, 48, seed=5), some_tokens(33, 150)
+    whole = triton_ops.linear_logprob_diff(sft, base, tokens_N, BENT)
+    again = triton_ops.linear_logprob_diff(sft, base, tokens_N, BENT)
+    assert all(same_bits(x, y) for x, y in zip(whole, again, strict=True))
+    for rows in [slice(n) for n in (1, 2, 7, 15, 16, 17)] + [slice(5, 8)]:
+        heads = [head._replace(hidden_ND=head.hidden_ND[rows].clone()) for head in (sft, base)]
+        part = triton_ops.linear_logprob_diff(*heads, tokens_N[rows], BENT)
+        assert all(same_bits(x[rows], y) for x, y in zip(whole, part, strict=True)), rows
+    monkeypatch.setattr(triton_linear, "SLAB", 16)
+    monkeypatch.setattr(triton_linear, "PARTIAL_BYTES", 1)
+    slabs = triton_ops.linear_logprob_diff(sft, base, tokens_N, BENT)
+    assert all(same_bits(x, y) for x, y in zip(whole, slabs, strict=True))
+
+
+def test_linear_builds_no_logits():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple | list) else (result,):
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return result
+
+    sft, base, tokens_N = make_head(20, 2048, 8), make_head(20, 2048, 8, seed=5), some_tokens(20, 2048)
+    with Watch():
+        triton_ops.linear_logprob_diff(sft, base, tokens_N, PLAIN)
+    assert 0 < largest <= 4 * 2048 * 8  # the interpreter's copy of the weight; N x V has 2.5 times the bytes
+
+
+def test_empty():
+    head, none_N = make_head(0, 50, 24), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    parts = [triton_ops.linear_logprob_diff(head, head, none_N, PLAIN)]
+    parts += [triton_ops.logprob_diff(random(0, 50), random(0, 50), none_N, PLAIN)]
+    parts += [triton_ops.forward(head, none_N, PLAIN, with_entropy=True)]
+    assert all(x.shape == (0,) for part in parts for x in part)
+    d_hidden_ND, d_weight_VD, d_bias_V = run_backward(head, none_N, PLAIN, random(0))
+    assert d_hidden_ND.shape == (0, 24) and (d_weight_VD == 0).all() and (d_bias_V == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype):
+    for transform, bias in ((PLAIN, False), (BENT, True)):
+        head, tokens_N = make_head(17, 150, 40, dtype, bias), some_tokens(17, 150)
+        got = triton_ops.forward(head, tokens_N, transform, with_entropy=True)
+        truth, eager = (expected(product(head, d), tokens_N, transform) for d in (torch.float64, torch.float32))
+        assert_near([got.logprobs_N, got.lse_N, got.entropy_N], truth, eager)
+        bare = triton_ops.forward(head, tokens_N, transform, with_entropy=False)
+        assert bare.entropy_N is None and same_bits(bare.logprobs_N, got.logprobs_N)
+    bias_V = torch.zeros(150, device=DEVICE)
+    bias_V[:140] = -INF
+    got = triton_ops.forward(
+        make_head(3, 150, 16)._replace(bias_V=bias_V), some_tokens(3, 150), PLAIN, with_entropy=True
+    )
+    assert got.entropy_N.isfinite().all() and (got.entropy_N > 0).all()
+
+
+def gradients(head, tokens_N, transform, grad_N, dtype):
+    """Of hidden, weight and bias, by autograd in the given dtype."""
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in head]
+    expected(product(Head(*leaves), dtype), tokens_N, transform)[0].backward(grad_N.to(dtype))
+    return [x.grad for x in leaves if x is not None]
+
+
+def run_backward(head, tokens_N, transform, grad_N, needs=(True, True, True)):
+    stats = triton_ops.forward(head, tokens_N, transform, with_entropy=False)
+    return triton_ops.backward(head, tokens_N, transform, stats, grad_N, needs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("waves", [False, True])
+def test_backward(dtype, waves, monkeypatch):
+    if waves:  # several waves of rows and chunks of columns, the last of each ragged
+        monkeypatch.setattr(triton_backward, "WAVE", 16)
+        monkeypatch.setattr(triton_backward, "CHUNK", 64)
+    for transform, bias in ((PLAIN, False), (BENT, True)):
+        head, tokens_N, grad_N = make_head(35, 150, 40, dtype, bias), some_tokens(35, 150), random(35, seed=6)
+        got = run_backward(head, tokens_N, transform, grad_N)
+        truth = gradients(head, tokens_N, transform, grad_N, torch.float64)
+        eager = [x.to(dtype) for x in gradients(head, tokens_N, transform, grad_N, torch.float32)]
+        got = [x for x in got if x is not None]
+        assert all(x.dtype == dtype and x.shape == y.shape for x, y in zip(got, truth, strict=True))
+        assert_near(got, truth, eager, slack=3e-6)
+
+
+def test_backward_offset():
+    # log-sum-exp in one number would lose the digits of every probability here.
+    head, tokens_N, grad_N = offset_head(6, 70, 16), some_tokens(6, 70), random(6)
+    truth = gradients(head, tokens_N, PLAIN, grad_N, torch.float64)
+    for x, right in zip(run_backward(head, tokens_N, PLAIN, grad_N), truth, strict=True):
+        assert (x - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_backward_skips_what_is_not_needed():
+    head, tokens_N, grad_N = make_head(9, 70, 24), some_tokens(9, 70), random(9)
+    whole = run_backward(head, tokens_N, PLAIN, grad_N)
+    for needs in itertools.product((False, True), repeat=3):
+        got = run_backward(head, tokens_N, PLAIN, grad_N, needs)
+        for x, y, needed in zip(got, whole, needs, strict=True):
+            assert x is None if not needed else torch.equal(x, y)
+
+
+def test_backward_through_the_dispatch_point():
+    head, tokens_N, grad_N = make_head(9, 70, 24), some_tokens(9, 70), random(9)
+    grad_N[3] = 0.0
+    tokens_N[5] = -100
+    leaves = [x.detach().requires_grad_(x is not head.weight_VD) for x in head]
+    result = kernels.linear_logprob(
+        leaves[0], leaves[1], tokens_N, bias_V=leaves[2], temperature=0.7, with_entropy=True, impl="triton"
+    )
+    result.logprobs_N.backward(grad_N)
+    kept = tokens_N != -100
+    dense = head._replace(hidden_ND=head.hidden_ND[kept])
+    truth = gradients(dense, tokens_N[kept], Transform(temperature=0.7), grad_N[kept], torch.float64)
+    assert (leaves[0].grad[kept] - truth[0]).abs().max() < 1e-5
+    assert (leaves[0].grad[[3, 5]] == 0).all() and result.logprobs_N[5] == 0
+    assert leaves[1].grad is None and (leaves[2].grad - truth[2]).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU and 9 GB of its memory")
+def test_logits_beyond_32_bits():
+    rows, columns = 17000, 128256
+    logits_NV = torch.zeros(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+    logits_NV[-1, 5] = 3.0
+    tokens_N = torch.full((rows,), 5, device=DEVICE)
+    got = triton_ops.logprob_diff(logits_NV, torch.zeros_like(logits_NV), tokens_N, PLAIN)
+    assert (got.diff_N[:-1] == 0).all() and abs(got.diff_N[-1].item() - 3.0) < 1e-3
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+def test_logits_compile_report_says_why_not():
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
+        compile_report()
