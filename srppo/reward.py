@@ -117,8 +117,9 @@ def compute_rewards(
 ) -> Rewards:
     """The reward of each token of a batch of rollouts, by `config`; updates `running` with this batch first.
 
-    All log-probs in nats, BT fp32; `log_ratio_BT` is their difference taken before rounding; `policy_logprobs_BT` are the behaviour log-probs (at the sampling temperature: they
-    are those of the distribution being optimised). `seed` orders the shuffled kind.
+    All log-probs in nats, BT fp32; `log_ratio_BT` is their difference taken before rounding; `policy_logprobs_BT` are
+    the behaviour log-probs (at the sampling temperature: they are those of the distribution being optimised). `seed`
+    orders the shuffled kind.
     """
     terms_BT = reward_terms(config, log_ratio_BT, sft_logprobs_BT, base_logprobs_BT, mask_BT, seed)
     if config.at_limit == "zero":

@@ -1122,3 +1122,61 @@ def test_extra_memory_at_a_vocabulary_of_128k_is_at_most_32_mb(impl: Any) -> Non
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) <= 32e6 / 2**20
+
+
+# What reviews found
+
+
+@fast
+@pytest.mark.parametrize("offset", [88.9, 100.0, 1e4])
+@pytest.mark.parametrize("rows", [1, 5, 1025])
+def test_large_biases_leave_gradients_finite(impl: Any, rows: int, offset: float) -> None:
+    """Rows added to fill a wave have logits equal to the bias, and exp of it overflows."""
+    head = Head(*(x.requires_grad_() for x in make_head(rows, 4, 50)))
+    shifted = head._replace(bias_V=(head.bias_V.detach() + offset).requires_grad_())
+    one_of(shifted, make_tokens(rows, 50), impl).logprobs_N.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in shifted)
+
+
+@fast
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
+def test_every_nan_stays_one(impl: Any, bits: int) -> None:
+    logits_NV, tokens_N = torch.randn(4, 1000, generator=rng(0)), torch.tensor([0, 5, 1, 2])
+    poisoned_NV = logits_NV.clone()
+    poisoned_NV.view(torch.int32)[1, 7] = bits
+    parts = logprob_diff(poisoned_NV, logits_NV, tokens_N, with_parts=True, impl=impl)
+    assert parts.sft_logprobs_N.isnan().tolist() == parts.diff_N.isnan().tolist() == [False, True, False, False]
+    weight_VD = torch.ones(1000, 3)
+    weight_VD.view(torch.int32)[7, 1] = bits
+    assert linear_logprob(torch.ones(2, 3), weight_VD, tokens_N[:2], impl=impl, softcap=5.0).logprobs_N.isnan().all()
+
+
+@fast
+def test_a_rows_hidden_gradient_has_the_same_bits_alone(impl: Any) -> None:
+    head = make_head(1025, 16, 301)
+    tokens_N = make_tokens(1025, 301)
+
+    def gradient(rows: slice) -> Tensor:
+        hidden_ND = head.hidden_ND[rows].clone().requires_grad_()
+        one_of(head._replace(hidden_ND=hidden_ND), tokens_N[rows], impl).logprobs_N.sum().backward()
+        return hidden_ND.grad
+
+    whole_ND = gradient(slice(None))
+    for rows in (slice(0, 1), slice(0, 17), slice(1024, 1025)):
+        assert torch.equal(gradient(rows), whole_ND[rows])
+
+
+@impls
+def test_user_settings_do_not_reach_the_results(impl: Any) -> None:
+    """fp32 products stay fp32 where the user has allowed coarser ones."""
+    head, tokens_N = make_head(64, 256, 999), make_tokens(64, 999)
+    leaf_ND = head.hidden_ND.clone().requires_grad_()
+    before = torch.get_float32_matmul_precision()
+    answers = []
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            answers.append(one_of(head._replace(hidden_ND=leaf_ND), tokens_N, impl).logprobs_N)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(*answers)

@@ -15,7 +15,7 @@ LAYERS = [
     ["types", "checkpoint", "records", "hub", "masked", "stats", "console", "trackers", "world"],
     ["lease"],
     ["store"],
-    ["kernels.types", "kernels.reference", "kernels.cpu", "kernels.triton_*"],
+    ["kernels.types", "kernels.precision", "kernels.reference", "kernels.cpu", "kernels.triton_*"],
     ["kernels", "advantage", "losses"],
     ["sources", "overlap", "chat", "models", "settings"],
     ["formats"],

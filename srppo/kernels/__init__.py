@@ -7,15 +7,15 @@
 | `reference` | the definition, in plain torch; the others are tested against it and against fp64         |
 | `auto`      | `triton` on a GPU, `torch` elsewhere and for fp64                                          |
 
-Every operation accumulates in fp32 (fp64 for fp64 input). `triton` and `torch` give a row the same bits every time and
-whatever the other rows are. Logits are softcap * tanh(raw * logit_scale / softcap) / temperature. Rows whose token is
-`ignore_index` give 0 and get no gradient. Columns from `vocabulary` on are padding, without a share of the softmax.
+Every operation accumulates in fp32 (fp64 for fp64 input). Results of `triton` and `torch` are the same bits every time,
+and a row's do not depend on the other rows. Logits are softcap * tanh(raw * logit_scale / softcap) / temperature. Rows
+whose token is `ignore_index` give 0 and get no gradient. Columns from `vocabulary` on are padding, without a share of the
+softmax.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from types import ModuleType
 from typing import Literal, TypedDict, Unpack, get_args, overload
@@ -195,7 +195,8 @@ def linear_logprob(
     """Log-probs of tokens under one model, never building logits; N fp32, nats.
 
     Differentiable in hidden, weight and bias; the entropy is watched, never trained on. Between forward and backward
-    only N-sized statistics are kept; the backward pass skips rows without upstream gradient and a frozen head.
+    only N-sized statistics are kept; the backward pass skips rows without upstream gradient and a frozen head. A
+    gradient of the gradient is not known: it counts as constant.
 
     Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
     """
@@ -256,8 +257,8 @@ def choose(impl: str, device: torch.device, *tensors: Tensor | None) -> ModuleTy
 
 def _transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
+        if value is not None and not 1e-30 <= value <= 1e30:  # fp32 holds these and their inverses
+            raise ConfigError(f"{name} is {value}; it must be a finite number above 0 (1e-30 to 1e30)")
     return Transform(temperature, logit_scale, softcap)
 
 
@@ -274,6 +275,8 @@ def _check_head(head: Head, vocabulary: int | None) -> Head:
     hidden, weight, bias = (None if x is None else tuple(x.shape) for x in head)
     if hidden is None or weight is None or len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
         raise ConfigError(f"hidden states are {hidden} and the weight is {weight}; they must be (N, D) and (V, D)")
+    if 0 in weight:
+        raise ConfigError(f"the weight is {weight}; a head needs a vocabulary and a hidden width of at least 1")
     if bias is not None and bias != weight[:1]:
         raise ConfigError(f"the bias is {bias}, the weight {weight}; the bias must be (V,)")
     columns = _columns(weight[0], vocabulary)

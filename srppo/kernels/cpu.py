@@ -10,13 +10,12 @@ the difference against fp64, hidden width 1024, vocabulary 32000: 1e-6 nats in e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from srppo.kernels import native, reference
+from srppo.kernels.precision import fp32_products
 from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform, accumulator, difference
 
 COLUMNS = 1024  # vocabulary entries a chunk
@@ -42,7 +41,8 @@ def logprob_diff(sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor
 
 def linear_logprob_diff(sft: Head, base: Head, tokens_N: Tensor, transform: Transform) -> LogprobDiff:
     """See srppo.kernels.linear_logprob_diff; no row is ignored."""
-    if _same(sft.weight_VD, base.weight_VD) and _same(sft.bias_V, base.bias_V) and len(tokens_N) <= ROWS:
+    one_head = _same(sft.weight_VD, base.weight_VD) and _same(sft.bias_V, base.bias_V)
+    if one_head and sft.hidden_ND.dtype == base.hidden_ND.dtype and len(tokens_N) <= ROWS:
         # One head: at few rows its reading is what costs, so both models' rows share one pass.
         both = sft._replace(hidden_ND=torch.cat([sft.hidden_ND, base.hidden_ND]))
         stats = forward(both, tokens_N.repeat(2), transform, with_entropy=False)
@@ -85,8 +85,10 @@ def backward(
     d_hidden_ND = torch.zeros_like(wide_ND) if needs[0] else None
     d_weight_VD = torch.empty_like(weight_VD) if needs[1] else None
     d_bias_V = torch.empty_like(bias_V) if bias_V is not None and needs[2] else None
-    vectors = [_padded(x) for x in (tokens_N, stats.max_N, stats.log_sum_N, grad_N.to(dtype))]
-    with torch.autocast(hidden_ND.device.type, enabled=False), _products("ieee"):
+    # exp(z - infinity) is 0: a padding row has no gradient, whatever the bias.
+    max_N = _padded(stats.max_N, torch.inf)
+    vectors = [_padded(tokens_N), max_N, _padded(stats.log_sum_N), _padded(grad_N.to(dtype))]
+    with fp32_products():
         for start in range(0, columns, COLUMNS):
             chunk = slice(start, min(start + COLUMNS, columns))
             weight_CD = weight_VD[chunk].to(dtype)
@@ -143,10 +145,10 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform, with_entropy
     wide_ND, targets_N = _padded(head.hidden_ND.to(dtype)), _padded(tokens_N)
     max_N = wide_ND.new_full((len(wide_ND),), -torch.inf)
     sum_N, weighted_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N), torch.zeros_like(max_N)
-    columns, precision = min(COLUMNS, len(head.weight_VD)), "bf16" if _bf16_products(head) else "ieee"
+    columns = min(COLUMNS, len(head.weight_VD))
     z_buffer = wide_ND.new_empty(len(wide_ND) * columns)  # used by every chunk: the allocator keeps nothing
     weight_buffer = wide_ND.new_empty(columns * wide_ND.shape[1] if head.weight_VD.dtype != dtype else 0)
-    with torch.autocast(wide_ND.device.type, enabled=False), torch.no_grad(), _products(precision):
+    with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head)):
         for start in range(0, len(head.weight_VD), COLUMNS):
             weight_CD = head.weight_VD[start : start + COLUMNS]
             if weight_CD.dtype != dtype:
@@ -180,10 +182,10 @@ def _waves(head: Head, tokens_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield head.hidden_ND[start : start + ROWS], tokens_N[start : start + ROWS]
 
 
-def _padded(x: Tensor) -> Tensor:
-    """At least FEW_ROWS rows, so that a row's bits do not depend on how many others there are."""
-    missing = FEW_ROWS - len(x)
-    return x if missing <= 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+def _padded(x: Tensor, value: float = 0.0) -> Tensor:
+    """At least FEW_ROWS rows in the last wave, so that a row's bits do not depend on how many others there are."""
+    missing = FEW_ROWS - (len(x) % ROWS or ROWS)
+    return x if missing <= 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
 
 
 def _compiled(*tensors: Tensor | None) -> native.ctypes.CDLL | None:
@@ -218,18 +220,3 @@ def _bf16_products(head: Head) -> bool:
     """Whether the tensors are bf16 already and this CPU multiplies bf16 faster than fp32."""
     both = head.hidden_ND.dtype == head.weight_VD.dtype == torch.bfloat16
     return both and head.hidden_ND.device.type == "cpu" and native.has_bf16_tiles()
-
-
-@contextmanager
-def _products(precision: str) -> Iterator[None]:
-    """How fp32 matrices are multiplied, whatever the user has set.
-
-    "ieee": in fp32. "bf16": rounded to bf16 with fp32 sums, which is exact, and at AMX speed, where they hold bf16.
-    """
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -40,6 +40,7 @@ constexpr int K_BLOCK = 1024;  // hidden dimensions of a panel
 constexpr int SUM_DEPTH = 256; // products in one chain of additions: chains of 1024 would err twice as much
 constexpr int64_t PANEL_BYTES = 1 << 20;   // weights that stay in the second-level cache while all rows pass by
 constexpr int64_t PACKED_BYTES = 8 << 20;  // hidden states packed at once
+constexpr int64_t MOST_ROWS = 2048;        // so that partial sums take at most 5 MiB at a vocabulary of 150k
 constexpr int64_t DEEP_ROWS = 512;         // rows at once where D > K_BLOCK: their tiles must stay in the cache too
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -68,8 +69,8 @@ inline V exp_negative(V x) {
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
     V y = p * r * r + r + all(1.0f);
-    const I scaled = (I)y + exponent;
-    return x < all(-87.0f) ? V{} : (V)scaled;
+    const V scale = (V)(exponent + 0x3f800000);  // 2^n; multiplying, unlike adding to the exponent, leaves a NaN one
+    return x < all(-87.0f) ? V{} : y * scale;
 }
 
 inline V tanh_of(V x) {
@@ -429,7 +430,7 @@ int srppo_linear_stats(const void* hidden, int64_t hidden_dtype, int64_t hidden_
                        float* target, float* max, float* log_sum, float* entropy, int threads) {
     try {
         int64_t rows = std::max<int64_t>(PACKED_BYTES / (D * (pairs ? 2 : 4)) / LANES, 1) * LANES;
-        if (D > K_BLOCK) rows = std::min(rows, DEEP_ROWS);
+        rows = std::min(rows, D > K_BLOCK ? DEEP_ROWS : MOST_ROWS);
         for (int64_t first = 0; first < N; first += rows)
             Pass{{hidden, hidden_dtype, hidden_stride}, {weight, weight_dtype, weight_stride}, bias, tokens, first,
                  std::min(rows, N - first), D, vocabulary, {scale, softcap, inverse_temperature}, pairs != 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -45,9 +46,11 @@ def load() -> Native:
     """The compiled kernels; `note` says how they were built, or why there are none."""
     if os.environ.get(SWITCH) == "0":
         return Native(None, f"switched off by {SWITCH}=0")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
+    wanted = os.environ.get("CXX", "")
+    missing = f"; CXX is {wanted!r}, which was not found" if wanted and not shutil.which(wanted) else ""
+    compiler = next(filter(None, map(shutil.which, (wanted, "g++", "clang++", "c++"))), None)
     if compiler is None:
-        return Native(None, "no C++ compiler (g++ or clang++) was found")
+        return Native(None, f"no C++ compiler (g++ or clang++) was found{missing}")
     try:
         path, note = _build(compiler)
         try:
@@ -57,10 +60,11 @@ def load() -> Native:
             library = ctypes.CDLL(str(_build(compiler)[0]))
         for name, signature in _SIGNATURES.items():
             getattr(library, name).argtypes = signature
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return Native(None, f"{compiler} could not build or load them: {_first_line(error)}")
-    wrong = _self_check(library)
-    return Native(None, wrong) if wrong else Native(library, note)
+        if not _agrees(library):
+            return Native(None, "the compiled kernels disagree with torch on this machine")
+    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError, MemoryError) as error:
+        return Native(None, f"{compiler} could not build or load them: {_first_line(error)}{missing}")
+    return Native(library, note + missing)
 
 
 def _first_line(error: Exception) -> str:
@@ -74,19 +78,21 @@ def _build(compiler: str) -> tuple[Path, str]:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     version = version.splitlines()[0]
     folder = _cache()
-    for last, flags in [(flags is FLAGS[-1], flags) for flags in FLAGS]:
+    targets = []
+    for flags in FLAGS:
         identity = "\n".join([SOURCE.read_text(), version, *flags, torch.__version__, _processor()])
-        target = folder / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-        note = f"compiled by {version} {' '.join(flags)}".rstrip()
+        targets.append(folder / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so")
+    notes = [f"compiled by {version} {' '.join(flags)}".rstrip() for flags in FLAGS]
+    for target, note in zip(targets, notes, strict=True):
         if target.exists():
             return target, note
+    for flags, target, note in zip(FLAGS, targets, notes, strict=True):
         try:
             _compile(compiler, flags, target)
             return target, note
-        except subprocess.CalledProcessError:
-            if last:
-                raise
-    raise AssertionError("FLAGS is not empty")
+        except subprocess.CalledProcessError as error:
+            failure = error
+    raise failure
 
 
 def _compile(compiler: str, flags: list[str], target: Path) -> None:
@@ -106,14 +112,16 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
 
 
 def _cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home, or one that is read-only: compiled anew in each process
         pass
-    return Path(tempfile.mkdtemp(prefix="srppo-"))  # a read-only home: compiled anew in each process
+    folder = Path(tempfile.mkdtemp(prefix="srppo-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _processor() -> str:
@@ -125,19 +133,18 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def _self_check(library: ctypes.CDLL) -> str | None:
-    """Why this build must not be used: its results differ from torch's on a small product, in some mode."""
+def _agrees(library: ctypes.CDLL) -> bool:
+    """Whether this build gives torch's results on a small product, in each mode that this machine would use."""
     generator = torch.Generator().manual_seed(0)
     hidden_ND, weight_VD = (torch.randn(shape, generator=generator).bfloat16() for shape in ((33, 40), (130, 40)))
     tokens_N = torch.arange(33)
-    logits_NV = hidden_ND.float() @ weight_VD.float().T
-    expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N[:, None])[:, 0]
+    logits_NV = hidden_ND.double() @ weight_VD.double().T
+    expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N[:, None])[:, 0].float()
     modes = [False, True] if has_bf16_tiles() else [False]
-    for pairs in modes:
-        out = linear_stats(library, hidden_ND, weight_VD, None, tokens_N, (1.0, 0.0, 1.0), pairs, False, 1)
-        if not torch.allclose(out[0] - out[2], expected_N, atol=1e-4):
-            return "the compiled kernels disagree with torch on this machine"
-    return None
+    outs = [
+        linear_stats(library, hidden_ND, weight_VD, None, tokens_N, (1.0, 0.0, 1.0), pairs, False, 1) for pairs in modes
+    ]
+    return all(torch.allclose(out[0] - out[2], expected_N, atol=1e-4) for out in outs)
 
 
 def has_bf16_tiles() -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from srppo.kernels.precision import fp32_products
 from srppo.kernels.types import IGNORED, Head, LogprobDiff, Logprobs, RowStats, Transform, accumulator, difference
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once by the linear operations: 128 MiB in fp32
@@ -98,6 +99,6 @@ def _linear_chunk(
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, transform: Transform) -> Tensor:
     dtype = accumulator(hidden_ND, weight_VD, bias_V)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
+    with fp32_products():
         bias_V = None if bias_V is None else bias_V.to(dtype)
         return transform(F.linear(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V))
