@@ -9,8 +9,8 @@
 
 Every operation accumulates in fp32 (fp64 for fp64 input). Results of `triton` and `torch` are the same bits every time,
 and a row's do not depend on the other rows. Logits are softcap * tanh(raw * logit_scale / softcap) / temperature. Rows
-whose token is `ignore_index` give 0 and get no gradient. Columns from `vocabulary` on are padding, without a share of the
-softmax.
+whose token is `ignore_index` give 0 and get no gradient. Columns from `vocabulary` on are padding, without a share of
+the softmax.
 """
 
 from __future__ import annotations
