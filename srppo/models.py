@@ -99,6 +99,7 @@ class LanguageModel(nn.Module):
                 temperature=temperature,
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
+                ignore_index=None,  # masked rows are gone already
                 with_entropy=with_entropy,
                 impl=self.kernels,
             )
@@ -149,6 +150,7 @@ def response_log_ratio(
             base_bias_V=heads[1].bias,
             logit_scale=sft.head.logit_scale,
             softcap=sft.head.softcap,
+            ignore_index=None,
             with_parts=True,
             impl=sft.kernels,
         )

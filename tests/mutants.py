@@ -503,8 +503,8 @@ KERNELS = [
     Mutant(
         "kernels: an ignored row is scored",
         "kernels/__init__.py",
-        "return ignored_N if ignored else None",
-        "return None",
+        "tokens_N.masked_fill(ignored_N | wrong_N, IGNORED), ignored_N,",
+        "tokens_N.masked_fill(wrong_N, IGNORED), torch.zeros_like(ignored_N),",
         "test_kernels.py::test_ignored_rows_give_0",
     ),
     Mutant(

@@ -9,8 +9,8 @@
 
 Every operation accumulates in fp32 (fp64 for fp64 input). Results of `triton` and `torch` are the same bits every time,
 and a row's do not depend on the other rows. Logits are softcap * tanh(raw * logit_scale / softcap) / temperature. Rows
-whose token is `ignore_index` give 0 and get no gradient. Columns from `vocabulary` on are padding, without a share of
-the softmax.
+whose token is `ignore_index` give 0 and get no gradient; with None no row is ignored, which saves a wait for the GPU.
+Columns from `vocabulary` on are padding, without a share of the softmax.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from types import ModuleType
-from typing import Literal, TypedDict, Unpack, get_args, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     temperature: float
     logit_scale: float
     softcap: float | None
-    ignore_index: int
+    ignore_index: int | None
     vocabulary: int | None
     impl: Impl
 
@@ -85,7 +85,7 @@ def logprob_diff(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     vocabulary: int | None = None,
     with_parts: bool = False,
     impl: Impl = "auto",
@@ -103,12 +103,12 @@ def logprob_diff(
             "both must be (N, V): the same tokens over one vocabulary"
         )
     columns = _columns(sft_logits_NV.shape[1], vocabulary)
-    ignored_N = _check_tokens(tokens_N, len(sft_logits_NV), columns, ignore_index)
+    tokens = _look_at(tokens_N, len(sft_logits_NV), columns, ignore_index)
     transform = _transform(temperature, logit_scale, softcap)
     logits = [x_NV[:, :columns] for x_NV in (sft_logits_NV, base_logits_NV)]
     kernels = choose(impl, tokens_N.device, *logits)
-    targets_N = tokens_N if ignored_N is None else tokens_N.masked_fill(ignored_N, IGNORED)
-    parts = kernels.logprob_diff(*logits, targets_N, transform)
+    parts = kernels.logprob_diff(*logits, tokens.safe_N, transform)
+    tokens.check()  # after the launch: a GPU that waits for Python to look at N tokens loses more than the pass takes
     return parts if with_parts else parts.diff_N
 
 
@@ -146,7 +146,7 @@ def linear_logprob_diff(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     vocabulary: int | None = None,
     with_parts: bool = False,
     impl: Impl = "auto",
@@ -165,16 +165,17 @@ def linear_logprob_diff(
             f"{len(base_hidden_ND)} over {len(base_weight_VD)}; both must score the same tokens over one vocabulary"
         )
     sft, base = (_check_head(head, vocabulary) for head in (sft, base))
-    ignored_N = _check_tokens(tokens_N, len(sft_hidden_ND), len(sft.weight_VD), ignore_index)
+    tokens = _look_at(tokens_N, len(sft_hidden_ND), len(sft.weight_VD), ignore_index)
     kernels = choose(impl, tokens_N.device, *sft, *base)
     transform = _transform(temperature, logit_scale, softcap)
-    if ignored_N is None:
-        parts = kernels.linear_logprob_diff(sft, base, tokens_N, transform)
+    kept, targets_N = tokens.kept(), tokens.safe_N.clamp(min=0)
+    if kept is None:
+        parts = kernels.linear_logprob_diff(sft, base, targets_N, transform)
     else:
-        kept = (~ignored_N).nonzero().squeeze(-1)
         dense = [head._replace(hidden_ND=head.hidden_ND[kept]) for head in (sft, base)]
-        parts = kernels.linear_logprob_diff(*dense, tokens_N[kept], transform)
+        parts = kernels.linear_logprob_diff(*dense, targets_N[kept], transform)
         parts = LogprobDiff(*(_scatter(part, kept, len(tokens_N)) for part in parts))
+    tokens.check()
     return parts if with_parts else parts.diff_N
 
 
@@ -187,7 +188,7 @@ def linear_logprob(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     vocabulary: int | None = None,
     with_entropy: bool = False,
     impl: Impl = "auto",
@@ -201,16 +202,17 @@ def linear_logprob(
     Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
     """
     head = _check_head(Head(hidden_ND, weight_VD, bias_V), vocabulary)
-    ignored_N = _check_tokens(tokens_N, len(hidden_ND), len(head.weight_VD), ignore_index)
+    tokens = _look_at(tokens_N, len(hidden_ND), len(head.weight_VD), ignore_index)
     kernels = choose(impl, tokens_N.device, *head)
     transform = _transform(temperature, logit_scale, softcap)
-    kept = None if ignored_N is None else (~ignored_N).nonzero().squeeze(-1)
+    kept, targets_N = tokens.kept(), tokens.safe_N.clamp(min=0)
     if kept is not None:
-        head, tokens_N = head._replace(hidden_ND=hidden_ND[kept]), tokens_N[kept]
+        head, targets_N = head._replace(hidden_ND=hidden_ND[kept]), targets_N[kept]
     if kernels is reference:
-        logprobs_N, entropy_N = reference.linear_logprob(head, tokens_N, transform, with_entropy=with_entropy)
+        logprobs_N, entropy_N = reference.linear_logprob(head, targets_N, transform, with_entropy=with_entropy)
     else:
-        logprobs_N, entropy_N = LinearLogprob.apply(*head, tokens_N, transform, with_entropy, kernels)
+        logprobs_N, entropy_N = LinearLogprob.apply(*head, targets_N, transform, with_entropy, kernels)
+    tokens.check()
     if kept is not None:
         logprobs_N = _scatter(logprobs_N, kept, len(hidden_ND))
         entropy_N = None if entropy_N is None else _scatter(entropy_N, kept, len(hidden_ND))
@@ -285,19 +287,48 @@ def _check_head(head: Head, vocabulary: int | None) -> Head:
     return Head(head.hidden_ND, head.weight_VD[:columns], None if head.bias_V is None else head.bias_V[:columns])
 
 
-def _check_tokens(tokens_N: Tensor, rows: int, columns: int, ignore_index: int) -> Tensor | None:
-    """N bool, True on ignored rows; None where there are none. Raises DataError for a token outside the vocabulary."""
+class _Tokens(NamedTuple):
+    """Tokens with what is wrong with them; on a GPU nothing has been waited for yet.
+
+    safe_N      the tokens, IGNORED where they are ignored or wrong
+    ignored_N   bool
+    wrong_N     bool, outside the vocabulary and not ignored
+    """
+
+    tokens_N: Tensor
+    safe_N: Tensor
+    ignored_N: Tensor
+    wrong_N: Tensor
+    columns: int
+    ignore_index: int | None
+
+    def kept(self) -> Tensor | None:
+        """Rows that are not ignored; None: all. Without an ignore_index nothing is waited for."""
+        if self.ignore_index is None:
+            return None
+        kept_K = (~self.ignored_N).nonzero().squeeze(-1)
+        return None if len(kept_K) == len(self.ignored_N) else kept_K
+
+    def check(self) -> None:
+        """Raise DataError where a token is wrong; waits for the GPU, so call it after the launch."""
+        wrong = int(self.wrong_N.sum())
+        if wrong:
+            allowed = "" if self.ignore_index is None else f", or ignore_index = {self.ignore_index}"
+            raise DataError(
+                f"{wrong} of {len(self.tokens_N)} tokens lie outside the vocabulary, the first is "
+                f"{int(self.tokens_N[self.wrong_N][0])}; allowed: 0..{self.columns - 1}{allowed}"
+            )
+
+
+def _look_at(tokens_N: Tensor, rows: int, columns: int, ignore_index: int | None) -> _Tokens:
     if tokens_N.shape != (rows,) or tokens_N.dtype != torch.int64:
         raise ConfigError(
             f"tokens are {tuple(tokens_N.shape)} of {str(tokens_N.dtype).removeprefix('torch.')}; they must be "
             f"({rows},) of int64, one a row"
         )
-    ignored_N = tokens_N == ignore_index
-    wrong_N = ((tokens_N < 0) | (tokens_N >= columns)) & ~ignored_N
-    ignored, wrong = torch.stack([ignored_N.sum(), wrong_N.sum()]).tolist()  # one wait for a GPU, not two
-    if wrong:
-        raise DataError(
-            f"{wrong} of {rows} tokens lie outside the vocabulary, the first is {int(tokens_N[wrong_N][0])}; allowed: "
-            f"0..{columns - 1}, or ignore_index = {ignore_index}"
-        )
-    return ignored_N if ignored else None
+    outside_N = (tokens_N < 0) | (tokens_N >= columns)
+    ignored_N = torch.zeros_like(outside_N) if ignore_index is None else tokens_N == ignore_index
+    wrong_N = outside_N & ~ignored_N
+    return _Tokens(
+        tokens_N, tokens_N.masked_fill(ignored_N | wrong_N, IGNORED), ignored_N, wrong_N, columns, ignore_index
+    )

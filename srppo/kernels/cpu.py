@@ -153,7 +153,7 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform, with_entropy
             weight_CD = head.weight_VD[start : start + COLUMNS]
             if weight_CD.dtype != dtype:
                 weight_CD = weight_buffer[: weight_CD.numel()].view(weight_CD.shape).copy_(weight_CD)
-            z_NC = z_buffer[: len(wide_ND) * len(weight_CD)].view(len(wide_ND), -1)
+            z_NC = z_buffer[: len(wide_ND) * len(weight_CD)].view(len(wide_ND), len(weight_CD))
             torch.mm(wide_ND, weight_CD.T, out=z_NC)
             if head.bias_V is not None:
                 z_NC += head.bias_V[start : start + COLUMNS].to(dtype)
