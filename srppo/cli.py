@@ -109,7 +109,7 @@ def train(
 def env() -> None:
     """Facts about this machine and installation, for a bug report."""
     import srppo.kernels.native  # noqa: F401  with it, the facts say how the kernels are built
-    from srppo.report.environment import environment
+    from srppo.environment import environment
 
     for key, value in environment().items():
         if isinstance(value, dict):
@@ -197,7 +197,7 @@ def _train(
 ) -> None:
     from srppo.config import is_embedded, recipe_id, with_overrides
     from srppo.console import Console
-    from srppo.report.environment import environment
+    from srppo.environment import environment
 
     several = f"-{seeds}-seeds" if seeds > 1 else ""
     folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"

@@ -86,7 +86,7 @@ def _gpus() -> list[str]:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from; `+` marks changes that are not committed."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     commit = _run(["git", "-C", str(root), "rev-parse", "HEAD"])

@@ -35,7 +35,7 @@ ENVIRONMENT = {
 }
 SERVER = """
 import json, os, signal, sys
-import srppo.pipeline, srppo.report.record, srppo.report.environment, srppo.trackers, srppo.cli
+import srppo.pipeline, srppo.report.record, srppo.environment, srppo.trackers, srppo.cli
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 for line in sys.stdin:
     job = json.loads(line)

@@ -12,22 +12,28 @@ ROOT = Path(__file__).parent.parent / "srppo"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["types", "checkpoint", "records", "hub", "masked", "stats", "console", "trackers", "world"],
-    ["lease"],
+    ["types", "checkpoint", "records", "hub", "masked", "stats", "significance", "console", "trackers", "world"],
+    ["lease", "verdicts", "association", "optimum"],
     ["store"],
+    ["arms"],
+    ["results"],
+    ["matching"],
+    ["compare"],
     ["kernels.types", "kernels.precision", "kernels.reference", "kernels.cpu", "kernels.triton_*"],
     ["kernels", "advantage", "losses"],
+    ["environment"],
     ["sources", "overlap", "chat", "models", "settings"],
     ["formats"],
     ["data"],
     ["reward", "rollout", "loop"],
     ["noise", "sft", "ppo"],
     ["baselines", "evaluate", "export"],
-    ["bench", "ablations", "world.build", "pipeline"],
+    ["pair"],
+    ["bench", "ablations", "world.build", "pipeline", "harness", "score", "forecast"],
     ["report"],
     ["cli", "__main__"],
 ]
-NO_TORCH = ["config", "store", "lease", "records", "checkpoint", "stats", "console", "report"]
+NO_TORCH = ["arms", "results", "compare", "significance", "environment", "config", "store", "lease", "records", "checkpoint", "stats", "console", "report"]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from srppo.report.environment import environment
+from srppo.environment import environment
 from srppo.report.figures import ArmFigures, interval_caption
 from srppo.report.html import Sample, write_report
 from srppo.report.plots import accuracy_plot, arm_colours, training_curves
@@ -233,7 +233,7 @@ def test_environment_is_json_without_secrets(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_report_and_environment_import_no_torch_and_no_matplotlib() -> None:
     code = (
-        "import sys\nfrom srppo.report import environment, figures, html, plots, terminal\nenvironment.environment()\n"
+        "import sys\nfrom srppo import environment, figures, html, plots, terminal\nenvironment.environment()\n"
         "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -60,7 +60,7 @@ def serve() -> None:
 
     import srppo.cli
     import srppo.pipeline
-    import srppo.report.environment
+    import srppo.environment
     import srppo.report.record
     import srppo.trackers  # noqa: F401
 
