@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from srppo import cli_measure
 from srppo.errors import Diverged, SrppoError
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ def env() -> None:
                 typer.echo(f"  {name}: {each}")
         else:
             typer.echo(f"{key}: {value}")
+
+
+app.command("eval")(cli_measure.evaluate)
+for command in (cli_measure.compare, cli_measure.score, cli_measure.forecast, cli_measure.report):
+    app.command()(command)
 
 
 @bench_app.command("kernel")

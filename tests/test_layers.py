@@ -31,6 +31,7 @@ LAYERS = [
     ["pair"],
     ["bench", "ablations", "world.build", "pipeline", "harness", "score", "forecast"],
     ["report"],
+    ["cli_measure"],
     ["cli", "__main__"],
 ]
 NO_TORCH = ["arms", "results", "compare", "significance", "environment", "config", "store", "lease", "records", "checkpoint", "stats", "console", "report"]
