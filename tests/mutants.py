@@ -648,6 +648,178 @@ PPO = [
     ),
 ]
 
+STATS, COMPARE, RESULTS = "test_stats.py::", "test_compare.py::", "test_results.py::"
+COMPARISONS = [
+    Mutant(
+        "comparison: np.abs(sums) >= observed))",
+        "significance.py",
+        "np.abs(sums) >= observed))",
+        "np.abs(sums) > observed + 1e-6))",
+        f"{STATS}test_sign_flip_is_scipys_paired_permutation_test",
+    ),
+    Mutant(
+        "comparison: abs(float(values.sum())) - 1e-9 * float(",
+        "significance.py",
+        "abs(float(values.sum())) - 1e-9 * float(moving.sum())",
+        "float(values.sum()) - 1e-9 * float(moving.sum())",
+        f"{STATS}test_sign_flip_is_scipys_paired_permutation_test",
+    ),
+    Mutant(
+        "comparison: (reached + 1) / (draws + 1)",
+        "significance.py",
+        "(reached + 1) / (draws + 1)",
+        "reached / draws",
+        f"{STATS}test_sign_flip_edges",
+    ),
+    Mutant(
+        "comparison: (len(p_values) - rank) * p_values[i]",
+        "significance.py",
+        "(len(p_values) - rank) * p_values[i]",
+        "len(p_values) * p_values[i]",
+        f"{STATS}test_holm_golden",
+    ),
+    Mutant(
+        "comparison: largest = max(largest, (len",
+        "significance.py",
+        "largest = max(largest, (len",
+        "largest = max(0, (len",
+        f"{STATS}test_holm_golden",
+    ),
+    Mutant(
+        "comparison: quantile(1 - alpha / 2)",
+        "significance.py",
+        "quantile(1 - alpha / 2)",
+        "quantile(1 - alpha)",
+        f"{STATS}test_detectable_differences",
+    ),
+    Mutant(
+        "comparison: squares[0] + squares[1] - squares[2]",
+        "stats.py",
+        "squares[0] + squares[1] - squares[2]",
+        "squares[0] + squares[1]",
+        f"{STATS}test_crossed_error_by_hand",
+    ),
+    Mutant(
+        "comparison: float(scipy_stats.t.ppf((1 + confidence)",
+        "stats.py",
+        "float(scipy_stats.t.ppf((1 + confidence) / 2, df)) * error / (plain",
+        "1.96 * error / (plain",
+        f"{STATS}test_one_seed_is_a_t_interval_for_well_behaved_items",
+    ),
+    Mutant(
+        "comparison: places[name] for name in clusters], (val",
+        "stats.py",
+        "places[name] for name in clusters], (values - means).T",
+        "places[name] for name in clusters], values.T",
+        f"{STATS}test_cluster_values_are_the_ratio_estimator",
+    ),
+    Mutant(
+        "comparison: np.take_along_axis(values, drawn, axis=1",
+        "stats.py",
+        "np.take_along_axis(values, drawn, axis=1)",
+        "values",
+        f"{STATS}test_interquartile_means",
+    ),
+    Mutant(
+        "comparison: units = float(values.mean()), cluster_va",
+        "stats.py",
+        "units = float(values.mean()), cluster_values(values, clusters)",
+        "units = float(values.mean()), values",
+        f"{STATS}test_cluster_values_are_the_ratio_estimator",
+    ),
+    Mutant(
+        "comparison: p_holm <= alpha and (interval.low > 0 or",
+        "compare.py",
+        "p_holm <= alpha and (interval.low > 0 or interval.high < 0)",
+        "p_holm <= alpha",
+        f"{COMPARE}test_seeds_that_agree_on_few_items_are_not_enough",
+    ),
+    Mutant(
+        "comparison: p_holm <= alpha and (interval",
+        "compare.py",
+        "p_holm <= alpha and (interval",
+        "case.tested.p <= alpha and (interval",
+        f"{COMPARE}test_holm_is_over_tasks_and_models_of_a_decoding",
+    ),
+    Mutant(
+        "comparison: (interval.mean > 0) == first.higher_is_b",
+        "compare.py",
+        "(interval.mean > 0) == first.higher_is_better",
+        "interval.mean > 0",
+        f"{COMPARE}test_less_may_be_better",
+    ),
+    Mutant(
+        "comparison: if paired.clusters is None and paired.bi",
+        "compare.py",
+        "if paired.clusters is None and paired.binary",
+        "if paired.binary",
+        f"{COMPARE}test_clusters_flip_together",
+    ),
+    Mutant(
+        "comparison: else math.inf",
+        "compare.py",
+        "else math.inf",
+        "else 0.0",
+        f"{COMPARE}test_several_seeds_are_sign_flips_and_few_cannot_tell",
+    ),
+    Mutant(
+        "comparison: confidence=1 - alpha)     shown",
+        "compare.py",
+        "confidence=1 - alpha)\n    shown",
+        "confidence=0.95)\n    shown",
+        f"{COMPARE}test_a_smaller_alpha_asks_for_more",
+    ),
+    Mutant(
+        "comparison: if not reasons:             items",
+        "matching.py",
+        "if not reasons:\n            items",
+        "if True:\n            items",
+        f"{COMPARE}test_what_cannot_be_paired_is_named",
+    ),
+    Mutant(
+        "comparison: each[side][item] for item in items",
+        "matching.py",
+        "each[side][item] for item in items",
+        "list(each[side].values())[n] for n, item in enumerate(items)",
+        f"{COMPARE}test_items_are_paired_by_id_not_by_place",
+    ),
+    Mutant(
+        "comparison: if math.isnan(value):             reason",
+        "results.py",
+        "if math.isnan(value):\n            reasons",
+        "if False:\n            reasons",
+        f"{RESULTS}test_round_trip",
+    ),
+    Mutant(
+        "comparison: not stage.done",
+        "results.py",
+        "not stage.done",
+        "False",
+        f"{RESULTS}test_a_run_reads_as_arms_seeds_and_groups",
+    ),
+    Mutant(
+        "comparison: and (reason := damage(folder))",
+        "results.py",
+        "and (reason := damage(folder))",
+        "and (reason := None)",
+        f"{RESULTS}test_nothing_and_damage_are_one_line",
+    ),
+    Mutant(
+        "comparison: sum(each) / len(each) for each",
+        "results.py",
+        "sum(each) / len(each) for each",
+        "each[0] for each",
+        f"{RESULTS}test_round_trip",
+    ),
+    Mutant(
+        "comparison: replace(each, model=arm, seed=seed)",
+        "results.py",
+        "replace(each, model=arm, seed=seed)",
+        "each",
+        f"{RESULTS}test_a_run_reads_as_arms_seeds_and_groups",
+    ),
+]
+
 LOOP = [
     Mutant(
         "loop: gradient clipping does not clip",
@@ -815,7 +987,7 @@ RECORD = [
     ),
 ]
 
-MUTANTS = [*LOSSES, *ADVANTAGES, *REWARD, *ROLLOUT, *MODELS, *KERNELS, *PPO, *LOOP, *SFT, *RECORD]
+MUTANTS = [*LOSSES, *ADVANTAGES, *REWARD, *ROLLOUT, *MODELS, *KERNELS, *PPO, *LOOP, *SFT, *RECORD, *COMPARISONS]
 
 
 def problems(root: Path = ROOT) -> list[str]:

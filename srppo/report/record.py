@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from srppo.arms import CHOSEN, EQUAL, problem_of, stages_by_arm
 from srppo.checkpoint import write_atomic
 from srppo.config import Recipe, build_recipe, canonical_json, to_toml
 from srppo.console import Console
@@ -19,42 +20,12 @@ from srppo.report.terminal import arms_table, differences_table
 from srppo.stats import Estimate, crossed_interval, item_interval
 from srppo.store import Run, Stage
 
-KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO"}
-EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
-ORDER = ("base", "SFT", EQUAL, CHOSEN, "SRPPO")
 PAIRS = (
     "Same items and seeds. SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: "
     "longer SFT, best on development items."
 )
 DIFFERENCES = {"SFT": "SFT", EQUAL: "longer", CHOSEN: "chosen"}  # from the arm to its short name in the paired table
 SAMPLES_SHOWN = 2  # of each group
-
-
-def stages_by_arm(run: Run) -> dict[str, list[Stage]]:
-    """Stages of each arm, one a seed, arms in the order of a table.
-
-    Longer SFT was trained at several lengths: the longest is at equal compute; the one that scored best on development
-    items, the shorter at a tie, has its epochs chosen.
-    """
-    found: dict[str, list[Stage]] = {name: [] for name in ORDER}
-    longer: dict[int, list[Stage]] = defaultdict(list)
-    for stage in sorted(run.stages(), key=lambda s: s.identity["config"]["seed"]):
-        kind = stage.identity["kind"]
-        if kind == "longer-sft":
-            longer[stage.identity["config"]["seed"]].append(stage)
-        elif kind in KINDS:
-            found[KINDS[kind]].append(stage)
-    for stages in longer.values():
-        stages.sort(key=lambda s: s.identity["config"]["steps"])
-        found[EQUAL].append(stages[-1])
-        if all(stage.done and _score(stage) is not None for stage in stages):
-            found[CHOSEN].append(max(stages, key=lambda stage: _score(stage) or 0.0))
-    return {name: stages for name, stages in found.items() if stages}
-
-
-def _score(stage: Stage) -> float | None:
-    score = (stage.result() or {})["figures"]["score"]
-    return None if score is None else float(score)
 
 
 def arms_of_run(run: Run) -> list[ArmFigures]:
@@ -64,7 +35,7 @@ def arms_of_run(run: Run) -> list[ArmFigures]:
     for name, stages in by_arm.items():
         before = sft_cost if name == "SRPPO" else (0.0, 0.0)
         results = [stage.result() for stage in stages]
-        problems = [_problem(stage, result) for stage, result in zip(stages, results, strict=True)]
+        problems = [problem_of(stage, result) for stage, result in zip(stages, results, strict=True)]
         good = [stage for stage, problem in zip(stages, problems, strict=True) if problem is None]
         problem = "; ".join(p for p in problems if p) or None
         if not good:
@@ -168,15 +139,6 @@ def longer_curve(run: Run) -> list[dict[str, Any]]:
     ends = sorted((metrics[-1] for metrics in rows), key=lambda row: row["step"])
     start = [row for stage in stages_by_arm(run).get("SFT", [])[:1] for row in stage.metrics()[:1]]
     return [*start, *ends] if rows else []
-
-
-def _problem(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
-    seed = stage.identity["config"]["seed"]
-    if result is None:
-        return f"seed {seed} is not finished; run the same command to go on"
-    if result["status"] == "ok":
-        return None
-    return f"seed {seed} {result['status']}: {result['figures'].get('reason', 'no reason recorded')}"
 
 
 def _mean_cost(stages: Sequence[Stage]) -> tuple[float, float]:

@@ -1,0 +1,50 @@
+"""The arms of a run: which stage is base, SFT, longer SFT or SRPPO. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from srppo.store import Run, Stage
+
+KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO"}
+EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
+ORDER = ("base", "SFT", EQUAL, CHOSEN, "SRPPO")
+
+
+def stages_by_arm(run: Run) -> dict[str, list[Stage]]:
+    """Stages of each arm, one a seed, arms in the order of a table.
+
+    Longer SFT was trained at several lengths: the longest is at equal compute; the one that scored best on development
+    items, the shorter at a tie, has its epochs chosen.
+    """
+    found: dict[str, list[Stage]] = {name: [] for name in ORDER}
+    longer: dict[int, list[Stage]] = defaultdict(list)
+    for stage in sorted(run.stages(), key=lambda s: s.identity["config"]["seed"]):
+        kind = stage.identity["kind"]
+        if kind == "longer-sft":
+            longer[stage.identity["config"]["seed"]].append(stage)
+        elif kind in KINDS:
+            found[KINDS[kind]].append(stage)
+    for stages in longer.values():
+        stages.sort(key=lambda s: s.identity["config"].get("steps", 0))
+        found[EQUAL].append(stages[-1])
+        if all(stage.done and _score(stage) is not None for stage in stages):
+            found[CHOSEN].append(max(stages, key=lambda stage: _score(stage) or 0.0))
+    return {name: stages for name, stages in found.items() if stages}
+
+
+def _score(stage: Stage) -> float | None:
+    score = (stage.result() or {}).get("figures", {}).get("score")
+    return None if score is None else float(score)
+
+
+def problem_of(stage: Stage, result: Mapping[str, Any] | None) -> str | None:
+    """Why a stage has no good result, with its seed, in one line; None where it has one."""
+    seed = stage.identity["config"]["seed"]
+    if result is None:
+        return f"seed {seed} is not finished; run the same command to go on"
+    if result["status"] == "ok":
+        return None
+    return f"seed {seed} {result['status']}: {result['figures'].get('reason', 'no reason recorded')}"
