@@ -28,13 +28,17 @@ LAYERS = [
     ["reward", "rollout", "loop"],
     ["noise", "sft", "ppo"],
     ["baselines", "evaluate", "export"],
-    ["pair"],
+    ["pair", "pieces"],
+    ["questions"],
     ["bench", "ablations", "world.build", "pipeline", "harness", "score", "forecast"],
     ["report"],
     ["cli_measure"],
     ["cli", "__main__"],
 ]
-NO_TORCH = ["arms", "results", "compare", "significance", "environment", "config", "store", "lease", "records", "checkpoint", "stats", "console", "report"]
+NO_TORCH = [
+    *["arms", "results", "matching", "verdicts", "compare", "significance", "environment"],
+    *["config", "store", "lease", "records", "checkpoint", "stats", "console", "report"],
+]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 
 

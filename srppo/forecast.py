@@ -1,0 +1,248 @@
+"""What the objective itself can give, before any PPO, and how much of it a PPO run reached.
+
+Samples of pi_sft, weighted, stand for the closed-form optimum (`optimum.py`); samples of the PPO checkpoints stand for
+themselves, on the same prompts. It tells an optimiser's failure (the optimum is good, PPO is far from it) from a
+reward's (PPO is at the optimum, and the optimum is no better).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from srppo.config import RewardConfig
+from srppo.console import Console, duration
+from srppo.errors import ConfigError, UserError
+from srppo.loop import load_weights
+from srppo.models import LanguageModel
+from srppo.optimum import (
+    Draws,
+    Floats,
+    Point,
+    Reached,
+    beta_grid,
+    measured,
+    optimum,
+    point_of,
+    reached_of,
+)
+from srppo.pair import Pair, load_pair
+from srppo.questions import Question, as_generated, load_questions, sample
+from srppo.reward import RunningStd, compute_rewards
+from srppo.rollout import score_log_ratio, score_logprobs
+from srppo.store import Stage
+
+SCORE_BATCH = 128  # rows of one forward pass
+PROMPTS = 120
+SAMPLES, PPO_SAMPLES = 256, 16  # a prompt: of the SFT model, of each checkpoint
+PPO_GROUPS = ("demonstrated", "prompted")  # embedded groups that PPO prompts come from; `unseen` is told apart
+
+
+@dataclass(frozen=True)
+class ForecastResult:
+    """Everything the tables, plots and sentences are made of. `training`: rows of metrics.jsonl of the run's PPO."""
+
+    sft: str
+    base: str
+    anchor: str
+    beta: float
+    samples: int
+    prompts: int
+    points: tuple[Point, ...]
+    start: Point
+    checkpoints: tuple[Point, ...] = ()
+    reached: tuple[Reached, ...] = ()
+    training: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def own(self) -> Point | None:
+        """The optimum of the recipe's own objective."""
+        return next((p for p in self.points if (p.anchor, p.beta) == (self.anchor, self.beta)), None)
+
+
+def forecast_command(
+    run: Path | None = None,
+    *,
+    sft: str | None = None,
+    base: str | None = None,
+    seed: int | None = None,
+    prompts: Path | None = None,
+    limit: int | None = PROMPTS,
+    samples: int = SAMPLES,
+    betas: Sequence[float] = (),
+    anchors: Sequence[str] = ("sft", "base"),
+    checkpoints: bool = True,
+    device: str = "cpu",
+    console: Console,
+) -> ForecastResult:
+    """Forecast a run's objective (or that of two given models under the default recipe) over `betas` and `anchors`.
+
+    `prompts`: a JSONL file (prompt, and may hold answer, group); default the development items. `samples`: of the SFT
+    model, a prompt. `checkpoints`: measure the run's PPO checkpoints on the same prompts.
+    """
+    if samples < 2:
+        raise UserError(f"--samples {samples} is too few to weigh; give at least 2, rather {SAMPLES}")
+    if bad := [beta for beta in betas if not beta > 0]:
+        raise UserError(f"--beta {bad[0]:g} has no closed-form optimum; give values above 0")
+    if unknown := set(anchors) - {"sft", "base"}:
+        raise UserError(f"--anchor {min(unknown)} is unknown; give sft or base")
+    pair = load_pair(run, sft=sft, base=base, seed=seed, device=device)
+    stages = pair.ppo_stages() if checkpoints else []
+    config = RewardConfig.model_validate(stages[-1].identity["config"]["reward"]) if stages else pair.recipe.reward
+    notes = _notes(pair, config)
+    if pair.stage is not None:
+        notes.append(f"Training seed {pair.recipe.seed} alone: the intervals say nothing of other seeds.")
+    questions = load_questions(pair, prompts, limit, console)
+    draws = _draw(pair, pair.sft, questions, samples, config, console, "SFT")
+    groups = np.array([question.group for question in questions])
+    ours_Q = np.isin(groups, PPO_GROUPS)
+    ours_Q = ours_Q if ours_Q.any() else np.ones(len(groups), dtype=bool)
+    if not ours_Q.all():
+        others = ", ".join(sorted(set(groups[~ours_Q])))
+        notes.append(
+            f"Figures are over the {int(ours_Q.sum())} prompts of tasks that PPO sees; {others}: by group only."
+        )
+    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(config.beta))]
+    if config.beta and (config.anchor, config.beta) not in grid:
+        grid.append((config.anchor, config.beta))
+    points = [
+        point_of(optimum(draws, a, b), groups, ours_Q, f"{a} {b:g}", anchor=a, beta=b, k=samples) for a, b in grid
+    ]
+    sft_Q = measured(draws, config.anchor, config.beta)
+    best_Q = optimum(draws, config.anchor, config.beta) if config.beta else None
+    arms, reached = [], []
+    for name, step, policy in _checkpoints(pair, stages):
+        theirs = _draw(pair, policy, questions, PPO_SAMPLES, config, console, name)
+        arm_Q = measured(theirs, config.anchor, config.beta)
+        arms.append(point_of(arm_Q, groups, ours_Q, name, step=step))
+        if best_Q is not None:
+            reached.append(reached_of(name, arm_Q, sft_Q, best_Q, ours_Q))
+    return ForecastResult(
+        pair.sft_name,
+        pair.base_name,
+        config.anchor,
+        config.beta,
+        samples,
+        int(ours_Q.sum()),
+        tuple(points),
+        point_of(sft_Q, groups, ours_Q, "SFT"),
+        tuple(arms),
+        tuple(reached),
+        tuple(row for stage in stages[-1:] for row in stage.metrics() if "kl_sft" in row),
+        tuple(notes),
+    )
+
+
+def _notes(pair: Pair, config: RewardConfig) -> list[str]:
+    """Where the recipe's PPO does not aim at the closed form. Raises ConfigError where there is none."""
+    if config.kind == "shuffled":
+        raise ConfigError("reward.kind = shuffled pays by other rollouts, so it has no closed-form optimum to forecast")
+    notes = []
+    if config.kl == "k3":
+        notes.append("reward.kl = k3 in the loss is biased: this PPO aims elsewhere than at the optimum shown")
+    if config.at_limit == "drop":
+        notes.append("reward.at_limit = drop leaves rollouts out of the loss; the optimum shown keeps them")
+    if pair.recipe.ppo.gamma < 1:
+        notes.append(f"ppo.gamma = {pair.recipe.ppo.gamma:g} discounts; the optimum shown is for gamma 1")
+    return notes
+
+
+def _checkpoints(pair: Pair, stages: Sequence[Stage]) -> Iterator[tuple[str, int, LanguageModel]]:
+    """(name, step, model) of the last PPO stage's kept step, and of its last step where that is another and saved."""
+    for stage in stages[-1:]:
+        figures = (stage.result() or {})["figures"]
+        kept, last = figures["kept_step"], figures["steps"]
+        yield f"PPO, step {kept} (kept)", kept, pair.load(str(stage.path / "model"))
+        if last != kept and last in stage.checkpoint_steps():
+            policy = pair.load(str(stage.path / "model"))
+            load_weights(policy.model, stage.checkpoint(last) / "policy.safetensors")
+            yield f"PPO, step {last} (last)", last, policy
+
+
+def _draw(
+    pair: Pair,
+    policy: LanguageModel,
+    questions: Sequence[Question],
+    samples: int,
+    config: RewardConfig,
+    console: Console,
+    name: str,
+) -> Draws:
+    """Samples of a policy with their rewards. PPO samples at the rollout temperature, whose distribution it optimises;
+    weights need samples of pi_sft at temperature 1."""
+    own = policy is not pair.sft
+    temperature = pair.recipe.rollout.temperature if own else 1.0
+    console.say(f"{name}: {samples} samples of {len(questions)} prompts")
+    drawn = sample(
+        pair,
+        policy,
+        questions,
+        samples,
+        purpose=f"forecast {name}",
+        temperature=temperature,
+        progress=_Progress(console, name),
+    )
+    # Short answers repeat: each distinct one is scored once.
+    rows = list(dict.fromkeys((i, ids) for i, each in enumerate(drawn) for ids in each))
+    values = _score(pair, policy if own else None, temperature, questions, rows, config)
+    place = {row: j for j, row in enumerate(rows)}
+    index_QK = np.array([[place[i, ids] for ids in each] for i, each in enumerate(drawn)])
+    reward_QK, log_ratio_QK, log_policy_sft_QK, length_QK, right_QK = (column[index_QK] for column in values)
+    known = all(question.answer is not None for question in questions)
+    return Draws(reward_QK, log_ratio_QK, length_QK, right_QK if known else None, log_policy_sft_QK)
+
+
+class _Progress:
+    """A line with the time left, at most every ten seconds."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        self.began = self.said = console.clock()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self.console.clock()
+        if now - self.said > 10 and done < total:
+            self.said = now
+            left = duration((now - self.began) / done * (total - done))
+            self.console.say(f"{self.name}: {done:,} of {total:,} samples, {left} left")
+
+
+@torch.no_grad()
+def _score(
+    pair: Pair,
+    policy: LanguageModel | None,
+    temperature: float,
+    questions: Sequence[Question],
+    rows: Sequence[tuple[int, tuple[int, ...]]],
+    config: RewardConfig,
+) -> list[Floats]:
+    """reward r', log-ratio r, log pi - log pi_sft (0 without a policy), length and rightness of each row."""
+    order = sorted(range(len(rows)), key=lambda j: (len(questions[rows[j][0]].ids), len(rows[j][1])))
+    columns = [np.zeros(len(rows)) for _ in range(3)]
+    for start in range(0, len(rows), SCORE_BATCH):
+        chunk = order[start : start + SCORE_BATCH]
+        batch = as_generated(pair, [questions[rows[j][0]].ids for j in chunk], [rows[j][1] for j in chunk])
+        ratio = score_log_ratio(pair.sft, pair.base, batch, micro_batch=SCORE_BATCH)
+        rewards = compute_rewards(
+            config,
+            **ratio._asdict(),
+            policy_logprobs_BT=ratio.sft_logprobs_BT,
+            mask_BT=batch.response_mask_BT,
+            ended_B=batch.ended_B,
+            running=RunningStd(),
+            seed=0,
+        )
+        columns[0][chunk] = rewards.score_B.double().cpu()
+        columns[1][chunk] = ratio.log_ratio_BT.double().sum(dim=1).cpu()
+        if policy is not None:
+            theirs_BT = score_logprobs(policy, batch, micro_batch=SCORE_BATCH, temperature=temperature)
+            columns[2][chunk] = (theirs_BT - ratio.sft_logprobs_BT).double().sum(dim=1).cpu()
+    texts = pair.tokenizer.batch_decode([list(ids) for _, ids in rows], skip_special_tokens=True)
+    right = [float(bool(questions[i].is_right(text))) for (i, _), text in zip(rows, texts, strict=True)]
+    return [*columns, np.array([float(len(ids)) for _, ids in rows]), np.array(right)]
