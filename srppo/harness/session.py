@@ -1,0 +1,250 @@
+"""One command's work: requests by tokenizer and results by key, so that arms share what is equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from srppo.chat import ensure_chat_template
+from srppo.config import canonical_json
+from srppo.console import Console, duration
+from srppo.environment import environment
+from srppo.errors import ConfigError
+from srppo.harness.ifeval import checkers_importable
+from srppo.harness.model import HarnessModel
+from srppo.harness.preflight import Prepared, prepare
+from srppo.harness.progress import Meter
+from srppo.harness.quiet import quiet
+from srppo.harness.scores import Row, figures, metric_names, rows_of
+from srppo.harness.targets import Target
+from srppo.harness.tasks import Loaded
+from srppo.models import fingerprint, load_model, load_tokenizer, resolve
+from srppo.results import SUMMARY, write_result
+
+EPOCH = 1  # raised when the same request would get another response or score
+
+
+@dataclass(frozen=True)
+class Options:
+    """What changes a result, beside model and task. samples None: as the task says, which is nearly always greedy."""
+
+    samples: int | None = None
+    temperature: float = 1.0
+    num_fewshot: int | None = None
+    chat_template: bool | None = None
+    max_new_tokens: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    score_rest: bool = False
+
+
+class Session:
+    """One command: requests by tokenizer, results by key, so that arms with one tokenizer or weights share the work."""
+
+    def __init__(self, options: Options, rows: int | None, device: str, console: Console) -> None:
+        self.options, self.rows, self.device, self.console = options, rows, device, console
+        self.prepared: dict[tuple[str, int, str], Prepared] = {}
+        self.written: dict[str, tuple[dict[str, Any], list[Row]]] = {}
+
+    def prepare(self, target: Target, tasks: Sequence[Loaded]) -> tuple[HarnessModel, list[Prepared]]:
+        """The model, not loaded yet, and its requests for every task, checked."""
+        options = self.options
+        tokenizer = load_tokenizer(target.spec, target.config)
+        own = tokenizer.chat_template is not None
+        if options.chat_template and not own and not target.ours:
+            raise ConfigError(
+                f"the tokenizer of {target.spec} has no chat template: pass --no-chat-template, or set one in its "
+                "tokenizer_config.json"
+            )
+        ensure_chat_template(tokenizer)
+        lm = HarnessModel(
+            self._loader(target),
+            tokenizer,
+            _context(target, tokenizer),
+            seed=options.seed,
+            temperature=options.temperature if options.samples else None,
+            new_tokens=options.max_new_tokens,
+            rows=self.rows,
+        )
+        found = []
+        for task in tasks:
+            templated = options.chat_template
+            if templated is None:
+                templated = own or target.ours or task.embedded
+            place = (f"{_tokenizer_key(tokenizer)}/{templated}", lm.context, task.name)
+            if place not in self.prepared:
+                self.prepared[place] = prepare(
+                    task,
+                    lm,
+                    templated=templated,
+                    num_fewshot=options.num_fewshot,
+                    limit=options.limit,
+                    seed=options.seed,
+                    score_rest=options.score_rest,
+                    warn=self.console.warn,
+                )
+            found.append(self.prepared[place])
+        return lm, found
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Facts about this machine, for every summary."""
+        return environment()
+
+    def _loader(self, target: Target) -> Callable[[], Any]:
+        return lambda: load_model(target.spec, target.config, device=self.device)
+
+    def evaluate(self, target: Target, lm: HarnessModel, prepared: Prepared) -> Path:
+        """The folder with the result of one task: found, shared with an arm of the same weights, or made."""
+        name, options = prepared.task.name, self.options
+        weights = fingerprint(target.spec, target.config)
+        sampled = prepared.sampled or bool(options.samples and prepared.generates)
+        key = _key(weights, prepared, options if sampled else None, target.config.precision, options.max_new_tokens)
+        existing = [path.parent for path in target.parent.glob(f"*@{key}/{SUMMARY}")]
+        if existing:
+            self.console.say(f"{name}, {target.title}: known, {existing[0]}")
+            return existing[0]
+        if key not in self.written:
+            draws = (options.samples or 1) if sampled else 1
+            self.written[key] = self._generate(target, lm, prepared, draws)
+        summary, rows = self.written[key]
+        summary = summary | {
+            "model": target.label,
+            "spec": target.spec,
+            "seed": target.seed,
+            "key": key,
+            "weights": weights,
+            "decoding": "sampled" if sampled else "greedy",
+        }
+        return write_result(target.parent, summary, rows)
+
+    def _generate(
+        self, target: Target, lm: HarnessModel, prepared: Prepared, draws: int
+    ) -> tuple[dict[str, Any], list[Row]]:
+        task, options, began = prepared.task, self.options, self.console.clock()
+        results, rows = [], []
+        lm.templated, lm.used_rows, lm.seconds = prepared.templated, None, 0.0
+        total = sum(max(instance.repeats or 1, 1) for instance in prepared.instances) * draws
+        with Meter(self.console, f"{task.name}, {target.title}", total) as meter, checkers_importable():
+            lm.meter = meter
+            for draw in range(draws):
+                lm.draw = draw
+                result = _evaluate(lm, prepared, options.seed)
+                results.append(result["results"][task.task.task_name])
+                rows += rows_of(result["samples"][task.task.task_name], draw)
+        scores = figures(rows, results)
+        numeric = [name for name in metric_names(rows) if name in scores and rows[0][name] == rows[0][name]]
+        if not numeric:
+            raise ConfigError(
+                f"task {task.name} has no metric with a value for each item; such tasks are not supported"
+            )
+        rows += _not_scored(prepared, rows)
+        seconds = self.console.clock() - began
+        self.console.say(f"{task.name}, {target.title}: {total} requests in {duration(seconds)}")
+        better = task.task.higher_is_better().get(numeric[0].partition(",")[0], True)
+        summary = {
+            "task": task.name,
+            "group": task.group,
+            "metric": numeric[0],
+            "metrics": scores,
+            "higher_is_better": bool(better),
+            "samples": draws,
+            "temperature": options.temperature if options.samples else None,
+            "eval_seed": options.seed,
+            "num_fewshot": prepared.few_shot,
+            "chat_template": lm.tokenizer.chat_template if prepared.templated else None,
+            "limit": options.limit,
+            "max_new_tokens": options.max_new_tokens,
+            "batch_size": lm.used_rows,
+            "items": len({row["item"] for row in rows}),
+            "not_scored": len(prepared.skipped),
+            "seconds": seconds,
+            "model_seconds": lm.seconds,
+            "environment": self.environment,
+        }
+        return summary, rows
+
+    def _environment(self) -> dict[str, Any]:
+        from srppo.environment import environment
+
+        return environment()
+
+
+def _evaluate(lm: HarnessModel, prepared: Prepared, seed: int) -> Any:
+    """lm-eval's own evaluate on requests that are built already; its bootstrap, at 15 s a metric, stays off."""
+    from lm_eval import evaluator
+
+    task, name = prepared.task.task, prepared.task.task.task_name
+
+    def already_built(**_: Any) -> None:
+        for instance in prepared.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        task._instances = prepared.instances
+
+    task.build_all_requests = already_built
+    try:
+        with quiet(seed):
+            count = max(instance.doc_id for instance in prepared.instances) + 1
+            chosen = {"limit": count} if prepared.indices is None else {"samples": {name: prepared.indices}}
+            return evaluator.evaluate(
+                lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=prepared.templated, **chosen
+            )
+    finally:
+        del task.build_all_requests
+
+
+def _not_scored(prepared: Prepared, rows: Sequence[Row]) -> list[Row]:
+    """A row for each prompt that was left out, with the reason and no score."""
+    docs = list(prepared.task.task.eval_docs) if prepared.skipped else []
+    return [
+        {
+            "item": _item(docs[i]),
+            "sample": 0,
+            "prompt": str(prepared.task.task.doc_to_text(docs[i])),
+            "response": "",
+            "not_scored": reason,
+        }
+        for i, reason in sorted(prepared.skipped.items())
+    ]
+
+
+def _item(doc: Any) -> str:
+    """lm-eval's hash of a document."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+
+def _key(weights: str, prepared: Prepared, sampling: Options | None, precision: str, max_new_tokens: int | None) -> str:
+    """What a result is known by: equal keys, equal results. The requests in `digest` hold template, shots and limit."""
+    parts = {
+        "epoch": EPOCH,
+        "weights": weights,
+        "precision": precision,
+        "task": prepared.digest,
+        "templated": prepared.templated,
+        "max_new_tokens": max_new_tokens,
+        "sampling": [sampling.samples, sampling.temperature, sampling.seed] if sampling else None,
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
+
+
+def _context(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Positions of the model, from its config alone, by lm-eval's rule."""
+    from lm_eval.models.utils import resolve_max_length
+
+    config = AutoConfig.from_pretrained(resolve(target.spec), trust_remote_code=target.config.trust_remote_code)
+    return resolve_max_length(config, tokenizer)
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else str(id(tokenizer))
+    return hashlib.sha256(f"{text}\0{tokenizer.chat_template}".encode()).hexdigest()

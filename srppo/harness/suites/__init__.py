@@ -1,0 +1,1 @@
+"""Tasks that this package ships as lm-eval YAML."""
