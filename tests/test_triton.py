@@ -48,15 +48,18 @@ COMPILE = """
 import dataclasses, json, torch
 from srppo.bench.compile import compile_report
 if __name__ == "__main__":
-    rows = compile_report({targets!r}, dtypes=(torch.bfloat16,))
+    rows = compile_report(["{target}"], dtypes=(torch.{dtype},))
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel_compiles_without_a_problem(target):
-    rows = [CompileRow(**row) for row in json.loads(run("-c", COMPILE.format(targets=[target])))]
+@pytest.mark.parametrize(
+    "target,dtype",
+    [(target, "bfloat16") for target in ("sm_80", "sm_90", "sm_100", "gfx942")] + [("sm_90", "float32")],
+)
+def test_every_kernel_compiles_without_a_problem(target, dtype):
+    rows = [CompileRow(**row) for row in json.loads(run("-c", COMPILE.format(target=target, dtype=dtype)))]
     assert len(rows) >= 10 and all(row.target == target and 0 < row.registers <= 512 for row in rows)
     assert problems(rows) == []
     matrix = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}[target]

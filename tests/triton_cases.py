@@ -23,6 +23,14 @@ PLAIN, BENT = Transform(), Transform(temperature=0.7, logit_scale=1.3, softcap=5
 INF = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory holds NaN, so that what a kernel should have written and did not shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
@@ -186,6 +194,8 @@ def test_linear_tma(monkeypatch):
     if INTERPRETED:
         cut = triton_common.TILES["interpreter", 4]
         monkeypatch.setitem(triton_common.TILES, ("interpreter", 4), dataclasses.replace(cut, descriptors=True))
+    one = Head(random(18, 4)[:, ::4], random(150, 4, seed=1)[:, ::4])  # a single column, of stride 4
+    check_linear(one, Head(*(x.flip(0) for x in one[:2])), some_tokens(18, 150), PLAIN)
     for depth in (40, 41):  # rows on 16 bytes, and not
         check_linear(make_head(18, 150, depth), make_head(18, 150, depth, seed=5), some_tokens(18, 150), BENT)
     head, tokens_N = make_head(18, 150, 40), some_tokens(18, 150)
@@ -207,6 +217,19 @@ def test_linear_shared_head():
         back = triton_ops.linear_logprob_diff(base, sft, tokens_N, transform)
         assert same_bits(shared.diff_N, -back.diff_N)
         assert (triton_ops.linear_logprob_diff(sft, sft, tokens_N, transform).diff_N == 0).all()
+
+
+@pytest.mark.parametrize("depth,width", [(41, 44), (40, 43), (41, 41)])
+def test_linear_shared_head_keeps_its_tiles(depth, width):
+    # Rows padded to 16 bytes, off them, and of an odd width: the stacked rows are to be as the model's own were.
+    weight_VD = random(150, 48, scale=0.3)[:, :depth]
+    hidden = [random(33, width, seed=i)[:, :depth] for i in range(2)]
+    sft, base = (Head(x, weight_VD) for x in hidden)
+    shared = check_linear(sft, base, some_tokens(33, 150), PLAIN)
+    apart = triton_ops.linear_logprob_diff(
+        sft, base._replace(weight_VD=random(150, 48, scale=0.3)[:, :depth]), some_tokens(33, 150), PLAIN
+    )
+    assert all(same_bits(x, y) for x, y in zip(shared, apart, strict=True))
 
 
 def test_linear_adversarial():
@@ -268,13 +291,17 @@ def test_linear_builds_no_logits():
             nonlocal largest
             result = func(*args, **(kwargs or {}))
             for x in result if isinstance(result, tuple | list) else (result,):
-                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+                largest = max(largest, x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0)
             return result
 
     sft, base, tokens_N = make_head(20, 2048, 8), make_head(20, 2048, 8, seed=5), some_tokens(20, 2048)
     with Watch():
         triton_ops.linear_logprob_diff(sft, base, tokens_N, PLAIN)
-    assert 0 < largest <= 4 * 2048 * 8  # the interpreter's copy of the weight; N x V has 2.5 times the bytes
+    # The weight itself, as a view; N x V has 2.5 times its bytes.
+    assert 0 < largest <= sft.weight_VD.numel() * 4
+    with Watch():
+        product(sft, torch.float32)
+    assert largest == 20 * 2048 * 4
 
 
 def test_empty():
@@ -349,6 +376,22 @@ def test_backward_skips_what_is_not_needed():
             assert x is None if not needed else torch.equal(x, y)
 
 
+def test_backward_multiplies_in_full_precision(monkeypatch):
+    out, ones = torch.ones(16, 16, device=DEVICE), torch.ones(16, 16, dtype=torch.bfloat16, device=DEVICE)
+    triton_backward._add_product(out, ones, ones)
+    assert (out == 17).all()
+    cublas, seen = torch.backends.cuda.matmul, set()
+
+    def look(*_):
+        seen.add((cublas.fp32_precision, cublas.allow_bf16_reduced_precision_reduction))
+
+    monkeypatch.setattr(triton_backward, "_add_product", look)
+    before = cublas.fp32_precision, cublas.allow_bf16_reduced_precision_reduction
+    run_backward(make_head(9, 70, 24), some_tokens(9, 70), PLAIN, random(9))
+    assert seen == {("ieee", False)}
+    assert before == (cublas.fp32_precision, cublas.allow_bf16_reduced_precision_reduction)
+
+
 def test_backward_through_the_dispatch_point():
     head, tokens_N, grad_N = make_head(9, 70, 24), some_tokens(9, 70), random(9)
     grad_N[3] = 0.0
@@ -364,6 +407,64 @@ def test_backward_through_the_dispatch_point():
     assert (leaves[0].grad[kept] - truth[0]).abs().max() < 1e-5
     assert (leaves[0].grad[[3, 5]] == 0).all() and result.logprobs_N[5] == 0
     assert leaves[1].grad is None and (leaves[2].grad - truth[2]).abs().max() < 1e-5
+
+
+def norms(x):
+    return x.double().norm(dim=-1)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [512, 2305])
+@pytest.mark.parametrize("depth", [320, 1000])
+def test_at_size(dtype, rows, depth):
+    """Many tiles, programs with several each, chunks of the backward pass; the vocabulary ragged in all of them."""
+    at_size(dtype, rows, depth, columns=50257, repeats=20, most=512)
+
+
+def at_size(dtype, rows, depth, columns, repeats, most):
+    sft, base = (make_head(rows, columns, depth, dtype, seed=5 * i) for i in range(2))
+    tokens_N, grad_N = some_tokens(rows, columns), random(rows, seed=6, scale=1e3)  # no fp16 gradient underflows
+
+    def results():
+        diff = triton_ops.linear_logprob_diff(sft, base, tokens_N, BENT)
+        stats = triton_ops.forward(sft, tokens_N, PLAIN, with_entropy=True)
+        grads = triton_ops.backward(sft, tokens_N, PLAIN, stats, grad_N, (True, True, True))
+        return [*diff, stats.logprobs_N, stats.lse_N, stats.entropy_N], grads
+
+    forward, grads = results()
+    truth, eager = ([[] for _ in range(8)] for _ in "ab")
+    d_weight_VD, d_bias_V = (torch.zeros_like(x, dtype=torch.float64) for x in sft[1:])
+    d_hidden = []
+    for part in torch.arange(rows).split(256):
+        part = slice(int(part[0]), int(part[-1]) + 1)
+        pair, tokens = [head._replace(hidden_ND=head.hidden_ND[part]) for head in (sft, base)], tokens_N[part]
+        for into, kind in ((truth, torch.float64), (eager, torch.float32)):
+            raws = [product(head, kind) for head in pair]
+            for field, x in zip(
+                into, [*expected_diff(raws, tokens, BENT), *expected(raws[0], tokens, PLAIN)], strict=True
+            ):
+                field.append(x)
+        right = gradients(pair[0], tokens, PLAIN, grad_N[part], torch.float64)
+        d_hidden.append(right[0])
+        d_weight_VD += right[1]
+        d_bias_V += right[2]
+    # Matrix units cut digits off their sums where plain fp32 rounds: some 1e-4 in logits of up to 20.
+    assert_near(forward, [torch.cat(x) for x in truth], [torch.cat(x) for x in eager], slack=3e-4)
+    near = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-3}[dtype]  # of the norm of each row
+    tails = [(x[-(columns % 256) :], y[-(columns % 256) :]) for x, y in ((grads[2], d_bias_V),)]
+    for got, want in [(grads[0], torch.cat(d_hidden)), (grads[1], d_weight_VD), (grads[2], d_bias_V), *tails]:
+        assert (norms(got.double() - want) <= near * norms(want)).all()
+    for _ in range(repeats - 1):
+        again = results()
+        assert all(torch.equal(x, y) for x, y in zip([*forward, *grads], [*again[0], *again[1]], strict=True))
+    for size in range(1, most + 1):
+        for cut in (slice(size), slice(rows - size, rows)):
+            heads = [head._replace(hidden_ND=head.hidden_ND[cut]) for head in (sft, base)]
+            part = [*triton_ops.linear_logprob_diff(*heads, tokens_N[cut], BENT)]
+            stats = triton_ops.forward(heads[0], tokens_N[cut], PLAIN, with_entropy=True)
+            part += [stats.logprobs_N, stats.lse_N, stats.entropy_N]
+            assert all(same_bits(x[cut].contiguous(), y) for x, y in zip(forward, part, strict=True)), cut
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU and 9 GB of its memory")

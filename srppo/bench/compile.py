@@ -143,6 +143,7 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
     biased = sft._replace(bias_V=torch.zeros(VOCABULARY, dtype=dtype))
     # Rows that do not begin on 16 bytes cannot be described to TMA: the pointer version.
     odd = Head(torch.zeros(COUNT, DEPTH + 1, dtype=dtype), torch.zeros(RAGGED, DEPTH + 1, dtype=dtype))
+    ragged = sft._replace(weight_VD=sft.weight_VD[:RAGGED])
     needs = (True, False, False)
     named: list[tuple[str, Any]] = []
     with recording(target) as launches:
@@ -159,6 +160,8 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
         take("linear diff", "fold diff")
         triton_ops.linear_logprob_diff(odd, odd, tokens_N, plain)
         take("linear diff, odd D", "fold diff, odd D")
+        triton_ops.linear_logprob_diff(ragged, ragged, tokens_N, plain)
+        take("linear diff, odd V", "fold diff, odd V")
         triton_ops.forward(biased, tokens_N, capped, with_entropy=True)
         take("linear stats, all", "fold stats, all")
         # One chunk of the vocabulary is enough: the others launch the same code.
@@ -168,6 +171,10 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
         narrow = narrow._replace(bias_V=torch.zeros(CHUNK, dtype=dtype))
         triton_ops.backward(narrow, tokens_N, capped, stats, ones_N, needs)
         take("d logits, all")
+        last = slice(RAGGED // CHUNK * CHUNK, RAGGED)
+        narrow = Head(sft.hidden_ND, sft.weight_VD[last], torch.zeros(RAGGED % CHUNK, dtype=dtype))
+        triton_ops.backward(narrow, tokens_N, capped, stats, ones_N, needs)
+        take("d logits, odd V")
     return named
 
 

@@ -3,11 +3,15 @@
 Cost: the forward GEMM again, then one GEMM each for dH and dW (6 N V D operations in all) and d logits written and
 read WAVE x CHUNK at a time, so that no N x V matrix exists. The vocabulary is the outer loop: a chunk's dW is complete
 after all waves of rows, and only that chunk is held in fp32.
+
+The same input gives the same bits every time. Of dH, unlike of what the forward pass gives, a row may have other bits
+in another batch: cuBLAS picks its kernels by the sizes of the matrices.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,16 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srppo.kernels.triton_common import INTERPRETED, blocks, launch, programs, scalars, tanh
+from srppo.kernels.precision import fp32_products
+from srppo.kernels.triton_common import INTERPRETED, TILES, blocks, launch, programs, scalars, tanh
 from srppo.kernels.triton_tiles import operands, placed, product, tiled, tiles_of
 from srppo.kernels.types import Head, RowStats, Transform
 
 WAVE = 4096  # rows and
 CHUNK = 8192  # columns of d logits held at once: 64 MiB in bf16, 128 MiB in fp32
+WIDEST = max(cut.columns for cut in TILES.values())
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+@fp32_products()
 def backward(
     head: Head, tokens_N: Tensor, transform: Transform, stats: RowStats, grad_N: Tensor, needs: tuple[bool, bool, bool]
 ) -> Gradients:
@@ -43,7 +50,8 @@ def backward(
     d_bias_V = torch.zeros(columns, dtype=torch.float32, device=device) if need_bias else None
     dense = operands(head)
     dtype = torch.bfloat16 if dense.hidden_ND.dtype == torch.bfloat16 else torch.float32
-    buffer = torch.empty(min(rows, WAVE), min(CHUNK, columns), dtype=dtype, device=device)
+    # Whole tiles wide: a mask for the ragged last column would cost every store a predicate, and registers spill.
+    buffer = torch.empty(min(rows, WAVE), blocks(min(CHUNK, columns), WIDEST) * WIDEST, dtype=dtype, device=device)
     for start in range(0, columns if rows and any(needs) else 0, CHUNK):
         chunk = slice(start, min(start + CHUNK, columns))
         part = Head(dense.hidden_ND, dense.weight_VD[chunk], None if dense.bias_V is None else dense.bias_V[chunk])
@@ -91,21 +99,28 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b in fp32."""
-    if a.dtype == b.dtype == torch.bfloat16 and _adds_to_fp32(out.device):
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    if a.dtype == b.dtype == torch.bfloat16:
+        _bf16_adder(out.device)(out, a, b)
     else:
         out.addmm_(a.float(), b.float())
 
 
 @functools.cache
-def _adds_to_fp32(device: torch.device) -> bool:
-    """Whether this build of torch adds a bf16 product to an fp32 matrix on the device; not all do."""
-    a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return bool((out == 17).all())
+def _bf16_adder(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """The fastest way to add a bf16 product to an fp32 matrix on the device; not all builds of torch have all."""
+    ways: list[Callable[[Tensor, Tensor, Tensor], object]] = [
+        lambda out, a, b: torch.addmm(out, a, b, out_dtype=torch.float32, out=out),
+        lambda out, a, b: out.add_(torch.mm(a, b, out_dtype=torch.float32)),
+    ]
+    for add in ways:
+        a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
+        try:
+            add(out, a, a)
+        except (RuntimeError, NotImplementedError):
+            continue
+        if (out == 17).all():
+            return add
+    return lambda out, a, b: out.addmm_(a.float(), b.float())
 
 
 def _d_logits(
@@ -118,7 +133,10 @@ def _d_logits(
     first: int,
     d_logits_WC: Tensor,
 ) -> None:
-    """Write d loss / d raw logits of a wave of rows and a chunk of columns that begins at token `first`."""
+    """Write d loss / d raw logits of a wave of rows and a chunk of columns that begins at token `first`.
+
+    The tiles of the last columns are written whole, past those of d_logits_WC: its rows must have the room.
+    """
     cut = tiles_of(head)
     if d_logits_WC.element_size() > head.hidden_ND.element_size():  # fp32 on its way out takes more shared memory
         cut = replace(cut, columns=cut.columns // 2)
@@ -179,16 +197,21 @@ def _store_half(
     top = tl.load(maxima + r, mask=inside, other=0.0)[:, None]
     log_sum = tl.load(log_sums + r, mask=inside, other=0.0)[:, None]
     # Centred before the log sum is taken away: their sum would lose digits where logits share a large offset.
+    # tl.exp, slower than `exp`: around that one ptxas moves so much of both halves together that registers spill.
     probabilities = tl.exp((logits - top) - log_sum)
     target = (tl.load(tokens + r, mask=inside, other=-1) - first).to(tl.int32)[:, None]
     result = (tl.where(c[None, :] == target, 1.0, 0.0) - probabilities) * slopes
     if CAPPED:
         result *= 1.0 - bent * bent
     at = d_logits + r[:, None] * out_stride + c[None, :]  # below WAVE x CHUNK: 32 bits hold it
-    tl.store(at, result.to(d_logits.dtype.element_ty), mask=inside[:, None] & (c < columns)[None, :])
+    tl.store(at, result.to(d_logits.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "first", "programs"])
+# The rows of RowStats lie N apart: on 16 bytes or not, as N falls.
+@triton.jit(
+    do_not_specialize=["rows", "first", "programs"],
+    do_not_specialize_on_alignment=["tokens", "maxima", "log_sums", "grads"],
+)
 def _d_logits_kernel(
     head_hidden,
     head_weight,

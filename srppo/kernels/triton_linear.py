@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srppo.kernels.triton_common import INTERPRETED, blocks, launch, scalars, transformed
+from srppo.kernels.triton_common import INTERPRETED, blocks, exp, launch, scalars, transformed
 from srppo.kernels.triton_tiles import fold, named, operands, tiles_of
 from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform
 
@@ -33,8 +33,9 @@ def linear_logprob_diff(sft: Head, base: Head, tokens_N: Tensor, transform: Tran
     for slab in _slabs(heads, count, fields=2):
         pair = [head._replace(hidden_ND=head.hidden_ND[slab]) for head in heads]
         size = len(pair[0].hidden_ND)
-        if shared:
-            both = pair[0]._replace(hidden_ND=torch.cat([head.hidden_ND for head in pair]))
+        both = pair[0]._replace(hidden_ND=_stacked([head.hidden_ND for head in pair])) if shared else None
+        # Tiles of another size would give a row other bits than it has beside a model with a head of its own.
+        if both is not None and all(tiles_of(both) == tiles_of(head) for head in pair):
             partials = fold([both], transform, with_entropy=False)[0].split(size)
         else:
             partials = fold(pair, transform, with_entropy=False)
@@ -66,6 +67,15 @@ def forward(head: Head, tokens_N: Tensor, transform: Transform, *, with_entropy:
         launch(_stats_row_kernel, len(part.hidden_ND), arguments, warps=4)
     centred_N, max_N, log_sum_N, entropy_N = results_4N.unbind()
     return RowStats(centred_N, max_N, log_sum_N, entropy_N if with_entropy else None)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """One matrix of the rows of all, which begin on 16 bytes if the first one's do."""
+    first_ND, depth = parts[0], parts[0].shape[1]
+    lanes = 16 // first_ND.element_size()
+    width = blocks(depth, lanes) * lanes if first_ND.stride(0) % lanes == 0 else depth
+    stack_RD = first_ND.new_empty(sum(map(len, parts)), width)[:, :depth]
+    return torch.cat(parts, out=stack_RD)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -118,7 +128,7 @@ def _row(
     tops = tl.load(at, mask=tile < width, other=float("-inf"))
     totals = tl.load(at + width, mask=tile < width, other=0.0)
     highest = tl.max(tops, 0)
-    scales = tl.exp(tops - highest)
+    scales = exp(tops - highest)
     total = tl.sum(totals * scales, 0)
     log_sum = tl.log(total)
     entropy = log_sum
@@ -142,7 +152,8 @@ def _row(
     return tl.where(gap > 0, 0.0, gap), highest, log_sum, entropy
 
 
-@triton.jit(do_not_specialize=["plane"])
+# Of a shared head the base rows' partials begin wherever the SFT rows' end.
+@triton.jit(do_not_specialize=["plane"], do_not_specialize_on_alignment=["sft_partials", "base_partials"])
 def _diff_kernel(
     tokens,
     results,

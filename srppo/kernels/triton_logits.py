@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srppo.kernels.triton_common import INTERPRETED, launch, scalars, transformed, unit_stride
+from srppo.kernels.triton_common import INTERPRETED, exp, launch, scalars, transformed, unit_stride
 from srppo.kernels.types import LogprobDiff, Transform
 
 BLOCK = (
@@ -72,15 +72,15 @@ def _fold(raw, top, total, inside, inner, outer, CAPPED: tl.constexpr, MASKED: t
         logits = tl.where(inside, logits, float("-inf"))
     higher = tl.maximum(top, tl.max(logits, 1))
     centre = tl.where(higher == float("-inf"), 0.0, higher)  # a lane that has met nothing but -inf
-    return higher, total * tl.exp(top - centre) + tl.sum(tl.exp(logits - centre[:, None]), 1)
+    return higher, total * exp(top - centre) + tl.sum(exp(logits - centre[:, None]), 1)
 
 
 @triton.jit
-def _row(row, token, top, total, inner, outer, CAPPED: tl.constexpr):
-    """(target logit - maximum, maximum, log sum) of a row; NaN where all of it is -inf."""
+def _row(raw, top, total, inner, outer, CAPPED: tl.constexpr):
+    """(target logit - maximum, maximum, log sum) of a row from its raw target logit; NaN where all is -inf."""
     highest = tl.max(top, 0)
-    log_sum = tl.log(tl.sum(total * tl.exp(top - highest), 0))
-    target = transformed(tl.load(row + token).to(tl.float32), inner, outer, CAPPED)
+    log_sum = tl.log(tl.sum(total * exp(top - highest), 0))
+    target = transformed(raw.to(tl.float32), inner, outer, CAPPED)
     return target - highest, highest, log_sum
 
 
@@ -111,6 +111,9 @@ def _diff_kernel(
             tl.store(out + field * rows.to(tl.int64), 0.0)
     else:
         sft_row, base_row = sft + number * sft_stride, base + number * base_stride
+        if ALIGNED:  # in bytes, what a stride that is no multiple of 16 elements hides from the compiler
+            sft_row, base_row = tl.multiple_of(sft_row, 16), tl.multiple_of(base_row, 16)
+        sft_target, base_target = tl.load(sft_row + token), tl.load(base_row + token)
         sft_top = tl.full((BLOCK // SFT_GROUP,), float("-inf"), tl.float32)
         base_top = tl.full((BLOCK // BASE_GROUP,), float("-inf"), tl.float32)
         sft_total, base_total = tl.zeros_like(sft_top), tl.zeros_like(base_top)
@@ -131,8 +134,8 @@ def _diff_kernel(
             base_raw = tl.load(base_row + base_at, mask=base_in, other=0.0, eviction_policy="evict_first")
             sft_top, sft_total = _fold(sft_raw, sft_top, sft_total, sft_in, inner, outer, CAPPED, True)
             base_top, base_total = _fold(base_raw, base_top, base_total, base_in, inner, outer, CAPPED, True)
-        sft_gap, sft_max, sft_log = _row(sft_row, token, sft_top, sft_total, inner, outer, CAPPED)
-        base_gap, base_max, base_log = _row(base_row, token, base_top, base_total, inner, outer, CAPPED)
+        sft_gap, sft_max, sft_log = _row(sft_target, sft_top, sft_total, inner, outer, CAPPED)
+        base_gap, base_max, base_log = _row(base_target, base_top, base_total, inner, outer, CAPPED)
         plane = rows.to(tl.int64)
         tl.store(out, (sft_gap - base_gap) - (sft_log - base_log))
         tl.store(out + plane, sft_gap - sft_log)

@@ -18,6 +18,7 @@ from srppo.kernels.triton_common import (
     INTERPRETED,
     Tiles,
     blocks,
+    exp,
     launch,
     programs,
     scalars,
@@ -65,8 +66,8 @@ def tiled(name: str, head: Head, cut: Tiles) -> dict[str, Any]:
     arguments = named(name, head)
     if cut.descriptors:
         for key, x, height in (("hidden", head.hidden_ND, cut.rows), ("weight", head.weight_VD, cut.columns)):
-            shape, strides = list(x.shape), list(x.stride())
-            arguments[f"{name}_{key}"] = TensorDescriptor(x, shape, strides, [height, cut.depth])
+            strides = [x.stride(0), 1]  # of a single column torch may name any stride
+            arguments[f"{name}_{key}"] = TensorDescriptor(x, list(x.shape), strides, [height, cut.depth])
     return arguments | {f"{name.upper()}_EVEN": head.hidden_ND.shape[1] % cut.depth == 0}
 
 
@@ -199,7 +200,7 @@ def _model(
             logits = tl.where((c < columns)[None, :], logits, float("-inf"))
         top = tl.max(logits, 1)
         centred = logits - tl.where(top == float("-inf"), 0.0, top)[:, None]
-        weights = tl.exp(centred)
+        weights = exp(centred)
         r = row + tl.arange(0, ROWS)
         out = partials + r.to(tl.int64) * (FIELDS * column_blocks) + column_block
         tl.store(out, top, mask=r < rows)
