@@ -59,8 +59,8 @@ def serve() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     import srppo.cli
-    import srppo.pipeline
     import srppo.environment
+    import srppo.pipeline
     import srppo.report.record
     import srppo.trackers  # noqa: F401
 
