@@ -233,7 +233,8 @@ def test_environment_is_json_without_secrets(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_report_and_environment_import_no_torch_and_no_matplotlib() -> None:
     code = (
-        "import sys\nfrom srppo import environment\nfrom srppo.report import figures, html, plots, terminal\nenvironment.environment()\n"
+        "import sys\nfrom srppo import environment\n"
+        "from srppo.report import figures, html, plots, terminal\nenvironment.environment()\n"
         "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
