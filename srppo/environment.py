@@ -26,13 +26,13 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": _usable_cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
         "kernels": _kernels(),
-        "packages": {name: found for name in PACKAGES.split() if (found := _version(name))},
-        "commit": _commit(),
+        "packages": {name: found for name in PACKAGES.split() if (found := package_version(name))},
+        "commit": commit_of_source(),
         "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},
     }
 
@@ -46,14 +46,16 @@ def _kernels() -> str | None:
     return native.load().note
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Installed version of a distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """As the system calls the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -84,7 +86,7 @@ def _gpus() -> list[str]:
     return [line.strip() for line in (names or "").splitlines() if line.strip()]
 
 
-def _commit() -> str | None:
+def commit_of_source() -> str | None:
     """The commit of the checkout this package runs from; `+` marks changes that are not committed."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -86,12 +86,7 @@ def forecast_command(
     `prompts`: a JSONL file (prompt, and may hold answer, group); default the development items. `samples`: of the SFT
     model, a prompt. `checkpoints`: measure the run's PPO checkpoints on the same prompts.
     """
-    if samples < 2:
-        raise UserError(f"--samples {samples} is too few to weigh; give at least 2, rather {SAMPLES}")
-    if bad := [beta for beta in betas if not beta > 0]:
-        raise UserError(f"--beta {bad[0]:g} has no closed-form optimum; give values above 0")
-    if unknown := set(anchors) - {"sft", "base"}:
-        raise UserError(f"--anchor {min(unknown)} is unknown; give sft or base")
+    _check_options(samples, betas, anchors)
     pair = load_pair(run, sft=sft, base=base, seed=seed, device=device)
     stages = pair.ppo_stages() if checkpoints else []
     config = RewardConfig.model_validate(stages[-1].identity["config"]["reward"]) if stages else pair.recipe.reward
@@ -101,18 +96,10 @@ def forecast_command(
     questions = load_questions(pair, prompts, limit, console)
     draws = _draw(pair, pair.sft, questions, samples, config, console, "SFT")
     groups = np.array([question.group for question in questions])
-    ours_Q = np.isin(groups, PPO_GROUPS)
-    ours_Q = ours_Q if ours_Q.any() else np.ones(len(groups), dtype=bool)
-    if not ours_Q.all():
-        others = ", ".join(sorted(set(groups[~ours_Q])))
-        notes.append(
-            f"Figures are over the {int(ours_Q.sum())} prompts of tasks that PPO sees; {others}: by group only."
-        )
-    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(config.beta))]
-    if config.beta and (config.anchor, config.beta) not in grid:
-        grid.append((config.anchor, config.beta))
+    ours_Q = _seen_by_ppo(groups, notes)
     points = [
-        point_of(optimum(draws, a, b), groups, ours_Q, f"{a} {b:g}", anchor=a, beta=b, k=samples) for a, b in grid
+        point_of(optimum(draws, a, b), groups, ours_Q, f"{a} {b:g}", anchor=a, beta=b, k=samples)
+        for a, b in _grid(config, betas, anchors)
     ]
     sft_Q = measured(draws, config.anchor, config.beta)
     best_Q = optimum(draws, config.anchor, config.beta) if config.beta else None
@@ -137,6 +124,35 @@ def forecast_command(
         tuple(row for stage in stages[-1:] for row in stage.metrics() if "kl_sft" in row),
         tuple(notes),
     )
+
+
+def _check_options(samples: int, betas: Sequence[float], anchors: Sequence[str]) -> None:
+    if samples < 2:
+        raise UserError(f"--samples {samples} is too few to weigh; give at least 2, rather {SAMPLES}")
+    if bad := [beta for beta in betas if not beta > 0]:
+        raise UserError(f"--beta {bad[0]:g} has no closed-form optimum; give values above 0")
+    if unknown := set(anchors) - {"sft", "base"}:
+        raise UserError(f"--anchor {min(unknown)} is unknown; give sft or base")
+
+
+def _seen_by_ppo(groups: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Q bool, the prompts that the figures are over: those of tasks that PPO sees, or all where none is named so."""
+    ours_Q = np.isin(groups, PPO_GROUPS)
+    if not ours_Q.any():
+        return np.ones(len(groups), dtype=bool)
+    if not ours_Q.all():
+        others = ", ".join(sorted(set(groups[~ours_Q])))
+        notes.append(
+            f"Figures are over the {int(ours_Q.sum())} prompts of tasks that PPO sees; {others}: by group only."
+        )
+    return ours_Q
+
+
+def _grid(config: RewardConfig, betas: Sequence[float], anchors: Sequence[str]) -> list[tuple[str, float]]:
+    """(anchor, beta) to forecast; the recipe's own is always among them."""
+    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(config.beta))]
+    own = (config.anchor, config.beta)
+    return grid if not config.beta or own in grid else [*grid, own]
 
 
 def _notes(pair: Pair, config: RewardConfig) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -31,8 +31,6 @@ from srppo.kernels import (
     choose,
     entropy,
     linear_logprob,
-    linear_logprob_diff,
-    logprob_diff,
     token_logprobs,
 )
 
@@ -46,14 +44,6 @@ class Head:
     linear: bool
     logit_scale: float = 1.0
     softcap: float | None = None
-
-
-class LogRatio(NamedTuple):
-    """log pi_sft - log pi_base of responses and its two terms; BT fp32, nats, 0 where masked."""
-
-    log_ratio_BT: Tensor
-    sft_logprobs_BT: Tensor
-    base_logprobs_BT: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -92,7 +82,7 @@ class LanguageModel(nn.Module):
         if self.head.linear:
             output = self.model.get_output_embeddings()
             flat = linear_logprob(
-                self._hidden_rows(tokens_BS, attention_mask_BS, response_width),
+                self.hidden_rows(tokens_BS, attention_mask_BS, response_width),
                 output.weight,
                 tokens_N,
                 bias_V=output.bias,
@@ -104,20 +94,20 @@ class LanguageModel(nn.Module):
                 impl=self.kernels,
             )
         else:
-            logits_NV = self._logit_rows(tokens_BS, attention_mask_BS, response_width)
+            logits_NV = self.logit_rows(tokens_BS, attention_mask_BS, response_width)
             flat = Logprobs(
                 token_logprobs(logits_NV, tokens_N, temperature=temperature),
                 entropy(logits_NV.detach(), temperature=temperature) if with_entropy else None,
             )
-        entropy_BT = None if flat.entropy_N is None else _unflatten(flat.entropy_N, mask_BT)
-        return Logprobs(_unflatten(flat.logprobs_N, mask_BT), entropy_BT)
+        entropy_BT = None if flat.entropy_N is None else unflatten(flat.entropy_N, mask_BT)
+        return Logprobs(unflatten(flat.logprobs_N, mask_BT), entropy_BT)
 
-    def _hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
+    def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """Hidden states before each counted response token, ND."""
         hidden_BSD = self.hidden(tokens_BS, attention_mask_BS)
         return hidden_BSD[:, -response_width - 1 : -1][attention_mask_BS[:, -response_width:]]
 
-    def _logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
+    def logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """The model's own logits there, NV; in fp32 throughout, since it would round them under autocast."""
         logits_BSV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
         return logits_BSV[:, -response_width - 1 : -1][attention_mask_BS[:, -response_width:]]
@@ -128,39 +118,6 @@ class LanguageModel(nn.Module):
 
     def _inputs(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
         return model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
-
-
-@torch.no_grad()
-def response_log_ratio(
-    sft: LanguageModel, base: LanguageModel, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int
-) -> LogRatio:
-    """log pi_sft - log pi_base of the last `response_width` columns at temperature 1, and its two terms."""
-    mask_BT = attention_mask_BS[:, -response_width:]
-    rows = (tokens_BS, attention_mask_BS, response_width)
-    tokens_N = tokens_BS[:, -response_width:][mask_BT]
-    if sft.head.linear and sft.head == base.head:
-        heads = [model.model.get_output_embeddings() for model in (sft, base)]
-        parts = linear_logprob_diff(
-            sft._hidden_rows(*rows),
-            heads[0].weight,
-            base._hidden_rows(*rows),
-            heads[1].weight,
-            tokens_N,
-            sft_bias_V=heads[0].bias,
-            base_bias_V=heads[1].bias,
-            logit_scale=sft.head.logit_scale,
-            softcap=sft.head.softcap,
-            ignore_index=None,
-            with_parts=True,
-            impl=sft.kernels,
-        )
-    elif not sft.head.linear and not base.head.linear:
-        sft_NV, base_NV = (model._logit_rows(*rows) for model in (sft, base))
-        parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
-    else:  # two heads of different kinds
-        sft_BT, base_BT = (model.response_logprobs(*rows).logprobs_N for model in (sft, base))
-        return LogRatio(sft_BT - base_BT, sft_BT, base_BT)
-    return LogRatio(*(_unflatten(part_N, mask_BT) for part_N in parts[:3]))
 
 
 class ValueModel(nn.Module):
@@ -196,7 +153,8 @@ def body_hidden(body: nn.Module, inputs: dict[str, Tensor], precision: str) -> T
         return body(**inputs, use_cache=False).last_hidden_state
 
 
-def _unflatten(x_N: Tensor, mask_BT: Tensor) -> Tensor:
+def unflatten(x_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Rows in the order of the mask back to their places, BT; 0 where masked."""
     return torch.zeros(mask_BT.shape, dtype=x_N.dtype, device=x_N.device).masked_scatter(mask_BT, x_N)
 
 

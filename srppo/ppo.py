@@ -26,9 +26,9 @@ from srppo.errors import Diverged
 from srppo.loop import Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
 from srppo.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
 from srppo.masked import masked_mean
-from srppo.models import LanguageModel, LogRatio, ValueModel, forward_flops
+from srppo.models import LanguageModel, ValueModel, forward_flops
 from srppo.reward import Rewards, RunningStd, compute_rewards, reward_diagnostics, reward_warnings
-from srppo.rollout import generate, micro_slices, prompt_schedule, score_log_ratio, to_batch
+from srppo.rollout import LogRatio, generate, micro_slices, prompt_schedule, score_log_ratio, to_batch
 from srppo.types import RolloutBatch
 
 if TYPE_CHECKING:

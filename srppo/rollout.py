@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from srppo.config import derive_seed
-from srppo.models import LanguageModel, LogRatio, ValueModel, response_log_ratio
+from srppo.kernels import linear_logprob_diff, logprob_diff
+from srppo.models import LanguageModel, ValueModel, unflatten
 from srppo.types import RolloutBatch
 
 
@@ -28,6 +30,14 @@ class Generated:
         width = self.response_mask_BT.shape[1]
         lengths = self.response_mask_BT.sum(dim=1).tolist()
         return [row[:n] for row, n in zip(self.tokens_BS[:, -width:].tolist(), lengths, strict=True)]
+
+
+class LogRatio(NamedTuple):
+    """log pi_sft - log pi_base of responses and its two terms; BT fp32, nats, 0 where masked."""
+
+    log_ratio_BT: Tensor
+    sft_logprobs_BT: Tensor
+    base_logprobs_BT: Tensor
 
 
 def prompt_schedule(count: int, batch: int, step: int, seed: int) -> list[int]:
@@ -129,6 +139,39 @@ def score_logprobs(
             for rows in micro_slices(len(generated.tokens_BS), micro_batch)
         ]
     )
+
+
+@torch.no_grad()
+def response_log_ratio(
+    sft: LanguageModel, base: LanguageModel, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int
+) -> LogRatio:
+    """log pi_sft - log pi_base of the last `response_width` columns at temperature 1, and its two terms."""
+    mask_BT = attention_mask_BS[:, -response_width:]
+    rows = (tokens_BS, attention_mask_BS, response_width)
+    tokens_N = tokens_BS[:, -response_width:][mask_BT]
+    if sft.head.linear and sft.head == base.head:
+        heads = [model.model.get_output_embeddings() for model in (sft, base)]
+        parts = linear_logprob_diff(
+            sft.hidden_rows(*rows),
+            heads[0].weight,
+            base.hidden_rows(*rows),
+            heads[1].weight,
+            tokens_N,
+            sft_bias_V=heads[0].bias,
+            base_bias_V=heads[1].bias,
+            logit_scale=sft.head.logit_scale,
+            softcap=sft.head.softcap,
+            ignore_index=None,
+            with_parts=True,
+            impl=sft.kernels,
+        )
+    elif not sft.head.linear and not base.head.linear:
+        sft_NV, base_NV = (model.logit_rows(*rows) for model in (sft, base))
+        parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
+    else:  # two heads of different kinds
+        sft_BT, base_BT = (model.response_logprobs(*rows).logprobs_N for model in (sft, base))
+        return LogRatio(sft_BT - base_BT, sft_BT, base_BT)
+    return LogRatio(*(unflatten(part_N, mask_BT) for part_N in parts[:3]))
 
 
 def score_log_ratio(

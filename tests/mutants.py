@@ -502,14 +502,14 @@ KERNELS = [
     ),
     Mutant(
         "kernels: an ignored row is scored",
-        "kernels/__init__.py",
+        "kernels/checks.py",
         "tokens_N.masked_fill(ignored_N | wrong_N, IGNORED), ignored_N,",
         "tokens_N.masked_fill(wrong_N, IGNORED), torch.zeros_like(ignored_N),",
         "test_kernels.py::test_ignored_rows_give_0",
     ),
     Mutant(
         "kernels: padding columns keep their share",
-        "kernels/__init__.py",
+        "kernels/checks.py",
         "    return Head(head.hidden_ND, head.weight_VD[:columns]",
         "    return Head(head.hidden_ND, head.weight_VD[:]",
         "test_kernels.py::test_padding_has_no_share",
@@ -526,7 +526,7 @@ KERNELS = [
 PPO = [
     Mutant(
         "ppo: reward at the sampling temperature",
-        "models.py",
+        "rollout.py",
         "            with_parts=True,\n            impl=sft.kernels,\n",
         "            with_parts=True,\n            impl=sft.kernels,\n            temperature=0.6,\n",
         WIRING,

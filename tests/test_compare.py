@@ -91,6 +91,21 @@ def test_seeds_that_agree_on_few_items_are_not_enough() -> None:
     assert "these items agree" in found.sentence and "other items" in found.sentence
 
 
+def test_sign_flips_alone_would_err_often_where_items_differ() -> None:
+    """Equal models, each better on some items: ten seeds agree about 100 drawn items, which say little of others."""
+    rng, trials, flips, verdicts = np.random.default_rng(31), 300, 0, 0
+    for _ in range(trials):
+        gaps = rng.normal(0, 0.1, 100)  # by item, of mean 0 over all items there could be
+        arms = {
+            name: [result(0.5 + sign * gaps + rng.normal(0, 0.3, 100), name, seed) for seed in range(10)]
+            for name, sign in (("A", -0.5), ("B", 0.5))
+        }
+        found = only(arms)
+        flips, verdicts = flips + (found.p <= 0.05), verdicts + (found.verdict != "cannot tell")
+    print(f"called different: by the sign-flip alone {flips / trials:.3f}, by the verdict {verdicts / trials:.3f}")
+    assert flips / trials > 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5 >= verdicts / trials
+
+
 def test_holm_is_over_tasks_and_models_of_a_decoding() -> None:
     rng = np.random.default_rng(2)
     arms = {

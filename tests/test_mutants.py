@@ -17,7 +17,7 @@ def test_each_mutant_is_python() -> None:
         if not mutant.file.endswith(".py"):
             continue
         text = (mutants.ROOT / "srppo" / mutant.file).read_text()
-        compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+        assert compile(text.replace(mutant.old, mutant.new), mutant.file, "exec"), "or a SyntaxError, which names it"
 
 
 def test_a_list_that_has_rotted_is_named(tmp_path: Path) -> None:

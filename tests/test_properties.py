@@ -49,7 +49,7 @@ def batches(draw: st.DrawFn, min_tokens: int = 1) -> Batch:
     return Batch(mask_BT, torch.Generator().manual_seed(draw(seeds)))
 
 
-def close(actual: Tensor | float, expected: Tensor | float, tolerance: float = 1e-11) -> None:
+def assert_close(actual: Tensor | float, expected: Tensor | float, tolerance: float = 1e-11) -> None:
     actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -72,7 +72,7 @@ def test_gae_at_lambda_0_is_the_td_error(batch: Batch, gamma: float) -> None:
     known_BT = zeroed(values_BT, mask_BT)
     after_BT = torch.cat([known_BT[:, 1:], torch.zeros(len(mask_BT), 1, dtype=torch.float64)], dim=1)
     td_BT = zeroed(rewards_BT + gamma * after_BT - values_BT, mask_BT)
-    close(gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=0.0), td_BT)
+    assert_close(gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=0.0), td_BT)
 
 
 @given(batches())
@@ -80,17 +80,17 @@ def test_gae_at_lambda_1_gives_returns_that_ignore_values(batch: Batch) -> None:
     mask_BT, rewards_BT = batch.mask_BT, batch.normal()
     for values_BT in (batch.normal(), batch.normal(10.0)):
         advantages_BT = gae(rewards_BT, values_BT, mask_BT, gamma=1.0, lam=1.0)
-        close(advantages_BT + zeroed(values_BT, mask_BT), reward_to_go(rewards_BT, mask_BT))
+        assert_close(advantages_BT + zeroed(values_BT, mask_BT), reward_to_go(rewards_BT, mask_BT))
 
 
 @given(batches(), discounts, discounts)
 def test_gae_is_linear_and_treats_rows_alone(batch: Batch, gamma: float, lam: float) -> None:
     mask_BT, rewards_BT, values_BT = batch.mask_BT, batch.normal(), batch.normal()
     whole_BT = gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=lam)
-    close(gae(-3 * rewards_BT, -3 * values_BT, mask_BT, gamma=gamma, lam=lam), -3 * whole_BT)
+    assert_close(gae(-3 * rewards_BT, -3 * values_BT, mask_BT, gamma=gamma, lam=lam), -3 * whole_BT)
     for b in range(len(mask_BT)):
         row = slice(b, b + 1)
-        close(gae(rewards_BT[row], values_BT[row], mask_BT[row], gamma=gamma, lam=lam), whole_BT[row])
+        assert_close(gae(rewards_BT[row], values_BT[row], mask_BT[row], gamma=gamma, lam=lam), whole_BT[row])
 
 
 @given(batches(min_tokens=2), st.floats(1e-2, 1e3), st.floats(-10, 10))
@@ -99,8 +99,8 @@ def test_whiten_gives_mean_0_and_variance_1(batch: Batch, scale: float, shift: f
     x_BT = batch.normal(scale) + shift
     var = x_BT[mask_BT].var(correction=0)
     kept = whiten(x_BT, mask_BT)[mask_BT]
-    close(kept.mean(), 0.0, 1e-8)
-    close(kept.var(correction=0), var / (var + 1e-8), 1e-8)
+    assert_close(kept.mean(), 0.0, 1e-8)
+    assert_close(kept.var(correction=0), var / (var + 1e-8), 1e-8)
 
 
 # Padding
@@ -121,24 +121,24 @@ def test_padding_changes_no_loss_and_no_metric(batch: Batch, columns: int, junk:
     wide_policy = clipped_policy_loss(wide_a_BT, wide_b_BT, wide_c_BT, wide_mask_BT, clip=0.2)
     assert policy._fields == ("loss", "clip_share", "approx_kl")
     for one, other in zip(policy, wide_policy, strict=True):
-        close(other, one)
+        assert_close(other, one)
     for clip in (0.2, None):
         value = clipped_value_loss(a_BT, b_BT, c_BT, mask_BT, clip=clip)
         wide_value = clipped_value_loss(wide_a_BT, wide_b_BT, wide_c_BT, wide_mask_BT, clip=clip)
         assert value._fields == ("loss", "clip_share")
         for one, other in zip(value, wide_value, strict=True):
-            close(other, one)
+            assert_close(other, one)
     for form in ("k2", "k3"):
         penalty = kl_penalty(a_BT, b_BT, mask_BT, form=form)
-        close(kl_penalty(wide_a_BT, wide_b_BT, wide_mask_BT, form=form), penalty)
-    close(explained_variance(wide_a_BT, wide_c_BT, wide_mask_BT), explained_variance(a_BT, c_BT, mask_BT))
-    close(coherent_reward(wide_c_BT, wide_mask_BT), coherent_reward(c_BT, mask_BT))
-    close(k1(wide_a_BT, wide_b_BT, wide_mask_BT), wide(k1(a_BT, b_BT, mask_BT), 0.0))
-    close(whiten(wide_c_BT, wide_mask_BT), wide(whiten(c_BT, mask_BT), 0.0))
+        assert_close(kl_penalty(wide_a_BT, wide_b_BT, wide_mask_BT, form=form), penalty)
+    assert_close(explained_variance(wide_a_BT, wide_c_BT, wide_mask_BT), explained_variance(a_BT, c_BT, mask_BT))
+    assert_close(coherent_reward(wide_c_BT, wide_mask_BT), coherent_reward(c_BT, mask_BT))
+    assert_close(k1(wide_a_BT, wide_b_BT, wide_mask_BT), wide(k1(a_BT, b_BT, mask_BT), 0.0))
+    assert_close(whiten(wide_c_BT, wide_mask_BT), wide(whiten(c_BT, mask_BT), 0.0))
     for at in ("eos", "token"):
-        close(place_reward(wide_c_BT, wide_mask_BT, at=at), wide(place_reward(c_BT, mask_BT, at=at), 0.0))
+        assert_close(place_reward(wide_c_BT, wide_mask_BT, at=at), wide(place_reward(c_BT, mask_BT, at=at), 0.0))
     advantages_BT = gae(c_BT, b_BT, mask_BT, gamma=0.9, lam=0.8)
-    close(gae(wide_c_BT, wide_b_BT, wide_mask_BT, gamma=0.9, lam=0.8), wide(advantages_BT, 0.0))
+    assert_close(gae(wide_c_BT, wide_b_BT, wide_mask_BT, gamma=0.9, lam=0.8), wide(advantages_BT, 0.0))
 
 
 # Losses
@@ -164,10 +164,10 @@ def test_micro_batches_sum_to_the_whole_batch(batch: Batch, rows: int) -> None:
         parts = [loss(slice(b, b + rows), {"token_count": count}) for b in range(0, len(mask_BT), rows)]
         for k, figure in enumerate(whole):
             tolerance = 1e-6 if k else 1e-11  # metrics may be fp32
-            close(sum(torch.as_tensor(part[k]).detach().double() for part in parts), figure, tolerance)
+            assert_close(sum(torch.as_tensor(part[k]).detach().double() for part in parts), figure, tolerance)
         (whole_grad_BT,) = torch.autograd.grad(whole[0], leaf_BT)
         (sum_grad_BT,) = torch.autograd.grad(sum(part[0] for part in parts), leaf_BT)
-        close(sum_grad_BT, whole_grad_BT)
+        assert_close(sum_grad_BT, whole_grad_BT)
 
 
 @given(batches(), st.floats(0.05, 0.5))
@@ -179,9 +179,9 @@ def test_ratio_1_is_the_policy_gradient(batch: Batch, clip: float) -> None:
     result = clipped_policy_loss(leaf_BT, logprobs_BT, advantages_BT, mask_BT, clip=clip)
     assert float(result.clip_share) == 0
     assert float(result.approx_kl) == 0
-    close(result.loss, -zeroed(advantages_BT, mask_BT).sum() / count)
+    assert_close(result.loss, -zeroed(advantages_BT, mask_BT).sum() / count)
     (grad_BT,) = torch.autograd.grad(result.loss, leaf_BT)
-    close(grad_BT, -zeroed(advantages_BT, mask_BT) / count)
+    assert_close(grad_BT, -zeroed(advantages_BT, mask_BT) / count)
 
 
 @given(batches())
@@ -191,7 +191,7 @@ def test_clipping_is_pessimistic_and_a_wide_clip_does_nothing(batch: Batch) -> N
     narrow = clipped_policy_loss(new_BT, old_BT, advantages_BT, mask_BT, clip=0.1)
     wide = clipped_policy_loss(new_BT, old_BT, advantages_BT, mask_BT, clip=1e9)
     ratio_BT = zeroed((new_BT - old_BT).exp(), mask_BT)
-    close(wide.loss, -(ratio_BT * zeroed(advantages_BT, mask_BT)).sum() / mask_BT.sum())
+    assert_close(wide.loss, -(ratio_BT * zeroed(advantages_BT, mask_BT)).sum() / mask_BT.sum())
     assert float(wide.clip_share) == 0
     assert float(narrow.loss) >= float(wide.loss) - 1e-12
     assert float(narrow.approx_kl) >= 0
@@ -200,7 +200,7 @@ def test_clipping_is_pessimistic_and_a_wide_clip_does_nothing(batch: Batch) -> N
     plain = clipped_value_loss(new_BT, old_BT, advantages_BT, mask_BT, clip=None)
     assert float(value.loss) >= float(plain.loss) - 1e-12
     assert float(plain.clip_share) == 0
-    close(plain.loss, 0.5 * zeroed((new_BT - advantages_BT) ** 2, mask_BT).sum() / mask_BT.sum())
+    assert_close(plain.loss, 0.5 * zeroed((new_BT - advantages_BT) ** 2, mask_BT).sum() / mask_BT.sum())
 
 
 @given(batches())
@@ -211,13 +211,13 @@ def test_gradients_of_the_kl_penalties(batch: Batch) -> None:
     gap_BT = zeroed(logprobs_BT.detach() - anchor_logprobs_BT, mask_BT)
     k2 = kl_penalty(logprobs_BT, anchor_logprobs_BT, mask_BT, form="k2")
     (k2_grad_BT,) = torch.autograd.grad(k2, logprobs_BT)
-    close(k2_grad_BT, zeroed(gap_BT.sum(dim=1, keepdim=True).expand_as(gap_BT), mask_BT) / count)
+    assert_close(k2_grad_BT, zeroed(gap_BT.sum(dim=1, keepdim=True).expand_as(gap_BT), mask_BT) / count)
     k3 = kl_penalty(logprobs_BT, anchor_logprobs_BT, mask_BT, form="k3")
     (k3_grad_BT,) = torch.autograd.grad(k3, logprobs_BT)
-    close(k3_grad_BT, (1 - (-gap_BT).exp()) / count)
+    assert_close(k3_grad_BT, (1 - (-gap_BT).exp()) / count)
     assert float(k2.detach()) >= 0
     assert float(k3.detach()) >= -1e-15
-    close(k1(logprobs_BT, anchor_logprobs_BT, mask_BT), gap_BT)
+    assert_close(k1(logprobs_BT, anchor_logprobs_BT, mask_BT), gap_BT)
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
@@ -238,9 +238,9 @@ def test_a_micro_batch_in_which_nothing_counts_adds_nothing(junk: float) -> None
 @given(batches(min_tokens=3), st.floats(-5, 5))
 def test_explained_variance_at_known_points(batch: Batch, shift: float) -> None:
     mask_BT, returns_BT = batch.mask_BT, batch.normal()
-    close(explained_variance(returns_BT + shift, returns_BT, mask_BT), 1.0, 1e-9)
-    close(explained_variance(torch.full_like(returns_BT, shift), returns_BT, mask_BT), 0.0, 1e-9)
-    close(explained_variance(-returns_BT, returns_BT, mask_BT), -3.0, 1e-9)
+    assert_close(explained_variance(returns_BT + shift, returns_BT, mask_BT), 1.0, 1e-9)
+    assert_close(explained_variance(torch.full_like(returns_BT, shift), returns_BT, mask_BT), 0.0, 1e-9)
+    assert_close(explained_variance(-returns_BT, returns_BT, mask_BT), -3.0, 1e-9)
     assert explained_variance(returns_BT, torch.full_like(returns_BT, 0.5), mask_BT) == 0.0
 
 
@@ -285,16 +285,16 @@ def test_logprob_diff_does_not_see_shifts(
     sft_NV, base_NV, tokens_N = pair
     even_N1 = (torch.arange(len(tokens_N)) % 2)[:, None]  # every other row: a shift is a row's own
     shifted_N = logprob_diff(sft_NV + sft_shift * even_N1, base_NV + base_shift * (1 - even_N1), tokens_N)
-    close(shifted_N, logprob_diff(sft_NV, base_NV, tokens_N), 3e-6)
+    assert_close(shifted_N, logprob_diff(sft_NV, base_NV, tokens_N), 3e-6)
 
 
 @given(logit_pairs())
 def test_logprob_diff_is_the_difference_of_log_probs(pair: tuple[Tensor, Tensor, Tensor]) -> None:
     sft_NV, base_NV, tokens_N = pair
     exact_N = [x_NV.double().log_softmax(-1).gather(-1, tokens_N[:, None])[:, 0] for x_NV in (sft_NV, base_NV)]
-    close(logprob_diff(sft_NV, base_NV, tokens_N), exact_N[0] - exact_N[1], 3e-6)
+    assert_close(logprob_diff(sft_NV, base_NV, tokens_N), exact_N[0] - exact_N[1], 3e-6)
     two_N = [token_logprobs(x_NV[None], tokens_N[None])[0] for x_NV in (sft_NV, base_NV)]
-    close(logprob_diff(sft_NV, base_NV, tokens_N), two_N[0] - two_N[1], 1e-5)
+    assert_close(logprob_diff(sft_NV, base_NV, tokens_N), two_N[0] - two_N[1], 1e-5)
 
 
 @given(logit_pairs(), st.floats(0.2, 3.0))
@@ -307,10 +307,10 @@ def test_token_logprobs_are_a_distribution_with_that_entropy(
     logits_BTV = logits_NV[:, None].expand(rows, vocabulary, vocabulary)
     logprobs_NV = token_logprobs(logits_BTV, every_BT, temperature=temperature).double()
     assert (logprobs_NV <= 0).all()
-    close(logprobs_NV.exp().sum(-1), torch.ones(rows), 1e-5)
+    assert_close(logprobs_NV.exp().sum(-1), torch.ones(rows), 1e-5)
     entropy_N = entropy(logits_NV[None], temperature=temperature)[0]
     assert entropy_N.dtype == torch.float32
-    close(entropy_N, -(logprobs_NV.exp() * logprobs_NV).sum(-1), 2e-5)
+    assert_close(entropy_N, -(logprobs_NV.exp() * logprobs_NV).sum(-1), 2e-5)
 
 
 # Reward
@@ -321,7 +321,7 @@ def test_both_placements_give_the_same_total(batch: Batch) -> None:
     mask_BT, log_ratio_BT = batch.mask_BT, batch.normal(5.0)
     reward_B = coherent_reward(log_ratio_BT, mask_BT)
     for at in ("eos", "token"):
-        close(place_reward(log_ratio_BT, mask_BT, at=at).sum(1), reward_B)
+        assert_close(place_reward(log_ratio_BT, mask_BT, at=at).sum(1), reward_B)
 
 
 @given(batches())
@@ -331,7 +331,7 @@ def test_both_placements_have_the_same_return_at_the_first_token(batch: Batch) -
         gae(place_reward(log_ratio_BT, mask_BT, at=at), values_BT, mask_BT, gamma=1.0, lam=1.0)[:, 0]
         for at in ("eos", "token")
     ]
-    close(first[0], first[1])
+    assert_close(first[0], first[1])
 
 
 @given(batches())
@@ -341,7 +341,7 @@ def test_the_eos_reward_lies_on_the_last_counted_token(batch: Batch) -> None:
     for row, mask, ratio in zip(reward_BT, mask_BT, log_ratio_BT, strict=True):
         length = int(mask.sum())
         if length:
-            close(row[length - 1], ratio[:length].sum())
+            assert_close(row[length - 1], ratio[:length].sum())
         assert torch.equal(row[: max(length - 1, 0)], torch.zeros(max(length - 1, 0), dtype=row.dtype))
         assert torch.equal(row[length:], torch.zeros(len(row) - length, dtype=row.dtype))
 
@@ -367,7 +367,7 @@ def test_the_expected_coherent_reward_under_sft_is_the_kl(seed: int) -> None:
             mask_BT[b, t] = True
             log_sft_B[b] += sft[response[:t]][token]
     assert not mask_BT.all()
-    close(log_sft_B.exp().sum(), 1.0)
+    assert_close(log_sft_B.exp().sum(), 1.0)
 
     # The chain rule, a sum over prefixes: no response's reward enters it.
     kl = 0.0

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from srppo.bench.compile import CompileRow, problems
+from srppo.bench.compile import CompileRow, compile_report, problems
+from srppo.errors import ConfigError
 
 CASES = Path(__file__).with_name("triton_cases.py")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
@@ -80,3 +81,11 @@ def test_problems_are_found():
     for words, change in wrong.items():
         (found,) = problems([CompileRow(**{**vars(row), **change}), fold])
         assert words in found
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_70", "sm_199", "gfxfoo", "nothing"])
+def test_a_chip_that_cannot_be_compiled_for_is_refused_first(target):
+    """LLVM would end the process, or a disassembler raise, minutes in."""
+    with pytest.raises(ConfigError, match=rf"^unknown target '{target}'; allowed: sm_80, [^\n]*$"):
+        compile_report(("sm_90", target))

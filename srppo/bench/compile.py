@@ -25,6 +25,8 @@ from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.kernels.types import Head, RowStats, Transform
 
+# Of others LLVM ends the process without a word to Python.
+CHIPS = r"sm_(80|86|87|89|90|100|101|103|120|121)|gfx(90a|94[0-2]|950|1[0-2]\d\d)"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The vocabulary of Llama 3 and one that is odd; D is only ever a loop bound.
@@ -64,8 +66,11 @@ def compile_report(
     if INTERPRETED:
         raise ConfigError("TRITON_INTERPRET is set, so kernels are interpreted, not compiled; unset it and start again")
     for target in targets:
-        if not re.fullmatch(r"sm_\d+|gfx\w+", target):
-            raise ConfigError(f"unknown target {target!r}; allowed: sm_NN for NVIDIA (sm_90), gfxNNN for AMD (gfx942)")
+        if not re.fullmatch(CHIPS, target):
+            raise ConfigError(
+                f"unknown target {target!r}; allowed: {', '.join(TARGETS)} "
+                "and their relatives, from sm_80 and gfx90a on"
+            )
     jobs = [(target, dtype) for dtype in dtypes for target in targets]
     if workers == 1:
         parts: Iterable[list[CompileRow]] = map(_compile_job, jobs)
@@ -181,7 +186,14 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
 def _compile_job(job: tuple[str, torch.dtype]) -> list[CompileRow]:
     target, dtype = job
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return [_compile(name, short, target, launch) for name, launch in _launches(target, dtype)]
+    rows = []
+    for name, launch in _launches(target, dtype):
+        try:
+            rows.append(_compile(name, short, target, launch))
+        except Exception as error:  # of Triton, LLVM, ptxas or a disassembler that does not know the chip
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{name} {short} does not compile for {target}: {reason}") from error
+    return rows
 
 
 def _compile(name: str, dtype: str, target: str, launch: Any) -> CompileRow:

@@ -82,7 +82,7 @@ def round_robin(
             for name in list(order):
                 try:
                     samples[name].append(timer(calls[name]))
-                except Exception as error:
+                except Exception as error:  # another package's; its row then says why it has no figures
                     failed[name] = failure(error)
                     order.remove(name)
     finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from srppo.bench.options import SHAPES
 from srppo.bench.rows import Row
+from srppo.style import INK, PAPER, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,30 +18,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart also without red-green vision; markers repeat none beside each other.
 COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#7f4f24", "#24292f", "#5c8f00", "#b03060")
 MARKERS = ("s", "^", "v", "P", "X", "h", "<", ">", "p", "8")
-OURS, INK, GRID, PAPER, FLOOR = "#d55e00", "#24292f", "#d8dee4", "#fffffe", "#7f7f7f"
+OURS, FLOOR = "#d55e00", "#7f7f7f"
 SPREAD = 1.06  # sideways, between the points of one case, which share their intensity
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.facecolor": PAPER,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "srppo",
-}
 
 
 def roofline(rows: Sequence[Row], path: Path) -> list[Path]:

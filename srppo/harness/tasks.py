@@ -128,7 +128,7 @@ class _Library:
         if entry is None and Path(name).is_file():
             try:
                 return name, load_yaml(name, resolve_func=False)
-            except Exception as error:
+            except Exception as error:  # the user's YAML, by lm-eval's loader: anything
                 raise DataError(restate(name, error, {})) from error
         outside = [m for m in (entry.cfg or {}).get("task", []) if isinstance(m, str)] if _is_group(entry) else []
         if entry is None or any(member not in self.manager.task_index for member in outside):
@@ -161,7 +161,7 @@ class _Library:
                 if path.stem == name or f"task: {name}\n" in path.read_text(errors="replace"):
                     try:
                         load_yaml(path, resolve_func=False)
-                    except Exception as error:
+                    except Exception as error:  # likewise
                         raise DataError(restate(str(path), error, {})) from error
 
     def _local(self, spec: str, name: str, file: Path) -> dict[str, Any]:

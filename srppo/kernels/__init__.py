@@ -18,16 +18,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from types import ModuleType
-from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, overload
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
 
-from srppo.errors import ConfigError, DataError
+from srppo.errors import ConfigError
 from srppo.kernels import reference
 from srppo.kernels.autograd import LinearLogprob
+from srppo.kernels.checks import checked_head, columns_of, look_at, transform_of
 from srppo.kernels.reference import entropy, token_logprobs
-from srppo.kernels.types import IGNORED, Head, LogprobDiff, Logprobs, Transform
+from srppo.kernels.types import Head, LogprobDiff, Logprobs, Transform
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -102,9 +103,9 @@ def logprob_diff(
             f"logits of the SFT model are {tuple(sft_logits_NV.shape)}, of the base {tuple(base_logits_NV.shape)}; "
             "both must be (N, V): the same tokens over one vocabulary"
         )
-    columns = _columns(sft_logits_NV.shape[1], vocabulary)
-    tokens = _look_at(tokens_N, len(sft_logits_NV), columns, ignore_index)
-    transform = _transform(temperature, logit_scale, softcap)
+    columns = columns_of(sft_logits_NV.shape[1], vocabulary)
+    tokens = look_at(tokens_N, len(sft_logits_NV), columns, ignore_index)
+    transform = transform_of(temperature, logit_scale, softcap)
     logits = [x_NV[:, :columns] for x_NV in (sft_logits_NV, base_logits_NV)]
     kernels = choose(impl, tokens_N.device, *logits)
     parts = kernels.logprob_diff(*logits, tokens.safe_N, transform)
@@ -164,10 +165,10 @@ def linear_logprob_diff(
             f"the SFT model has {len(sft_hidden_ND)} rows over {len(sft_weight_VD)} tokens, the base "
             f"{len(base_hidden_ND)} over {len(base_weight_VD)}; both must score the same tokens over one vocabulary"
         )
-    sft, base = (_check_head(head, vocabulary) for head in (sft, base))
-    tokens = _look_at(tokens_N, len(sft_hidden_ND), len(sft.weight_VD), ignore_index)
+    sft, base = (checked_head(head, vocabulary) for head in (sft, base))
+    tokens = look_at(tokens_N, len(sft_hidden_ND), len(sft.weight_VD), ignore_index)
     kernels = choose(impl, tokens_N.device, *sft, *base)
-    transform = _transform(temperature, logit_scale, softcap)
+    transform = transform_of(temperature, logit_scale, softcap)
     kept, targets_N = tokens.kept(), tokens.safe_N.clamp(min=0)
     if kept is None:
         parts = kernels.linear_logprob_diff(sft, base, targets_N, transform)
@@ -201,10 +202,10 @@ def linear_logprob(
 
     Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
     """
-    head = _check_head(Head(hidden_ND, weight_VD, bias_V), vocabulary)
-    tokens = _look_at(tokens_N, len(hidden_ND), len(head.weight_VD), ignore_index)
+    head = checked_head(Head(hidden_ND, weight_VD, bias_V), vocabulary)
+    tokens = look_at(tokens_N, len(hidden_ND), len(head.weight_VD), ignore_index)
     kernels = choose(impl, tokens_N.device, *head)
-    transform = _transform(temperature, logit_scale, softcap)
+    transform = transform_of(temperature, logit_scale, softcap)
     kept, targets_N = tokens.kept(), tokens.safe_N.clamp(min=0)
     if kept is not None:
         head, targets_N = head._replace(hidden_ND=hidden_ND[kept]), targets_N[kept]
@@ -251,84 +252,10 @@ def choose(impl: str, device: torch.device, *tensors: Tensor | None) -> ModuleTy
     if double:
         raise ConfigError("impl is 'triton', whose kernels take bf16, fp16 and fp32, not fp64; use impl='auto'")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("impl is 'triton' and the tensors are not on a GPU; use impl='auto', or TRITON_INTERPRET=1")
+        raise ConfigError(
+            "impl is 'triton' and the tensors are not on a GPU; use impl='auto' (in a "
+            "recipe model.kernels=auto), or TRITON_INTERPRET=1"
+        )
     from srppo.kernels import triton_ops
 
     return triton_ops
-
-
-def _transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None and not 1e-30 <= value <= 1e30:  # fp32 holds these and their inverses
-            raise ConfigError(f"{name} is {value}; it must be a finite number above 0 (1e-30 to 1e30)")
-    return Transform(temperature, logit_scale, softcap)
-
-
-def _columns(columns: int, vocabulary: int | None) -> int:
-    if vocabulary is None:
-        vocabulary = columns
-    if not 0 < vocabulary <= columns:
-        raise ConfigError(f"vocabulary is {vocabulary}; it must lie in 1..{columns}, the number of columns")
-    return vocabulary
-
-
-def _check_head(head: Head, vocabulary: int | None) -> Head:
-    """The head without its padding rows. Raises ConfigError where shapes do not fit."""
-    hidden, weight, bias = (None if x is None else tuple(x.shape) for x in head)
-    if hidden is None or weight is None or len(hidden) != 2 or len(weight) != 2 or hidden[1] != weight[1]:
-        raise ConfigError(f"hidden states are {hidden} and the weight is {weight}; they must be (N, D) and (V, D)")
-    if 0 in weight:
-        raise ConfigError(f"the weight is {weight}; a head needs a vocabulary and a hidden width of at least 1")
-    if bias is not None and bias != weight[:1]:
-        raise ConfigError(f"the bias is {bias}, the weight {weight}; the bias must be (V,)")
-    columns = _columns(weight[0], vocabulary)
-    if columns == weight[0]:
-        return head
-    return Head(head.hidden_ND, head.weight_VD[:columns], None if head.bias_V is None else head.bias_V[:columns])
-
-
-class _Tokens(NamedTuple):
-    """Tokens with what is wrong with them; on a GPU nothing has been waited for yet.
-
-    safe_N      the tokens, IGNORED where they are ignored or wrong
-    ignored_N   bool
-    wrong_N     bool, outside the vocabulary and not ignored
-    """
-
-    tokens_N: Tensor
-    safe_N: Tensor
-    ignored_N: Tensor
-    wrong_N: Tensor
-    columns: int
-    ignore_index: int | None
-
-    def kept(self) -> Tensor | None:
-        """Rows that are not ignored; None: all. Without an ignore_index nothing is waited for."""
-        if self.ignore_index is None:
-            return None
-        kept_K = (~self.ignored_N).nonzero().squeeze(-1)
-        return None if len(kept_K) == len(self.ignored_N) else kept_K
-
-    def check(self) -> None:
-        """Raise DataError where a token is wrong; waits for the GPU, so call it after the launch."""
-        wrong = int(self.wrong_N.sum())
-        if wrong:
-            allowed = "" if self.ignore_index is None else f", or ignore_index = {self.ignore_index}"
-            raise DataError(
-                f"{wrong} of {len(self.tokens_N)} tokens lie outside the vocabulary, the first is "
-                f"{int(self.tokens_N[self.wrong_N][0])}; allowed: 0..{self.columns - 1}{allowed}"
-            )
-
-
-def _look_at(tokens_N: Tensor, rows: int, columns: int, ignore_index: int | None) -> _Tokens:
-    if tokens_N.shape != (rows,) or tokens_N.dtype != torch.int64:
-        raise ConfigError(
-            f"tokens are {tuple(tokens_N.shape)} of {str(tokens_N.dtype).removeprefix('torch.')}; they must be "
-            f"({rows},) of int64, one a row"
-        )
-    outside_N = (tokens_N < 0) | (tokens_N >= columns)
-    ignored_N = torch.zeros_like(outside_N) if ignore_index is None else tokens_N == ignore_index
-    wrong_N = outside_N & ~ignored_N
-    return _Tokens(
-        tokens_N, tokens_N.masked_fill(ignored_N | wrong_N, IGNORED), ignored_N, wrong_N, columns, ignore_index
-    )

@@ -19,8 +19,9 @@ from srppo.console import Console
 from srppo.optimum import MIN_ESS
 from srppo.records import plain
 from srppo.report.figures import estimate_text, number_text
-from srppo.report.plots import INK, _save
-from srppo.report.terminal import _Narrow
+from srppo.report.plots import save_figure
+from srppo.report.terminal import Narrow
+from srppo.style import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def report_forecast(result: ForecastResult, folder: Path, console: Console) -> P
     """Print tables and sentences; write forecast.json and the plot into `folder`; returns the JSON's path."""
     console.print(forecast_table(result))
     for line in sentences(result):
-        console.print(_Narrow(Text(line)))
+        console.print(Narrow(Text(line)))
     path = folder / "forecast.json"
     folder.mkdir(parents=True, exist_ok=True)
     content = {"schema_version": 1, **plain(asdict(result)), "sentences": sentences(result)}
@@ -70,7 +71,7 @@ def forecast_table(result: ForecastResult) -> RenderableType:
         *result.notes,
     ]
     groups = _group_table(result)
-    return Group(table, *([groups] if groups else []), *(_Narrow(Text(line, "dim")) for line in captions))
+    return Group(table, *([groups] if groups else []), *(Narrow(Text(line, "dim")) for line in captions))
 
 
 def _group_table(result: ForecastResult) -> Table | None:
@@ -184,7 +185,7 @@ def frontier_plot(result: ForecastResult, path: Path) -> list[Path]:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=1.6)
 
-    return _save(draw, path, height=4.4)
+    return save_figure(draw, path, height=4.4)
 
 
 def _panel(axis: Axes, key: str, result: ForecastResult) -> None:

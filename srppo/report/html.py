@@ -21,7 +21,7 @@ from srppo.report.figures import (
     number_text,
     teraflops,
 )
-from srppo.report.plots import GRID, INK, PAPER
+from srppo.style import GRID, INK, PAPER
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#24292f;--soft:#57606a;--line:#d8dee4;--wash:#f6f8fa;--bad:#b42318}
@@ -84,19 +84,19 @@ def write_report(
     body = [
         f"<h1>{escape(title)}</h1>",
         *(f"<p>{escape(note)}</p>" for note in notes),
-        _list("Missing or failed", absent, "bad"),
-        _list("Warnings", warnings, ""),
-        _section("Results", _accuracy(arms) + _cost(arms)),
-        _section(
+        bullets("Missing or failed", absent, "bad"),
+        bullets("Warnings", warnings, ""),
+        section("Results", _accuracy(arms) + _cost(arms)),
+        section(
             "Paired differences: SRPPO minus",
-            _estimates(differences, "+") + _soft(differences_caption) if differences else "",
+            _estimates(differences, "+") + soft_text(differences_caption) if differences else "",
         ),
-        *(_plot(caption, svg, i) for i, (caption, svg) in enumerate((plots or {}).items())),
-        _section("Samples", "".join(_sample(sample) for sample in samples)),
-        _section("Recipe", f"<details><summary>recipe.toml</summary><pre>{escape(recipe_toml)}</pre></details>")
+        *(inline_plot(caption, svg, i) for i, (caption, svg) in enumerate((plots or {}).items())),
+        section("Samples", "".join(_sample(sample) for sample in samples)),
+        section("Recipe", f"<details><summary>recipe.toml</summary><pre>{escape(recipe_toml)}</pre></details>")
         if recipe_toml
         else "",
-        _section("Environment", _facts(environment or {})),
+        section("Environment", _facts(environment or {})),
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -110,7 +110,7 @@ def write_report(
 
 def _accuracy(arms: Sequence[ArmFigures]) -> str:
     meanings = "; ".join(GROUP_MEANING[g] for g in groups_of(arms) if g in GROUP_MEANING)
-    return _estimates(arms) + _soft(interval_caption(arms)) + (_soft(meanings + ".") if meanings else "")
+    return _estimates(arms) + soft_text(interval_caption(arms)) + (soft_text(meanings + ".") if meanings else "")
 
 
 def _estimates(arms: Sequence[ArmFigures], sign: str = "") -> str:
@@ -122,7 +122,9 @@ def _estimates(arms: Sequence[ArmFigures], sign: str = "") -> str:
             if arm.problem and not arm.figures:
                 cells = ["no result"] + [""] * (len(groups) - 1)
             rows.append([arm.name, *cells])
-        html += _table([f"{decoding} decoding" if decoding == "greedy" else decoding, *map(group_words, groups)], rows)
+        html += html_table(
+            [f"{decoding} decoding" if decoding == "greedy" else decoding, *map(group_words, groups)], rows
+        )
     return html
 
 
@@ -139,12 +141,13 @@ def _cost(arms: Sequence[ArmFigures]) -> str:
     if not columns:
         return ""
     rows = [[arm.name, *(cells[i] for cells in columns.values())] for i, arm in enumerate(arms)]
-    notes = "".join(_soft(f"{arm.name}: {arm.note}") for arm in arms if arm.note)
+    notes = "".join(soft_text(f"{arm.name}: {arm.note}") for arm in arms if arm.note)
     explained = "TFLOPs: counted training operations, 10^12, SFT included. Length: tokens of a sampled answer. "
-    return _table(["cost and shape", *columns], rows) + _soft(explained + "NLL: nats a token.") + notes
+    return html_table(["cost and shape", *columns], rows) + soft_text(explained + "NLL: nats a token.") + notes
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts, escaped here."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -182,7 +185,7 @@ def _sample(sample: Sample) -> str:
     )
 
 
-def _plot(caption: str, svg: Path | str, number: int) -> str:
+def inline_plot(caption: str, svg: Path | str, number: int) -> str:
     """An SVG of plots.py inlined: without its prolog, in the page's colours, its ids kept apart from other plots'."""
     text = svg.read_text(encoding="utf-8") if isinstance(svg, Path) else svg
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -196,14 +199,17 @@ def _plot(caption: str, svg: Path | str, number: int) -> str:
     return f'<figure><div class="wide">{text}</div><figcaption class="soft">{escape(caption)}</figcaption></figure>'
 
 
-def _list(title: str, lines: Sequence[str], kind: str) -> str:
+def bullets(title: str, lines: Sequence[str], kind: str) -> str:
+    """A section with a list of plain texts, of CSS class `kind`; nothing without lines."""
     items = "".join(f'<li class="{kind}">{escape(line)}</li>' for line in lines)
-    return _section(title, f"<ul>{items}</ul>") if lines else ""
+    return section(title, f"<ul>{items}</ul>") if lines else ""
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A titled section; nothing where there is no content. The title is escaped, the content is HTML."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
-def _soft(text: str) -> str:
+def soft_text(text: str) -> str:
+    """A paragraph in the softer colour, escaped."""
     return f'<p class="soft">{escape(text)}</p>'

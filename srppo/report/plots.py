@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srppo.report.figures import GROUP_WORDS, ArmFigures, decodings_of, groups_of
+from srppo.style import INK, PAPER, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,30 +24,7 @@ ARM_COLOURS = {
     "SRPPO (last step)": "#e69f00",
 }
 OTHER_COLOURS = ("#cc79a7", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#d55e00", "#7f7f7f")
-INK, GRID, PAPER = "#24292f", "#d8dee4", "#fffffe"  # html.py replaces these to follow the page's theme
 WIDTH_INCHES = 10.0
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.facecolor": PAPER,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "srppo",
-}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -83,7 +61,7 @@ def training_curves(
         figure.legend(*_unique_handles(figure), loc="outside lower center", ncols=4, handlelength=1.6)
 
     rows = bool(ppo) + bool(panels)
-    return _save(draw, path, height=0.6 + 2.6 * rows) if rows else []
+    return save_figure(draw, path, height=0.6 + 2.6 * rows) if rows else []
 
 
 def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
@@ -109,7 +87,7 @@ def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
         handles = [axes[0].plot([], [], _marker(d), color=INK, mfc=_fill(d, INK))[0] for d in decodings]
         figure.legend(handles, decodings, loc="outside upper right", ncols=2)
 
-    return _save(draw, path, height=1.1 + rows * (0.5 + 0.42 * len(shown)))
+    return save_figure(draw, path, height=1.1 + rows * (0.5 + 0.42 * len(shown)))
 
 
 def arm_colours(names: Sequence[str]) -> dict[str, str]:
@@ -238,7 +216,8 @@ def _unique_handles(figure: Figure) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _save(draw: Callable[[Figure], None], path: Path, *, height: float) -> list[Path]:
+def save_figure(draw: Callable[[Figure], None], path: Path, *, height: float) -> list[Path]:
+    """Draw and write `path` as .png and .svg, in the common style; `height` in inches. Returns both."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from srppo.checkpoint import write_atomic
 from srppo.config import canonical_json
 from srppo.console import Console
 from srppo.records import plain
-from srppo.report.html import STYLE, _list, _plot, _section, _soft, _table
-from srppo.report.plots import _save
+from srppo.report.html import STYLE, bullets, html_table, inline_plot, section, soft_text
+from srppo.report.plots import save_figure
 from srppo.report.score_text import (
     DOWN,
     UP,
@@ -83,18 +83,18 @@ def score_html(result: ScoreResult, best: Sequence[Scored], worst: Sequence[Scor
     listed = "".join(_sample(each, scale) for each in rest)
     body = [
         "<h1>srppo score</h1>",
-        _soft(f"r = log pi_sft - log pi_base, nats, temperature 1. SFT: {result.sft}. Base: {result.base}."),
-        _soft(f"{len(every)} response{'s' if several else ''}, {result.origin}."),
+        soft_text(f"r = log pi_sft - log pi_base, nats, temperature 1. SFT: {result.sft}. Base: {result.base}."),
+        soft_text(f"{len(every)} response{'s' if several else ''}, {result.origin}."),
         _page_legend(scale),
-        _list("Warnings", result.warnings, ""),
-        _section("Over all responses", _findings(result)) if several else "",
-        *(_plot("Reward against length, and against being right", svg, i) for i, svg in enumerate(plots)),
-        _section(
+        bullets("Warnings", result.warnings, ""),
+        section("Over all responses", _findings(result)) if several else "",
+        *(inline_plot("Reward against length, and against being right", svg, i) for i, svg in enumerate(plots)),
+        section(
             "Most liked" if several else "Response",
             "".join(_sample(each, scale, True, "" if several else " open") for each in best),
         ),
-        _section("Least liked", "".join(_sample(each, scale, True) for each in worst)),
-        _section("All", f"<details><summary>Every response{escape(more)}</summary>{listed}</details>") if rest else "",
+        section("Least liked", "".join(_sample(each, scale, True) for each in worst)),
+        section("All", f"<details><summary>Every response{escape(more)}</summary>{listed}</details>") if rest else "",
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -105,7 +105,7 @@ def score_html(result: ScoreResult, best: Sequence[Scored], worst: Sequence[Scor
 
 def _findings(result: ScoreResult) -> str:
     *lines, note = finding_lines(result)
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>{_soft(note)}"
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>{soft_text(note)}"
 
 
 def _page_legend(scale: float) -> str:
@@ -127,7 +127,7 @@ def _sample(each: Scored, scale: float, with_table: bool = False, opened: str = 
         [named(token), f"{token.log_ratio:+.3f}", f"{share:.0%}", f"{token.base_logprob:.2f}"]
         for token, share in ((each.tokens[i], share) for i, share in each.carriers(len(each.tokens)))
     ]
-    table = _table(["token", "log-ratio", "share", "base log-prob"], rows)
+    table = html_table(["token", "log-ratio", "share", "base log-prob"], rows)
     details = (
         f"<details{opened}><summary>tokens by share of the reward</summary>{table}</details>" if with_table else ""
     )
@@ -165,7 +165,7 @@ def score_plots(result: ScoreResult, path: Path) -> list[Path]:
             axes[0].legend()
             _shares(axes[1], known)
 
-    return _save(draw, path, height=3.6)
+    return save_figure(draw, path, height=3.6)
 
 
 def _shares(axis: Axes, known: Sequence[Scored]) -> None:

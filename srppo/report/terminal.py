@@ -40,7 +40,7 @@ def arms_table(arms: Sequence[ArmFigures], title: str = "Test items") -> Rendera
     notes = [f"{arm.name}: {arm.note}" for arm in arms if arm.note]
     captions = [interval_caption(arms), *_meanings(groups), _cost_caption(arms), *notes]
     lines = [Text(line, "bold red") for line in problems] + [Text(line, "dim") for line in captions if line]
-    return Group(*parts, *(_Narrow(line) for line in lines))
+    return Group(*parts, *(Narrow(line) for line in lines))
 
 
 def differences_table(
@@ -50,7 +50,7 @@ def differences_table(
     groups = groups_of(pairs)
     starts = range(0, len(groups), GROUPS_A_TABLE)
     tables = [_accuracy_table(pairs, groups[i : i + GROUPS_A_TABLE], title, sign="+") for i in starts]
-    return Group(*tables, _Narrow(Text(caption, "dim")))
+    return Group(*tables, Narrow(Text(caption, "dim")))
 
 
 def _accuracy_table(arms: Sequence[ArmFigures], groups: Sequence[str], title: str, sign: str = "") -> Table:
@@ -127,7 +127,7 @@ def _cost_caption(arms: Sequence[ArmFigures]) -> str:
     return ". ".join(part[0].upper() + part[1:] for part in parts) + "." if parts else ""
 
 
-class _Narrow:
+class Narrow:
     """A paragraph no wider than the tables."""
 
     def __init__(self, text: Text) -> None:
