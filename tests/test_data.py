@@ -128,7 +128,7 @@ def as_csv(separator: str) -> str:
         ("lines.json", "\n".join(json.dumps(row) for row in ROWS), [":1", ":2"]),
         ("a.csv", as_csv(","), [":2", ":3"]),
         ("a.tsv", "\ufeff" + as_csv("\t"), [":2", ":3"]),
-        ("a.jsonl.gz", gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode()), [":1", ":2"]),
+        ("a.jsonl.gz", gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode(), mtime=0), [":1", ":2"]),
         ("a.parquet", None, ["#1", "#2"]),
     ],
 )
@@ -292,7 +292,7 @@ TOO_DEEP = '{"prompt": ' + "[" * 100_000
         ),
         ("a.csv", 'prompt,completion\na,b\n"open,c\n', "{path}:3: not CSV: unexpected end of data in the row that beg"),
         ("a.parquet", b"PAR1 nonsense", "{path} is not a whole parquet file: "),
-        ("a.json.gz", gzip.compress(b"x" * 999)[:20], "{path} is not a whole gzip file: "),
+        ("a.json.gz", gzip.compress(b"x" * 999, mtime=0)[:20], "{path} is not a whole gzip file: "),
         ("a.jsonl.gz", b"plain", "{path} is not a whole gzip file: Not a gzipped file"),
         ("a.txt", "words", "{path} is of no known kind; allowed are .jsonl, .json, .csv, .tsv, .parquet, each also"),
         ("a.jsonl", "\n \n", "no demonstrations in {path}: there are no rows; each needs a prompt and an answer that"),
