@@ -14,12 +14,11 @@ SHARES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 
 
 def longer_sft_steps(
-    recipe: Recipe, model: LanguageModel, rows: Sequence[EncodedDemonstration], budget_flops: int
-) -> list[int]:
-    """Optimizer steps of each longer SFT, longest first; each is a training of its own, with its own schedule.
+    recipe: Recipe, model: LanguageModel, rows: Sequence[EncodedDemonstration], budget_flops: int, share: float = 1.0
+) -> int:
+    """Optimizer steps of a longer SFT that takes a share of a budget; each is a training with a schedule of its own.
 
-    Geometric, because the best number of epochs on few demonstrations is far below what PPO's compute would pay for;
-    a step along the longest run is no substitute, since its learning rate would still be near the peak.
+    Shares are geometric, because the best number of epochs on few demonstrations is far below what PPO's compute would
+    pay for; a step along the longest run is no substitute, since its learning rate would still be near the peak.
     """
-    whole = steps_within(model, rows, recipe, budget_flops)
-    return list(dict.fromkeys(max(round(whole * share), 1) for share in SHARES))
+    return max(round(steps_within(model, rows, recipe, budget_flops) * share), 1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srppo.baselines import longer_sft_steps
+from srppo.baselines import SHARES, longer_sft_steps
 from srppo.checkpoint import write_atomic
 from srppo.config import Recipe, canonical_json
 from srppo.console import Console
@@ -26,6 +26,7 @@ from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
 from srppo.errors import ConfigError, Diverged, RecordError, RunError
 from srppo.evaluate import Development, Verdict, accuracy_by_group, answer_items, answer_nll, load_items
 from srppo.export import export_model, model_card
+from srppo.identity import stage_settings
 from srppo.loop import Session, Tracker, Workbench, load_weights
 from srppo.models import (
     LanguageModel,
@@ -49,7 +50,8 @@ Figures = dict[str, Any]
 class Pipeline:
     """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage.
 
-    `seeds`, where several pipelines share the folder, lists the seeds of all of them.
+    `seeds`, where several pipelines share the folder, lists the seeds of all of them. `shared`: the open record of a
+    sweep, where pipelines of many recipes meet; `on_stage` hears of each stage before it runs.
     """
 
     recipe: Recipe
@@ -60,6 +62,8 @@ class Pipeline:
     seeds: Sequence[int] = ()
     needs_prompts: bool = True
     make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
+    shared: Run | None = None
+    on_stage: Callable[[Stage], None] = lambda stage: None
 
     def __post_init__(self) -> None:
         for warning in recipe_warnings(self.recipe):
@@ -95,8 +99,9 @@ class Pipeline:
             )
         self.items_sha = items_sha(self.recipe)
         recipe = self.recipe.model_dump(mode="json", exclude={"seed"})
-        self.run = Run.open(self.folder, {"recipe": recipe, "seeds": self.seeds or [self.recipe.seed]})
-        self.run.write_data_manifest(self.data.manifest, f"manifest-seed-{self.recipe.seed}")
+        self.run = self.shared or Run.open(self.folder, {"recipe": recipe, "seeds": self.seeds or [self.recipe.seed]})
+        choice = f"{_sha(recipe['data'])[:8]}-" if self.shared else ""  # of the data; a sweep has several
+        self.run.write_data_manifest(self.data.manifest, f"manifest-{choice}seed-{self.recipe.seed}")
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -163,8 +168,7 @@ class Pipeline:
 
     def ppo_stage(self, sft: Stage, sft_path: Path) -> Stage:
         """SRPPO from an SFT model."""
-        identity = self._identity("rollout", "reward", "ppo", prompts=True) | {"every": self.recipe.eval.every}
-        stage = self.run.stage("ppo", identity, [self.base_id, sft.id], self.data.sha)
+        stage = self.run.stage("ppo", self._identity("ppo"), [self.base_id, sft.id], self.data.sha)
 
         def train(policy: LanguageModel, bench: Workbench) -> Session:
             check_same_vocabulary(self.base.model, policy.model)
@@ -184,14 +188,15 @@ class Pipeline:
 
     def longer_sft_stages(self, sft: Stage, ppo: Stage) -> list[Stage]:
         """The baselines; their budget is the counted compute of the two stages they are compared with."""
+        return [self.longer_sft_stage(sft, ppo, share) for share in SHARES]
+
+    def longer_sft_stage(self, sft: Stage, ppo: Stage, share: float) -> Stage:
+        """SFT anew from the base, for a share of the counted compute of the two stages."""
         budget = sum((stage.result() or {})["figures"]["flops"] for stage in (sft, ppo))
-        return [
-            self._longer_sft_stage(steps)
-            for steps in longer_sft_steps(self.recipe, self.base, self.data.demonstrations, budget)
-        ]
+        return self._longer_sft_stage(longer_sft_steps(self.recipe, self.base, self.data.demonstrations, budget, share))
 
     def _longer_sft_stage(self, steps: int) -> Stage:
-        identity = self._identity("sft") | {"steps": steps}
+        identity = self._identity("longer-sft") | {"steps": steps}
         stage = self.run.stage("longer-sft", identity, [self.base_id], self.data.manifest["demonstrations"]["sha256"])
 
         def train(model: LanguageModel, bench: Workbench) -> Session:
@@ -201,7 +206,8 @@ class Pipeline:
         return self._train(stage, f"longer SFT ({steps} steps)", lambda: self._load(self.recipe.model.base), train)
 
     def _only_measure(self, kind: str, content: str, load: Callable[[], LanguageModel]) -> Stage:
-        stage = self.run.stage(kind, self._identity(), [content], self.data.manifest["demonstrations"]["sha256"])
+        stage = self.run.stage(kind, self._identity(kind), [content], self.data.manifest["demonstrations"]["sha256"])
+        self.on_stage(stage)
         if not stage.done:
             stage.reopen()
             with stage.attempt(self.environment) as attempt:
@@ -211,20 +217,9 @@ class Pipeline:
 
     # ---- shared
 
-    def _identity(self, *sections: str, prompts: bool = False) -> dict[str, Any]:
+    def _identity(self, kind: str) -> dict[str, Any]:
         """What enters a stage's id beside parents and data: settings that decide its outcome, and no path."""
-        dump = self.recipe.model_dump(mode="json")
-        only_ppo = () if prompts else ("prompts_size", "overlap")
-        outside = ("demonstrations", "prompts", *only_ppo)
-        return {name: dump[name] for name in sections} | {
-            "seed": dump["seed"],
-            "precision": dump["model"]["precision"],
-            "kernels": dump["model"]["kernels"],
-            "data": {key: value for key, value in dump["data"].items() if key not in outside},
-            "eval": {k: v for k, v in dump["eval"].items() if k not in ("every", "items")},
-            "eval_items": self.items_sha,
-            "max_new_tokens": dump["rollout"]["max_new_tokens"],
-        }
+        return stage_settings(self.recipe, kind) | {"eval_items": self.items_sha}
 
     def _load(self, spec: str) -> LanguageModel:
         model = load_model(spec, self.recipe.model, device=self.device)
@@ -243,6 +238,7 @@ class Pipeline:
         train: Callable[[LanguageModel, Workbench], Session],
     ) -> Stage:
         """Run one stage to its commit, or find it done. A diverged one raises again; a failed one is tried again."""
+        self.on_stage(stage)
         result = stage.result()
         if result and result["status"] == "ok":
             stage.verify()
@@ -310,7 +306,11 @@ class Pipeline:
 def items_sha(recipe: Recipe) -> str:
     """What the items of development and test are, by content."""
     items = [asdict(item) for split in ("dev", "test") for item in load_items(recipe, split)]
-    return hashlib.sha256(canonical_json(items).encode()).hexdigest()[:16]
+    return _sha(items)[:16]
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def kept_checkpoint(stage: Stage, step: int) -> Path:

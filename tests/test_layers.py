@@ -23,7 +23,7 @@ LAYERS = [
         "world",
         "style",
     ],
-    ["stats", "significance"],
+    ["stats", "significance", "identity"],
     ["lease", "verdicts", "association", "optimum"],
     ["store"],
     ["arms"],
@@ -47,7 +47,7 @@ LAYERS = [
     ["cli", "__main__"],
 ]
 NO_TORCH = [
-    *["arms", "results", "matching", "verdicts", "compare", "significance", "environment"],
+    *["arms", "results", "matching", "verdicts", "compare", "significance", "environment", "identity"],
     *["config", "store", "lease", "records", "checkpoint", "stats", "console", "report"],
 ]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
