@@ -276,6 +276,15 @@ class Console:
         """Columns of the terminal; 80 where there is none."""
         return self._err.width
 
+    @property
+    def height(self) -> int:
+        """Lines of the terminal."""
+        return self._err.height
+
+    def live(self, renderable: RenderableType, *, refresh_per_second: float) -> Live:
+        """A display that is redrawn in place until its context is left; what is printed meanwhile goes above it."""
+        return Live(renderable, console=self._err, refresh_per_second=refresh_per_second)
+
     def say(self, text: str) -> None:
         """A note; hidden by quiet."""
         if not self.quiet:

@@ -150,6 +150,7 @@ class Session:
             self.state.load(found[1])
             self.bench.console.say(f"{self.bench.name}: resumed from step {found[0]}")
         start = found[0] if found else 0
+        self.bench.attempt.log_event("training", start=start, total=self.total)  # how far it is, for whoever watches
         with self.bench.console.stage(self.bench.name, self.total) as self.view, stop_on_signal() as stopped:
             if not found and self.measure_start:
                 self._log({"step": 0, **self.measure()[0]})

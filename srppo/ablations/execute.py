@@ -1,0 +1,47 @@
+"""One task, in this process: what every engine ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from srppo.ablations.ledger import Ledger
+from srppo.ablations.plan import Task
+from srppo.console import Console
+from srppo.environment import environment
+from srppo.pipeline import Pipeline
+from srppo.store import Stage
+
+Execute = Callable[[Task, Ledger], None]
+
+
+def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None) -> None:
+    """Run the task's stage to its commit, or find it committed. Raises what the stage raises."""
+
+    def link(stage: Stage) -> None:
+        if stage.identity["kind"] in (task.kind, f"given-{task.kind}"):
+            ledger.link(task, stage)
+
+    pipeline = Pipeline(
+        task.recipe,
+        ledger.run.path,
+        console or Console(plain=True),
+        device=device,
+        environment=environment(),
+        needs_prompts=task.kind in ("ppo", "longer-sft"),
+        shared=ledger.run,
+        on_stage=link,
+    )
+    STAGES[task.kind](pipeline, task)
+
+
+def _ppo(pipeline: Pipeline) -> tuple[Stage, Stage]:
+    sft, path = pipeline.sft_stage()
+    return sft, pipeline.ppo_stage(sft, path)
+
+
+STAGES: Mapping[str, Callable[[Pipeline, Task], object]] = {
+    "base": lambda pipeline, task: pipeline.base_stage(),
+    "sft": lambda pipeline, task: pipeline.sft_stage(),
+    "ppo": lambda pipeline, task: _ppo(pipeline),
+    "longer-sft": lambda pipeline, task: pipeline.longer_sft_stage(*_ppo(pipeline), task.share or 1.0),
+}

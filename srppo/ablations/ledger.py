@@ -1,0 +1,104 @@
+"""What is known of each task, on disk: its stage, its failed tries, its logs. No torch.
+
+    RUN/tasks/<key>/stage               id of the stage, once it is known
+                    failures.jsonl      a line a failed try: reason, time, host; a try that was only killed with its
+                                        worker leaves none
+                    log-<time>-<pid>.txt    what each try printed
+
+Whether a stage is done, running or diverged is what the stage itself says; nothing here can contradict it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from srppo.ablations.plan import Task
+from srppo.checkpoint import create_exclusive, storing
+from srppo.config import canonical_json
+from srppo.lease import now
+from srppo.records import read_lines
+from srppo.store import Run, Stage
+
+Status = Literal["waiting", "running", "done", "failed", "diverged"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a task stands. reason: why it failed or diverged. holder: who runs it."""
+
+    status: Status
+    reason: str = ""
+    holder: Mapping[str, Any] | None = None
+
+
+class Ledger:
+    """The tasks' folders in a record. `tries`: failures after which a task is given up."""
+
+    def __init__(self, run: Run, tries: int) -> None:
+        self.run, self.tries = run, tries
+
+    def folder(self, task: Task) -> Path:
+        return self.run.path / "tasks" / task.key
+
+    def stage(self, task: Task) -> Stage | None:
+        """The stage of a task, where one has begun."""
+        try:
+            name = (self.folder(task) / "stage").read_text()
+        except FileNotFoundError:
+            return None
+        return Stage(self.run.path / "stages" / name)
+
+    def link(self, task: Task, stage: Stage) -> None:
+        """Remember which stage a task is; said before the stage runs."""
+        path = self.folder(task) / "stage"
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            create_exclusive(path, stage.id)
+
+    def state(self, task: Task) -> State:
+        """As the stage says; where it says nothing, as the failures do."""
+        stage = self.stage(task)
+        result = stage.result() if stage else None
+        if result and result["status"] == "ok":
+            return State("done")
+        if result and result["status"] == "diverged":
+            return State("diverged", result["figures"].get("reason", "no reason recorded"))
+        if stage and (holder := stage.holder()):
+            return State("running", holder=holder)
+        failures = self.failures(task)
+        if failures and (len(failures) >= self.tries or failures[-1].get("final")):
+            return State("failed", failures[-1]["reason"])
+        return State("waiting")
+
+    def failures(self, task: Task) -> list[dict[str, Any]]:
+        """The failed tries, oldest first."""
+        return read_lines(self.folder(task) / "failures.jsonl")
+
+    def fail(self, task: Task, reason: str, *, final: bool = False) -> None:
+        """Write down a failed try. final: another one would fail the same way."""
+        path = self.folder(task) / "failures.jsonl"
+        line = canonical_json({"reason": reason, "final": final, "time": now(), "host": socket.gethostname()}) + "\n"
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab", buffering=0) as file:
+                file.write(line.encode())
+
+    def forgive(self, task: Task) -> None:
+        """Let a task that was given up be tried again; its failures stay readable."""
+        path = self.folder(task) / "failures.jsonl"
+        if path.exists():
+            with storing(path):
+                path.rename(path.with_name(f"failures-{time.time_ns()}.jsonl"))
+
+    def log_path(self, task: Task) -> Path:
+        """Where a new try prints."""
+        folder = self.folder(task)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"log-{time.time_ns()}-{os.getpid()}.txt"

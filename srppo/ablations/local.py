@@ -1,0 +1,292 @@
+"""The local engine: a worker that has torch and transformers loaded forks a process for each stage.
+
+The worker itself does no tensor work, so that a fork finds no half-dead thread pool and no CUDA context. Any number of
+workers may share a record: who runs a stage is decided by its lease, and a worker that comes second looks elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from srppo.ablations.ledger import Ledger
+from srppo.ablations.plan import Task
+from srppo.errors import Diverged, Interrupted, RecordError, StorageError, UserError
+
+HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
+GRACE_S = 30.0  # for children to save after a stop was asked for
+PAUSE_S = 0.01
+ELSEWHERE_S = 1.0  # between looks at stages that other workers hold
+
+Execute = Callable[[Task, Ledger], None]
+
+
+@dataclass
+class _Child:
+    task: Task
+    pid: int
+    slot: int
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Worker:
+    """Runs a plan's tasks until nothing is left that it could run.
+
+    slots: stages at once. timeout_s: of one stage, None for no limit. gpus: each slot sees its own. on_change: called
+    now and then, for a table of what happens.
+    """
+
+    tasks: Mapping[str, Task]
+    ledger: Ledger
+    execute: Execute
+    slots: int = 1
+    timeout_s: float | None = None
+    gpus: Sequence[str] = ()
+    on_change: Callable[[], None] = lambda: None
+    on_event: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self._children: dict[int, _Child] = {}
+        self._open = dict(self.tasks)  # not known to be done or given up
+        self._finished: set[str] = set()
+        self._hopeless: set[str] = set()
+        self._later: dict[str, float] = {}  # held by others: when to look again
+
+    def run(self) -> None:
+        """Raises Interrupted after Ctrl-C or SIGTERM, StorageError where the disk is full; all saved in both cases."""
+        with _stop_requests() as stopped:
+            try:
+                while self._step():
+                    if stopped:
+                        raise Interrupted("interrupted; the same command goes on where it stopped")
+                    self.on_change()
+                    time.sleep(PAUSE_S)
+            finally:
+                self._stop_children(stopped)
+        self.on_change()
+
+    def _step(self) -> bool:
+        """Reap, time out, start. False once nothing runs and nothing can be started."""
+        self._reap()
+        self._kill_overdue()
+        waits = self._start()
+        return bool(self._children) or waits
+
+    # ---- starting
+
+    def _start(self) -> bool:
+        """Fill the free slots with tasks that can run. True while tasks are left that others run or that must wait."""
+        waits = False
+        for key, task in list(self._open.items()):
+            if len(self._children) >= self.slots:
+                return True
+            if any(child.task.key == key for child in self._children.values()):
+                continue
+            if any(need in self._hopeless for need in task.needs):
+                self._give_up(task)
+                continue
+            if not all(need in self._finished for need in task.needs):
+                waits = True
+                continue
+            if self._later.get(key, 0.0) > time.monotonic():
+                waits = True
+                continue
+            waits |= self._consider(task)
+        return waits
+
+    def _consider(self, task: Task) -> bool:
+        """Look at the record and start a task if it waits. True where somebody else runs it."""
+        state = self.ledger.state(task)
+        if state.status == "done":
+            self._finish(task)
+        elif state.status in ("failed", "diverged"):
+            self._give_up(task)
+        elif state.status == "running":
+            self._later[task.key] = time.monotonic() + ELSEWHERE_S
+            return True
+        else:
+            self._fork(task)
+        return False
+
+    def _finish(self, task: Task) -> None:
+        self._finished.add(task.key)
+        del self._open[task.key]
+
+    def _give_up(self, task: Task) -> None:
+        self._hopeless.add(task.key)
+        del self._open[task.key]
+
+    def _fork(self, task: Task) -> None:
+        taken = {child.slot for child in self._children.values()}
+        slot = next(i for i in range(self.slots) if i not in taken)
+        log = self.ledger.log_path(task)
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            _child(task, self.ledger, self.execute, log, parent, self.gpus[slot : slot + 1])
+        self._children[pid] = _Child(task, pid, slot, log)
+
+    # ---- ends
+
+    def _reap(self) -> None:
+        for pid, child in list(self._children.items()):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                _kill_group(pid)  # whatever the stage had started itself; its number is still taken
+                del self._children[pid]
+                self._judge(child, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    def _judge(self, child: _Child, code: int) -> None:
+        """Draw the consequence of a child's end. The record decides whether the stage is done, not the exit code."""
+        task, reason = child.task, _last_line(child.log)
+        if code == HELD:
+            self._later[task.key] = time.monotonic() + ELSEWHERE_S
+        elif code == STORAGE:
+            raise StorageError(reason)
+        elif code == INTERRUPTED:
+            pass  # somebody stopped the stage by hand: it is saved, and goes on
+        elif self.ledger.state(task).status == "done":
+            self._finish(task)
+        elif code == DIVERGED:
+            self.on_event(f"{task.name} diverged: {reason}")
+        else:
+            if code < 0:
+                reason = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+            self._fail(task, reason or f"ended with exit code {code} and no word", final=code == USER)
+
+    def _fail(self, task: Task, reason: str, *, final: bool = False) -> None:
+        self.ledger.fail(task, reason, final=final)
+        left = 0 if final else self.ledger.tries - len(self.ledger.failures(task))
+        then = f"{left} more tries" if left > 1 else "one more try" if left == 1 else "given up"
+        self.on_event(f"{task.name} failed: {reason}; {then}")
+
+    def _kill_overdue(self) -> None:
+        if self.timeout_s is None:
+            return
+        for pid, child in list(self._children.items()):
+            if time.monotonic() - child.began > self.timeout_s:
+                _kill_group(pid)
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+                del self._children[pid]
+                self._fail(child.task, f"timed out after {self.timeout_s:g} s")
+
+    def _stop_children(self, stopped: Sequence[int]) -> None:
+        """Ask for a checkpoint, wait a while, then kill; a second request kills at once."""
+        for pid in self._children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while self._children and time.monotonic() < deadline and len(stopped) < 2:
+            for pid in list(self._children):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    del self._children[pid]
+            time.sleep(PAUSE_S)
+        for pid in self._children:
+            _kill_group(pid)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        self._children.clear()
+
+
+def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int, gpu: Sequence[str]) -> None:
+    """Never returns. Its last printed line says how it ended."""
+    code = 1
+    try:
+        os.setsid()
+        _die_with(parent)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _interrupt)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        if gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu[0]
+        code = _try(task, ledger, execute)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _try(task: Task, ledger: Ledger, execute: Execute) -> int:
+    try:
+        execute(task, ledger)
+    except Diverged as error:
+        return _end(DIVERGED, error)
+    except Interrupted as error:
+        return _end(INTERRUPTED, error)
+    except StorageError as error:
+        return _end(STORAGE, error)
+    except RecordError as error:
+        # Somebody else was faster, or took over after this process had slept past its lease: their attempt counts.
+        state = ledger.state(task).status
+        return _end(HELD if state in ("running", "done") else 1, error)
+    except UserError as error:
+        return _end(USER, error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        return _end(1, error)
+    return 0
+
+
+def _end(code: int, error: BaseException) -> int:
+    text = str(error).strip().partition("\n")[0]
+    print(
+        text if isinstance(error, UserError | Diverged | StorageError) else f"{type(error).__name__}: {text}",
+        flush=True,
+    )
+    return code
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its worker dies (Linux); elsewhere its lease stays alive until it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _last_line(log: Path) -> str:
+    with suppress(OSError):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip() if lines else ""
+    return ""
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Signals that asked for a stop, in order."""
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda signum, frame: seen.append(signum))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

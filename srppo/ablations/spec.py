@@ -1,0 +1,187 @@
+"""What a sweep is: points on axes, arms at each point, seeds, and the analysis that is fixed before it starts.
+
+A value that can be built, printed, saved and compared without torch. No number of a result is in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from srppo.config import Recipe, build_recipe, with_overrides
+from srppo.errors import ConfigError
+
+MOST_COMPARISONS = 25  # the first of so many that 10 seeds can still show: 2^(1-10) * 25 < 0.05
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A point of a sweep: the recipe keys it sets, and its values on the axes, as tables and plots show them."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def grid(**axes: Sequence[Any]) -> list[Ablation]:
+    """Every combination of `section.key` values, the last axis fastest: grid(**{"ppo.lr": (1e-5, 3e-5)})."""
+    return [
+        Ablation(
+            ", ".join(f"{key.rpartition('.')[2]} {label(value)}" for key, value in zip(axes, values, strict=True)),
+            dict(zip(axes, values, strict=True)),
+            {key.rpartition(".")[2]: value for key, value in zip(axes, values, strict=True)},
+        )
+        for values in itertools.product(*axes.values())
+    ]
+
+
+def label(value: Any) -> str:
+    """A value in a name: numbers short, None as none."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained and measured at a point.
+
+    kind: the stage that is measured (`plan.KINDS`). overrides: recipe keys on top of the point's. shares: of the
+    counted compute of SFT and PPO, for longer SFT; of several the one that development items pick is measured.
+    """
+
+    name: str
+    kind: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a point, by their names."""
+
+    point: str
+    arm: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference to be tested: model minus baseline."""
+
+    model: Cell
+    baseline: Cell
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Fixed beforehand; whatever is looked at beside it is marked exploratory.
+
+    The primary metric is accuracy on one group of test items under one decoding. family: the comparisons that Holm's
+    correction is over. trend: the axis along which a slope is fitted, on `scale` (log2 or linear), or None.
+    """
+
+    group: str
+    decoding: str
+    family: tuple[Comparison, ...]
+    trend: str | None = None
+    scale: str = "linear"
+    test: str = "exact sign-flip over seeds"
+    correction: str = "Holm"
+    alpha: float = 0.05
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All of it. `question` in one sentence; `notes`: what a reader must know, such as what was not tuned."""
+
+    name: str
+    question: str
+    recipe: Recipe
+    axes: tuple[str, ...]
+    points: tuple[Ablation, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    analysis: Analysis
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def cells(self) -> list[Cell]:
+        """Arms within points, in the order of tables."""
+        return [Cell(point.name, arm.name) for point in self.points for arm in self.arms]
+
+    def recipe_of(self, cell: Cell, seed: int) -> Recipe:
+        """The complete recipe of a cell. Raises ConfigError where the keys contradict each other."""
+        point, arm = self.point(cell.point), self.arm(cell.arm)
+        return with_overrides(self.recipe, {**point.overrides, **arm.overrides, "seed": seed})
+
+    def point(self, name: str) -> Ablation:
+        return next(point for point in self.points if point.name == name)
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def as_spec(self) -> dict[str, Any]:
+        """What sweep.json holds."""
+        parts = {key: value for key, value in vars(self).items() if key != "recipe"}
+        spec = {key: _plain(value) for key, value in parts.items()}
+        return {"sweep": spec.pop("name"), "recipe": self.recipe.model_dump(mode="json"), **spec}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Sweep:
+        """The sweep that `as_spec` wrote."""
+        analysis = dict(spec["analysis"])
+        family = tuple(Comparison(Cell(**each["model"]), Cell(**each["baseline"])) for each in analysis.pop("family"))
+        return cls(
+            name=spec["sweep"],
+            question=spec["question"],
+            recipe=build_recipe(spec["recipe"]),
+            axes=tuple(spec["axes"]),
+            points=tuple(Ablation(**point) for point in spec["points"]),
+            arms=tuple(Arm(**{**arm, "shares": tuple(arm["shares"])}) for arm in spec["arms"]),
+            seeds=tuple(spec["seeds"]),
+            analysis=Analysis(family=family, **analysis),
+            notes=tuple(spec["notes"]),
+        )
+
+
+def is_sweep(spec: Mapping[str, Any]) -> bool:
+    """Whether the spec of a record is a sweep's, not a plain run's."""
+    return "sweep" in spec
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _check(sweep: Sweep) -> None:
+    """Raises ConfigError for what could not be analysed."""
+    if not sweep.points:
+        raise ConfigError(f"sweep {sweep.name} has no points: an axis is empty; give at least one value")
+    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
+        raise ConfigError(f"sweep {sweep.name} has the seeds {list(sweep.seeds)}; give one or more, each once")
+    for names, what in (([p.name for p in sweep.points], "point"), ([a.name for a in sweep.arms], "arm")):
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ConfigError(f"sweep {sweep.name} has the {what} {twice[0]!r} twice; give each value once")
+    cells = set(sweep.cells())
+    for comparison in sweep.analysis.family:
+        for cell in (comparison.model, comparison.baseline):
+            if cell not in cells:
+                raise ConfigError(f"sweep {sweep.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")
+    if len(sweep.analysis.family) > MOST_COMPARISONS:
+        raise ConfigError(
+            f"sweep {sweep.name} would test {len(sweep.analysis.family)} differences; more than {MOST_COMPARISONS} "
+            "leave 10 seeds nothing to show after Holm's correction: trim an axis"
+        )
+
+
+def every(points: Iterable[Ablation], model: str, *baselines: str) -> tuple[Comparison, ...]:
+    """At each point, an arm minus each of others."""
+    return tuple(
+        Comparison(Cell(point.name, model), Cell(point.name, other)) for point in points for other in baselines
+    )
