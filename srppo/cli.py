@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srppo import cli_measure
+from srppo import cli_ablate, cli_measure
 from srppo.errors import Diverged, SrppoError
 
 if TYPE_CHECKING:
@@ -123,6 +123,10 @@ def env() -> None:
 
 app.command("eval")(cli_measure.evaluate)
 for command in (cli_measure.compare, cli_measure.score, cli_measure.forecast, cli_measure.report):
+    app.command()(command)
+
+
+for command in (cli_ablate.ablate, cli_ablate.worker):
     app.command()(command)
 
 

@@ -1,53 +1,206 @@
-"""`srppo ablate`: open the record, say what is coming, run it, and leave the report to the caller."""
+"""`srppo ablate` and `srppo worker`: open the record, say what is coming, run it; the report is the caller's."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srppo.ablations.ledger import Ledger
+from srppo.ablations.live import LiveTable
+from srppo.ablations.options import build_sweep
 from srppo.ablations.plan import Plan
-from srppo.ablations.spec import Sweep
-from srppo.console import Console
+from srppo.ablations.progress import Watch
+from srppo.ablations.spec import Sweep, is_sweep
+from srppo.ablations.sweeps import Options
+from srppo.config import canonical_json, is_embedded
+from srppo.console import Console, duration
+from srppo.errors import ConfigError, RecordError
 from srppo.store import Run
 
-TRIES = 3
+if TYPE_CHECKING:
+    from srppo.ablations.estimate import Estimate
+
+ENGINES = ("local", "ray", "slurm")
+TRIES = 3  # of a stage that fails
+SLACK, LEAST_TIMEOUT_S = 10, 600.0  # a stage hangs when it takes ten times as long as thought, and ten minutes
 
 
-def prepare_process(threads: int) -> None:
-    """Set what torch and its kin read when they are imported; call it before. Children inherit it."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA context would not survive a fork
+@dataclass(frozen=True)
+class Launch:
+    """How a sweep is run; none of it changes a result."""
+
+    engine: str = "local"
+    slots: int | None = None
+    timeout_s: float | None = None
+    retry: bool = False
+    device: str = "auto"
 
 
-def run_local(
-    sweep: Sweep,
-    folder: Path,
+def ablate_command(
+    name: str, options: Options, out: Path | None, launch: Launch, console: Console, *, plan_only: bool = False
+) -> Path | None:
+    """Plan, say so, run. Returns the folder to report on; None where nothing was run."""
+    if launch.engine not in ENGINES:
+        raise ConfigError(f"engine {launch.engine!r} is unknown; there are {', '.join(ENGINES)}")
+    sweep = build_sweep(name, options)
+    plan = Plan(sweep)
+    folder = out or Path("runs") / f"{name}-{_id(sweep)}"
+    if not plan_only:
+        Run.open(folder, sweep.as_spec())  # another sweep's folder is refused before anything is measured
+    slots, gpus, device = places(sweep, launch)
+    found = _estimate(plan, device, console)
+    for line in plan_lines(plan, found, folder, slots):
+        console.say(line)
+    if plan_only:
+        return None
+    run = Run.open(folder, sweep.as_spec())
+    timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
+    if launch.engine == "slurm":
+        from srppo.ablations.slurm import write_sbatch
+
+        write_sbatch(run, plan, found, slots=slots, timeout_s=timeout_s, console=console)
+        return None
+    ledger = Ledger(run, TRIES)
+    if launch.retry:
+        forgive(plan, ledger, console)
+    if launch.engine == "ray":
+        from srppo.ablations.ray_engine import run_ray
+
+        run_ray(plan, ledger, device=device, timeout_s=timeout_s, console=console)
+    else:
+        work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
+    return folder
+
+
+def work_command(folder: Path, launch: Launch, console: Console) -> None:
+    """Join the sweep in a folder. Raises RecordError where there is none."""
+    plan, ledger = load_sweep(folder)
+    slots, gpus, device = places(plan.sweep, launch)
+    work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=launch.timeout_s, console=console)
+
+
+def load_sweep(folder: Path) -> tuple[Plan, Ledger]:
+    """A sweep's record. Raises RecordError for a folder that holds none."""
+    run = Run.load(folder)
+    if not is_sweep(run.spec):
+        raise RecordError(f"{folder} is the record of a single run, not of a sweep; `srppo report {folder}` reads it")
+    return Plan(Sweep.from_spec(run.spec)), Ledger(run, TRIES)
+
+
+def work(
+    plan: Plan,
+    ledger: Ledger,
     *,
     slots: int,
+    gpus: tuple[str, ...],
     device: str,
     timeout_s: float | None,
     console: Console,
-    tries: int = TRIES,
-    on_change: Callable[[], None] = lambda: None,
-) -> Run:
-    """Run a sweep here until nothing is left to do. The same call goes on where an earlier one stopped."""
-    from srppo.ablations.execute import execute
+) -> None:
+    """Run what is left, here. Raises RunError if stages failed: the report says which."""
+    from srppo.ablations.execute import execute  # torch comes with this
     from srppo.ablations.local import Worker
 
-    run = Run.open(folder, sweep.as_spec())
-    ledger = Ledger(run, tries)
-    Worker(
-        Plan(sweep).tasks,
-        ledger,
-        partial(execute, device=device),
-        slots=slots,
-        timeout_s=timeout_s,
-        on_change=on_change,
-        on_event=console.warn,
-    ).run()
-    return run
+    watch = Watch(plan, ledger)
+    table = LiveTable(plan, watch, console, slots)
+    with table.shown():
+        Worker(
+            plan.tasks,
+            ledger,
+            partial(execute, device=device),
+            slots=slots,
+            timeout_s=timeout_s,
+            gpus=gpus,
+            on_change=table,
+            on_event=console.warn,
+        ).run()
+    console.say(table.summary())
+
+
+def forgive(plan: Plan, ledger: Ledger, console: Console) -> None:
+    """Let what was given up be tried again. What diverged would diverge again."""
+    for task in plan.tasks.values():
+        if ledger.state(task).status == "failed":
+            ledger.forgive(task)
+            console.say(f"{task.name}: tried again")
+
+
+def places(sweep: Sweep, launch: Launch) -> tuple[int, tuple[str, ...], str]:
+    """(stages at once, the GPU of each, device), without a CUDA context in this process."""
+    embedded = all(is_embedded(sweep.recipe_of(cell, sweep.seeds[0]).model.base) for cell in sweep.cells())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_cpu = launch.device == "cpu" or (launch.device == "auto" and embedded)
+    gpus = () if on_cpu else visible_gpus()
+    if launch.device.startswith("cuda") and not gpus:
+        raise ConfigError(f"device {launch.device!r} cannot be used here: no GPU is visible; try --device cpu")
+    slots = launch.slots or (len(gpus) or (cores if embedded else 1))
+    prepare_process(1 if embedded else max(cores // slots, 1))
+    if gpus:
+        return slots, tuple(gpus[i % len(gpus)] for i in range(slots)), "cuda"
+    return slots, (), "mps" if launch.device == "mps" else "cpu"
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """As CUDA_VISIBLE_DEVICES names them; counted through the driver's library, which leaves no context."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return tuple(named.split(",")[:count]) if named else tuple(map(str, range(count)))
+
+
+def prepare_process(threads: int) -> None:
+    """Set what torch and its kin read when they are imported. Children inherit it."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[str]:
+    """What is about to happen, in a few lines."""
+    sweep, kinds = plan.sweep, _kinds(plan)
+    alone = sum(len(keys) for keys in plan.measured_by.values())
+    analysis = sweep.analysis
+    return [
+        f"sweep {sweep.name}: {sweep.question}",
+        f"{len(sweep.points)} points x {len(sweep.arms)} arms x {len(sweep.seeds)} seeds = "
+        f"{len(sweep.cells()) * len(sweep.seeds)} cells; {len(plan.tasks)} stages after sharing ({kinds}), "
+        f"{alone} measured",
+        f"estimated from a measured short step: {found.core_hours:.2f} core-hours, "
+        f"{duration(found.core_hours * 3600 / slots)} with {slots} at once",
+        f"fixed now: {analysis.group} items, {analysis.decoding}; {len(analysis.family)} paired differences, "
+        f"{analysis.test}, {analysis.correction} at {analysis.alpha:g}; all else is exploratory",
+        *found.lines,
+        *(f"note: {note}" for note in sweep.notes),
+        f"folder: {folder}",
+    ]
+
+
+def _kinds(plan: Plan) -> str:
+    found: dict[str, int] = {}
+    for task in plan.tasks.values():
+        found[task.kind] = found.get(task.kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in found.items())
+
+
+def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
+    """Measure a short step for each base that the sweep trains."""
+    from srppo.ablations.estimate import estimate
+    from srppo.ablations.pace import Pace, measure_pace
+
+    paces: dict[str, Pace] = {}
+    for task in plan.tasks.values():
+        base = task.recipe.model.base
+        if base not in paces:
+            console.say(f"measuring a short step of {base}")
+            paces[base] = measure_pace(task.recipe, device)
+    return estimate(plan, paces)
+
+
+def _id(sweep: Sweep) -> str:
+    return hashlib.sha256(canonical_json(sweep.as_spec()).encode()).hexdigest()[:8]

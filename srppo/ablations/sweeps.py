@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from srppo.ablations.spec import Ablation, Analysis, Arm, Sweep, every
+from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe
+from srppo.errors import ConfigError
 
-SFT = Arm("SFT", "sft")
-SRPPO = Arm("SRPPO", "ppo")
-LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 1 / 4, 1 / 16, 1 / 64))
-GROUP, DECODING = "unseen", "greedy"  # the mission's question: does it generalise?
+BASE, SFT, SRPPO = Arm("base", "base"), Arm("SFT", "sft"), Arm("SRPPO", "ppo")
+LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 1 / 4, 1 / 16))
+NOT_TUNED = "no setting was tuned for any point: what holds at the default may be too much or too little elsewhere"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line may change. None and () mean the sweep's own default."""
+    """What a command line may change; empty means the sweep's own default.
+
+    primary: (group of items, decoding) of the primary metric. axes: values by recipe key.
+    """
 
     recipe: Recipe
+    primary: tuple[str, str] = ("unseen", "greedy")
     seeds: int | None = None
-    sizes: tuple[int, ...] = ()
-    rates: tuple[float, ...] = ()
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     quick: bool = False
 
@@ -32,33 +34,264 @@ class Options:
         count = self.seeds or (3 if self.quick else 10)
         return tuple(range(self.recipe.seed, self.recipe.seed + count))
 
+    def values(self, key: str, default: Sequence[Any], quick: Sequence[Any] | None = None) -> tuple[Any, ...]:
+        """The values of an axis."""
+        return self.axes.get(key) or tuple(quick if self.quick and quick is not None else default)
+
+    def sweep(
+        self,
+        name: str,
+        question: str,
+        axes: Sequence[str],
+        points: Sequence[Ablation],
+        arms: Sequence[Arm],
+        family: Sequence[Comparison],
+        *,
+        trend: str | None = None,
+        scale: str = "linear",
+        notes: Sequence[str] = (),
+    ) -> Sweep:
+        """A sweep of this recipe, its seeds and its primary metric. Without three points there is no trend."""
+        if self.recipe.model.sft is not None and (longer := [arm.name for arm in arms if arm.shares]):
+            # What a given SFT model took is not known, so nothing can be trained at equal compute.
+            arms = [arm for arm in arms if not arm.shares]
+            family = [each for each in family if not {each.model.arm, each.baseline.arm} & set(longer)]
+            notes = [*notes, f"{longer[0]} is left out: what the given model.sft took to train is not known"]
+        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale)
+        return Sweep(
+            name, question, self.recipe, tuple(axes), tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
+        )
+
 
 def data_size(options: Options) -> Sweep:
     """Nested prefixes of the demonstrations; the same epochs at every size, and the same steps."""
-    sizes = options.sizes or ((8, 32, 128) if options.quick else (4, 8, 16, 32, 64, 128))
-    steps = options.recipe.sft.steps or max(4, round(options.recipe.sft.epochs * 32 / options.recipe.sft.batch))
-    budgets: dict[str, dict[str, Any]] = {"epochs": {"sft.steps": None}, "steps": {"sft.steps": steps}}
-    if options.quick:
-        budgets.pop("epochs")
-    points = tuple(
-        Ablation(
-            f"{size} demonstrations, fixed {budget}",
-            {"data.size": size, **keys},
-            {"size": size, "budget": budget},
-        )
+    sizes = options.values("data.size", (4, 16, 64, 256), quick=(8, 32, 128))
+    recipe = options.recipe
+    steps = recipe.sft.steps or max(1, round(recipe.sft.epochs * (recipe.data.size or 32) / recipe.sft.batch))
+    budgets: dict[str, dict[str, Any]] = {"steps": {"sft.steps": steps}}
+    if not options.quick:
+        budgets["epochs"] = {"sft.steps": None}
+    points = [
+        Ablation(f"{size}, same {budget}", {"data.size": size, **keys}, {"demonstrations": size, "same": budget})
         for budget, keys in budgets.items()
         for size in sizes
-    )
+    ]
     arms = (SFT, SRPPO) if options.quick else (SFT, LONGER, SRPPO)
-    family = every(points, "SRPPO", *(arm.name for arm in arms if arm.name != "SRPPO"))
-    return Sweep(
-        name="data-size",
-        question="How many demonstrations does SRPPO need, and does it gain most where there are few?",
-        recipe=options.recipe,
-        axes=("size", "budget"),
-        points=points,
-        arms=arms,
-        seeds=options.seed_list,
-        analysis=Analysis(GROUP, DECODING, family, trend="size", scale="log2"),
-        notes=(f"fixed steps: {steps} optimizer steps at every size",),
+    return options.sweep(
+        "data-size",
+        "How many demonstrations does SRPPO need, and does it gain most where there are few?",
+        ("demonstrations", "same"),
+        points,
+        arms,
+        every(points, "SRPPO", *(arm.name for arm in arms if arm is not SRPPO)),
+        trend="demonstrations",
+        scale="log2",
+        notes=(f"same steps: {steps} SFT steps at every size; same epochs: {recipe.sft.epochs}", NOT_TUNED),
     )
+
+
+def noise(options: Options) -> Sweep:
+    """Kinds of noise in the demonstrations' answers at nested rates; rate 0 is one point for all kinds."""
+    kinds = options.values("data.noise", ("derangement", "token-corruption", "base-answers"), quick=("derangement",))
+    rates = options.values("data.noise_rate", (0.0, 0.2, 0.4, 0.7), quick=(0.0, 0.3, 0.7))
+    points = [
+        Ablation(
+            f"{kind} {label(rate)}",
+            {"data.noise": kind if rate else "none", "data.noise_rate": rate},
+            {"rate": rate, "kind": kind},
+        )
+        for kind in kinds
+        for rate in rates
+    ]
+    tested = [point for point in points if point.values["rate"] or point.values["kind"] == kinds[0]]
+    return options.sweep(
+        "noise",
+        "Does SRPPO repair noisy demonstrations, or amplify them?",
+        ("rate", "kind"),
+        points,
+        (SFT, SRPPO),
+        every(tested, "SRPPO", "SFT"),
+        trend="rate",
+        notes=("rate 0 is the same for every kind: it is run and tested once", NOT_TUNED),
+    )
+
+
+def model_scale(options: Options) -> Sweep:
+    """A family of models with one tokenizer."""
+    bases = options.values(
+        "model.base", ("embedded:xs", "embedded:s", "embedded:l"), quick=("embedded:xs", "embedded:s")
+    )
+    points = [Ablation(str(base), {"model.base": base}, {"base": base}) for base in bases]
+    return options.sweep(
+        "model-scale",
+        "Does the gain of SRPPO over SFT grow or shrink with the size of the model?",
+        ("base",),
+        points,
+        (BASE, SFT, SRPPO),
+        every(points, "SRPPO", "SFT"),
+        notes=("learning rates are the same at every size: not tuned per scale",),
+    )
+
+
+REWARDS = (
+    Arm("coherent reward", "ppo"),
+    Arm("zero", "ppo", {"reward.kind": "zero"}),
+    Arm("SFT only", "ppo", {"reward.kind": "sft"}),
+    Arm("base only", "ppo", {"reward.kind": "base"}),
+    Arm("shuffled", "ppo", {"reward.kind": "shuffled"}),
+    Arm("token-placed", "ppo", {"reward.placement": "token"}),
+    Arm("length-normalised", "ppo", {"reward.length_norm": True}),
+    Arm("clipped", "ppo", {"reward.token_clip": 1.0}),
+)
+
+
+def reward(options: Options) -> Sweep:
+    """The coherent reward against its parts and variants, under one KL penalty."""
+    points = [Ablation("all", {}, {})]
+    arms = (SFT, *REWARDS) if not options.quick else (SFT, *REWARDS[:5])
+    names = [arm.name for arm in arms]
+    coherent = REWARDS[0].name
+    return options.sweep(
+        "reward",
+        "What does the coherent reward contribute, beside its parts and its variants?",
+        (),
+        points,
+        arms,
+        [
+            *every(points, coherent, *(name for name in names if name != coherent)),
+            *(each for name in names[2:] for each in every(points, name, "SFT")),
+        ],
+        notes=("clipped: each token's term to +-1 nat", "no reward had its learning rate or beta tuned for itself"),
+    )
+
+
+def kl(options: Options) -> Sweep:
+    """Anchor and weight of the KL penalty; steps as a third axis where asked for."""
+    anchors = options.values("reward.anchor", ("sft", "base"), quick=("sft",))
+    betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5, 2.0))
+    steps = options.values("ppo.steps", (options.recipe.ppo.steps,))
+    several = len(steps) > 1
+    points = [
+        Ablation(
+            f"anchor {anchor}, beta {label(beta)}" + (f", {count} steps" if several else ""),
+            {"reward.anchor": anchor, "reward.beta": beta, "ppo.steps": count},
+            {"beta": beta, "anchor": anchor, **({"steps": count} if several else {})},
+        )
+        for anchor in anchors
+        for count in steps
+        for beta in betas
+    ]
+    return options.sweep(
+        "kl",
+        "How far from its anchor should the policy go: where does SRPPO peak, where does it overshoot?",
+        ("beta", "anchor", *(("steps",) if several else ())),
+        points,
+        (SFT, SRPPO),
+        every(points, "SRPPO", "SFT"),
+        trend="beta",
+        scale="log2",
+    )
+
+
+def overlap(options: Options) -> Sweep:
+    """The share of PPO prompts that are prompts of SFT demonstrations."""
+    shares = options.values("data.overlap_share", (0.0, 0.25, 0.5, 0.75, 1.0), quick=(0.0, 0.5, 1.0))
+    points = [Ablation(f"share {label(share)}", {"data.overlap_share": share}, {"share": share}) for share in shares]
+    return options.sweep(
+        "overlap",
+        "Must the PPO prompts be new, or may they be those of the demonstrations?",
+        ("share",),
+        points,
+        (SFT, SRPPO),
+        every(points, "SRPPO", "SFT"),
+        trend="share",
+    )
+
+
+def prompts(options: Options) -> Sweep:
+    """Number and domain of the PPO prompts."""
+    counts = options.values("data.prompts_size", (16, 128, 1024), quick=(16, 128, 1024))
+    domains = options.values(
+        "data.prompts", ("embedded:demonstrated", "embedded:prompted", "embedded"), quick=("embedded",)
+    )
+    points = [
+        Ablation(
+            f"{count} of {domain}",
+            {"data.prompts": domain, "data.prompts_size": count},
+            {"prompts": count, "domain": domain},
+        )
+        for domain in domains
+        for count in counts
+    ]
+    return options.sweep(
+        "prompts",
+        "How many PPO prompts does SRPPO need, and from which domain?",
+        ("prompts", "domain"),
+        points,
+        (SFT, SRPPO),
+        every(points, "SRPPO", "SFT"),
+        trend="prompts",
+        scale="log2",
+    )
+
+
+def method(options: Options) -> Sweep:
+    """Every way to use the same two models: is PPO worth it?"""
+    points = [Ablation("all", {}, {})]
+    arms = (
+        SFT,
+        LONGER,
+        Arm("weight extrapolation", "extrapolated"),
+        Arm("decode-time extrapolation", "decoded"),
+        Arm("resampling", "resampled"),
+        Arm("best-of-n", "best-of-n"),
+        Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
+        SRPPO,
+    )
+    others = [arm.name for arm in arms if arm is not SRPPO]
+    family = [*every(points, "SRPPO", *others)]
+    family += [Comparison(Cell("all", name), Cell("all", "SFT")) for name in others if name != "SFT"]
+    return options.sweep(
+        "method",
+        "Is PPO worth it, beside cheaper ways to the same optimum?",
+        (),
+        points,
+        arms,
+        family,
+        notes=("decode-time extrapolation, resampling and best-of-n pay at every answer instead of in training",),
+    )
+
+
+def any_grid(options: Options) -> Sweep:
+    """Every combination of the axes given."""
+    if not options.axes:
+        raise ConfigError("grid needs axes; give --axis section.key=v1,v2, for example --axis ppo.lr=3e-5,1e-4")
+    points = grid(**options.axes)
+    numeric = [key.rpartition(".")[2] for key, values in options.axes.items() if all(map(_is_number, values))]
+    return options.sweep(
+        "grid",
+        "What do " + " and ".join(options.axes) + " change?",
+        tuple(key.rpartition(".")[2] for key in options.axes),
+        points,
+        (SFT, SRPPO),
+        every(points, "SRPPO", "SFT"),
+        trend=numeric[0] if numeric else None,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+SWEEPS: Mapping[str, tuple[Callable[[Options], Sweep], tuple[str, ...]]] = {
+    "data-size": (data_size, ("data.size",)),
+    "noise": (noise, ("data.noise", "data.noise_rate")),
+    "model-scale": (model_scale, ("model.base",)),
+    "reward": (reward, ()),
+    "kl": (kl, ("reward.anchor", "reward.beta", "ppo.steps")),
+    "overlap": (overlap, ("data.overlap_share",)),
+    "prompts": (prompts, ("data.prompts_size", "data.prompts")),
+    "method": (method, ()),
+    "grid": (any_grid, ()),
+}
+"""Each sweep's function, and the recipe keys of its axes (grid takes any)."""

@@ -1,0 +1,105 @@
+"""A command line to the options of a sweep, and these to the sweep; mistakes in one line, before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from srppo.ablations.spec import Sweep
+from srppo.ablations.sweeps import SWEEPS, Options
+from srppo.config import Recipe, parse_override, parse_value
+from srppo.errors import ConfigError
+from srppo.results import DECODINGS
+
+
+def read_options(
+    name: str,
+    recipe: Recipe,
+    *,
+    seeds: int | None = None,
+    sizes: str = "",
+    rates: str = "",
+    axes: Sequence[str] = (),
+    primary: str | None = None,
+    quick: bool = False,
+) -> Options:
+    """Check and translate. Raises ConfigError for an unknown sweep, an axis it lacks, or values that are none."""
+    if name not in SWEEPS:
+        near = difflib.get_close_matches(name, SWEEPS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown sweep {name!r}{hint} There are: {', '.join(SWEEPS)}")
+    given = [*([f"data.size={sizes}"] if sizes else []), *([f"data.noise_rate={rates}"] if rates else []), *axes]
+    found: dict[str, tuple[Any, ...]] = {}
+    for text in given:
+        key, values = read_axis(text)
+        own = SWEEPS[name][1]
+        if name != "grid" and key not in own:
+            has = f"its axes are {', '.join(own)}" if own else "it has no axis to change"
+            raise ConfigError(f"{key} is no axis of {name}: {has}; `srppo ablate grid --axis {key}=...` takes any key")
+        if key in found:
+            raise ConfigError(f"the axis {key} is given twice; give all its values at once")
+        found[key] = values
+    return Options(recipe, _primary(primary, recipe), seeds, found, quick)
+
+
+def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
+    """`section.key=v1,v2` to (key, values). A comma within brackets or quotes belongs to the value."""
+    key, _, raw = text.partition("=")
+    parse_override(f"{key}=0")  # its key, or an error that names the nearest
+    try:
+        values = tomllib.loads(f"values = [{raw}]")["values"]
+    except tomllib.TOMLDecodeError:
+        values = [parse_value(part.strip()) for part in raw.split(",") if part.strip()]
+    if not values:
+        raise ConfigError(f"the axis {key.strip()} is empty; give values, for example --axis {key.strip()}=1,2")
+    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise ConfigError(f"the axis {key.strip()} has {twice[0]!r} twice; give each value once")
+    return key.strip(), tuple(values)
+
+
+def build_sweep(name: str, options: Options) -> Sweep:
+    """The sweep, with every cell's recipe validated. Raises ConfigError for a value that a key does not take."""
+    sweep = SWEEPS[name][0](options)
+    for cell in sweep.cells():
+        sweep.recipe_of(cell, sweep.seeds[0])
+    return sweep
+
+
+def _primary(text: str | None, recipe: Recipe) -> tuple[str, str]:
+    """(group, decoding) of the primary metric: given as GROUP/DECODING, else out-of-domain, or the only group."""
+    groups = _groups(recipe)
+    group, _, decoding = (text or "").partition("/")
+    group, decoding = group or _default(groups), decoding or "greedy"
+    if group not in groups:
+        raise ConfigError(f"--primary {group!r} is no group of the items; there are: {', '.join(groups)}")
+    if decoding not in DECODINGS:
+        raise ConfigError(f"--primary {decoding!r} is no decoding; give {' or '.join(DECODINGS)}")
+    return group, decoding
+
+
+def _default(groups: Sequence[str]) -> str:
+    if "unseen" in groups:
+        return "unseen"
+    if len(groups) == 1:
+        return groups[0]
+    raise ConfigError(f"several groups of items ({', '.join(groups)}): say which decides, --primary {groups[0]}/greedy")
+
+
+def _groups(recipe: Recipe) -> list[str]:
+    """Groups of the test items. Raises ConfigError where there are none: a sweep tests accuracy."""
+    if recipe.eval.items is None:
+        if recipe.data.demonstrations == ("embedded",):
+            return ["demonstrated", "prompted", "unseen"]
+        raise ConfigError(
+            "a sweep compares accuracy on items with known answers: set eval.items (jsonl: prompt, answer)"
+        )
+    path = Path(recipe.eval.items).expanduser()
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return list(dict.fromkeys(str(row.get("group", "items")) for row in rows))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"eval.items {path} cannot be read: {error}") from None
