@@ -195,11 +195,19 @@ def forecast(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or of a sweep.")],
     debug: Debug = False,
 ) -> None:
-    """The tables of a run in the terminal, and its report as one HTML file that opens offline."""
+    """The tables of a run or a sweep in the terminal, and its report as one HTML file that opens offline."""
+    from srppo.ablations.spec import is_sweep
     from srppo.console import Console
-    from srppo.report.record import report_run
+    from srppo.store import Run
 
-    report_run(run, Console())
+    if is_sweep(Run.load(run).spec):
+        from srppo.report.sweep import report_sweep
+
+        report_sweep(run, Console())
+    else:
+        from srppo.report.record import report_run
+
+        report_run(run, Console())

@@ -52,7 +52,7 @@ class LiveTable:
         for key, state in self._states.items():
             if state.status != before[key].status and state.status in ("done", "failed", "diverged"):
                 reason = f": {state.reason}" if state.reason else ""
-                self.console.say(f"{self.summary()}; {self.plan.tasks[key].name} {state.status}{reason}")
+                self.console.say(f"{self.summary()}; {self.plan.title(key)} {state.status}{reason}")
 
     def summary(self) -> str:
         """`12 of 60 stages, 8:20 left`."""
@@ -79,8 +79,9 @@ class LiveTable:
             last = each.cell.point
             table.add_row(name, each.cell.arm, _glyphs(each.statuses))
         lines = [Text(f"{hidden} more cells", "dim")] if hidden else []
-        running = {r.task.key: (each, r) for each in cells for r in each.running}
-        lines += [Text(running_text(r), "yellow") for _, r in list(running.values())[: self.slots + 2]]
+        at_work = list({r.task.key: r for each in cells for r in each.running}.values())
+        for running in at_work[: self.slots + 2]:
+            lines.append(Text(f"{self.plan.title(running.task.key)}: {running_text(running)}", "yellow"))
         return Group(Text(self.summary(), "bold"), table, *lines, Text(LEGEND, "dim"))
 
 
@@ -88,10 +89,10 @@ LEGEND = "one mark a seed: " + "  ".join(f"{glyph} {name}" for name, glyph in GL
 
 
 def running_text(running: Running) -> str:
-    """`ppo, seed 3: step 5 of 20, 0:12 left`."""
+    """`step 5 of 20, 12 s left`."""
     where = "starting" if running.step is None else f"step {running.step} of {running.total}"
     left = f", {duration(running.seconds_left)} left" if running.seconds_left is not None else ""
-    return f"{running.task.name}: {where}{left}"
+    return f"{where}{left}"
 
 
 def _glyphs(statuses: Mapping[int, str]) -> Text:

@@ -51,10 +51,20 @@ class Plan:
         self.sweep = sweep
         self.tasks: dict[str, Task] = {}
         self.measured_by: dict[tuple[Cell, int], tuple[str, ...]] = {}
+        self._titles: dict[str, str] = {}
         for seed in sweep.seeds:  # seed by seed: a sweep that is stopped has whole seeds
             for cell in sweep.cells():
                 arm, recipe = sweep.arm(cell.arm), sweep.recipe_of(cell, seed)
-                self.measured_by[cell, seed] = self._of_arm(arm, recipe)
+                keys = self.measured_by[cell, seed] = self._of_arm(arm, recipe)
+                for key in keys:
+                    self._titles.setdefault(key, f"{cell.arm} at {cell.point}" if len(sweep.points) > 1 else cell.arm)
+
+    def title(self, key: str) -> str:
+        """A task as people know it: the first cell that it measures, or what it is a parent for, and its seed."""
+        task = self.tasks[key]
+        of = self._titles.get(key, task.kind)
+        share = f" ({task.share:g} of the compute)" if task.share is not None else ""
+        return f"{of}{share}, seed {task.recipe.seed}"
 
     def _of_arm(self, arm: Arm, recipe: Recipe) -> tuple[str, ...]:
         if not arm.shares:
