@@ -67,7 +67,8 @@ def ablate(
     from srppo.console import Console
 
     console = Console(plain=True if plain else None)
-    defaults = SMALL if recipe is None else []
+    own = any(text.partition("=")[0].strip() in ("model.base", "data.demonstrations") for text in sets or [])
+    defaults = SMALL if recipe is None and not own else []
     options = read_options(
         name,
         load_recipe(recipe, [*defaults, *(sets or [])]),

@@ -152,17 +152,18 @@ class Worker:
         if code == HELD:
             self._later[task.key] = time.monotonic() + ELSEWHERE_S
         elif code == STORAGE:
-            raise StorageError(reason)
+            raise StorageError(reason or f"{task.name}: the disk is full, so full that no reason could be written down")
         elif code == INTERRUPTED:
             pass  # somebody stopped the stage by hand: it is saved, and goes on
-        elif self.ledger.state(task).status == "done":
+        elif (status := self.ledger.state(task).status) == "done":
             self._finish(task)
-        elif code == DIVERGED:
+        elif status == "diverged":
             self.on_event(f"{task.name} diverged: {reason}")
         else:
             if code < 0:
                 reason = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
-            self._fail(task, reason or f"ended with exit code {code} and no word", final=code == USER)
+            reason = reason or f"ended with exit code {code} and no word"
+            self._fail(task, reason, final=code in (USER, DIVERGED))
 
     def _fail(self, task: Task, reason: str, *, final: bool = False) -> None:
         self.ledger.fail(task, reason, final=final)

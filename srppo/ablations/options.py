@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from srppo.ablations.spec import Sweep
 from srppo.ablations.sweeps import SWEEPS, Options
-from srppo.config import Recipe, parse_override, parse_value
+from srppo.config import Recipe, is_embedded, parse_override, parse_value
 from srppo.errors import ConfigError
 from srppo.results import DECODINGS
 
@@ -43,7 +43,20 @@ def read_options(
         if key in found:
             raise ConfigError(f"the axis {key} is given twice; give all its values at once")
         found[key] = values
+    _check_models(name, recipe, found)
     return Options(recipe, _primary(primary, recipe), seeds, found, quick)
+
+
+def _check_models(name: str, recipe: Recipe, axes: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ConfigError where the models of a sweep cannot mean what was asked."""
+    others = [str(base) for base in axes.get("model.base", ()) if not is_embedded(str(base))]
+    if others and is_embedded(recipe.model.base):
+        raise ConfigError(
+            f"model.base = {others[0]} needs data and learning rates of its own, the recipe's are the embedded "
+            "world's: give a recipe with one of these models as model.base"
+        )
+    if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
+        raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
 
 
 def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from typing import Any
 
 from srppo.config import Recipe, with_overrides
 from srppo.console import Console
-from srppo.errors import RunError
+from srppo.errors import RunError, UserError
 
 STEPS = 3  # of which the first is left out
 ITEMS = 60  # development items answered
@@ -35,26 +36,49 @@ class Pace:
 
 
 def measure_pace(recipe: Recipe, device: str) -> Pace:
-    """Fork, measure, and read what came. Raises RunError where the recipe cannot even begin, with the reason."""
+    """The pace of a recipe. Raises UserError or RunError where it cannot even begin, with the reason."""
+    return Pace(**_apart(lambda: asdict(_measure(recipe, device))))
+
+
+def check_data(recipes: Sequence[Recipe], device: str) -> None:
+    """Read the data of each recipe as its stages will. Raises UserError for the first that cannot be used."""
+
+    def check() -> dict[str, Any]:
+        from srppo.pipeline import Pipeline
+
+        for recipe in recipes:
+            with TemporaryDirectory() as folder:
+                Pipeline(recipe, Path(folder), Console(quiet=True), device=device)
+        return {}
+
+    _apart(check)
+
+
+def _apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns, done in a process of its own; errors come back as the kind they were."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         answer: dict[str, Any]
         try:
-            answer = {"pace": asdict(_measure(recipe, device))}
+            answer = {"found": work()}
         except BaseException as error:
-            answer = {"error": str(error).partition("\n")[0] or type(error).__name__}
-        os.write(writer, json.dumps(answer).encode())
+            text = str(error).partition("\n")[0] or type(error).__name__
+            answer = {"user" if isinstance(error, UserError) else "error": text}
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(json.dumps(answer).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        text = pipe.read()
+        found = pipe.read()
     os.waitpid(pid, 0)
-    answer = json.loads(text or b'{"error": "the process died"}')
+    answer = json.loads(found or b'{"error": "the process died"}')
+    if "user" in answer:
+        raise UserError(answer["user"])
     if "error" in answer:
         raise RunError(f"a short trial of the recipe failed: {answer['error']}")
-    return Pace(**answer["pace"])
+    return dict(answer["found"])
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:

@@ -49,7 +49,7 @@ def ablate_command(
     sweep = build_sweep(name, options)
     plan = Plan(sweep)
     folder = out or Path("runs") / f"{name}-{_id(sweep)}"
-    if not plan_only:
+    if not plan_only and folder.exists():
         Run.open(folder, sweep.as_spec())  # another sweep's folder is refused before anything is measured
     slots, gpus, device = places(sweep, launch)
     found = _estimate(plan, device, console)
@@ -189,16 +189,20 @@ def _kinds(plan: Plan) -> str:
 
 
 def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
-    """Measure a short step for each base that the sweep trains."""
+    """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
     from srppo.ablations.estimate import estimate
-    from srppo.ablations.pace import Pace, measure_pace
+    from srppo.ablations.pace import Pace, check_data, measure_pace
 
+    recipes = [task.recipe for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
+    by_data = {canonical_json([r.data.model_dump(mode="json"), r.model.base]): r for r in recipes}
+    console.say(f"checking the data of {len(by_data)} points" if len(by_data) > 1 else "checking the data")
+    check_data(list(by_data.values()), device)
     paces: dict[str, Pace] = {}
-    for task in plan.tasks.values():
-        base = task.recipe.model.base
+    for recipe in recipes:
+        base = recipe.model.base
         if base not in paces:
             console.say(f"measuring a short step of {base}")
-            paces[base] = measure_pace(task.recipe, device)
+            paces[base] = measure_pace(recipe, device)
     return estimate(plan, paces)
 
 
