@@ -1,22 +1,26 @@
 """Rows to token ids: templates, the loss boundary, order, held-out rows, and the account of what was used.
 
-`prepare` is the one call of the stages. Reading is in `formats.py`, the likeness of prompts in `overlap.py`.
+`prepare` is the one call of the stages. Reading is in `formats.py`, order in `rows.py`, noise in `noise.py`, the choice
+of PPO prompts in `mixing.py`, the likeness of prompts in `overlap.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from srppo.account import DataReport, Part
 from srppo.chat import encode_demonstration, encode_prompt, ensure_chat_template, stop_ids
-from srppo.config import DataConfig, canonical_json, derive_seed
+from srppo.config import DataConfig
 from srppo.errors import ConfigError, DataError
-from srppo.formats import Loaded, Opened, Unused, load_demonstrations, load_prompts, reasons, row_content
+from srppo.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
+from srppo.mixing import Chosen, choose_prompts
+from srppo.noise import Ask, Noise, add_noise
 from srppo.overlap import Overlap, measure_overlap, without_overlap
+from srppo.rows import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
 from srppo.types import Demonstration, EncodedDemonstration, Prompt
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ __all__ = [
     "Overlap",
     "Part",
     "PreparedData",
+    "Sample",
     "Unused",
     "load_demonstrations",
     "load_prompts",
@@ -40,134 +45,19 @@ __all__ = [
     "without_overlap",
 ]
 
-_LISTED = 10_000  # rows up to which a manifest lists ids and positions; beyond, their sha256 stands for them
-
-Row = TypeVar("Row", Demonstration, Prompt)
-Ids = TypeVar("Ids", EncodedDemonstration, tuple[int, ...])
-_T = TypeVar("_T")
-
-
-# ---- order and held-out rows
-
-
-def permute(rows: Sequence[_T], seed: int) -> list[_T]:
-    """One permutation a seed; `size` rows are its first ones, so a larger size holds every smaller one."""
-    ordered = list(rows)
-    random.Random(derive_seed(seed, "data order")).shuffle(ordered)
-    return ordered
-
-
-def split_held_out(
-    rows: Sequence[Demonstration], share: float, seed: int
-) -> tuple[list[Demonstration], list[Demonstration]]:
-    """(train, held out), each in the order of `rows`; about `share` of the rows are held out.
-
-    A hash of the prompt (of the text where there is none) decides for each row alone, so rows that come or go move no
-    other row, and rows of one prompt stay on one side.
-    """
-
-    def is_held_out(row: Demonstration) -> bool:
-        asked = canonical_json([[turn.role, turn.content] for turn in row.prompt]) if row.prompt else row.answer
-        return derive_seed(seed, f"held out {asked}") < share * 2**63
-
-    train = [row for row in rows if not is_held_out(row)]
-    if not train:
-        raise DataError(f"data.held_out = {share} leaves none of {len(rows)} demonstrations to train on; lower it")
-    return train, [row for row in rows if is_held_out(row)]
-
-
-def row_id(row: Demonstration | Prompt) -> str:
-    """Hash of what a row says, the same wherever it stands."""
-    return hashlib.sha256(row_content(row).encode()).hexdigest()[:16]
-
-
-def prompt_text(row: Demonstration | Prompt) -> str:
-    """What the user says, the text that overlap looks at: all user turns; of a plain text, the text."""
-    turns = row.prompt if isinstance(row, Demonstration) else row.messages
-    asked = "\n".join(turn.content for turn in turns if turn.role == "user")
-    return asked if asked or isinstance(row, Prompt) else row.answer
-
-
-# ---- the account
-
-
-@dataclass(frozen=True)
-class Part:
-    """What became of the rows of one kind: read = used + held_out + spare + the unused."""
-
-    what: str
-    opened: tuple[Opened, ...]
-    unused: dict[str, Unused]
-    used: int
-    held_out: int
-    cut: Unused | None
-
-    @property
-    def read(self) -> int:
-        return sum(part.rows for part in self.opened)
-
-    @property
-    def spare(self) -> int:
-        """Rows beyond the size that was asked for."""
-        return self.read - self.used - self.held_out - sum(part.count for part in self.unused.values())
-
-    def lines(self) -> list[str]:
-        names = [f"{part.name} ({part.columns or 'no rows'})" for part in self.opened]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        held = f", {self.held_out:,} held out" if self.held_out else ""
-        spare = f", {self.spare:,} beyond the size asked for" if self.spare else ""
-        lines = [f"{self.what}: {self.read:,} rows in {', '.join(names[:3])}{more}; {self.used:,} used{held}{spare}"]
-        if self.unused:
-            lines.append(f"  not used: {reasons(self.unused)}")
-        if self.cut:
-            lines.append(
-                f"  cut at data.max_tokens, so without EOS: {self.cut.count:,} (first {self.cut.first_source})"
-            )
-        return lines
-
-    def as_dict(self) -> dict[str, Any]:
-        counts = {"read": self.read, "used": self.used, "held_out": self.held_out, "spare": self.spare}
-        unused = {reason: vars(part) for reason, part in self.unused.items()}
-        return {**counts, "unused": unused, "cut": vars(self.cut) if self.cut else None}
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What was read, used and left out and why, and how far the prompts used repeat the demonstrations used."""
-
-    demonstrations: Part
-    prompts: Part
-    overlap: Overlap
-    overlap_first: str | None
-    notes: tuple[str, ...]
-
-    def lines(self) -> list[str]:
-        """Plain words for the console."""
-        found = self.overlap
-        first = f" (first {self.overlap_first})" if self.overlap_first else ""
-        overlap = (
-            f"overlap: of {found.n:,} prompts used {found.exact:,} equal a demonstration's prompt, "
-            f"{found.half_ngram:,} more share over half of their 8-grams with one{first}"
-        )
-        notes = [f"note: {note}" for note in self.notes]
-        return [*self.demonstrations.lines(), *self.prompts.lines(), overlap, *notes]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same for the manifest."""
-        return {
-            "demonstrations": self.demonstrations.as_dict(),
-            "prompts": self.prompts.as_dict(),
-            "overlap": self.overlap.as_dict(),
-            "notes": list(self.notes),
-        }
+Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
+"""(prompts as token ids, seed) to what the base says to each."""
+_EncodePrompt = Callable[[Prompt], tuple[int, ...] | str]
+_Taught = Encoded[Demonstration, EncodedDemonstration]
+_NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Everything the stages train on, in training order.
 
-    `prompt_texts` are the users' words of `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds;
-    that of either alone is `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]`.
+    `prompt_texts` are the users' words of `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds,
+    before any noise; `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]` are those of either.
     """
 
     demonstrations: list[EncodedDemonstration]
@@ -187,13 +77,14 @@ def prepare(
     *,
     max_new_tokens: int = 1,
     stop: Sequence[int] | None = None,
+    sample: Sample | None = None,
 ) -> PreparedData:
-    """Load, order, split, size, measure overlap and encode. A tokenizer without chat template is given ours.
+    """Load, order, split, size, add noise, choose prompts and encode. A tokenizer without chat template is given ours.
 
     `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
-    Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. With
-    data.overlap = "minimum" prompts are held against every usable demonstration, trained on or not, so that they stay
-    the same at every size.
+    Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
+    changes answers of the rows that are trained on, never those held out. `sample` is needed by data.noise =
+    "base-answers" alone.
 
     Raises:
         DataError: nothing to read or use, or fewer rows than asked for.
@@ -212,29 +103,22 @@ def prepare(
         stop=stops,
     )
     encode_asked = partial(encode_prompt, tokenizer, system=config.system, max_prompt_tokens=most_ppo)
+    ask = partial(_ask, sample, encode_asked) if sample else None
     loaded = load_demonstrations(config.demonstrations, seed=seed)
-    train_pool, held_pool = split_held_out(permute(loaded.rows, seed), config.held_out, seed)
-    train = _encoded(train_pool, encode, config.size)
-    held = _encoded(held_pool, encode, None)
-    demonstrations = _part("demonstrations", loaded, train, held, stops)
-    _refuse_shortfall("data.size", config.size, "demonstrations to train on", len(train.rows), demonstrations)
-
-    none: Loaded[Prompt] = Loaded((), {}, (), "")
-    questions = load_prompts(config.prompts, seed=seed) if config.prompts else none
-    pool, alike = _unlike(loaded.rows, questions.rows, permute(questions.rows, seed), config.overlap)
-    asked = _encoded(pool, encode_asked, config.prompts_size)
-    prompts = _part("prompts", questions, asked, None, stops, alike)
-    _refuse_shortfall("data.prompts_size", config.prompts_size, "prompts", len(asked.rows), prompts)
+    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
+    questions = load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS
+    asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
+    notes += [asked.note] if asked.note else []
 
     texts = [prompt_text(row) for row in asked.rows]
     overlap = measure_overlap([prompt_text(row) for row in train.rows], texts)
     pair = overlap.first and f"{asked.rows[overlap.first[0]].source} and {train.rows[overlap.first[1]].source}"
-    report = DataReport(demonstrations, prompts, overlap, pair, tuple(notes))
+    report = DataReport(demonstrations, prompts, overlap, pair, noise, tuple(notes))
     sha = hashlib.sha256(f"{loaded.sha} {questions.sha}".encode()).hexdigest()
     manifest = {
         "sha256": sha,
         "seed": seed,
-        "demonstrations": _manifest(loaded, seed, train=train.rows, held_out=held.rows),
+        "demonstrations": _manifest(loaded, seed, train=train.rows, held_out=held.rows) | {"noise": noise.as_dict()},
         "prompts": _manifest(questions, seed, used=asked.rows),
         "report": report.as_dict(),
     }
@@ -261,72 +145,91 @@ def _limits(config: DataConfig, context: int, max_new_tokens: int) -> tuple[int,
     return max_tokens, min(config.max_prompt_tokens, max_tokens - 1), most_ppo, notes
 
 
-@dataclass(frozen=True)
-class _Encoded(Generic[Row, Ids]):
-    rows: list[Row]
-    ids: list[Ids]
-    refused: list[tuple[str, str]]  # (reason, source)
+# ---- demonstrations
 
 
-def _encoded(rows: Sequence[Row], encode: Callable[[Row], Ids | str], size: int | None) -> _Encoded[Row, Ids]:
-    """The first `size` rows that can be encoded, in order."""
-    result: _Encoded[Row, Ids] = _Encoded([], [], [])
-    for row in rows:
-        if len(result.rows) == size:
-            break
-        ids = encode(row)
-        if isinstance(ids, str):
-            result.refused.append((ids, row.source))
-        else:
-            result.rows.append(row)
-            result.ids.append(ids)
-    return result
-
-
-def _part(
-    what: str,
-    loaded: Loaded[Any],
-    used: _Encoded[Any, Any],
-    held: _Encoded[Any, Any] | None,
+def _demonstrations(
+    loaded: Loaded[Demonstration],
+    config: DataConfig,
+    seed: int,
+    encode: Callable[[Demonstration], EncodedDemonstration | str],
+    ask: Ask | None,
     stops: list[int],
-    unused: dict[str, Unused] | None = None,
-) -> Part:
-    both = [used, held] if held else [used]
+) -> tuple[_Taught, _Taught, Noise, Part]:
+    """(to train on, held out, noise, account); the rows stay as they were read, the ids to train on have the noise."""
+    train_pool, held_pool = split_held_out(permute(loaded.rows, seed), config.held_out, seed)
+    train, held = encoded(train_pool, encode, config.size), encoded(held_pool, encode, None)
+    unused = _unused(loaded, [*train.refused, *held.refused])
+    _refuse_shortfall("data.size", config.size, "demonstrations to train on", len(train.rows), unused)
+    noise = add_noise(
+        train.rows,
+        config.noise,
+        config.noise_rate,
+        seed,
+        encode=lambda row, answer: encode(replace(row, answer=answer)),
+        ask=ask,
+    )
+    train = replace(train, ids=noise.applied(train.ids))
+    cut = _cut(loaded, stops, train, held)
+    return train, held, noise, Part("demonstrations", loaded.opened, unused, len(train.rows), len(held.rows), cut)
+
+
+def _ask(sample: Sample, encode: _EncodePrompt, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
+    """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
+    ids = [encode(Prompt(row.prompt, row.source)) if row.prompt else "plain text" for row in rows]
+    said = iter(sample([prompt for prompt in ids if not isinstance(prompt, str)], seed))
+    return [None if isinstance(prompt, str) else next(said) for prompt in ids]
+
+
+def _cut(loaded: Loaded[Demonstration], stops: list[int], *parts: _Taught) -> Unused | None:
+    """Answers without EOS, and the first of them in the files."""
     place = {row.source: position for position, row in enumerate(loaded.rows)}
-    refused = sorted((pair for part in both for pair in part.refused), key=lambda pair: place[pair[1]])
-    cut = [
-        row.source
-        for part in both
-        for row, ids in zip(part.rows, part.ids, strict=True)
-        if isinstance(ids, EncodedDemonstration) and ids.ids[-1] not in stops
-    ]
-    unused = {**loaded.unused, **(unused or {})}
-    for reason, source in refused:
+    pairs = [pair for part in parts for pair in zip(part.rows, part.ids, strict=True)]
+    cut = [row.source for row, ids in pairs if ids.ids[-1] not in stops]
+    return Unused(len(cut), min(cut, key=place.__getitem__)) if cut else None
+
+
+# ---- prompts
+
+
+def _prompts(
+    questions: Loaded[Prompt],
+    config: DataConfig,
+    seed: int,
+    usable: Sequence[Demonstration],
+    used: Sequence[Demonstration],
+    encode: _EncodePrompt,
+) -> tuple[Chosen, Part]:
+    """PPO's prompts, and the account of those that were read."""
+    asked = choose_prompts(config, usable, used, questions.rows, permute(questions.rows, seed), encode)
+    unused = _unused(questions, asked.drawn.refused, asked.unused)
+    found = len(asked.drawn.rows)
+    if not asked.own.rows:
+        _refuse_shortfall("data.prompts_size", config.prompts_size, "prompts", found, unused)
+    return asked, Part("prompts", questions.opened, unused, found, 0, None)
+
+
+# ---- both
+
+
+def _unused(
+    loaded: Loaded[Any], refused: list[tuple[str, str]], first: Mapping[str, Unused] | None = None
+) -> dict[str, Unused]:
+    """Rows left out by reason: unusable ones, those of `first`, and those that could not be encoded."""
+    place = {row.source: position for position, row in enumerate(loaded.rows)}
+    unused = {**loaded.unused, **(first or {})}
+    for reason, source in sorted(refused, key=lambda pair: place[pair[1]]):
         unused[reason] = unused.get(reason, Unused(0, source)).one_more()
-    first_cut = Unused(len(cut), min(cut, key=place.__getitem__)) if cut else None
-    return Part(what, loaded.opened, unused, len(used.rows), len(held.rows) if held else 0, first_cut)
+    return unused
 
 
-def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, part: Part) -> None:
-    why = f" (not used: {reasons(part.unused)})" if part.unused else ""
+def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, unused: dict[str, Unused]) -> None:
+    """Raise DataError where fewer rows can be used than were asked for, or none of those that are unusable."""
+    why = f" (not used: {reasons(unused)})" if unused else ""
     if size is not None and usable < size:
         raise DataError(f"{key} asks for {size:,} {what}, but only {usable:,} can be used{why}; lower it or add data")
-    if not usable and part.opened:
+    if not usable and unused:
         raise DataError(f"no {what} can be used{why}")
-
-
-def _unlike(
-    demonstrations: Sequence[Demonstration], prompts: Sequence[Prompt], ordered: list[Prompt], rule: str
-) -> tuple[list[Prompt], dict[str, Unused]]:
-    """The prompts that data.overlap admits, in order, and an account of the others."""
-    if rule == "any":
-        return ordered, {}
-    found = measure_overlap([prompt_text(row) for row in demonstrations], [prompt_text(row) for row in prompts])
-    if found.first is None:
-        return ordered, {}
-    kept = {id(prompts[position]) for position in found.kept}
-    left_out = Unused(found.dropped, prompts[found.first[0]].source)
-    return [row for row in ordered if id(row) in kept], {"like a demonstration's prompt (data.overlap)": left_out}
 
 
 def _manifest(loaded: Loaded[Any], seed: int, **groups: list[Any]) -> dict[str, Any]:
@@ -335,12 +238,6 @@ def _manifest(loaded: Loaded[Any], seed: int, **groups: list[Any]) -> dict[str, 
         "sources": [vars(part) for part in loaded.opened],
         "rows": len(loaded.rows),
         "sha256": loaded.sha,
-        "permutation": _listed(permutation),
-        **{name: _listed([row_id(row) for row in rows]) for name, rows in groups.items()},
+        "permutation": listed(permutation),
+        **{name: listed([row_id(row) for row in rows]) for name, rows in groups.items()},
     }
-
-
-def _listed(values: list[Any]) -> dict[str, Any]:
-    """A list by its length and sha256, and whole when it is short."""
-    sha = hashlib.sha256(canonical_json(values).encode()).hexdigest()
-    return {"n": len(values), "sha256": sha, "values": values if len(values) <= _LISTED else None}

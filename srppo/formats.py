@@ -69,16 +69,19 @@ def load_demonstrations(sources: Sequence[str], *, seed: int) -> Loaded[Demonstr
     Columns, the first that a file has: `prompt` with `completion` or `response` (text or messages); `messages` or
     `conversations` (the last assistant turn is the answer); `instruction` (with `input` or `context`) with `output` or
     `response`, where the prompt is instruction + blank line + input; `question` with `answer`; `text`, which has no
-    prompt and is all answer.
+    prompt and is all answer. A column `task`, else `category`, names the row's task, which enters no hash.
 
     Raises:
         DataError: a source that is missing or cannot be read or parsed, no known columns, or not one usable row.
     """
-    return _load("demonstrations", sources, seed, _DEMONSTRATION_COLUMNS, _demonstration)
+    columns = {names: _with_task(read) for names, read in _DEMONSTRATION_COLUMNS.items()}
+    return _load("demonstrations", sources, seed, columns, _demonstration)
 
 
 def load_prompts(sources: Sequence[str], *, seed: int) -> Loaded[Prompt]:
     """Read prompts from the same kinds of sources; answers are not read, and trailing assistant turns are dropped.
+
+    `embedded:group` draws from one group of the embedded tasks, `embedded` from the demonstrated and the prompted.
 
     Columns, the first that a file has: `prompt`, `messages`, `conversations`, `instruction` (with `input`, `context`,
     or the input of the first of `instances`), `question`, `turns` (the first turn).
@@ -185,13 +188,21 @@ _PROMPT_COLUMNS: _Columns = {
 }
 
 
-def _demonstration(read: tuple[Turns | None, str], place: str) -> Demonstration:
-    prompt, answer = read
+def _with_task(read: Callable[[dict[str, Any]], tuple[Turns | None, str]]) -> Callable[[dict[str, Any]], Any]:
+    def task(row: dict[str, Any]) -> str:
+        named = next((row[key] for key in ("task", "category") if isinstance(row.get(key), str | int)), "")
+        return str(named).strip()
+
+    return lambda row: (*read(row), task(row))
+
+
+def _demonstration(read: tuple[Turns | None, str, str], place: str) -> Demonstration:
+    prompt, answer, task = read
     if prompt is not None and not any(turn.role == "user" and turn.content.strip() for turn in prompt):
         raise _Unusable("empty prompt")
     if not answer.strip():
         raise _Unusable("empty answer")
-    return Demonstration(prompt or (), answer, place)
+    return Demonstration(prompt or (), answer, place, task)
 
 
 def _prompt(turns: Turns, place: str) -> Prompt:

@@ -36,6 +36,11 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append(
             "reward.beta = 0 leaves the policy without an anchor; expect it to drift off the base's support"
         )
+    if recipe.model.sft is not None and recipe.data.noise_rate:
+        warnings.append(
+            f"data.noise = {recipe.data.noise} changes what SFT learns, and model.sft = {recipe.model.sft} has learnt "
+            "already: the noise reaches nothing here"
+        )
     return warnings
 
 

@@ -1,4 +1,4 @@
-"""From a source (file, folder, hub set, or the word `embedded`) to tables of rows with their places.
+"""From a source (file, folder, hub set, or `embedded`, `embedded:group`) to tables of rows with their places.
 
 A line that does not parse ends the command; a row that parses and can't be used is left to `formats.py`.
 """
@@ -22,7 +22,7 @@ from srppo.hub import offline_when_unreachable
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 EMBEDDED_ROWS = {"demonstrations": 2000, "prompts": 4000}
-"""Rows of the word `embedded`: a pool of fixed size, from which `data.size` takes its share as from any other set."""
+"""Rows of each embedded source: a pool of fixed size, from which `data.size` takes its share as from any other set."""
 
 _ALLOWED = f"{', '.join(KINDS)}, each also as .gz"
 _GIVE = f"give a file ({_ALLOWED}), a folder of them, a hub set as org/name, or embedded"
@@ -49,8 +49,8 @@ def short(names: Iterable[Any], most: int = 12) -> str:
 
 
 def tables(source: str, what: str, seed: int) -> Iterator[Table]:
-    if source == "embedded":
-        yield _embedded(what, seed)
+    if source == "embedded" or source.startswith("embedded:"):
+        yield _embedded(source, what, seed)
         return
     path = Path(source).expanduser()
     hub = _HUB.fullmatch(source)
@@ -86,11 +86,18 @@ def _missing(path: Path, source: str) -> str:
     return f"{source} does not exist; {beside} {_GIVE}"
 
 
-def _embedded(what: str, seed: int) -> Table:
-    from srppo.world.items import demonstrations, prompts
+def _embedded(source: str, what: str, seed: int) -> Table:
+    from srppo.world.items import PROMPT_GROUPS, demonstrations, prompts
+    from srppo.world.tasks import GROUPS
 
-    made = {"demonstrations": demonstrations, "prompts": prompts}[what](EMBEDDED_ROWS[what], seed)
-    return Table("embedded", [(f"embedded#{number}", row) for number, row in enumerate(made, 1)])
+    group, count = source.removeprefix("embedded").removeprefix(":"), EMBEDDED_ROWS[what]
+    named = [f"embedded:{name}" for name in GROUPS] if what == "prompts" else []
+    if source not in ("embedded", *named):
+        allowed = f"embedded ({' and '.join(PROMPT_GROUPS)}), {', '.join(named)}" if named else "embedded alone"
+        raise DataError(f"there are no embedded {what} {source!r}; allowed are {allowed}")
+    made = prompts(count, seed, (group,) if group else PROMPT_GROUPS) if named else demonstrations(count, seed)
+    rows = [{**row, "task": row["prompt"].split()[0]} for row in made]  # the instruction names the task
+    return Table(source, [(f"{source}#{number}", row) for number, row in enumerate(rows, 1)])
 
 
 def _file(path: Path, name: str) -> Table:

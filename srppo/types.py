@@ -25,12 +25,13 @@ class Demonstration:
     """A prompt with its answer. `source` says where the row came from, `file:line` or `file#row`.
 
     `prompt` is a conversation to which `answer` is the assistant's reply; for plain `text` rows it is empty and the
-    whole text is the answer.
+    whole text is the answer. `task` is what a column `task` or `category` says, empty where there is none.
     """
 
     prompt: tuple[Message, ...]
     answer: str
     source: str
+    task: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from itertools import islice
 from random import Random
 
 from srppo.errors import UserError
-from srppo.world.tasks import GROUPS, TASKS, Task, bucket
+from srppo.world.tasks import GROUPS, TASKS, Task, bucket, check
 
 SPLITS = {"dev": (frozenset({1}), 20), "test": (frozenset({0}), 50)}  # buckets, items per task
 TRAIN = frozenset(range(2, 10))
 _DEMONSTRATIONS = frozenset({2, 3})
 _PROMPTS = TRAIN - _DEMONSTRATIONS
+PROMPT_GROUPS = ("demonstrated", "prompted")
+"""Groups that PPO prompts are drawn from unless others are named."""
 _TRIES = 1000  # draws in a row that bring nothing new before a task counts as exhausted
 
 
@@ -72,14 +74,41 @@ def demonstrations(n: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": item.prompt, "completion": item.answer} for item in islice(stream, n)]
 
 
-def prompts(n: int, seed: int) -> list[dict[str, str]]:
-    """`n` rows `{"prompt"}` of the demonstrated and prompted tasks in equal shares, none of them a demonstration.
+def prompts(n: int, seed: int, groups: tuple[str, ...] = PROMPT_GROUPS) -> list[dict[str, str]]:
+    """`n` rows `{"prompt"}` of the tasks of `groups` in equal shares; none is a demonstration, or a dev or test item.
 
     Raises:
-        UserError: if a task has fewer distinct questions than asked for.
+        UserError: for an unknown group, or if a task has fewer distinct questions than asked for.
     """
-    stream = _distinct(_of("demonstrated", "prompted"), Random(f"prompts:{seed}"), _PROMPTS)
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise UserError(f"unknown task group {unknown[0]!r}: choose one of {', '.join(GROUPS)}")
+    name = "prompts" if groups == PROMPT_GROUPS else f"prompts {' '.join(groups)}"
+    stream = _distinct(_of(*groups), Random(f"{name}:{seed}"), _PROMPTS)
     return [{"prompt": item.prompt} for item in islice(stream, n)]
+
+
+def read_question(text: str) -> tuple[Task, tuple[str, ...]] | None:
+    """The task and the words of a question, or None for a text that no task could ask."""
+    instruction, *rest = text.split() or [""]
+    words = tuple(rest)
+    for task in TASKS:
+        if task.instruction == instruction and task.arity[0] <= len(words) <= task.arity[1]:
+            distinct = len(set(words)) == len(words) and set(words) <= set(task.pool)
+            return (task, words) if distinct and task.answer(words) else None
+    return None
+
+
+def answers_of_other_tasks(question: str) -> list[str] | None:
+    """What the other tasks of its group answer to the words of a question, where that is wrong; each once, sorted.
+
+    Never empty for a question of the world; None for any other text.
+    """
+    read = read_question(question)
+    if read is None:
+        return None
+    task, words = read
+    answers = {other.answer(words) for other in _of(task.group)} - {""}
+    return sorted(answer for answer in answers if not check(task.answer(words), answer))
 
 
 def _of(*groups: str) -> tuple[Task, ...]:
