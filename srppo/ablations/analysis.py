@@ -203,6 +203,7 @@ def _rows(
         cost = {"flops": flops, "selection_flops": dropped, "seconds": seconds, "stage": chosen.id}
         wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length")
         figures = {key: value for key, value in _figures(chosen).items() if key in wanted}
+        figures = {f"measured_{key}" if key in point.values else key: value for key, value in figures.items()}
         for (group, decoding), result in scores[seed].items():
             value = {"group": group, "decoding": decoding, "items": len(result.items)}
             made.append({**common, **value, "accuracy": float(np.mean(result.scores)), **cost, **figures})
@@ -281,6 +282,8 @@ def _trends(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Trend, ...]:
     if analysis.trend is None:
         return ()
     metric, axis, found = (analysis.group, analysis.decoding), analysis.trend, []
+    within = [each for each in analysis.family if each.model.point == each.baseline.point]
+    pairs = dict.fromkeys((each.model.arm, each.baseline.arm) for each in within)
     for where, points in _lines(plan, axis).items():
         lines: dict[str, list[tuple[float, dict[int, NDArray[np.float64]]]]] = {}
         for point in points:
@@ -288,11 +291,10 @@ def _trends(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Trend, ...]:
             by_arm = {a.name: _by_seed(scores[Cell(point.name, a.name)], metric) for a in sweep.arms}
             for name, own in by_arm.items():
                 lines.setdefault(name, []).append((x, own))
-            for each in analysis.family:
-                if each.model.point == each.baseline.point == point.name:
-                    after, before = by_arm[each.model.arm], by_arm[each.baseline.arm]
-                    gap = {seed: after[seed] - before[seed] for seed in after if seed in before}
-                    lines.setdefault(f"{each.model.arm} minus {each.baseline.arm}", []).append((x, gap))
+            for model, baseline in pairs:
+                after, before = by_arm[model], by_arm[baseline]
+                gap = {seed: after[seed] - before[seed] for seed in after if seed in before}
+                lines.setdefault(f"{model} minus {baseline}", []).append((x, gap))
         for what, line in lines.items():
             slope = _slope(line, analysis.scale)
             if slope is not None:

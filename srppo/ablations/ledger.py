@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srppo.ablations.plan import Task
-from srppo.checkpoint import create_exclusive, storing
+from srppo.checkpoint import storing
 from srppo.config import canonical_json
 from srppo.lease import now
 from srppo.records import read_lines
@@ -57,9 +57,11 @@ class Ledger:
     def link(self, task: Task, stage: Stage) -> None:
         """Remember which stage a task is; said before the stage runs."""
         path = self.folder(task) / "stage"
+        aside = path.with_name(f".tmp-{os.getpid()}")
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            create_exclusive(path, stage.id)
+            aside.write_text(stage.id)
+            os.replace(aside, path)  # not synced: what a power cut takes, the next try says again
 
     def state(self, task: Task) -> State:
         """As the stage says; where it says nothing, as the failures do."""
@@ -72,7 +74,7 @@ class Ledger:
         if stage and (holder := stage.holder()):
             return State("running", holder=holder)
         failures = self.failures(task)
-        if failures and (len(failures) >= self.tries or failures[-1].get("final")):
+        if failures and failures[-1].get("final"):
             return State("failed", failures[-1]["reason"])
         return State("waiting")
 
@@ -81,7 +83,8 @@ class Ledger:
         return read_lines(self.folder(task) / "failures.jsonl")
 
     def fail(self, task: Task, reason: str, *, final: bool = False) -> None:
-        """Write down a failed try. final: another one would fail the same way."""
+        """Write down a failed try. final: another one would fail the same way; so is the last that is allowed."""
+        final = final or len(self.failures(task)) + 1 >= self.tries
         path = self.folder(task) / "failures.jsonl"
         line = canonical_json({"reason": reason, "final": final, "time": now(), "host": socket.gethostname()}) + "\n"
         with storing(path):

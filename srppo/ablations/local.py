@@ -7,6 +7,7 @@ workers may share a record: who runs a stage is decided by its lease, and a work
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Task
@@ -22,6 +24,7 @@ from srppo.errors import Diverged, Interrupted, RecordError, StorageError, UserE
 
 HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
 GRACE_S = 30.0  # for children to save after a stop was asked for
+STOPS = (signal.SIGINT, signal.SIGTERM)
 PAUSE_S = 0.01
 ELSEWHERE_S = 1.0  # between looks at stages that other workers hold
 
@@ -55,7 +58,7 @@ class Worker:
     on_event: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
-        self._children: dict[int, _Child] = {}
+        self._children: dict[str, Any] = {}  # by task: what the engine knows of its running stages
         self._open = dict(self.tasks)  # not known to be done or given up
         self._finished: set[str] = set()
         self._hopeless: set[str] = set()
@@ -63,6 +66,8 @@ class Worker:
 
     def run(self) -> None:
         """Raises Interrupted after Ctrl-C or SIGTERM, StorageError where the disk is full; all saved in both cases."""
+        gc.collect()
+        gc.freeze()  # or a child that collects garbage would walk and copy all that is loaded here: 0.3 s a time
         with _stop_requests() as stopped:
             try:
                 while self._step():
@@ -72,6 +77,7 @@ class Worker:
                     time.sleep(PAUSE_S)
             finally:
                 self._stop_children(stopped)
+                gc.unfreeze()
         self.on_change()
 
     def _step(self) -> bool:
@@ -89,7 +95,7 @@ class Worker:
         for key, task in list(self._open.items()):
             if len(self._children) >= self.slots:
                 return True
-            if any(child.task.key == key for child in self._children.values()):
+            if key in self._children:
                 continue
             if any(need in self._hopeless for need in task.needs):
                 self._give_up(task)
@@ -114,7 +120,7 @@ class Worker:
             self._later[task.key] = time.monotonic() + ELSEWHERE_S
             return True
         else:
-            self._fork(task)
+            self._launch(task)
         return False
 
     def _finish(self, task: Task) -> None:
@@ -125,30 +131,32 @@ class Worker:
         self._hopeless.add(task.key)
         del self._open[task.key]
 
-    def _fork(self, task: Task) -> None:
+    def _launch(self, task: Task) -> None:
         taken = {child.slot for child in self._children.values()}
         slot = next(i for i in range(self.slots) if i not in taken)
         log = self.ledger.log_path(task)
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # one that comes before the child can hear it waits
         pid = os.fork()
         if pid == 0:
             _child(task, self.ledger, self.execute, log, parent, self.gpus[slot : slot + 1])
-        self._children[pid] = _Child(task, pid, slot, log)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        self._children[task.key] = _Child(task, pid, slot, log)
 
     # ---- ends
 
     def _reap(self) -> None:
-        for pid, child in list(self._children.items()):
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                _kill_group(pid)  # whatever the stage had started itself; its number is still taken
-                del self._children[pid]
-                self._judge(child, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        for key, child in list(self._children.items()):
+            if _ended(child.pid):
+                _kill_group(child.pid)  # whatever the stage had started itself; its number is still taken
+                del self._children[key]
+                code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+                self._judge(child.task, code, last_line(child.log))
 
-    def _judge(self, child: _Child, code: int) -> None:
-        """Draw the consequence of a child's end. The record decides whether the stage is done, not the exit code."""
-        task, reason = child.task, _last_line(child.log)
+    def _judge(self, task: Task, code: int, reason: str) -> None:
+        """Draw the consequence of a stage's end. The record decides whether it is done, not the exit code."""
         if code == HELD:
             self._later[task.key] = time.monotonic() + ELSEWHERE_S
         elif code == STORAGE:
@@ -174,29 +182,31 @@ class Worker:
     def _kill_overdue(self) -> None:
         if self.timeout_s is None:
             return
-        for pid, child in list(self._children.items()):
+        for key, child in list(self._children.items()):
             if time.monotonic() - child.began > self.timeout_s:
-                _kill_group(pid)
+                _kill_group(child.pid)
                 with suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-                del self._children[pid]
+                    os.waitpid(child.pid, 0)
+                del self._children[key]
                 self._fail(child.task, f"timed out after {self.timeout_s:g} s")
 
     def _stop_children(self, stopped: Sequence[int]) -> None:
         """Ask for a checkpoint, wait a while, then kill; a second request kills at once."""
-        for pid in self._children:
+        for child in self._children.values():
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while self._children and time.monotonic() < deadline and len(stopped) < 2:
-            for pid in list(self._children):
-                if os.waitpid(pid, os.WNOHANG)[0]:
-                    del self._children[pid]
+            for key, child in list(self._children.items()):
+                if _ended(child.pid):
+                    _kill_group(child.pid)
+                    os.waitpid(child.pid, 0)
+                    del self._children[key]
             time.sleep(PAUSE_S)
-        for pid in self._children:
-            _kill_group(pid)
+        for child in self._children.values():
+            _kill_group(child.pid)
             with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+                os.waitpid(child.pid, 0)
         self._children.clear()
 
 
@@ -206,21 +216,23 @@ def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int,
     try:
         os.setsid()
         _die_with(parent)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu[0]
-        code = _try(task, ledger, execute)
+        code = try_task(task, ledger, execute)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
 
 
-def _try(task: Task, ledger: Ledger, execute: Execute) -> int:
+def try_task(task: Task, ledger: Ledger, execute: Execute) -> int:
+    """Run a task in this process; how it ended, as a child's exit code, with the reason as the last printed line."""
     try:
         execute(task, ledger)
     except Diverged as error:
@@ -247,10 +259,9 @@ def _try(task: Task, ledger: Ledger, execute: Execute) -> int:
 
 def _end(code: int, error: BaseException) -> int:
     text = str(error).strip().partition("\n")[0]
-    print(
-        text if isinstance(error, UserError | Diverged | StorageError) else f"{type(error).__name__}: {text}",
-        flush=True,
-    )
+    known = isinstance(error, UserError | Diverged | StorageError)
+    with suppress(OSError):  # a disk may be so full that not even this can be written
+        print(text if known else f"{type(error).__name__}: {text}", flush=True)
     return code
 
 
@@ -266,12 +277,18 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
+def _ended(pid: int) -> bool:
+    """Whether a child has come to its end; its number stays taken until it is waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def _kill_group(pid: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a try printed last; "" where it printed nothing."""
     with suppress(OSError):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1].strip() if lines else ""
@@ -282,10 +299,7 @@ def _last_line(log: Path) -> str:
 def _stop_requests() -> Iterator[list[int]]:
     """Signals that asked for a stop, in order."""
     seen: list[int] = []
-    before = {
-        number: signal.signal(number, lambda signum, frame: seen.append(signum))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, lambda signum, frame: seen.append(signum)) for number in STOPS}
     try:
         yield seen
     finally:

@@ -59,18 +59,18 @@ def ablate_command(
         return None
     run = Run.open(folder, sweep.as_spec())
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
-    if launch.engine == "slurm":
-        from srppo.ablations.slurm import write_sbatch
-
-        write_sbatch(run, plan, found, slots=slots, timeout_s=timeout_s, console=console)
-        return None
     ledger = Ledger(run, TRIES)
     if launch.retry:
         forgive(plan, ledger, console)
+    if launch.engine == "slurm":
+        from srppo.ablations.slurm import write_sbatch
+
+        write_sbatch(plan, ledger, found, slots=slots, device=launch.device, timeout_s=timeout_s, console=console)
+        return None
     if launch.engine == "ray":
         from srppo.ablations.ray_engine import run_ray
 
-        run_ray(plan, ledger, device=device, timeout_s=timeout_s, console=console)
+        run_ray(plan, ledger, slots=launch.slots, device=device, timeout_s=timeout_s, console=console)
     else:
         work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     return folder

@@ -27,11 +27,13 @@ class Ablation:
 
 def grid(**axes: Sequence[Any]) -> list[Ablation]:
     """Every combination of `section.key` values, the last axis fastest: grid(**{"ppo.lr": (1e-5, 3e-5)})."""
+    short = [key.rpartition(".")[2] for key in axes]
+    names = [key if short.count(last) > 1 else last for key, last in zip(axes, short, strict=True)]  # ppo.lr, sft.lr
     return [
         Ablation(
-            ", ".join(f"{key.rpartition('.')[2]} {label(value)}" for key, value in zip(axes, values, strict=True)),
+            ", ".join(f"{name} {label(value)}" for name, value in zip(names, values, strict=True)),
             dict(zip(axes, values, strict=True)),
-            {key.rpartition(".")[2]: value for key, value in zip(axes, values, strict=True)},
+            dict(zip(names, values, strict=True)),
         )
         for values in itertools.product(*axes.values())
     ]

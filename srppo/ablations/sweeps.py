@@ -267,15 +267,16 @@ def any_grid(options: Options) -> Sweep:
     if not options.axes:
         raise ConfigError("grid needs axes; give --axis section.key=v1,v2, for example --axis ppo.lr=3e-5,1e-4")
     points = grid(**options.axes)
-    numeric = [key.rpartition(".")[2] for key, values in options.axes.items() if all(map(_is_number, values))]
+    names = list(points[0].values)
+    ordered = [name for name in names if all(_is_number(point.values[name]) for point in points)]
     return options.sweep(
         "grid",
         "What do " + " and ".join(options.axes) + " change?",
-        tuple(key.rpartition(".")[2] for key in options.axes),
+        names,
         points,
         (SFT, SRPPO),
         every(points, "SRPPO", "SFT"),
-        trend=numeric[0] if numeric else None,
+        trend=ordered[0] if ordered else None,
     )
 
 

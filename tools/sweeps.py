@@ -1,0 +1,53 @@
+"""The README's lines and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/kl-... runs/...`.
+
+Each sweep's plan, rows and figures are copied from its own report, and the README says what the report says.
+"""
+
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from srppo.ablations.analysis import analyse
+from srppo.ablations.run import load_sweep
+from srppo.console import Console
+from srppo.report.sweep import _spent, report_sweep, stages_of
+from srppo.report.sweep_words import answer, trend_lines
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("rows.csv", "differences.csv", "accuracy.png", "differences.png")
+
+
+def copy_results(folder: Path, name: str) -> None:
+    """Plan, rows and figures of a sweep."""
+    target = ROOT / "results" / "sweeps" / name
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "sweep.json", target / "sweep.json")
+    for file in COPIED:
+        shutil.copy(folder / "report" / file, target / file)
+
+
+def said(folder: Path) -> tuple[str, str]:
+    """(name, what the README says of a sweep)."""
+    plan, ledger = load_sweep(folder)
+    report_sweep(folder, Console(plain=True, file=io.StringIO()))
+    copy_results(folder, plan.sweep.name)
+    result = analyse(plan, ledger)
+    lines = [answer(result), *trend_lines(result), _spent(stages_of(plan, ledger))]
+    name = plan.sweep.name
+    picture = f"[rows](results/sweeps/{name}/rows.csv), [figure](results/sweeps/{name}/accuracy.png)"
+    return name, f"**`srppo ablate {name}`** {plan.sweep.question} {' '.join(lines)} {picture}"
+
+
+def main(folders: list[Path]) -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, words in map(said, folders):
+        block = f"<!-- sweep {name} -->\n- {words}\n<!-- end -->"
+        text = re.sub(rf"<!-- sweep {name} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main([Path(each) for each in sys.argv[1:]])
