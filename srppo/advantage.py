@@ -1,4 +1,4 @@
-"""Advantages: generalised advantage estimation and whitening. Pure functions."""
+"""Advantages: generalised advantage estimation, leave-one-out and whitening. Pure functions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
         advantages_BT[:, t] = next_advantage_B
         next_value_B = values_BT[:, t]
     return advantages_BT
+
+
+def rloo(rewards_BT: Tensor, mask_BT: Tensor, *, per_prompt: int) -> Tensor:
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, section 3.2); never whitens.
+
+        A_i = R_i - mean of R_j over the other responses j to the same prompt,    R = sum_t r_t
+
+    The response is one action: its advantage stands at each of its counted tokens, 0 where masked. The baseline does
+    not depend on the response itself, so the gradient is unbiased without a critic. Rows come in groups of `per_prompt`
+    (2 or more) responses to one prompt; where r_t lies within a response makes no difference.
+    """
+    returns_B = rewards_BT.masked_fill(~mask_BT, 0.0).sum(dim=1)
+    returns_PK = returns_B.view(-1, per_prompt)
+    others_PK = (returns_PK.sum(dim=1, keepdim=True) - returns_PK) / (per_prompt - 1)
+    return (returns_PK - others_PK).view(-1, 1).expand_as(rewards_BT).masked_fill(~mask_BT, 0.0)
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The arms of a run: which stage is base, SFT, longer SFT or SRPPO. No torch."""
+"""The arms of a run: which stage is base, SFT, longer SFT, SRPPO or one of the methods beside it. No torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from typing import Any
 
 from srppo.store import Run, Stage
 
-KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO"}
+METHODS = {
+    "extrapolated": "weight extrapolation",
+    "decoded": "decode-time extrapolation",
+    "resampled": "resampling",
+    "best-of-n": "best-of-n",
+}
+"""Arms made of the SFT model without training; as SRPPO's, their compute comes on top of SFT's."""
+KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO", **METHODS}
 EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
-ORDER = ("base", "SFT", EQUAL, CHOSEN, "SRPPO")
+ORDER = ("base", "SFT", EQUAL, CHOSEN, *METHODS.values(), "SRPPO")
 
 
 def stages_by_arm(run: Run) -> dict[str, list[Stage]]:

@@ -126,8 +126,8 @@ for command in (cli_measure.compare, cli_measure.score, cli_measure.forecast, cl
     app.command()(command)
 
 
-for command in (cli_ablate.ablate, cli_ablate.worker):
-    app.command()(command)
+app.command()(cli_ablate.ablate)
+app.command()(cli_ablate.worker)
 
 
 @bench_app.command("kernel")
@@ -187,6 +187,29 @@ def bench_compile(
     from srppo.console import Console
 
     raise typer.Exit(print_compile_report(Console(), tuple(target or TARGETS)))
+
+
+@bench_app.command("sweep")
+def bench_sweep(
+    stages: Annotated[int, typer.Option(min=0, help="Stages that do nothing; 0: none.")] = 1000,
+    slots: Annotated[int, typer.Option(min=1, help="Stages at once.")] = 1,
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds of SFT and SRPPO that train; 0: none.")] = 1,
+    sets: SetOption = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended; stages run beside it.")] = Path(
+        "runs/bench-sweep/sweep.jsonl"
+    ),
+    debug: DebugOption = False,
+) -> None:
+    """What the harness of a sweep costs: 1,000 empty stages, and its share of stages that train."""
+    from srppo.ablations.run import prepare_process
+    from srppo.config import load_recipe
+    from srppo.console import Console
+
+    prepare_process(1)
+    from srppo.bench.sweep import SweepBench, run_sweep_bench  # torch comes with this
+
+    recipe = load_recipe(None, [*cli_ablate.SMALL, *(sets or [])])
+    run_sweep_bench(SweepBench(recipe, stages, slots, seeds, out), Console())
 
 
 def _name(recipe: Path | None) -> str:

@@ -40,7 +40,9 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     demonstrations: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets with answers")
     prompts: tuple[str, ...] = Field(
-        (), description="files, folders or hub sets; answers are not read; none: the embedded ones, with embedded data"
+        (),
+        description="files, folders, hub sets, embedded:demonstrated|prompted|unseen (embedded: the first two); "
+        "answers in them are not read; none: embedded, with embedded data",
     )
     size: int | None = Field(
         None,
@@ -49,7 +51,28 @@ class DataConfig(_Section):
     )
     prompts_size: int | None = Field(None, ge=1, description="prompts used, likewise; none: all")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of demonstrations kept out of SFT for answer NLL")
+    noise: Literal[
+        "none",
+        "derangement",
+        "derangement-across",
+        "token-corruption",
+        "truncation",
+        "wrong-task",
+        "near-miss",
+        "base-answers",
+    ] = Field(
+        "none",
+        description="wrong answers in demonstrations: of another row of the task | of another task's | words of others "
+        "| cut | as another task would have it | one small edit | what the base says",
+    )
+    noise_rate: float = Field(0.0, ge=0, le=1, description="share of the demonstrations used that get one; nested")
     overlap: Literal["any", "minimum"] = Field("any", description="minimum: drop prompts that resemble SFT prompts")
+    overlap_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of prompts that are the demonstrations' own, the others unlike them; none: as they come",
+    )
     max_prompt_tokens: int = Field(512, ge=1, description="longer prompts are reported and left out")
     max_tokens: int = Field(1024, ge=2, description="prompt and answer; longer answers are cut and counted")
     system: str | None = Field(None, description="system message put before each prompt")
@@ -59,9 +82,25 @@ class DataConfig(_Section):
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.noise == "none" and self.noise_rate:
+            raise ValueError(
+                f"noise_rate is {self.noise_rate:g} but noise is none; set data.noise to a kind, or rate 0"
+            )
+        if self.overlap == "minimum" and self.overlap_share:
+            raise ValueError(
+                f"overlap = minimum wants no prompt of a demonstration, overlap_share = {self.overlap_share:g} wants "
+                "some; leave one of them out"
+            )
+        return self
+
 
 class SftConfig(_Section):
     epochs: int = Field(1, ge=1, description="passes over the demonstrations")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps instead of epochs, whatever the number of demonstrations; none: epochs"
+    )
     batch: int = Field(8, ge=1, description="demonstrations an optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate (AdamW)")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
@@ -73,6 +112,7 @@ class SftConfig(_Section):
 
 class RolloutConfig(_Section):
     batch: int = Field(96, ge=2, description="responses sampled a PPO step")
+    per_prompt: int = Field(1, ge=1, description="of which to each prompt; must divide the batch, and RLOO needs 2")
     max_new_tokens: int = Field(16, ge=1, description="length limit of a response, EOS included")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; rewards are always taken at 1")
 
@@ -101,19 +141,22 @@ class RewardConfig(_Section):
 
 class PpoConfig(_Section):
     steps: int = Field(20, ge=1, description="rollout batches")
+    advantage: Literal["gae", "rloo"] = Field(
+        "gae", description="gae: a critic; rloo: none, but the mean of the other responses to the prompt"
+    )
     epochs: int = Field(2, ge=1, description="passes over each batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
     lr: float = Field(1e-4, gt=0, description="policy learning rate (Adam)")
     value_lr: float = Field(5e-4, gt=0, description="critic learning rate (Adam)")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of both learning rates")
     warmup: float = Field(0.0, ge=0, le=1, description="share of steps with rising learning rate")
-    gamma: float = Field(1.0, gt=0, le=1, description="discount")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount; RLOO has none")
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
     clip: float = Field(0.2, gt=0, description="policy ratio clip")
     value_clip: float | None = Field(0.2, gt=0, description="value clip, in units of the scaled reward")
     whiten: bool = Field(True, description="advantages to mean 0 and deviation 1 over the batch")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, policy and critic each")
-    critic_warmup: int = Field(0, ge=0, description="first steps that train the critic only")
+    critic_warmup: int = Field(0, ge=0, description="first steps that train the critic only; RLOO has none")
     target_kl: float | None = Field(
         None, gt=0, description="stop a step's passes once KL(old, new) a token exceeds this"
     )
@@ -125,6 +168,29 @@ class PpoConfig(_Section):
     @classmethod
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value  # TOML has no word for it, and the default is a number
+
+
+class MethodsConfig(_Section):
+    """What PPO is compared with beside longer SFT; read by those stages alone."""
+
+    alphas: tuple[float, ...] = Field(
+        (0.25, 0.5, 1.0, 2.0, 4.0),
+        min_length=1,
+        description="weight extrapolation sft + alpha (sft - base): development items choose one of these",
+    )
+    samples: int = Field(96, ge=2, description="samples of the SFT model an item, for resampling and best-of-n")
+
+    @field_validator("alphas", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
+
+    @field_validator("alphas")
+    @classmethod
+    def _distinct(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value) or min(value) <= 0:
+            raise ValueError("alphas are distinct and above 0 (at 0 it is the SFT model itself)")
+        return value
 
 
 class EvalConfig(_Section):
@@ -149,6 +215,7 @@ class Recipe(_Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PpoConfig = PpoConfig()
+    methods: MethodsConfig = MethodsConfig()
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
@@ -158,12 +225,31 @@ class Recipe(_Section):
                 f"ppo.minibatches ({self.ppo.minibatches}) exceeds rollout.batch ({self.rollout.batch}); "
                 "a minibatch needs at least one rollout"
             )
+        if self.rollout.batch % self.rollout.per_prompt:
+            raise ValueError(
+                f"rollout.per_prompt ({self.rollout.per_prompt}) does not divide rollout.batch ({self.rollout.batch}); "
+                "each prompt of a step gets as many responses"
+            )
+        if self.ppo.advantage == "rloo":
+            self._fits_rloo()
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError(
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) must be below data.max_tokens "
                 f"({self.data.max_tokens}), or no answer fits"
             )
         return self
+
+    def _fits_rloo(self) -> None:
+        if self.rollout.per_prompt < 2:
+            raise ValueError(
+                "ppo.advantage = rloo compares the responses to one prompt: set rollout.per_prompt to 2 or more "
+                f"(found {self.rollout.per_prompt}), for example 4"
+            )
+        if self.ppo.gamma != 1 or self.ppo.critic_warmup:
+            raise ValueError(
+                "ppo.advantage = rloo takes the response as one action and has no critic: leave ppo.gamma at 1 and "
+                f"ppo.critic_warmup at 0 (found {self.ppo.gamma:g} and {self.ppo.critic_warmup})"
+            )
 
 
 def all_keys() -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from srppo.chat import encode_prompt
 from srppo.config import Recipe, derive_seed
 from srppo.errors import DataError
-from srppo.models import LanguageModel
-from srppo.rollout import generate
-from srppo.sft import answer_nll_sum
+from srppo.models import LanguageModel, forward_flops
+from srppo.rollout import Generated, generate
+from srppo.sft import answer_nll_sum, training_flops
 from srppo.stats import Estimate, item_interval
 from srppo.types import EncodedDemonstration, Message, Prompt
 
@@ -49,6 +49,14 @@ class Verdict:
     correct: tuple[bool, ...]
     ended: tuple[bool, ...]
     tokens: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+    """One response to an item; tokens: its length, EOS included."""
+
+    text: str
+    ended: bool
+    tokens: int
 
 
 def load_items(recipe: Recipe, split: str) -> list[EvalItem]:
@@ -93,22 +101,9 @@ def _read_items(path: Path, split: str) -> list[EvalItem]:
     return found
 
 
-@torch.no_grad()
-def answer_items(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[EvalItem],
-    recipe: Recipe,
-    *,
-    samples: int | None,
-    stops: Sequence[int],
-) -> list[Verdict]:
-    """Let a model answer: greedily (samples None) or `samples` times at temperature 1.
-
-    Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them.
-    """
-    pad = int(tokenizer.pad_token_id)
-    prompts = []
+def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], recipe: Recipe) -> list[Sequence[int]]:
+    """Token ids of each item's prompt, up to where the answer begins. Raises DataError for one that cannot be used."""
+    prompts: list[Sequence[int]] = []
     for item in items:
         ids = encode_prompt(
             tokenizer,
@@ -119,10 +114,42 @@ def answer_items(
         if isinstance(ids, str):
             raise DataError(f"evaluation item {item.prompt[:60]!r} cannot be used: {ids}")
         prompts.append(ids)
-    answers: list[list[tuple[str, bool, int]]] = [[] for _ in items]
+    return prompts
+
+
+def verdict_of(item: EvalItem, answers: Sequence[Answer]) -> Verdict:
+    """What was written for an item, each answer right where it equals the known one."""
+    return Verdict(
+        **asdict(item),
+        responses=tuple(answer.text for answer in answers),
+        correct=tuple(answer.text.strip() == item.answer.strip() for answer in answers),
+        ended=tuple(answer.ended for answer in answers),
+        tokens=tuple(answer.tokens for answer in answers),
+    )
+
+
+@torch.no_grad()
+def answer_items(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[EvalItem],
+    recipe: Recipe,
+    *,
+    samples: int | None,
+    stops: Sequence[int],
+    decode: Callable[..., Generated] = generate,
+) -> list[Verdict]:
+    """Let a model answer: greedily (samples None) or `samples` times at temperature 1.
+
+    Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them. `decode` takes what
+    `rollout.generate` takes.
+    """
+    pad = int(tokenizer.pad_token_id)
+    prompts = encode_items(tokenizer, items, recipe)
+    answers: list[list[Answer]] = [[] for _ in items]
     for draw in range(samples or 1):
         for start in range(0, len(items), EVAL_BATCH):
-            generated = generate(
+            generated = decode(
                 model,
                 prompts[start : start + EVAL_BATCH],
                 stop_ids=stops,
@@ -134,17 +161,14 @@ def answer_items(
             written = generated.responses()
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             for i, (text, ended) in enumerate(zip(texts, generated.ended_B.tolist(), strict=True)):
-                answers[start + i].append((text, ended, len(written[i])))
-    return [
-        Verdict(
-            **asdict(item),
-            responses=tuple(text for text, _, _ in given),
-            correct=tuple(text.strip() == item.answer.strip() for text, _, _ in given),
-            ended=tuple(ended for _, ended, _ in given),
-            tokens=tuple(tokens for _, _, tokens in given),
-        )
-        for item, given in zip(items, answers, strict=True)
-    ]
+                answers[start + i].append(Answer(text, ended, len(written[i])))
+    return [verdict_of(item, given) for item, given in zip(items, answers, strict=True)]
+
+
+def answer_flops(model: LanguageModel, prompts: Sequence[Sequence[int]], verdicts: Sequence[Verdict]) -> int:
+    """Counted operations of writing all the answers of some items, whose prompts are given as token ids."""
+    pairs = [(len(ids), n) for ids, verdict in zip(prompts, verdicts, strict=True) for n in verdict.tokens]
+    return forward_flops(model, torch.tensor([p + n for p, n in pairs]), sum(n for _, n in pairs))
 
 
 def accuracy_by_group(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
@@ -194,6 +218,20 @@ class Development:
 
     def measure(self, model: LanguageModel) -> tuple[dict[str, Any], float | None]:
         """(metrics to log, score); score None: there is nothing to choose by."""
+        return self.rated(model, self.answers(model))
+
+    def answers(self, model: LanguageModel) -> list[Verdict]:
+        """Greedy answers to the development items."""
+        return answer_items(model, self.tokenizer, self.items, self.recipe, samples=None, stops=self.stops)
+
+    def flops(self, model: LanguageModel, verdicts: Sequence[Verdict]) -> int:
+        """Counted operations of one measurement."""
+        prompts = encode_items(self.tokenizer, self.items, self.recipe)
+        scored = training_flops(model, self.held_out) // 3  # forward alone
+        return answer_flops(model, prompts, verdicts) + scored
+
+    def rated(self, model: LanguageModel, verdicts: Sequence[Verdict]) -> tuple[dict[str, Any], float | None]:
+        """`measure` with the answers given."""
         row: dict[str, Any] = {}
         score = None
         if self.held_out:
@@ -201,7 +239,6 @@ class Development:
             if self.recipe.eval.metric == "nll":
                 score = -row["dev/nll"]
         if self.items:
-            verdicts = answer_items(model, self.tokenizer, self.items, self.recipe, samples=None, stops=self.stops)
             row |= {f"dev/{group}": estimate.mean for group, estimate in accuracy_by_group(verdicts).items()}
             row["dev/accuracy"] = sum(v.correct[0] for v in verdicts) / len(verdicts)
             if self.recipe.eval.metric == "accuracy":

@@ -25,7 +25,7 @@ on test items, with 95% intervals over items; one training seed says nothing abo
 
 {figures}
 
-Step {kept} of {total} was kept; the rule is in the recipe (`eval.keep`, `eval.metric`).
+{choice}
 
 ## Recipe
 
@@ -63,7 +63,20 @@ def model_card(recipe: Recipe, kind: str, figures: Mapping[str, Any]) -> str:
         base=recipe.model.base,
         quoted_base=json.dumps(recipe.model.base, ensure_ascii=False),  # a path may hold what YAML takes for syntax
         figures=table,
-        kept=figures["kept_step"],
-        total=figures["steps"],
+        choice=_choice(figures),
         recipe=to_toml(recipe),
+    )
+
+
+def _choice(figures: Mapping[str, Any]) -> str:
+    """What was picked on development items, in a sentence."""
+    if "alpha" in figures:
+        tried = ", ".join(f"{row['alpha']:g}" for row in figures["alphas"])
+        return (
+            f"The weights are sft + alpha (sft - base) with alpha = {figures['alpha']:g}, chosen of {tried} "
+            "(`methods.alphas`) by `eval.metric`; nothing was trained."
+        )
+    return (
+        f"Step {figures['kept_step']} of {figures['steps']} was kept; the rule is in the recipe (`eval.keep`, "
+        "`eval.metric`)."
     )

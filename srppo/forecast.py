@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from srppo.config import RewardConfig
 from srppo.console import Console, duration
+from srppo.draws import rewarded
 from srppo.errors import ConfigError, UserError
 from srppo.loop import load_weights
 from srppo.models import LanguageModel
 from srppo.optimum import (
     Draws,
-    Floats,
     Point,
     Reached,
     beta_grid,
@@ -32,12 +31,9 @@ from srppo.optimum import (
     reached_of,
 )
 from srppo.pair import Pair, load_pair
-from srppo.questions import Question, as_generated, load_questions, sample
-from srppo.reward import RunningStd, compute_rewards
-from srppo.rollout import score_log_ratio, score_logprobs
+from srppo.questions import Question, load_questions, sample
 from srppo.store import Stage
 
-SCORE_BATCH = 128  # rows of one forward pass
 PROMPTS = 120
 SAMPLES, PPO_SAMPLES = 256, 16  # a prompt: of the SFT model, of each checkpoint
 PPO_GROUPS = ("demonstrated", "prompted")  # embedded groups that PPO prompts come from; `unseen` is told apart
@@ -204,14 +200,7 @@ def _draw(
         temperature=temperature,
         progress=_Progress(console, name),
     )
-    # Short answers repeat: each distinct one is scored once.
-    rows = list(dict.fromkeys((i, ids) for i, each in enumerate(drawn) for ids in each))
-    values = _score(pair, policy if own else None, temperature, questions, rows, config)
-    place = {row: j for j, row in enumerate(rows)}
-    index_QK = np.array([[place[i, ids] for ids in each] for i, each in enumerate(drawn)])
-    reward_QK, log_ratio_QK, log_policy_sft_QK, length_QK, right_QK = (column[index_QK] for column in values)
-    known = all(question.answer is not None for question in questions)
-    return Draws(reward_QK, log_ratio_QK, length_QK, right_QK if known else None, log_policy_sft_QK)
+    return rewarded(pair, questions, drawn, config, policy=policy if own else None, temperature=temperature)
 
 
 class _Progress:
@@ -227,38 +216,3 @@ class _Progress:
             self.said = now
             left = duration((now - self.began) / done * (total - done))
             self.console.say(f"{self.name}: {done:,} of {total:,} samples, {left} left")
-
-
-@torch.no_grad()
-def _score(
-    pair: Pair,
-    policy: LanguageModel | None,
-    temperature: float,
-    questions: Sequence[Question],
-    rows: Sequence[tuple[int, tuple[int, ...]]],
-    config: RewardConfig,
-) -> list[Floats]:
-    """reward r', log-ratio r, log pi - log pi_sft (0 without a policy), length and rightness of each row."""
-    order = sorted(range(len(rows)), key=lambda j: (len(questions[rows[j][0]].ids), len(rows[j][1])))
-    columns = [np.zeros(len(rows)) for _ in range(3)]
-    for start in range(0, len(rows), SCORE_BATCH):
-        chunk = order[start : start + SCORE_BATCH]
-        batch = as_generated(pair, [questions[rows[j][0]].ids for j in chunk], [rows[j][1] for j in chunk])
-        ratio = score_log_ratio(pair.sft, pair.base, batch, micro_batch=SCORE_BATCH)
-        rewards = compute_rewards(
-            config,
-            **ratio._asdict(),
-            policy_logprobs_BT=ratio.sft_logprobs_BT,
-            mask_BT=batch.response_mask_BT,
-            ended_B=batch.ended_B,
-            running=RunningStd(),
-            seed=0,
-        )
-        columns[0][chunk] = rewards.score_B.double().cpu()
-        columns[1][chunk] = ratio.log_ratio_BT.double().sum(dim=1).cpu()
-        if policy is not None:
-            theirs_BT = score_logprobs(policy, batch, micro_batch=SCORE_BATCH, temperature=temperature)
-            columns[2][chunk] = (theirs_BT - ratio.sft_logprobs_BT).double().sum(dim=1).cpu()
-    texts = pair.tokenizer.batch_decode([list(ids) for _, ids in rows], skip_special_tokens=True)
-    right = [float(bool(questions[i].is_right(text))) for (i, _), text in zip(rows, texts, strict=True)]
-    return [*columns, np.array([float(len(ids)) for _, ids in rows]), np.array(right)]

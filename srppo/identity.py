@@ -17,16 +17,38 @@ SECTIONS = {
     "ppo": ("rollout", "reward", "ppo"),
 }
 """Sections of the recipe that each kind of stage reads whole."""
+_SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty")  # what a whole response is paid by
+METHODS: dict[str, dict[str, tuple[str, ...]]] = {
+    "extrapolated": {"methods": ("alphas",), "eval": ("samples", "metric", "limit")},
+    "decoded": {"reward": ("kind", "token_clip", "anchor", "beta"), "eval": ("samples",)},
+    "resampled": {"reward": (*_SCORE, "anchor", "beta"), "methods": ("samples",), "eval": ("samples",)},
+    "best-of-n": {"reward": _SCORE, "methods": ("samples",), "eval": ("samples",)},
+}
+"""The single keys that a kind of stage reads which trains nothing: what PPO is compared with beside longer SFT."""
+_ADDED: dict[str, dict[str, Any]] = {
+    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None},
+    "sft": {"steps": None},
+    "rollout": {"per_prompt": 1},
+    "ppo": {"advantage": "gae"},
+}
+"""Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
+_CRITIC = ("value_lr", "value_clip", "gamma", "lam", "critic_warmup")  # keys of ppo that RLOO does not read
 _PATHS = ("demonstrations", "prompts")
-_ONLY_PPO = ("prompts_size", "overlap")  # keys of data that SFT never sees
+_ONLY_PPO = ("prompts_size", "overlap", "overlap_share")  # keys of data that SFT never sees
 
 
 def stage_settings(recipe: Recipe, kind: str) -> dict[str, Any]:
     """Settings that decide the outcome of a stage of this kind, beside its parents and data."""
     dump = recipe.model_dump(mode="json")
+    for section, defaults in _ADDED.items():
+        dump[section] = {k: v for k, v in dump[section].items() if k not in defaults or v != defaults[k]}
+    if not recipe.data.noise_rate:
+        dump["data"].pop("noise", None)  # at rate 0 every kind is none
+    if recipe.ppo.advantage == "rloo":
+        dump["ppo"] = {k: v for k, v in dump["ppo"].items() if k not in _CRITIC}
     prompts = kind == "ppo"
     outside = _PATHS if prompts else (*_PATHS, *_ONLY_PPO)
-    settings = {name: dump[name] for name in SECTIONS[kind]} | {
+    settings = {name: dump[name] for name in SECTIONS.get(kind, ())} | {
         "seed": dump["seed"],
         "precision": dump["model"]["precision"],
         "kernels": dump["model"]["kernels"],
@@ -34,4 +56,6 @@ def stage_settings(recipe: Recipe, kind: str) -> dict[str, Any]:
         "eval": {k: v for k, v in dump["eval"].items() if k not in ("every", "items")},
         "max_new_tokens": dump["rollout"]["max_new_tokens"],
     }
+    for section, keys in METHODS.get(kind, {}).items():
+        settings[section] = {key: dump[section][key] for key in keys}
     return settings | ({"every": recipe.eval.every} if prompts else {})

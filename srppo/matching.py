@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,34 @@ from srppo.errors import DataError
 from srppo.results import TaskResult
 
 BySeed = Mapping[int | None, TaskResult]
+
+DECISIVE = {
+    "harness": ("version of srppo eval", "with one version of srppo"),
+    "task_content": ("the task's YAML or code", "with one file of the task and one lm-eval"),
+    "task_version": ("version of the task", "with one file of the task and one lm-eval"),
+    "num_fewshot": ("few-shot examples", "with the same --num-fewshot"),
+    "fewshot_seed": ("seed of the few-shot examples", "with the same --seed"),
+    "templated": ("chat template", "with --chat-template, or both with --no-chat-template"),
+    "generation.temperature": ("temperature", "with the same --temperature"),
+    "generation.max_new_tokens": ("new tokens at most", "with the same --max-new-tokens"),
+    "generation.until": ("stop texts", "with one file of the task"),
+    "generation.top_k": ("top_k", "with one file of the task"),
+    "generation.top_p": ("top_p", "with one file of the task"),
+    "generation.extra": ("generation_kwargs", "with one file of the task"),
+    "rollout.max_new_tokens": ("rollout.max_new_tokens", "with the same rollout.max_new_tokens"),
+    "data.system": ("system prompt", "with the same data.system"),
+}
+"""Settings under which a task asks or scores otherwise: how they are called, and how to make them equal."""
+HARMLESS = {
+    "samples": "samples a prompt",
+    "batch_size": "batch size",
+    "device": "device",
+    "precision": "precision",
+    "environment.packages.torch": "torch",
+    "environment.packages.transformers": "transformers",
+    "environment.packages.lm-eval": "lm-eval",
+}
+"""Settings that change precision or rounding, not the question."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +107,63 @@ def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:
                     f"{first.task}: {first.path} has the metric {first.metric}, {result.path} has {result.metric}; "
                     "pick one that both have with --metric"
                 )
+    made = _made_alike([result for each in pairs for result in each])
     scores = [[dict(zip(r.items, r.scores, strict=True)) for r in each] for each in pairs]
     items, left_out = _pair_items(pairs, scores, names)
     clusters = _clusters(pairs, items)
     arrays = [np.array([[each[side][item] for item in items] for each in scores]) for side in (0, 1)]
     seeds = tuple(after.seed if before.seed is None else before.seed for before, after in pairs)
-    return Paired(arrays[0], arrays[1], seeds, clusters, left_out, notes)
+    return Paired(arrays[0], arrays[1], seeds, clusters, left_out, (*notes, *made))
+
+
+def _made_alike(results: Sequence[TaskResult]) -> tuple[str, ...]:
+    """What a reader should know of how results were made. Raises DataError where they cannot be compared."""
+    every = [_comparable(result) for result in results]
+    first = every[0]
+    for result, settings in zip(results, every, strict=True):
+        unlike = [key for key in DECISIVE if key in first and key in settings and first[key] != settings[key]]
+        if unlike:
+            what = "; ".join(f"{DECISIVE[key][0]}: {_said(first[key])} and {_said(settings[key])}" for key in unlike)
+            ways = " and ".join(dict.fromkeys(DECISIVE[key][1] for key in unlike))
+            raise DataError(
+                f"{result.task}: {results[0].path} and {result.path} were made in ways that cannot be compared "
+                f"({what}); make both {ways}"
+            )
+    return (*_harmless(every), *_unrecorded(results, every))
+
+
+def _harmless(every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Notes on settings that differ and do not forbid to compare."""
+    values = {key: list(dict.fromkeys(_said(each[key]) for each in every if key in each)) for key in HARMLESS}
+    differ = [f"{HARMLESS[key]} ({', '.join(found)})" for key, found in values.items() if len(found) > 1]
+    notes = [f"results differ in {', '.join(differ)}; the questions are the same"] if differ else []
+    if len({each["chat_template"] for each in every if each.get("templated")}) > 1:
+        notes.append("the models have different chat templates; each was asked in its own")
+    return notes
+
+
+def _unrecorded(results: Sequence[TaskResult], every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note where some results, such as older ones, do not say what others do."""
+    recorded = {key for each in every for key in DECISIVE if key in each}
+    lacking = [result.path for result, each in zip(results, every, strict=True) if not recorded <= each.keys()]
+    return [f"{lacking[0]} does not record all of its settings: move it away and evaluate again"] if lacking else []
+
+
+def _comparable(result: TaskResult) -> dict[str, Any]:
+    """A result's settings, with whether there was a chat template beside its text, and all further keys as one."""
+    settings = dict(result.settings)
+    if "chat_template" in settings:
+        settings["templated"] = settings["chat_template"] is not None
+    if "generation.until" in settings:
+        further = {key.rpartition(".")[2]: value for key, value in settings.items() if ".extra." in key}
+        settings["generation.extra"] = further
+    return settings
+
+
+def _said(value: Any) -> str:
+    """A setting in few characters."""
+    text = {None: "none", True: "yes", False: "no"}[value] if isinstance(value, bool | None) else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
 
 
 def _pair_seeds(

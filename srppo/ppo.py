@@ -3,7 +3,7 @@
     1. sample a response y to each prompt x from the policy
     2. score it: old log-probs, values, log pi_sft, log pi_base
     3. reward r = log pi_sft(y|x) - log pi_base(y|x) at EOS, minus beta KL to the anchor, over a running deviation
-    4. advantages by GAE, returns, whitening
+    4. advantages by GAE, returns, whitening; or leave-one-out (ppo.advantage = "rloo"), which has no critic
     5. several passes of clipped policy and value updates
 
 Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (design section 1): beta of order 1, not
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from srppo.advantage import gae, whiten, whitening_std
+from srppo.advantage import gae, rloo, whiten, whitening_std
 from srppo.config import PpoConfig, Recipe, derive_seed
 from srppo.errors import Diverged
 from srppo.loop import Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
@@ -40,22 +40,35 @@ ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first s
 
 @dataclass(frozen=True)
 class Learners:
-    """The two trained models with their optimizers."""
+    """The two trained models with their optimizers; without a critic (RLOO), value and value_optimizer are None."""
 
     policy: LanguageModel
-    value: ValueModel
+    value: ValueModel | None
     policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer | None
 
     @classmethod
     def start(cls, policy: LanguageModel, config: PpoConfig) -> Learners:
         """The critic starts as a copy of the policy's body, which is the SFT model's, under a zero head."""
+        policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS)
+        if config.advantage == "rloo":
+            return cls(policy, None, policy_optimizer, None)
         value = ValueModel(policy)
         return cls(
             policy,
             value,
-            torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS),
+            policy_optimizer,
             torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
+        )
+
+    def state(self, counters: dict[str, Any]) -> TrainState:
+        """What a checkpoint holds of them, beside counters."""
+        modules = {"policy": self.policy.model, "value": self.value}
+        optimizers = {"policy": self.policy_optimizer, "value": self.value_optimizer}
+        return TrainState(
+            {name: module for name, module in modules.items() if module is not None},
+            {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None},
+            counters,
         )
 
 
@@ -86,13 +99,8 @@ def train_ppo(
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
     config, rollout = recipe.ppo, recipe.rollout
     learners = Learners.start(policy, config)
-    value = learners.value
     running = RunningStd()
-    state = TrainState(
-        {"policy": policy.model, "value": value},
-        {"policy": learners.policy_optimizer, "value": learners.value_optimizer},
-        {"flops": 0, "running": running.state_dict()},
-    )
+    state = learners.state({"flops": 0, "running": running.state_dict()})
     session = Session(
         bench,
         state,
@@ -106,7 +114,7 @@ def train_ppo(
         watch = Stopwatch()
         running.load_state_dict(state.counters["running"])
         # 1. Rollouts: prompts and random numbers are functions of the step alone.
-        chosen = prompt_schedule(len(prompts), rollout.batch, step - 1, recipe.seed)
+        chosen = prompt_schedule(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
         generated = generate(
             policy,
             [prompts[i] for i in chosen],
@@ -118,7 +126,9 @@ def train_ppo(
         )
         watch.lap("generate_s")
         # 2. Scores, all from the same path as training.
-        batch = to_batch(generated, policy, value, micro_batch=config.micro_batch, temperature=rollout.temperature)
+        batch = to_batch(
+            generated, policy, learners.value, micro_batch=config.micro_batch, temperature=rollout.temperature
+        )
         scores = score_log_ratio(sft_policy, base_policy, batch, micro_batch=config.micro_batch)
         # 3. Rewards.
         rewards = compute_rewards(
@@ -136,11 +146,15 @@ def train_ppo(
         # 4. Advantages, 5. updates.
         anchor_BT = scores.sft_logprobs_BT if recipe.reward.anchor == "sft" else scores.base_logprobs_BT
         targets = make_targets(recipe, batch, rewards, anchor_BT)
-        row = rollout_metrics(batch, rewards, scores, targets)
+        row = rollout_metrics(batch, rewards, scores)
+        if learners.value is not None:
+            returns_BT, mask_BT = targets.returns_BT, batch.response_mask_BT
+            row["explained_variance"] = explained_variance(batch.old_values_BT, returns_BT, mask_BT)
         stop_if_diverged(row["kl_sft"], config.max_kl, step)
         factor = lr_factor(config.schedule, config.warmup, step, config.steps)
         set_lr(learners.policy_optimizer, config.lr * factor)
-        set_lr(learners.value_optimizer, config.value_lr * factor)
+        if learners.value_optimizer is not None:
+            set_lr(learners.value_optimizer, config.value_lr * factor)
         row |= update(recipe, learners, targets, step)
         watch.lap("update_s")
         state.counters["flops"] += step_flops(
@@ -169,11 +183,17 @@ def stop_if_diverged(kl_sft: float, limit: float, step: int) -> None:
 
 
 def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
-    """Advantages (whitened over what is trained on) and returns of a batch."""
+    """Advantages (whitened over what is trained on) and returns of a batch.
+
+    RLOO's baseline takes in the rollouts that are left out of the loss: they are responses to the prompt all the same.
+    """
     loss_mask_BT = batch.response_mask_BT & rewards.trained_B.unsqueeze(1)
-    advantages_BT = gae(
-        rewards.rewards_BT, batch.old_values_BT, batch.response_mask_BT, gamma=recipe.ppo.gamma, lam=recipe.ppo.lam
-    )
+    if recipe.ppo.advantage == "rloo":
+        advantages_BT = rloo(rewards.rewards_BT, batch.response_mask_BT, per_prompt=recipe.rollout.per_prompt)
+    else:
+        advantages_BT = gae(
+            rewards.rewards_BT, batch.old_values_BT, batch.response_mask_BT, gamma=recipe.ppo.gamma, lam=recipe.ppo.lam
+        )
     returns_BT = advantages_BT + batch.old_values_BT
     kl_scale = 1.0 / rewards.scale
     if recipe.ppo.whiten:
@@ -217,8 +237,10 @@ def minibatch_update(
     config, count = recipe.ppo, int(targets.loss_mask_BT[indices].sum())
     trains_policy = step > config.critic_warmup
     learners.policy_optimizer.zero_grad(set_to_none=True)
-    learners.value_optimizer.zero_grad(set_to_none=True)
-    metrics = dict.fromkeys(("policy_loss", "value_loss", "clip_share", "value_clip_share", "approx_kl"), 0.0)
+    if learners.value_optimizer is not None:
+        learners.value_optimizer.zero_grad(set_to_none=True)
+    names = ("policy_loss", "value_loss", "clip_share", "value_clip_share", "approx_kl")
+    metrics = {name: 0.0 for name in names if learners.value is not None or not name.startswith("value")}
     if count == 0:  # every rollout of the minibatch was left out by reward.at_limit = "drop"
         return metrics
     for part in micro_slices(len(indices), config.micro_batch):
@@ -244,24 +266,32 @@ def minibatch_update(
             metrics["policy_loss"] += float(policy.loss.detach())
             metrics["clip_share"] += float(policy.clip_share)
             metrics["approx_kl"] += float(policy.approx_kl)
-        values_BT = learners.value.response_values(rows.tokens_BS, rows.attention_mask_BS, width)
-        critic = clipped_value_loss(
-            values_BT, rows.old_values_BT, returns_BT, mask_BT, clip=config.value_clip, token_count=count
-        )
-        critic.loss.backward()
-        metrics["value_loss"] += float(critic.loss.detach())
-        metrics["value_clip_share"] += float(critic.clip_share)
+        if learners.value is not None:
+            values_BT = learners.value.response_values(rows.tokens_BS, rows.attention_mask_BS, width)
+            critic = clipped_value_loss(
+                values_BT, rows.old_values_BT, returns_BT, mask_BT, clip=config.value_clip, token_count=count
+            )
+            critic.loss.backward()
+            metrics["value_loss"] += float(critic.loss.detach())
+            metrics["value_clip_share"] += float(critic.clip_share)
     if moved_too_far(metrics["approx_kl"], config):
         return metrics
-    metrics["value_grad_norm"] = clip_gradients(learners.value, config.max_grad_norm, step)
-    learners.value_optimizer.step()
+    return metrics | optimizer_steps(learners, config, step, trains_policy=trains_policy)
+
+
+def optimizer_steps(learners: Learners, config: PpoConfig, step: int, *, trains_policy: bool) -> dict[str, float]:
+    """Clip the gradients and step; the norms as they were before."""
+    norms = {}
+    if learners.value is not None and learners.value_optimizer is not None:
+        norms["value_grad_norm"] = clip_gradients(learners.value, config.max_grad_norm, step)
+        learners.value_optimizer.step()
     if trains_policy:
-        metrics["grad_norm"] = clip_gradients(learners.policy, config.max_grad_norm, step)
+        norms["grad_norm"] = clip_gradients(learners.policy, config.max_grad_norm, step)
         learners.policy_optimizer.step()
-    return metrics
+    return norms
 
 
-def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: LogRatio, targets: Targets) -> dict[str, Any]:
+def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: LogRatio) -> dict[str, Any]:
     """What a batch of rollouts says before any update. KL: k1 over the sampled responses, nats a response.
 
     The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token.
@@ -275,20 +305,19 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: LogRatio, tar
         "length": float(lengths_B.mean()),
         "ended": float(batch.ended_B.float().mean()),
         "entropy": float(-masked_mean(batch.old_logprobs_BT, mask_BT)),
-        "explained_variance": explained_variance(batch.old_values_BT, targets.returns_BT, mask_BT),
         "scale": rewards.scale,
         **reward_diagnostics(scores.log_ratio_BT, scores.base_logprobs_BT, rewards.score_B, mask_BT),
     }
 
 
 def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, int], critic_only: bool) -> int:
-    """Counted operations of one step: sampling, four scoring passes (policy, SFT, base, value), and the updates.
+    """Counted operations of one step: sampling, scoring by policy, SFT model, base and critic, and the updates.
 
     updates: minibatches done, and how many make a pass.
     """
     lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
     policy = forward_flops(learners.policy, lengths_B, head_tokens)
-    value = forward_flops(learners.value, lengths_B, head_tokens)
+    value = 0 if learners.value is None else forward_flops(learners.value, lengths_B, head_tokens)
     trained = value if critic_only else policy + value
     return 4 * policy + value + 3 * trained * updates[0] // updates[1]
 

@@ -29,6 +29,8 @@ from srppo.store import Run, Stage
 
 DECODINGS = ("greedy", "sampled")
 SUMMARY, SAMPLES = "summary.json", "samples.parquet"
+_OWN = {"max_new_tokens": "rollout.max_new_tokens", "data.system": "data.system", "precision": "precision"}
+"""What decides a run's own test answers beside model and items: names in a stage's identity, and in `settings`."""
 _NEEDED = ("model", "task", "decoding", "metric", "seed", "key", "group")
 
 
@@ -39,7 +41,8 @@ class TaskResult:
     decoding: greedy or sampled. metric: the name of what `scores` hold. seed: the arm's training seed, None where
     unknown. items: ids, unique within the task. scores: one an item, the mean over its samples, in the metric's own
     unit (a share for accuracies); NaN where any sample was not scored, with the reason in not_scored. clusters: the
-    cluster of each item, None where items are independent. group: such as in-domain or out-of-domain.
+    cluster of each item, None where items are independent. group: such as in-domain or out-of-domain. settings: how it
+    was made, as far as that is recorded, with dotted names (`matching` says which of them must be equal).
     """
 
     model: str
@@ -54,6 +57,7 @@ class TaskResult:
     path: Path
     higher_is_better: bool = True
     not_scored: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_result(parent: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Path:
@@ -145,24 +149,36 @@ def _of_run(run: Run, metric: str | None) -> list[TaskResult]:
             if not stage.done:
                 continue
             seed = int(stage.identity["config"]["seed"])
-            own = [result for decoding in DECODINGS for result in _own_tests(stage, arm, seed, decoding)]
+            own = [result for decoding in DECODINGS for result in own_tests(stage, arm, seed, decoding)]
             if metric is not None:
                 own = [result for result in own if result.metric == metric]
             found += own + [replace(each, model=arm, seed=seed) for each in _read(stage.path / "eval", metric)]
     return found
 
 
-def _own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
+def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
     """What the pipeline measured at a stage's kept step: one task for each group of items."""
     folder = stage.path / "eval" / f"kept-{decoding}"
+    config = _flat(stage.identity["config"])
+    settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}
     for row in read_lines(folder / "samples.jsonl"):
         scores = by_group.setdefault(row["group"], {})
         scores[_item_id(row, scores)] = sum(row["correct"]) / len(row["correct"])
     return [
-        TaskResult(arm, group, decoding, "accuracy", seed, tuple(s), tuple(s.values()), None, group, folder)
+        TaskResult(
+            arm, group, decoding, "accuracy", seed, tuple(s), tuple(s.values()), None, group, folder, settings=settings
+        )
         for group, s in by_group.items()
     ]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _item_id(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
@@ -212,4 +228,5 @@ def _result(
         path=folder,
         higher_is_better=bool(summary.get("higher_is_better", True)),
         not_scored=reasons,
+        settings=_flat({key: value for key, value in summary.items() if key != "metrics"}),
     )

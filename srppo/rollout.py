@@ -40,20 +40,21 @@ class LogRatio(NamedTuple):
     base_logprobs_BT: Tensor
 
 
-def prompt_schedule(count: int, batch: int, step: int, seed: int) -> list[int]:
+def prompt_schedule(count: int, batch: int, step: int, seed: int, *, per_prompt: int = 1) -> list[int]:
     """Indices of the prompts of one step: passes over all prompts, each in its own seeded order.
 
     A function of the step alone, so a resumed run needs no cursor. A batch may span two passes; within a pass no prompt
-    comes twice.
+    comes twice. With `per_prompt`, which divides the batch, each index stands that many times in a row.
     """
     orders: dict[int, list[int]] = {}
     indices = []
-    for position in range(step * batch, (step + 1) * batch):
+    distinct = batch // per_prompt
+    for position in range(step * distinct, (step + 1) * distinct):
         epoch, offset = divmod(position, count)
         if epoch not in orders:
             generator = torch.Generator().manual_seed(derive_seed(seed, "prompt-order", epoch))
             orders[epoch] = torch.randperm(count, generator=generator).tolist()
-        indices.append(orders[epoch][offset])
+        indices += [orders[epoch][offset]] * per_prompt
     return indices
 
 
@@ -111,11 +112,16 @@ def generate(
             )
     finally:
         policy.model.generation_config = own
-    response_BT = tokens_BS[:, tokens_BP.shape[1] :]
-    stopped_BT = torch.isin(response_BT, torch.tensor(list(stop_ids), device=policy.device))
+    return up_to_stop(tokens_BS, mask_BP, stop_ids)
+
+
+def up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> Generated:
+    """Prompts with what was sampled after them: a response ends with its first stop token, whatever follows."""
+    response_BT = tokens_BS[:, mask_BP.shape[1] :]
+    stopped_BT = torch.isin(response_BT, torch.tensor(list(stop_ids), device=tokens_BS.device))
     ended_B = stopped_BT.any(dim=1)
     first_B = torch.where(ended_B, stopped_BT.int().argmax(dim=1), response_BT.shape[1] - 1)
-    response_mask_BT = torch.arange(response_BT.shape[1], device=policy.device) <= first_B.unsqueeze(1)
+    response_mask_BT = torch.arange(response_BT.shape[1], device=tokens_BS.device) <= first_B.unsqueeze(1)
     return Generated(tokens_BS, torch.cat([mask_BP, response_mask_BT], dim=1), response_mask_BT, ended_B)
 
 
@@ -188,19 +194,23 @@ def score_log_ratio(
 
 @torch.no_grad()
 def to_batch(
-    generated: Generated, policy: LanguageModel, value: ValueModel, *, micro_batch: int, temperature: float
+    generated: Generated, policy: LanguageModel, value: ValueModel | None, *, micro_batch: int, temperature: float
 ) -> RolloutBatch:
-    """Add behaviour log-probs (at the sampling temperature, by the same path as training) and values."""
+    """Add behaviour log-probs (at the sampling temperature, by the same path as training) and values, 0 without a
+    critic."""
     width = generated.response_mask_BT.shape[1]
-    values = [
-        value.response_values(generated.tokens_BS[rows], generated.attention_mask_BS[rows], width)
-        for rows in micro_slices(len(generated.tokens_BS), micro_batch)
-    ]
+    values_BT = torch.zeros(generated.response_mask_BT.shape, device=generated.tokens_BS.device)
+    if value is not None:
+        values = [
+            value.response_values(generated.tokens_BS[rows], generated.attention_mask_BS[rows], width)
+            for rows in micro_slices(len(generated.tokens_BS), micro_batch)
+        ]
+        values_BT = torch.cat(values)
     return RolloutBatch(
         tokens_BS=generated.tokens_BS,
         attention_mask_BS=generated.attention_mask_BS,
         response_mask_BT=generated.response_mask_BT,
         old_logprobs_BT=score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature),
-        old_values_BT=torch.cat(values),
+        old_values_BT=values_BT,
         ended_B=generated.ended_B,
     )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from srppo.evaluate import Development
 
 
+MEASURED = 5  # times that development items are measured where sft.steps counts steps, the last at the end
+
+
 def collate(rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, Tensor, int]:
     """(tokens_BS, attention_mask_BS, T): prompts left-padded, answers right-padded, as in rollouts.
 
@@ -68,6 +71,11 @@ def steps_within(model: LanguageModel, rows: Sequence[EncodedDemonstration], rec
         steps, spent = steps + 1, spent + cost
 
 
+def evenly(total: int, count: int) -> set[int]:
+    """Up to `count` steps evenly over 1..total; the last is `total`."""
+    return {max(round(total * i / count), 1) for i in range(1, count + 1)}
+
+
 def train_sft(
     recipe: Recipe,
     bench: Workbench,
@@ -80,23 +88,24 @@ def train_sft(
 ) -> Session:
     """Fine-tune `model` in place; resumes by itself. Returns the finished session; the kept step's state is on disk.
 
-    By default for the recipe's epochs, with development items measured at the end of each; or for `total` optimizer
-    steps, measured at the end only.
+    By default for the recipe's epochs, with development items measured at the end of each, or for its sft.steps,
+    measured at MEASURED of them; or for `total` optimizer steps, measured at the end only.
     """
     config = recipe.sft
     per_epoch = steps_per_epoch(len(rows), config.batch)
-    by_epoch, total = total is None, total or config.epochs * per_epoch
+    by_recipe, total = total is None, total or config.steps or config.epochs * per_epoch
+    measured = evenly(total, MEASURED) if config.steps else range(per_epoch, total + 1, per_epoch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     state = TrainState({"policy": model.model}, {"policy": optimizer}, {"flops": 0})
     session = Session(
         bench,
         state,
         total=total,
-        measure_at=lambda step: by_epoch and step % per_epoch == 0,
+        measure_at=lambda step: by_recipe and step in measured,
         measure=lambda: development.measure(model),
         keep=recipe.eval.keep,
         checkpoint_every=max(total // 5, 1),
-        measure_start=by_epoch,  # the start is the base's for every length
+        measure_start=by_recipe,  # the start is the base's for every length
     )
     for step in session.steps():
         watch = Stopwatch()

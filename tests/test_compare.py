@@ -204,6 +204,73 @@ def test_what_cannot_be_compared_is_one_line() -> None:
         compare({"A": [result([1], clusters=("x",))], "B": [result([1], "B", clusters=("y",))]})
 
 
+GREEDY = {"chat_template": None, "num_fewshot": 0, "generation.max_new_tokens": 16, "task_content": "1" * 64}
+
+
+def made(other: dict[str, Any], **own: Any) -> dict[str, list[TaskResult]]:
+    """Two models on the same items, the second one's result made with `other` settings."""
+    return {
+        "A": [result([0, 1] * 5, settings=GREEDY | own)],
+        "B": [result([1, 1] * 5, "B", settings=GREEDY | own | other)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("other", "own", "words"),
+    [
+        ({"chat_template": "Q:"}, {}, "chat template: no and yes); make both with --chat-template, or both with --no-"),
+        ({"num_fewshot": 5}, {}, "few-shot examples: 0 and 5); make both with the same --num-fewshot"),
+        ({"fewshot_seed": 1235}, {"fewshot_seed": 1234}, "seed of the few-shot examples: 1234 and 1235"),
+        ({"generation.max_new_tokens": 64}, {}, "new tokens at most: 16 and 64); make both with the same --max-new"),
+        ({"generation.temperature": 0.7}, {"generation.temperature": 1.0}, "temperature: 1.0 and 0.7"),
+        ({"generation.until": ["Q:"]}, {"generation.until": []}, "stop texts: [] and ['Q:']"),
+        ({"generation.extra.min_p": 0.1}, {"generation.until": []}, "generation_kwargs: {} and {'min_p': 0.1}"),
+        ({"task_content": "2" * 64}, {}, "the task's YAML or code: 111111111111... and 222222222222..."),
+        ({"task_version": 2.0}, {"task_version": 1.0}, "version of the task: 1.0 and 2.0"),
+        ({"harness": 2}, {"harness": 1}, "make both with one version of srppo"),
+        (
+            {"rollout.max_new_tokens": 8},
+            {"rollout.max_new_tokens": 16},
+            "make both with the same rollout.max_new_tokens",
+        ),
+        ({"data.system": "Be brief."}, {"data.system": None}, "system prompt: none and Be brief."),
+    ],
+)
+def test_results_that_were_asked_otherwise_are_refused(other: dict[str, Any], own: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        compare(made(other, **own))
+    line = str(caught.value)
+    assert line.startswith("t: A@0 and B@0 were made in ways that cannot be compared (") and words in line
+    assert "\n" not in line and len(line) < 300
+    assert compare(made({}, **own)).differences[0].notes == ()
+
+
+def test_all_that_differs_is_named_at_once_and_at_any_seed() -> None:
+    arms = {name: [result([0, 1], name, seed, settings=GREEDY) for seed in (0, 1)] for name in "AB"}
+    arms["B"][1] = result([0, 1], "B", 1, settings=GREEDY | {"num_fewshot": 5, "chat_template": "Q:"})
+    with pytest.raises(DataError, match=r"A@0 and B@1 .*few-shot examples: 0 and 5; chat template: no and yes"):
+        compare(arms)
+
+
+def test_what_hardly_matters_is_a_note() -> None:
+    other = {"batch_size": 64, "device": "cuda", "samples": 4, "environment.packages.torch": "2.14.0", "seconds": 9.0}
+    own = {"batch_size": 512, "device": "cpu", "samples": 8, "environment.packages.torch": "2.13.0", "seconds": 1.0}
+    (found,) = compare(made(other, **own)).differences
+    assert found.notes == (
+        "results differ in samples a prompt (8, 4), batch size (512, 64), device (cpu, cuda), torch (2.13.0, 2.14.0); "
+        "the questions are the same",
+    )
+    (found,) = compare(made({"chat_template": "User:"}, chat_template="Q:")).differences
+    assert found.notes == ("the models have different chat templates; each was asked in its own",)
+
+
+def test_a_result_that_does_not_record_its_settings_is_named() -> None:
+    arms = {"A": [result([0, 1])], "B": [result([0, 1], "B", settings=GREEDY)]}
+    assert only(arms).notes == ("A@0 does not record all of its settings: move it away and evaluate again",)
+    arms["B"] = [result([0, 1], "B")]
+    assert only(arms).notes == (), "both from elsewhere: nothing is known of either"
+
+
 @pytest.mark.parametrize("seeds", [1, 10])
 def test_comparisons_of_equals_err_at_most_nominally(seeds: int) -> None:
     """Equal methods; items favour one model or the other by chance, which the sign-flip over seeds alone would take

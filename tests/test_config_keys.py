@@ -7,6 +7,7 @@ names the first part that its key changes: that one must differ, those before it
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,7 +23,9 @@ from worlds import PARTS, Outcome, World, run_world
 
 import srppo.models
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
+from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
+from srppo.pipeline import Pipeline
 
 Setting = Callable[[World], Any]
 
@@ -51,9 +54,15 @@ def at(name: str) -> Setting:
     return path
 
 
+def both_demonstrations(world: World) -> list[str]:
+    return [world.demonstrations, world.demonstrations2]
+
+
 # A given SFT model and nothing to measure: what PPO alone needs, in half the time.
 PPO_ONLY: dict[str, Any] = {"model.sft": at("sft"), "eval.items": None, "data.held_out": 0.0}
 TWO_EPOCHS = {"sft.epochs": 2}
+NOISE = {"data.noise": "derangement", "data.noise_rate": 0.5}
+TWO_TASKS = {"data.demonstrations": both_demonstrations}  # a file is a task
 THREE_STEPS = {**PPO_ONLY, "ppo.steps": 3}
 
 
@@ -72,11 +81,21 @@ CASES = [
     Case("data.size", 6, "data"),
     Case("data.prompts_size", 5, "data"),
     Case("data.held_out", 0.6, "data"),
+    Case("data.noise", "derangement", "data", {**NOISE, "data.noise": "near-miss"}),
+    Case("data.noise", "derangement-across", "data", {**TWO_TASKS, **NOISE, "data.noise": "near-miss"}),
+    Case("data.noise", "token-corruption", "data", NOISE),
+    Case("data.noise", "truncation", "data", {**NOISE, "data.noise_rate": 0.1}),  # only one answer is beyond a letter
+    Case("data.noise", "wrong-task", "data", {**NOISE, "data.demonstrations": "embedded", "data.size": 8}),
+    Case("data.noise", "near-miss", "data", NOISE),
+    Case("data.noise", "base-answers", "data", NOISE),
+    Case("data.noise_rate", 0.9, "data", NOISE),
     Case("data.overlap", "minimum", "data"),
+    Case("data.overlap_share", 0.5, "data"),
     Case("data.max_prompt_tokens", 25, "data"),
     Case("data.max_tokens", 31, "data"),
     Case("data.system", "Be brief.", "data"),
     Case("sft.epochs", 2, "sft"),
+    Case("sft.steps", 2, "sft"),
     Case("sft.batch", 5, "sft"),
     Case("sft.lr", 0.005, "sft"),
     Case("sft.schedule", "constant", "sft", TWO_EPOCHS),
@@ -85,6 +104,7 @@ CASES = [
     Case("sft.weight_decay", 0.1, "sft"),
     Case("sft.max_grad_norm", 0.1, "sft"),
     *ppo("rollout.batch", 6),
+    *ppo("rollout.per_prompt", 2),
     *ppo("rollout.max_new_tokens", 3),
     *ppo("rollout.temperature", 0.7),
     *ppo("reward.kind", "sft", "base", "zero", "shuffled"),
@@ -101,6 +121,7 @@ CASES = [
     *ppo("reward.kl", "k2", "k3"),
     *ppo("reward.kl", "k3", reward__kl="k2"),
     *ppo("ppo.steps", 3),
+    *ppo("ppo.advantage", "rloo", rollout__per_prompt=2),
     *ppo("ppo.epochs", 3),
     *ppo("ppo.minibatches", 4),
     *ppo("ppo.lr", 0.005),
@@ -177,15 +198,14 @@ def test_a_key_changes_its_part_and_nothing_before_it(case: Case, run: Runner) -
 
 @pytest.mark.parametrize("key", [key for key in all_keys() if key.startswith("data.")])
 def test_data_keys_reach_training(key: str, run: Runner) -> None:
-    before = run({})
     for case in CASES:
         if case.key == key:
-            after = run({key: case.value})
+            before, after = run(case.context), run({**case.context, key: case.value})
             concerns = ("ppo",) if key in PROMPTS_ONLY else ("sft", "ppo")
             assert {part for part in ("sft", "ppo") if before.digests[part] != after.digests[part]} == set(concerns)
 
 
-PROMPTS_ONLY = ("data.prompts", "data.prompts_size", "data.overlap", "data.max_prompt_tokens")
+PROMPTS_ONLY = ("data.prompts", "data.prompts_size", "data.overlap", "data.overlap_share", "data.max_prompt_tokens")
 
 
 def test_every_key_has_a_case() -> None:
@@ -281,6 +301,38 @@ def test_checkpoint_every_changes_the_checkpoints_and_nothing_else(run: Runner) 
     found = [sorted(p.name for p in (o.stage("ppo") / "checkpoints").iterdir()) for o in (often, seldom)]
     assert found == [["step-3", "step-4"], ["step-4"]]
     assert often.digests == seldom.digests
+
+
+@covers("methods.alphas", "methods.samples")
+def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path) -> None:
+    """Extrapolation reads the alphas, resampling and best-of-n the samples, decoding neither."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, keys in (
+        ("plain", {"methods.alphas": [0.5]}),
+        ("alphas", {"methods.alphas": [8.0]}),
+        ("samples", {"methods.alphas": [0.5], "methods.samples": 3}),
+    ):
+        console = Console(plain=True, file=io.StringIO())
+        pipeline = Pipeline(world.recipe({"methods.samples": 12, **keys}), tmp_path / name, console)
+        sft = pipeline.sft_stage()
+        for stage in (
+            pipeline.extrapolated_stage(*sft),
+            pipeline.decoded_stage(*sft),
+            pipeline.resampled_stage(*sft),
+            pipeline.best_of_n_stage(*sft),
+        ):
+            answers = [file.read_text() for file in sorted(stage.path.glob("eval/*/samples.jsonl"))]
+            found.setdefault(stage.identity["kind"], {})[name] = [stage.id, *answers]
+    changed = {kind: {n for n in each if each[n] != each["plain"]} for kind, each in found.items()}
+    assert changed == {
+        "extrapolated": {"alphas"},
+        "decoded": set(),
+        "resampled": {"samples"},
+        "best-of-n": {"samples"},
+    }
+    for kind, each in found.items():
+        for name in changed[kind]:
+            assert each[name][0] != each["plain"][0] and each[name][1:] != each["plain"][1:], (kind, name)
 
 
 @covers("model.allow_pickle")

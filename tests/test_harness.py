@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness_cases import choice_task, evaluate, reference, samples, summary, tiny_model, write_task
+from harness_cases import WORDS, choice_task, evaluate, reference, samples, summary, tiny_model, write_task
 from safetensors.torch import load_file, save_file
-from worlds import byte_llama, save_model
+from worlds import byte_llama, save_model, write_rows
 
 from srppo.config import ModelConfig, load_recipe
 from srppo.console import Console
@@ -104,6 +104,18 @@ def test_samples_repeat_and_depend_on_the_seed_and_the_prompt_alone(model: Path,
     assert sum(first[key] != other[key] for key in first) > 5
     by_draw = [[first[key] for key in first if key[1] == draw] for draw in range(3)]
     assert by_draw[0] != by_draw[1] != by_draw[2]
+
+
+def test_samples_do_not_depend_on_the_prompts_before(model: Path, tmp_path: Path) -> None:
+    drawn = []
+    for words in (WORDS, WORDS[5:]):
+        rows = [{"q": f"Name {word}", "a": "a"} for word in words]
+        tasks = write_task(tmp_path / str(len(words)), "letters")
+        write_rows(tasks / "rows.jsonl", rows)
+        (path,), _ = evaluate(model, tmp_path / "out", "letters", include_path=[tasks], samples=4, **PLAIN)
+        drawn.append({(row["item"], row["sample"]): row["response"] for row in samples(path)})
+    whole, part = drawn
+    assert len(part) == 4 * 9 and part.items() <= whole.items() and len(set(part.values())) > 3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -261,4 +273,4 @@ def test_what_a_task_asks_of_decoding() -> None:
 def test_the_overhead_is_measured() -> None:
     found = measure_overhead("embedded:xs", Console(plain=True, quiet=True), rounds=1)
     assert [len(each) for each in found["seconds"].values()] == [1, 1, 1]
-    assert found["over_model"] > -1 and found["over_plain"] > -1
+    assert found["over_model"] > -1 and found["over_plain"] > -1 and found["drawing"] > 0

@@ -15,8 +15,9 @@ from srppo.config import with_overrides
 from srppo.console import Console
 from srppo.errors import Diverged
 from srppo.pipeline import Pipeline, run_train
-from srppo.report.record import arms_of_run, differences_of_run, report_run, rows_of_run
-from srppo.stats import crossed_interval
+from srppo.report.accuracy import arms_of_run, differences_of_run, rows_of_run
+from srppo.report.record import report_run
+from srppo.stats import calibrated_interval
 from srppo.store import Run
 
 
@@ -49,7 +50,8 @@ def test_arms_over_seeds(run: Run) -> None:
             lines = (stage.path / "eval" / "kept-sampled" / "samples.jsonl").read_text().splitlines()
             rows = [json.loads(line) for line in lines]
             verdicts.append([np.mean(r["correct"]) for r in rows if r["group"] == "unseen"])
-    expected = crossed_interval(verdicts)
+    expected = calibrated_interval(verdicts, limits=(0.0, 1.0))
+    expected = expected._replace(low=max(expected.low, 0.0), high=min(expected.high, 1.0))
     assert sft.figures["unseen", "sampled"] == expected and expected.n == len(verdicts[0])
 
 

@@ -7,18 +7,21 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import offline_page
 from rich.console import Console as RichConsole
 
 from srppo.environment import environment
-from srppo.report.figures import ArmFigures, interval_caption
-from srppo.report.html import Sample, write_report
-from srppo.report.plots import accuracy_plot, arm_colours, training_curves
+from srppo.report.curves import training_curves
+from srppo.report.figures import ArmFigures, interval_caption, problem_lines
+from srppo.report.html import inline_plot
+from srppo.report.plots import ARM_COLOURS, accuracy_plot, arm_colours
+from srppo.report.run_page import Sample, write_report
 from srppo.report.terminal import arms_table
+from srppo.report.training import SeedRows
 from srppo.stats import Estimate, wilson
 
 GROUPS = ("demonstrated", "prompted", "unseen")
@@ -35,10 +38,10 @@ def arm(name: str, right: int, **more: Any) -> ArmFigures:
 ARMS = [
     arm("base", 6, nll=1.9),
     arm("SFT", 61, nll=0.753),
-    arm("longer SFT (equal compute)", 90),
-    arm("longer SFT (best on dev)", 88),
-    arm("SRPPO", 83),
-    arm("SRPPO (last step)", 60),
+    arm("longer SFT, equal compute", 90),
+    arm("longer SFT, best on dev", 88),
+    arm("SRPPO, best on dev", 83),
+    arm("SRPPO, last step", 60),
 ]
 FAILED = ArmFigures("SRPPO", problem="diverged at step 7: KL to the SFT model is 130.1 nats a response")
 NO_ITEMS = [ArmFigures("base", nll=2.3), ArmFigures("SFT", nll=1.9, flops=3e18, seconds=1e5), FAILED]
@@ -91,19 +94,28 @@ def test_failed_arm_and_no_items_are_said() -> None:
 
 def test_caption_claims_what_the_figures_support() -> None:
     several = [arm("SFT", 60, seeds=5), arm("SRPPO", 70, seeds=4)]
-    assert "items and training seeds (4 to 5 seeds), resampled crossed" in interval_caption(several)
-    assert "say nothing of other seeds" not in interval_caption(several)
+    assert "items and training seeds (4 to 5 seeds): t width" in interval_caption(several)
+    assert "say nothing of other" not in interval_caption(several)
+    assert "(1 to 5 seeds)" in interval_caption([*several, arm("x", 9)])
+    assert "With one seed they say nothing of others" in interval_caption([*several, arm("x", 9)])
     assert "paired" in interval_caption(several) and "paired" not in interval_caption(several[:1])
     mixed = [ArmFigures("SFT", {("a", "greedy"): wilson(1, 10), ("b", "greedy"): wilson(1, 20)})]
     assert "n = 10 a, 20 b" in interval_caption(mixed) and "Sampled" not in interval_caption(mixed)
 
 
+def test_a_problem_that_rows_share_is_said_once() -> None:
+    rows = [ArmFigures("SRPPO, last step", problem="seed 3 diverged"), ArmFigures("SFT"), FAILED]
+    rows.append(ArmFigures("SRPPO, best on dev", problem="seed 3 diverged"))
+    assert problem_lines(rows)[0] == "SRPPO, last step; SRPPO, best on dev: seed 3 diverged"
+    assert len(problem_lines(rows)) == 2
+
+
 def rows(total: int, **columns: Any) -> list[dict[str, Any]]:
     out = []
     for step in range(total + 1):
-        row: dict[str, Any] = {"step": step}
+        row: dict[str, Any] = {"step": step, "tflops": step / 1000}
         if step:
-            row |= {"flops": step * 10**9} | {key: value + step / 10 for key, value in columns.items()}
+            row |= {key: value + step / 10 for key, value in columns.items()}
         if step % 2 == 0:
             row |= {f"dev/{g}": step / 10 for g in GROUPS} | {"dev/accuracy": 0.4, "dev/nll": 1.0}
         out.append(row)
@@ -118,102 +130,72 @@ def texts(svg: Path) -> str:
 
 
 def test_plots_are_written_with_their_words(tmp_path: Path) -> None:
-    by_arm = {"longer SFT (equal compute)": rows(8, loss=1.0), "SRPPO": PPO}
-    png, svg = training_curves(by_arm, tmp_path / "a" / "curves", flops_before={"SRPPO": 2e9}, kept_steps={"SRPPO": 4})
+    by_arm = {"longer SFT": SeedRows({0: rows(8, loss=1.0)}), "SRPPO": SeedRows({0: PPO}, kept=4)}
+    png, svg = training_curves(by_arm, tmp_path / "a" / "curves")
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
-    for words in ("reward", "KL", "to SFT", "to base", "length", "ended by EOS", "out-of-domain", "kept step", "SRPPO"):
+    for words in ("reward", "KL", "to base", "length", "ended by EOS", "out-of-domain", "kept step", "SRPPO"):
         assert words in texts(svg)
     _, svg = accuracy_plot(ARMS, tmp_path / "accuracy")
-    for words in ("in-domain", "greedy", "sampled", "SRPPO (last step)"):
+    for words in ("in-domain", "greedy", "sampled", "SRPPO, last step"):
         assert words in texts(svg)
 
 
 @pytest.mark.parametrize(
     "by_arm",
     [
-        {"SFT": [{"step": 1, "loss": 1.0, "flops": 10, "dev/nll": 2.0}]},
-        {"SRPPO": [{"step": 1, "reward": float("nan"), "kl_sft": None}]},
+        {"SFT": [{"step": 1, "loss": 1.0, "tflops": 1e-11, "dev/nll": 2.0}]},
+        {"SRPPO": [{"step": 1, "tflops": 0.0, "reward": float("nan"), "kl_sft": None}]},
         {"SRPPO": PPO, "another $\\frac$": PPO},
-        {"SRPPO": [{"step": 2, "reward": 1.0, **{f"dev/g{i}": 0.5 for i in range(9)}, "dev/accuracy": 0.5}]},
+        {
+            "SRPPO": [
+                {"step": 2, "tflops": 1.0, "reward": 1.0, **{f"dev/g{i}": 0.5 for i in range(9)}, "dev/accuracy": 0.5}
+            ]
+        },
     ],
 )
 def test_odd_rows_are_drawn(by_arm: dict[str, Any], tmp_path: Path) -> None:
-    assert all(path.exists() for path in training_curves(by_arm, tmp_path / "curves"))
+    arms = {name: SeedRows({0: rows}) for name, rows in by_arm.items()}
+    for more in ({}, {"broken": SeedRows(broken={3: next(iter(by_arm.values()))})}):
+        assert all(path.exists() for path in training_curves(arms | more, tmp_path / "curves"))
 
 
 def test_nothing_to_draw_writes_nothing(tmp_path: Path) -> None:
     assert training_curves({}, tmp_path / "a") == [] and accuracy_plot(NO_ITEMS, tmp_path / "b") == []
-    assert training_curves({"SFT": [{"step": 1, "loss": 1.0}]}, tmp_path / "a") == [] and not list(tmp_path.iterdir())
+    nothing = {"SFT": SeedRows({0: [{"step": 1, "tflops": 0.0, "loss": 1.0}]})}
+    assert training_curves(nothing, tmp_path / "a") == [] and not list(tmp_path.iterdir())
     assert accuracy_plot(ODD, tmp_path / "odd")
 
 
 def test_arms_keep_their_colours() -> None:
     assert arm_colours(["SRPPO", "x"])["SRPPO"] == arm_colours(["base", "SRPPO"])["SRPPO"]
     assert len(set(arm_colours(["base", "SRPPO", "x", "y"]).values())) == 4
-
-
-class Page(HTMLParser):
-    """Collects tags and attributes, and checks that tags close in order."""
-
-    VOID = ("meta", "br", "img", "link", "input")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.attributes += [(tag, key, value or "") for key, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.attributes += [(tag, key, value or "") for key, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
+    names = ["base", "SFT", "longer SFT, equal compute", "longer SFT, best on dev", "SRPPO, last step"]
+    colours = arm_colours([*names, "SRPPO, best on dev", "resampling", "best-of-n", "x"])
+    assert colours["SRPPO, best on dev"] == ARM_COLOURS["SRPPO"] and len(set(colours.values())) == len(colours)
 
 
 def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
-    _, curves = training_curves({HOSTILE: PPO, "SRPPO": PPO}, tmp_path / "curves")
+    _, curves = training_curves({HOSTILE: SeedRows({0: PPO}), "SRPPO": SeedRows({0: PPO})}, tmp_path / "curves")
     _, dots = accuracy_plot([*ARMS, *ODD], tmp_path / "dots")
     hostile_arms = [*ODD, ArmFigures(HOSTILE, problem=HOSTILE)]
     path = write_report(
         tmp_path / "new" / "report.html",
         title=HOSTILE,
         arms=[*ARMS, *hostile_arms],
-        plots={HOSTILE: curves, "dots": dots.read_text()},
+        results=inline_plot("dots", dots.read_text(), 1),
+        parts=[(HOSTILE, inline_plot(HOSTILE, curves, 2)), ("empty", "")],
         samples=[
             Sample(HOSTILE, {HOSTILE: HOSTILE, "SFT": "", "lone \ud800": "\ud800"}, HOSTILE, HOSTILE, {HOSTILE: False})
         ],
+        samples_caption=HOSTILE,
         recipe_toml=HOSTILE,
         environment={"packages": {"torch": HOSTILE}, HOSTILE: [1, None]},
         warnings=[HOSTILE],
         missing=[HOSTILE],
         notes=[HOSTILE],
     )
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    assert not {"script", "img", "link", "iframe", "a", "object", "image"} & set(page.seen)
+    page = offline_page(path)
     assert page.seen.count("svg") == 2
-    for _, key, value in page.attributes:
-        assert not key.startswith("on") and key != "src"
-        assert key != "href" or value.startswith("#")
-        assert "url(" not in value or "url(#" in value
-    assert "url(" not in "".join(page.words) and "@import" not in "".join(page.words)
-    ids = [value for _, key, value in page.attributes if key == "id"]
-    assert len(ids) == len(set(ids))
-    targets = {value[1:] for _, key, value in page.attributes if key == "href"}
-    assert targets <= set(ids)
     assert "".join(page.words).count("<script>alert(1)</script>") > 10
 
 
@@ -234,7 +216,7 @@ def test_environment_is_json_without_secrets(monkeypatch: pytest.MonkeyPatch) ->
 def test_report_and_environment_import_no_torch_and_no_matplotlib() -> None:
     code = (
         "import sys\nfrom srppo import environment\n"
-        "from srppo.report import figures, html, plots, terminal\nenvironment.environment()\n"
+        "from srppo.report import figures, html, plots, run_page, terminal\nenvironment.environment()\n"
         "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

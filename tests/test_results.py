@@ -120,6 +120,19 @@ def test_a_run_reads_as_arms_seeds_and_groups(tmp_path: Path) -> None:
     assert [each.metric for each in read_results(tmp_path / "run", "acc")] == ["acc"]
 
 
+def test_a_runs_own_answers_say_how_they_were_asked(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", {})
+    make_stage(run, "sft", 0, [verdict("a", [True])], max_new_tokens=8, data={"system": "Be brief.", "size": 3})
+    assert {tuple(each.settings.items()) for each in read_results(tmp_path / "run")} == {
+        (("rollout.max_new_tokens", 8), ("data.system", "Be brief."))
+    }
+    folder = write_result(
+        tmp_path, {**SUMMARY, "generation": {"until": ["Q:"]}, "metrics": {"acc": 1.0}}, [row("1", 1.0)]
+    )
+    settings = read_result(folder).settings
+    assert settings["generation.until"] == ["Q:"] and not any("metrics" in name for name in settings)
+
+
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", {}).stage("sft", {"seed": 0})
     with pytest.raises(RecordError, match="no evaluated stage yet"):

@@ -74,11 +74,11 @@ def test_special_tokens_stand_alone(pair: Pair) -> None:
 def test_a_given_response_is_scored_as_in_training(pair: Pair) -> None:
     """Token by token against log_softmax of both models' own logits, on the ids of template, answer and EOS."""
     row = given_row(pair, {"prompt": "reverse big plum", "response": "plum big", "answer": "plum big"}, "here")
-    rows = [
-        row,
+    rows = [  # the longer first: batches go by length
         given_row(pair, {"prompt": "a longer prompt, so that ours is padded", "response": "and answer"}, "there"),
+        row,
     ]
-    (scored, _), _ = score_rows(pair, rows)
+    (_, scored), _ = score_rows(pair, rows)
     text = "Q: reverse big plum\nA: plum big<eos>"
     ids = pair.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == [*row[0].ids, *row[1]]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from srppo.arms import stages_by_arm
 from srppo.console import Console as SrppoConsole
 from srppo.console import StageView
-from srppo.report.figures import estimate_text, group_words, groups_of
-from srppo.report.record import PAIRS, arms_of_run, differences_of_run, stages_by_arm
+from srppo.report.accuracy import PAIRS, arms_of_run, differences_of_run
+from srppo.report.figures import INTERVAL, estimate_text, group_words, groups_of
 from srppo.report.terminal import arms_table, differences_table
 from srppo.store import Run
 
@@ -55,7 +56,7 @@ def markdown_table(run: Run) -> str:
         lines.append("")
     estimate = next(iter(arms[-1].figures.values()))
     n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"
-    lines.append(f"{n}; exact match, with 95% intervals over items and seeds, resampled crossed.")
+    lines.append(f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}.")
     return "\n".join(lines)
 
 

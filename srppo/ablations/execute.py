@@ -44,4 +44,8 @@ STAGES: Mapping[str, Callable[[Pipeline, Task], object]] = {
     "sft": lambda pipeline, task: pipeline.sft_stage(),
     "ppo": lambda pipeline, task: _ppo(pipeline),
     "longer-sft": lambda pipeline, task: pipeline.longer_sft_stage(*_ppo(pipeline), task.share or 1.0),
+    "extrapolated": lambda pipeline, task: pipeline.extrapolated_stage(*pipeline.sft_stage()),
+    "decoded": lambda pipeline, task: pipeline.decoded_stage(*pipeline.sft_stage()),
+    "resampled": lambda pipeline, task: pipeline.resampled_stage(*pipeline.sft_stage()),
+    "best-of-n": lambda pipeline, task: pipeline.best_of_n_stage(*pipeline.sft_stage()),
 }

@@ -218,7 +218,7 @@ def _redirect(out: int, err: int) -> None:
 
 @contextmanager
 def _cluster(log: Path, console: Console) -> Iterator[TextIO]:
-    """Join a cluster or start one, and leave it at the end; gives the file that takes what Ray prints of nodes' ends."""
+    """Join a cluster or start one, and leave it at the end; gives the file that takes what Ray prints."""
     with open(log, "a") as file, redirect_stdout(file):
         joined = ray.is_initialized()  # by a caller, who may want to stay
         if not joined:

@@ -8,9 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srppo.bench.options import Case
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SCHEMA = 1
 
@@ -94,7 +97,7 @@ class Row:
 COLUMNS = [each.name for each in fields(Row)]
 
 
-def append_rows(rows: Sequence[Row], path: Path) -> None:
+def append_rows(rows: Sequence[DataclassInstance], path: Path) -> None:
     """Add rows to a JSONL file, on disk when this returns; a line cut off by a crash is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)

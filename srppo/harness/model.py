@@ -57,6 +57,7 @@ class HarnessModel(TemplateLM):
         self.used_rows: int | None = None
         self.seconds = 0.0  # of decoding and scoring, the model's own time
         self._known: dict[tuple[str, bool], list[int]] = {}
+        self._how: dict[str, Decoding] = {}
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -121,7 +122,10 @@ class HarnessModel(TemplateLM):
 
     def decoding(self, asked: Mapping[str, Any]) -> Decoding:
         """A task's generation_kwargs with what the command overrides."""
-        return how_asked(asked, self.temperature, self.new_tokens)
+        known = repr(asked)  # lm-eval gives each request a copy of its own
+        if known not in self._how:
+            self._how[known] = how_asked(asked, self.temperature, self.new_tokens)
+        return self._how[known]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The response to each request, cut before its first stop text. Repeated requests get samples of their own."""
@@ -132,9 +136,9 @@ class HarnessModel(TemplateLM):
         ]
         seen: dict[str, int] = defaultdict(int)
         seeds = []
-        for request in requests:
+        for request, h in zip(requests, how, strict=True):
             text = request.args[0]
-            seeds.append(row_seed(self.seed, text, self.draw, seen[text]))
+            seeds.append(0 if h.temperature is None else row_seed(self.seed, text, self.draw, seen[text]))
             seen[text] += 1
         answers = [""] * len(requests)
         for members in _alike(how):
@@ -257,7 +261,8 @@ def row_seed(seed: int, prompt: str, draw: int, repeat: int) -> int:
 
 def _alike(how: Sequence[Decoding]) -> list[list[int]]:
     """Indices of requests that are decoded alike."""
+    names = {place: repr(each) for place, each in {id(each): each for each in how}.items()}
     groups: dict[str, list[int]] = {}
     for i, each in enumerate(how):
-        groups.setdefault(repr(each), []).append(i)
+        groups.setdefault(names[id(each)], []).append(i)
     return list(groups.values())

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from srppo.config import canonical_json
 from srppo.errors import DataError, SrppoError
 from srppo.harness import ifeval
+from srppo.harness.decode import Decoding
+from srppo.harness.digest import code_of, config_of, content_of, digest_of
 from srppo.harness.model import HarnessModel
 from srppo.harness.restate import restate
 from srppo.harness.tasks import Loaded
@@ -24,7 +20,10 @@ TRIAL = "One is 1.\n\nTwo is 2."  # a response for checkers to chew on before th
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task's requests for one tokenizer. skipped: reason by document; digest: of all that makes the score."""
+    """A task's requests for one tokenizer. skipped: reason by document; digest: of all that makes the score; content:
+    of what the task is beside its items and the command's options; decoding: of the first request, None for scoring;
+    fewshot_seed: None where no examples are drawn.
+    """
 
     task: Loaded
     instances: list[Any]
@@ -32,13 +31,20 @@ class Prepared:
     skipped: dict[int, str] = field(default_factory=dict)
     digest: str = ""
     templated: bool = False
-    sampled: bool = False
     few_shot: int = 0
+    fewshot_seed: int | None = None
+    content: str = ""
+    decoding: Decoding | None = None
 
     @property
     def generates(self) -> bool:
         """Whether the model writes text, so that samples of it differ."""
         return any(instance.request_type == "generate_until" for instance in self.instances)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the model samples: the task says so, or the command."""
+        return self.decoding is not None and self.decoding.temperature is not None
 
 
 def prepare(
@@ -84,9 +90,22 @@ def prepare(
         instances = _build(loaded, model, templated, seed, limit=None, indices=indices)
         _try_checker(loaded, docs[indices[0]], instances)
     asked = [i.args[1] for i in instances if i.request_type == "generate_until"]
-    sampled = any(model.decoding(kwargs).temperature is not None for kwargs in asked[:1])
-    digest = _digest(loaded, instances, skipped, docs)
-    return Prepared(loaded, instances, indices, skipped, digest, templated, sampled, shots)
+    decoding = model.decoding(asked[0]) if asked else None
+    config, code = config_of(task), code_of(task)
+    digest = digest_of(config, code, instances, skipped, docs)
+    drawn = shots and getattr(task.fewshot_cfg, "sampler", None) != "first_n"
+    return Prepared(
+        loaded,
+        instances,
+        indices,
+        skipped,
+        digest,
+        templated,
+        shots,
+        FEWSHOT_SEED + seed if drawn else None,
+        content_of(config, code, shots),
+        decoding,
+    )
 
 
 def _few_shot(loaded: Loaded, asked: int | None, warn: Callable[[str], None]) -> int:
@@ -178,34 +197,3 @@ def _try_checker(loaded: Loaded, doc: Any, instances: list[Any]) -> None:
     for answer in trial.filtered_resps.values():
         task.process_results(doc, [answer])
     trial.resps, trial.filtered_resps = [], {}
-
-
-def _digest(loaded: Loaded, instances: list[Any], skipped: Mapping[int, str], docs: list[Any]) -> str:
-    """sha256 of lm-eval's version, the task's whole config with its functions, its items and its requests."""
-    config = loaded.task.dump_config()
-    (config.get("metadata") or {}).pop("config_source", None)  # a path of this machine
-    head = {"lm_eval": version("lm_eval"), "config": json.loads(json.dumps(config, default=_source, sort_keys=True))}
-    digest = hashlib.sha256(canonical_json(head | {"skipped": sorted(skipped), "code": _code(loaded)}).encode())
-    for part in (docs, [(i.request_type, i.args) for i in instances]):
-        for each in part:
-            digest.update(json.dumps(each, default=str, sort_keys=True).encode() + b"\0")
-    return digest.hexdigest()
-
-
-def _code(loaded: Loaded) -> list[str]:
-    """sha256 of the Python files beside each function that the task uses; lm-eval's own are known by its version."""
-    config = vars(loaded.task.config)
-    filters = [part.get("function") for each in config.get("filter_list") or () for part in each.get("filter", ())]
-    metrics = [value for each in config.get("metric_list") or () for value in each.values()]
-    names = [inspect.getsourcefile(f) for f in (*config.values(), *filters, *metrics) if inspect.isroutine(f)]
-    folders = {Path(name).parent for name in names if name and "lm_eval" not in Path(name).parts}
-    files = sorted({file for folder in folders for file in folder.glob("*.py")})
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-
-
-def _source(value: Any) -> str:
-    """A function by its source, anything else by its class: never by an address."""
-    try:
-        return inspect.getsource(value)
-    except (TypeError, OSError):
-        return type(value).__name__ if " at 0x" in repr(value) else repr(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -101,3 +102,25 @@ def _interval(rows: Sequence[Row], column: str) -> Estimate | None:
     drawn = np.random.default_rng(0).multinomial(len(shares), np.full(len(shares), 1 / len(shares)), size=4000)
     low, high = np.quantile(drawn @ (shares * weights) / (drawn @ weights), [0.025, 0.975])
     return Estimate(float(shares @ weights / weights.sum()), float(low), float(high), len(shares))
+
+
+def not_scored_rows(task: Any, skipped: Mapping[int, str]) -> list[Row]:
+    """A row for each document that was left out, with the reason and no score."""
+    docs = list(task.eval_docs) if skipped else []
+    return [
+        {
+            "item": _item(docs[i]),
+            "sample": 0,
+            "prompt": str(task.doc_to_text(docs[i])),
+            "response": "",
+            "not_scored": reason,
+        }
+        for i, reason in sorted(skipped.items())
+    ]
+
+
+def _item(doc: Any) -> str:
+    """lm-eval's hash of a document."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))

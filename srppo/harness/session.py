@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from srppo.harness.model import HarnessModel
 from srppo.harness.preflight import Prepared, prepare
 from srppo.harness.progress import Meter
 from srppo.harness.quiet import quiet
-from srppo.harness.scores import Row, figures, metric_names, rows_of
+from srppo.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
 from srppo.harness.targets import Target
 from srppo.harness.tasks import Loaded
 from srppo.models import fingerprint, load_model, load_tokenizer, resolve
@@ -93,11 +92,6 @@ class Session:
             found.append(self.prepared[place])
         return lm, found
 
-    @cached_property
-    def environment(self) -> dict[str, Any]:
-        """Facts about this machine, for every summary."""
-        return environment()
-
     def _loader(self, target: Target) -> Callable[[], Any]:
         return lambda: load_model(target.spec, target.config, device=self.device)
 
@@ -145,7 +139,7 @@ class Session:
             raise ConfigError(
                 f"task {task.name} has no metric with a value for each item; such tasks are not supported"
             )
-        rows += _not_scored(prepared, rows)
+        rows += not_scored_rows(task.task, prepared.skipped)
         seconds = self.console.clock() - began
         self.console.say(f"{task.name}, {target.title}: {total} requests in {duration(seconds)}")
         better = task.task.higher_is_better().get(numeric[0].partition(",")[0], True)
@@ -158,23 +152,31 @@ class Session:
             "samples": draws,
             "temperature": options.temperature if options.samples else None,
             "eval_seed": options.seed,
+            "harness": EPOCH,
+            "task_version": getattr(task.task, "VERSION", None),
+            "task_content": prepared.content,
             "num_fewshot": prepared.few_shot,
+            "fewshot_seed": prepared.fewshot_seed,
+            "generation": None if prepared.decoding is None else asdict(prepared.decoding),
             "chat_template": lm.tokenizer.chat_template if prepared.templated else None,
             "limit": options.limit,
             "max_new_tokens": options.max_new_tokens,
             "batch_size": lm.used_rows,
+            "device": self.device,
+            "precision": target.config.precision,
             "items": len({row["item"] for row in rows}),
             "not_scored": len(prepared.skipped),
             "seconds": seconds,
             "model_seconds": lm.seconds,
-            "environment": self.environment,
+            "environment": _machine(),
         }
         return summary, rows
 
-    def _environment(self) -> dict[str, Any]:
-        from srppo.environment import environment
 
-        return environment()
+@cache
+def _machine() -> dict[str, Any]:
+    """Facts for every summary, gathered once a process."""
+    return environment()
 
 
 def _evaluate(lm: HarnessModel, prepared: Prepared, seed: int) -> Any:
@@ -198,28 +200,6 @@ def _evaluate(lm: HarnessModel, prepared: Prepared, seed: int) -> Any:
             )
     finally:
         del task.build_all_requests
-
-
-def _not_scored(prepared: Prepared, rows: Sequence[Row]) -> list[Row]:
-    """A row for each prompt that was left out, with the reason and no score."""
-    docs = list(prepared.task.task.eval_docs) if prepared.skipped else []
-    return [
-        {
-            "item": _item(docs[i]),
-            "sample": 0,
-            "prompt": str(prepared.task.task.doc_to_text(docs[i])),
-            "response": "",
-            "not_scored": reason,
-        }
-        for i, reason in sorted(prepared.skipped.items())
-    ]
-
-
-def _item(doc: Any) -> str:
-    """lm-eval's hash of a document."""
-    from lm_eval.utils import handle_non_serializable, hash_string
-
-    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
 
 def _key(weights: str, prepared: Prepared, sampling: Options | None, precision: str, max_new_tokens: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class _Library:
 
         with offline_when_unreachable(datasets.config, huggingface_hub.constants):
             try:
+                random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `quiet` restores
                 with ifeval.checkers_importable():
                     built = self.manager.load([self._local(spec, name, file) if file else spec])
             except SrppoError:
@@ -171,10 +173,20 @@ class _Library:
 
 
 def _read_once(task: Any) -> None:
-    """Test items as a list: lm-eval goes over them several times, and a Dataset decodes a row anew each time."""
-    split = task.get_config("test_split")
-    if split is not None and task.get_config("process_docs") is None and hasattr(task, "dataset"):
-        task.dataset = {**task.dataset, split: list(task.dataset[split])}
+    """Items as a list: lm-eval goes over them several times, a Dataset decodes a row anew each time, and what shuffles
+    the choices of an item, as GPQA's process_docs, would shuffle them otherwise for the score than for the question.
+    """
+    method = "test_docs" if task.has_test_docs() else "validation_docs"
+    rows = _rows_of(getattr(task, method)())
+    setattr(task, method, lambda: rows)
+
+
+def _rows_of(data: Any) -> list[Any]:
+    """Rows of a Dataset, read column by column (20 times faster than row by row), or of any other sequence."""
+    if type(data).__name__ != "Dataset":
+        return list(data)
+    columns: dict[str, list[Any]] = data[:]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _is_group(entry: Any) -> bool:

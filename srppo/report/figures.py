@@ -21,6 +21,7 @@ GROUP_MEANING = {
     "unseen": "out-of-domain: tasks seen by neither",
 }
 DECODINGS = ("greedy", "sampled")
+INTERVAL = "t width from the variance between seeds and between items, shape from resampling both"
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,25 @@ def kept_text(arm: ArmFigures) -> str:
     return f"{arm.kept_step}" + (f" of {arm.steps}" if arm.steps is not None else "")
 
 
+def problem_lines(arms: Sequence[ArmFigures]) -> list[str]:
+    """What failed, a line a problem: the rows of an arm share theirs."""
+    names: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm.problem:
+            names.setdefault(arm.problem, []).append(arm.name)
+    return [f"{'; '.join(rows)}: {problem}" for problem, rows in names.items()]
+
+
+def interval_words(seeds: Sequence[int]) -> str:
+    """What calibrated intervals are over, given how many training seeds each arm has."""
+    low, high = min(seeds, default=1), max(seeds, default=1)
+    if high == 1:
+        return "items, of t width; one training seed, so they say nothing of other seeds."
+    count = str(low) if low == high else f"{low} to {high}"
+    alone = " With one seed they say nothing of others." if low == 1 else ""
+    return f"items and training seeds ({count} seeds): {INTERVAL}.{alone}"
+
+
 def interval_caption(arms: Sequence[ArmFigures]) -> str:
     """What the cells and intervals are over, and what they do not say."""
     groups = groups_of(arms)
@@ -103,15 +123,22 @@ def interval_caption(arms: Sequence[ArmFigures]) -> str:
     sizes = {g: "/".join(str(n) for n in sorted(ns)) for g, ns in counts.items()}
     same = len(set(sizes.values())) == 1
     n = f"n = {sizes[groups[0]]} items a group" if same else "n = " + ", ".join(f"{sizes[g]} {g}" for g in groups)
-    seeds = sorted({arm.seeds for arm in arms if arm.figures})
-    text = f"Exact-match accuracy, {n}, with 95% intervals over "
-    if seeds == [1]:
-        text += "items; one training seed, so they say nothing of other seeds."
-    else:
-        count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        text += f"items and training seeds ({count} seeds), resampled crossed."
+    words = interval_words([arm.seeds for arm in arms if arm.figures])
+    text = f"Exact-match accuracy, {n}, with 95% intervals over {words}"
     if "sampled" in decodings_of(arms):
         text += " Sampled: temperature 1; an item counts by its share of right samples."
     if sum(bool(arm.figures) for arm in arms) > 1:
         text += " Arms share items and seeds: read the paired differences, not the overlap."
     return text
+
+
+def cost_caption(arms: Sequence[ArmFigures]) -> str:
+    """What the columns of cost and shape are, those that are shown."""
+    parts = []
+    if any(arm.flops is not None for arm in arms):
+        parts.append("TFLOPs: counted training operations, 10^12, SFT included")
+    if any(arm.mean_length is not None for arm in arms):
+        parts.append("length: tokens of a sampled answer; ended: by EOS")
+    if any(arm.nll is not None for arm in arms):
+        parts.append("NLL: of held-out answers, nats a token")
+    return ". ".join(part[0].upper() + part[1:] for part in parts) + "." if parts else ""

@@ -1,9 +1,7 @@
-"""The forecast in the terminal and as a plot: optima over beta, SFT, PPO's checkpoints, and what they mean in words."""
+"""The forecast in the terminal and as a page: optima over beta, SFT, PPO's checkpoints, and what they mean in words."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,26 +17,28 @@ from srppo.console import Console
 from srppo.optimum import MIN_ESS
 from srppo.records import plain
 from srppo.report.figures import estimate_text, number_text
-from srppo.report.plots import save_figure
+from srppo.report.forecast_plot import frontier_plot
+from srppo.report.html import bullets, html_table, inline_plot, page, section, soft_text
 from srppo.report.terminal import Narrow
-from srppo.style import INK
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from srppo.forecast import ForecastResult
     from srppo.optimum import Point
     from srppo.stats import Estimate
 
 CANNOT = "cannot say"
 RULE = f"too few to answer, which takes {MIN_ESS:g}"
-FRONTIER, TRAINING, SFT_COLOUR, BASE_COLOUR = "#0072b2", "#e69f00", "#7f7f7f", "#009e73"
-CHECKPOINTS = ("#d55e00", "#cc79a7")
+MEANING = (
+    f"{CANNOT}: the optimum is estimated by weighing samples of the SFT model, and where a few samples hold nearly all "
+    "the weight, those few would decide the figures. Effective samples (ESS) say how many equal ones the weighted ones "
+    f"are worth; below {MIN_ESS:g} a prompt, as a harmonic mean over prompts, no figure is given. That is no word for "
+    "or against that optimum: more samples (--samples) or a larger beta, which stays nearer to SFT, may answer."
+)
 
 
 def report_forecast(result: ForecastResult, folder: Path, console: Console) -> Path:
-    """Print tables and sentences; write forecast.json and the plot into `folder`; returns the JSON's path."""
+    """Print tables and sentences; write forecast.json, forecast.html and the plot into `folder`; returns the JSON's
+    path."""
     console.print(forecast_table(result))
     for line in sentences(result):
         console.print(Narrow(Text(line)))
@@ -46,7 +46,9 @@ def report_forecast(result: ForecastResult, folder: Path, console: Console) -> P
     folder.mkdir(parents=True, exist_ok=True)
     content = {"schema_version": 1, **plain(asdict(result)), "sentences": sentences(result)}
     write_atomic(path, canonical_json(content) + "\n")
-    for file in [*frontier_plot(result, folder / "frontier"), path]:
+    plots = frontier_plot(result, folder / "frontier")
+    write_atomic(folder / "forecast.html", forecast_html(result, plots[1]))
+    for file in [*plots, path, folder / "forecast.html"]:
         console.print(f"forecast: {file}")
     return path
 
@@ -56,37 +58,78 @@ def forecast_table(result: ForecastResult) -> RenderableType:
     table = _table("Forecast")
     for head, width in (("", 9), ("ESS", 4), ("reward", 18), ("KL to SFT", 16), ("len", 4), ("accuracy", 16)):
         table.add_column(head, width=width, justify="right" if head else "left", overflow="fold")
-    for point in (result.start, *result.checkpoints):
-        table.add_row(_name(point, result), "", *_cells(point))
-    for anchor in dict.fromkeys(point.anchor for point in result.points):
-        table.add_section()
-        for point in (p for p in result.points if p.anchor == anchor):
+    for points in _blocks(result):
+        for point in points:
             style = "bold" if point is result.own else ""
-            table.add_row(_name(point, result), f"{point.ess[1]:.0f}", *_cells(point), style=style)
-    captions = [
+            table.add_row(_name(point, result), _ess(point), *_cells(point), style=style)
+        table.add_section()
+    groups = _group_table(result)
+    return Group(table, *([groups] if groups else []), *(Narrow(Text(line, "dim")) for line in captions(result)))
+
+
+def _blocks(result: ForecastResult) -> list[list[Point]]:
+    """What was measured, then the optima of each anchor."""
+    anchors = dict.fromkeys(point.anchor for point in result.points)
+    optima = [[point for point in result.points if point.anchor == anchor] for anchor in anchors]
+    return [[result.start, *result.checkpoints], *optima]
+
+
+def captions(result: ForecastResult) -> list[str]:
+    """What rows and columns of the table mean, and what to know of this forecast."""
+    return [
         f"Rows such as `sft 0.5` are the optimum with that anchor and beta, from {result.samples} samples of the SFT "
         f"model a prompt; * is the recipe's own. Means over {result.prompts} prompts with 95% intervals over prompts; "
         "nats a response, tokens; accuracy: exact match, sampled at temperature 1 (PPO: the rollout temperature).",
         f"ESS: effective samples a prompt, harmonic mean over prompts. {CANNOT}: {RULE}.",
         *result.notes,
     ]
-    groups = _group_table(result)
-    return Group(table, *([groups] if groups else []), *(Narrow(Text(line, "dim")) for line in captions))
+
+
+def forecast_html(result: ForecastResult, plot: Path) -> str:
+    """The page as text: sentences, plot, tables, and what "cannot say" means."""
+    rows = [[_name(p, result).plain, _ess(p), *_cells(p)] for points in _blocks(result) for p in points]
+    groups, by_group = _by_group(result)
+    table = html_table(["", "ESS", "reward, nats", "KL to SFT, nats", "length, tokens", "accuracy"], rows)
+    caption = "Optima and PPO against KL to SFT, with 95% intervals over prompts"
+    body = [
+        "<h1>srppo forecast</h1>",
+        soft_text(f"SFT: {result.sft}. Base: {result.base}. Objective: anchor {result.anchor}, beta {result.beta:g}."),
+        bullets("What it says", sentences(result), ""),
+        section("Reward and accuracy against KL", inline_plot(caption, plot, 0)),
+        section("Forecast", table + "".join(map(soft_text, captions(result)[:2])) + soft_text(MEANING)),
+        section("Accuracy by group", html_table(["", *groups], by_group) if by_group else ""),
+        bullets("Notes", result.notes, ""),
+    ]
+    return page("srppo forecast", "".join(body))
+
+
+def _by_group(result: ForecastResult) -> tuple[list[str], list[list[str]]]:
+    """(groups, rows): accuracy of SFT, the checkpoints and the recipe's own optimum; no rows for a single group."""
+    groups = list(result.start.by_group)
+    shown = [p for p in (result.start, *result.checkpoints, result.own) if p is not None and len(groups) > 1]
+    rows = [
+        [_name(p, result).plain, *(estimate_text(p.by_group[g]) if p.answered else CANNOT for g in groups)]
+        for p in shown
+    ]
+    return groups, rows
 
 
 def _group_table(result: ForecastResult) -> Table | None:
-    groups = list(result.start.by_group)
-    shown = [p for p in (result.start, *result.checkpoints, result.own) if p is not None]
-    if len(groups) < 2:
+    groups, rows = _by_group(result)
+    if not rows:
         return None
     table = _table("Accuracy by group")
     table.add_column("", width=9)
     for group in groups:
         table.add_column(Text(group), justify="right", width=17, overflow="fold")
-    for point in shown:
-        cells = [estimate_text(point.by_group[group]) if point.answered else CANNOT for group in groups]
-        table.add_row(_name(point, result), *cells)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
+
+
+def _ess(point: Point) -> str:
+    """Effective samples of an optimum; nothing for what was measured itself."""
+    return f"{point.ess[1]:.0f}" if point.anchor else ""
 
 
 def _table(title: str) -> Table:
@@ -169,70 +212,3 @@ def _accuracy(point: Point) -> str:
 
 def _percent(share: Estimate) -> str:
     return f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]"
-
-
-def frontier_plot(result: ForecastResult, path: Path) -> list[Path]:
-    """Reward and accuracy of optima and checkpoints against KL to SFT; .png and .svg."""
-    keys = [("reward", "reward, nats a response")]
-    keys += [("accuracy", "accuracy, sampled")] if result.start.accuracy else []
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots(1, len(keys), squeeze=False)[0]
-        for axis, (key, title) in zip(axes, keys, strict=True):
-            _panel(axis, key, result)
-            axis.set_title(title)
-            axis.set_xlabel("KL to SFT, nats a response")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=1.6)
-
-    return save_figure(draw, path, height=4.4)
-
-
-def _panel(axis: Axes, key: str, result: ForecastResult) -> None:
-    for anchor, colour, style in (("sft", FRONTIER, "o-"), ("base", BASE_COLOUR, "s:")):
-        points = [p for p in result.points if p.anchor == anchor and p.answered]
-        points.sort(key=lambda p: -p.beta)
-        label = f"optimum, anchor {anchor}" + (" (beta beside it)" if anchor == result.anchor else "")
-        if points:
-            _whiskers(axis, key, points, style, colour, label, small=True)
-        for point in points if anchor == result.anchor else []:
-            _beside(axis, key, point, f"{point.beta:g}" + (" *" if point is result.own else ""))
-    if key == "reward" and result.training:
-        x, y = ([float(row[name]) for row in result.training] for name in ("kl_sft", "reward"))
-        axis.plot(x, y, ".-", color=TRAINING, lw=1, ms=4, label="PPO in training, every step (its own prompts)")
-    _whiskers(axis, key, [result.start], "D", SFT_COLOUR, "SFT")
-    for point, colour in zip(result.checkpoints, CHECKPOINTS, strict=False):
-        _whiskers(axis, key, [point], "D", colour, point.name)
-
-
-def _whiskers(
-    axis: Axes, key: str, points: Sequence[Point], style: str, colour: str, label: str, *, small: bool = False
-) -> None:
-    values: list[Any] = [getattr(point, key) for point in points]
-    kls = [point.kl_sft for point in points]
-    axis.errorbar(
-        [kl.mean for kl in kls],
-        [value.mean for value in values],
-        xerr=_lengths(kls),
-        yerr=_lengths(values),
-        fmt=style,
-        color=colour,
-        ecolor=colour,
-        elinewidth=0.7,
-        ms=4 if small else 7,
-        lw=1.6,
-        label=label,
-        zorder=2 if small else 3,
-    )
-
-
-def _lengths(estimates: Sequence[Estimate]) -> list[list[float]]:
-    def finite(value: float) -> float:
-        return max(value, 0.0) if math.isfinite(value) else 0.0
-
-    return [[finite(e.mean - e.low) for e in estimates], [finite(e.high - e.mean) for e in estimates]]
-
-
-def _beside(axis: Axes, key: str, point: Point, words: str) -> None:
-    place = (point.kl_sft.mean, getattr(point, key).mean)
-    axis.annotate(words, place, xytext=(4, -11), textcoords="offset points", fontsize=8, color=INK)

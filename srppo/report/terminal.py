@@ -13,12 +13,14 @@ from srppo.report.figures import (
     GROUP_MEANING,
     GROUP_WORDS,
     ArmFigures,
+    cost_caption,
     decodings_of,
     estimate_text,
     groups_of,
     interval_caption,
     kept_text,
     number_text,
+    problem_lines,
     teraflops,
 )
 
@@ -36,9 +38,9 @@ def arms_table(arms: Sequence[ArmFigures], title: str = "Test items") -> Rendera
     for start in range(0, len(groups), GROUPS_A_TABLE):
         parts.append(_accuracy_table(arms, groups[start : start + GROUPS_A_TABLE], title if start == 0 else ""))
     parts.append(_cost_table(arms))
-    problems = [f"{arm.name}: {arm.problem}" for arm in arms if arm.problem]
+    problems = problem_lines(arms)
     notes = [f"{arm.name}: {arm.note}" for arm in arms if arm.note]
-    captions = [interval_caption(arms), *_meanings(groups), _cost_caption(arms), *notes]
+    captions = [interval_caption(arms), *_meanings(groups), cost_caption(arms), *notes]
     lines = [Text(line, "bold red") for line in problems] + [Text(line, "dim") for line in captions if line]
     return Group(*parts, *(Narrow(line) for line in lines))
 
@@ -114,17 +116,6 @@ def _name(arm: ArmFigures) -> Text:
 def _meanings(groups: Sequence[str]) -> list[str]:
     known = [GROUP_MEANING[g] for g in groups if g in GROUP_MEANING]
     return ["; ".join(known) + "."] if known else []
-
-
-def _cost_caption(arms: Sequence[ArmFigures]) -> str:
-    parts = []
-    if any(arm.flops is not None for arm in arms):
-        parts.append("TFLOPs: counted training operations, 10^12, SFT included")
-    if any(arm.mean_length is not None for arm in arms):
-        parts.append("length: tokens of a sampled answer; ended: by EOS")
-    if any(arm.nll is not None for arm in arms):
-        parts.append("NLL: of held-out answers, nats a token")
-    return ". ".join(part[0].upper() + part[1:] for part in parts) + "." if parts else ""
 
 
 class Narrow:

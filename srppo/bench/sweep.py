@@ -1,0 +1,248 @@
+"""What the harness of a sweep costs: stages that do nothing, and all that is no training in stages that train.
+
+Spans are timed inside the stages' processes, by wrapping the functions named below; a span within another is taken out
+of it. What no span covers is the process itself: forking, importing, ending.
+
+    training    `train_sft` or `train_ppo`, development items included: they choose the kept step
+    measuring   test items and held-out NLL of the trained model
+    data        everything the pipeline prepares before its stage: demonstrations, prompts, items, encoding
+    models      tokenizer and weights
+    record      lease, logs, checkpoints, export, commit
+    sync        of these, waiting for the disk (`fsync`)
+
+Harness is the wall time of a stage's process less training and measuring.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.table import Table
+
+import srppo.pipeline
+from srppo.ablations.execute import execute
+from srppo.ablations.ledger import Ledger
+from srppo.ablations.local import Worker
+from srppo.ablations.options import build_sweep, read_options
+from srppo.ablations.plan import Plan, Task
+from srppo.ablations.sweeps import SWEEPS
+from srppo.bench.machine import machine
+from srppo.bench.rows import append_rows
+from srppo.config import Recipe
+from srppo.console import Console
+from srppo.errors import RunError
+from srppo.pipeline import Pipeline
+from srppo.store import Attempt, Run
+
+SCHEMA = 1
+MOST_MS, MOST_SHARE = 60.0, 0.03  # the bars: 1,000 no-op stages a minute and worker; harness to training
+SPANS = ("training", "measuring", "data", "models", "record", "sync", "process")
+
+
+@dataclass(frozen=True)
+class SweepBench:
+    """stages: that do nothing; seeds: of the sweep that trains (0: none). out: rows are appended to this file."""
+
+    recipe: Recipe
+    stages: int = 1000
+    slots: int = 1
+    seeds: int = 1
+    out: Path = Path("runs/bench-sweep/sweep.jsonl")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """Stages of one kind: seconds are means over them, `spans` of their processes; share: harness to training.
+
+    total_s, cpu_s: of the worker and all its stages, of whatever kind; on a busy machine the second one tells more.
+    load: of the machine in the last minute.
+    """
+
+    schema: int
+    date: str
+    kind: str
+    stages: int
+    slots: int
+    total_s: float
+    cpu_s: float
+    stage_s: float
+    spans: Mapping[str, float]
+    share: float | None
+    load: float
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def harness_s(self) -> float:
+        return self.stage_s - self.spans["training"] - self.spans["measuring"]
+
+
+class Spans:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside: list[float] = []  # of each open span: seconds that belong to spans within it
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.seconds[name] += took - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += took
+
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
+        """Time every call of a function or method. For a process that ends soon: it is never undone."""
+        plain = getattr(owner, attribute)
+
+        @functools.wraps(plain)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.span(name):
+                return plain(*args, **kwargs)
+
+        setattr(owner, attribute, timed)
+
+    def wrap_all(self) -> None:
+        for train in ("train_sft", "train_ppo"):
+            self.wrap(srppo.pipeline, train, "training")
+        self.wrap(Pipeline, "_measure", "measuring")
+        self.wrap(Pipeline, "__post_init__", "data")
+        self.wrap(Pipeline, "_load", "models")
+        self.wrap(srppo.pipeline, "load_tokenizer", "models")
+        for method in ("__init__", "log_metrics", "log_rollout", "log_event", "save_checkpoint", "publish", "commit"):
+            self.wrap(Attempt, method, "record")
+        for method in ("stage", "write_data_manifest"):
+            self.wrap(Run, method, "record")
+        self.wrap(os, "fsync", "sync")
+
+
+def timed(run: Callable[[Task, Ledger], None], task: Task, ledger: Ledger) -> None:
+    """Run a task in its own process and leave its spans in the record; what went wrong is not timed."""
+    spans = Spans()
+    spans.wrap_all()
+    run(task, ledger)
+    began_ns = max(int(path.name.split("-")[1]) for path in ledger.folder(task).glob("log-*"))
+    wall = time.time() - began_ns / 1e9
+    spans.seconds["process"] = wall - sum(spans.seconds.values())
+    (ledger.folder(task) / "spans.json").write_text(json.dumps({"wall": wall, **spans.seconds}))
+
+
+def nothing(task: Task, ledger: Ledger) -> None:
+    """A stage that does nothing: named, leased, committed."""
+    stage = ledger.run.stage(task.kind, {"key": task.key})
+    ledger.link(task, stage)
+    with stage.attempt() as attempt:
+        attempt.commit("ok", {})
+
+
+def run_sweep_bench(options: SweepBench, console: Console) -> None:
+    """Run, append rows, print them."""
+    rows = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # beside which the stages run: on the disk that counts
+    if options.stages:
+        tasks = {f"{i:08}": Task(f"{i:08}", "no-op", options.recipe, ()) for i in range(options.stages)}
+        rows += measure(tasks, nothing, options)
+        console.say(f"{options.stages} stages that do nothing: {rows[-1].total_s:.1f} s")
+    if options.seeds:
+        rows += measure(training_plan(options).tasks, execute, options)
+    append_rows(rows, options.out)
+    console.print(table_of(rows))
+    for line in verdicts(rows, options.recipe):
+        console.print(line)
+    console.print(f"rows: {options.out}")
+
+
+def training_plan(options: SweepBench) -> Plan:
+    """The stages of every shipped sweep that train: SFT and PPO, at the sweeps' own defaults."""
+    return Plan(
+        build_sweep(
+            "kl", read_options("kl", options.recipe, seeds=options.seeds, axes=["reward.beta=0.25"], quick=True)
+        )
+    )
+
+
+def measure(tasks: Mapping[str, Task], run: Callable[[Task, Ledger], None], options: SweepBench) -> list[SweepRow]:
+    """One row a kind of task, by a real worker in a record that is then deleted. Raises RunError if a stage failed."""
+    with TemporaryDirectory(dir=options.out.parent, prefix="stages-") as folder:
+        ledger = Ledger(Run.open(Path(folder) / "run", {"sweep": "bench"}), tries=1)
+        failures: list[str] = []
+        began, cpu = time.perf_counter(), _cpu_seconds()
+        Worker(tasks, ledger, functools.partial(timed, run), slots=options.slots, on_event=failures.append).run()
+        total = time.perf_counter() - began, _cpu_seconds() - cpu
+        if failures:
+            raise RunError(f"a stage of the benchmark failed: {failures[0]}")
+        by_kind: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for task in tasks.values():
+            by_kind[task.kind].append(json.loads((ledger.folder(task) / "spans.json").read_text()))
+    return [_row(kind, spans, *total, options.slots) for kind, spans in by_kind.items()]
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of all its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _row(kind: str, found: Sequence[Mapping[str, float]], total_s: float, cpu_s: float, slots: int) -> SweepRow:
+    mean = {name: sum(each.get(name, 0.0) for each in found) / len(found) for name in ("wall", *SPANS)}
+    wall = mean.pop("wall")
+    harness = wall - mean["training"] - mean["measuring"]
+    share = harness / mean["training"] if mean["training"] else None
+    date, load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0]
+    return SweepRow(
+        SCHEMA, date, kind, len(found), slots, total_s, cpu_s, wall, mean, share, load, asdict(machine("cpu"))
+    )
+
+
+def table_of(rows: Sequence[SweepRow]) -> Table:
+    """Milliseconds of a stage's process, by what they went into; at most 80 columns."""
+    table = Table(box=None, pad_edge=False, title="ms a stage", title_justify="left")
+    for name in ("", "wall", *SPANS):
+        table.add_column({"measuring": "tests"}.get(name, name), justify="right" if name else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(row.kind, *(f"{1000 * value:.0f}" for value in (row.stage_s, *(row.spans[n] for n in SPANS))))
+    return table
+
+
+def verdicts(rows: Sequence[SweepRow], recipe: Recipe) -> list[str]:
+    """The bars, and the shares of the shipped sweeps whose kinds of stages were measured."""
+    lines = []
+    for row in rows:
+        if row.share is None:
+            each_ms = 1000 * row.total_s * row.slots / row.stages
+            cpu_ms = 1000 * row.cpu_s / row.stages
+            bar = _bar(each_ms, MOST_MS, "ms")
+            lines.append(f"{row.kind}: {each_ms:.1f} ms a stage and worker {bar}, {cpu_ms:.1f} ms of them computing")
+        else:
+            bar = _bar(100 * row.share, 100 * MOST_SHARE, "%")
+            record = (row.spans["record"] + row.spans["sync"]) / row.spans["training"]
+            lines.append(f"{row.kind}: harness is {row.share:.1%} of training {bar}, bookkeeping alone {record:.1%}")
+    known = {row.kind: row for row in rows if row.share is not None}
+    for name in SWEEPS if known else ():
+        if name != "grid":
+            counts = Counter(task.kind for task in Plan(build_sweep(name, read_options(name, recipe))).tasks.values())
+            if set(counts) <= set(known):
+                harness = sum(count * known[kind].harness_s for kind, count in counts.items())
+                share = harness / sum(count * known[kind].spans["training"] for kind, count in counts.items())
+                lines.append(f"sweep {name}: {share:.1%} {_bar(100 * share, 100 * MOST_SHARE, '%')}")
+    return lines
+
+
+def _bar(value: float, most: float, unit: str) -> str:
+    return f"({'within' if value < most else 'misses'} the bar of {most:g} {unit})"

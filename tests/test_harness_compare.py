@@ -1,0 +1,99 @@
+"""From `srppo eval` to `srppo compare`: results that were made otherwise are told by what their summaries hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness_cases import WORDS, choice_task, evaluate, summary, tiny_model, write_task
+
+from srppo.compare import Comparison, compare
+from srppo.errors import DataError
+from srppo.report.comparison import arms_of
+
+TEMPLATE = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
+EXAMPLES: dict[str, Any] = {"fewshot_config": {"samples": [{"q": f"Name {w}", "a": "a", "label": 0} for w in WORDS]}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models with a chat template."""
+    folder = tmp_path_factory.mktemp("models")
+    both = tiny_model(folder / "one"), tiny_model(folder / "two", seed=1)
+    for model in both:
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+    return both
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    return write_task(tmp_path / "tasks", "letters", num_fewshot=1, **EXAMPLES)
+
+
+def compared(folder: Path) -> Comparison:
+    return compare(arms_of([folder / "one", folder / "two"])[0])
+
+
+SAMPLED = {"samples": 2}
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "template": ({}, {"chat_template": False}, "chat template: yes and no"),
+    "shots": ({}, {"num_fewshot": 2}, "few-shot examples: 1 and 2"),
+    "shots drawn": ({}, {"seed": 1}, "seed of the few-shot examples: 1234 and 1235"),
+    "length": ({}, {"max_new_tokens": 5}, "new tokens at most: 12 and 5"),
+    "temperature": (SAMPLED, SAMPLED | {"temperature": 0.5}, "temperature: 1.0 and 0.5"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_options_that_ask_otherwise_are_refused(
+    models: tuple[Path, Path], tasks: Path, tmp_path: Path, case: str
+) -> None:
+    first, second, words = UNLIKE[case]
+    for model, options in zip(models, (first, second), strict=True):
+        evaluate(model, tmp_path / model.name, "letters", include_path=[tasks], **options)
+    with pytest.raises(DataError) as caught:
+        compared(tmp_path)
+    line = str(caught.value)
+    assert words in line and line.count(": ") == 2 and "/one/letters@" in line and "/two/letters@" in line
+
+
+def test_options_that_ask_the_same_are_compared(models: tuple[Path, Path], tasks: Path, tmp_path: Path) -> None:
+    """A batch size, more samples, a limit that names the task's own, and fewer items: compared, and said."""
+    one, two = models
+    evaluate(one, tmp_path / "one", "letters", include_path=[tasks], batch_size=3, samples=2)
+    evaluate(two, tmp_path / "two", "letters", include_path=[tasks], samples=3, limit=9, max_new_tokens=12)
+    (found,) = compared(tmp_path).differences
+    assert found.difference.n == 9 and [len(each) for each in found.left_out.values()] == [5]
+    assert found.notes[0].startswith("results differ in samples a prompt (2, 3), batch size (3, ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"doc_to_text": "Q: {{q}}:"}, "the task's YAML or code"),
+        ({"metadata": {"version": 2}}, "version of the task: 1 and 2"),
+        (
+            {"generation_kwargs": {"until": ["c"], "max_gen_toks": 12, "do_sample": False}},
+            "stop texts: ['b'] and ['c']",
+        ),
+    ],
+)
+def test_a_task_that_was_edited_is_refused(
+    models: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    for model, config in zip(models, ({}, change), strict=True):
+        tasks = write_task(tmp_path / f"tasks-{model.name}", "letters", **config)
+        evaluate(model, tmp_path / model.name, "letters", include_path=[tasks])
+    with pytest.raises(DataError) as caught:
+        compared(tmp_path)
+    assert words in str(caught.value) and "; make both with one file of the task" in str(caught.value)
+
+
+def test_the_same_task_from_another_folder_is_the_same(models: tuple[Path, Path], tmp_path: Path) -> None:
+    for model in models:
+        tasks = choice_task(tmp_path / f"tasks-{model.name}", "pick")
+        (path,), _ = evaluate(model, tmp_path / model.name, "pick", include_path=[tasks])
+        assert summary(path)["generation"] is None and summary(path)["fewshot_seed"] is None
+    (found,) = compared(tmp_path).differences
+    assert found.difference.n == 14 and found.notes == () and found.left_out == {}

@@ -1,0 +1,487 @@
+"""Sweeps as values and their plans: what is run, what is shared, and what a bad command line says. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import srppo.cli
+from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, grid
+from srppo.ablations.options import build_sweep, read_axis, read_options
+from srppo.ablations.plan import PARENTS, Plan, Task, task_key
+from srppo.ablations.spec import MOST_COMPARISONS, every, is_sweep
+from srppo.ablations.sweeps import SWEEPS
+from srppo.cli_ablate import SMALL
+from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_overrides
+from srppo.errors import ConfigError, SrppoError
+from srppo.store import Run
+
+RECIPE = load_recipe(None, SMALL)
+AXIS = {"grid": ["ppo.lr=3e-5,1e-4,3e-4"]}  # what grid needs
+
+
+def the_sweep(name: str, recipe: Recipe = RECIPE, **options: Any) -> Sweep:
+    return build_sweep(name, read_options(name, recipe, **{"axes": AXIS.get(name, []), **options}))
+
+
+EVERY_SWEEP = [(name, quick) for name in SWEEPS for quick in (False, True)]
+any_sweep = pytest.mark.parametrize(("name", "quick"), EVERY_SWEEP)
+
+
+# ---- sweeps
+
+
+@any_sweep
+def test_every_sweep_builds_and_survives_json(name, quick):
+    sweep = the_sweep(name, quick=quick)
+    spec = sweep.as_spec()
+    assert is_sweep(spec) and not is_sweep({"recipe": {}, "seeds": [0]})
+    again = Sweep.from_spec(json.loads(canonical_json(spec)))
+    assert canonical_json(again.as_spec()) == canonical_json(spec)
+    assert again.cells() == sweep.cells() and again.analysis.family == sweep.analysis.family
+    assert Plan(again).tasks == Plan(sweep).tasks and Plan(again).measured_by == Plan(sweep).measured_by
+
+
+@any_sweep
+def test_every_family_can_be_significant_and_compares_what_is_run(name, quick):
+    sweep = the_sweep(name, quick=quick)
+    family, cells = sweep.analysis.family, set(sweep.cells())
+    assert 1 <= len(family) <= MOST_COMPARISONS and len(set(family)) == len(family)
+    assert all(each.model in cells and each.baseline in cells and each.model != each.baseline for each in family)
+    assert len(sweep.seeds) == (3 if quick else 10) and 2 ** (1 - 10) * MOST_COMPARISONS < 0.05
+    assert len(cells) == len(sweep.points) * len(sweep.arms) == len(sweep.cells())
+    assert sweep.question.endswith("?")
+
+
+@any_sweep
+def test_axes_name_values_that_every_point_has(name, quick):
+    sweep = the_sweep(name, quick=quick)
+    assert all(set(point.values) == set(sweep.axes) for point in sweep.points)
+    if sweep.analysis.trend is not None:
+        values = [point.values[sweep.analysis.trend] for point in sweep.points]
+        assert all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        assert sweep.analysis.scale == "linear" or min(values) > 0
+
+
+def test_a_given_sft_model_leaves_no_arm_at_equal_compute(tmp_path):
+    recipe = with_overrides(RECIPE, {"model.sft": str(tmp_path)})
+    sweep = the_sweep("method", recipe)
+    assert not any(arm.shares for arm in sweep.arms) and "is left out" in " ".join(sweep.notes)
+    assert not any("longer SFT" in (each.model.arm, each.baseline.arm) for each in sweep.analysis.family)
+    for name in ("data-size", "noise", "model-scale"):
+        with pytest.raises(ConfigError, match=r"model\.sft is given"):
+            the_sweep(name, recipe)
+
+
+def test_a_grid_is_every_combination_the_last_axis_fastest():
+    points = grid(**{"ppo.lr": (1e-5, 3e-5), "reward.kind": ("ratio", "zero"), "ppo.steps": (5,)})
+    assert [tuple(point.overrides.values()) for point in points] == [
+        (1e-5, "ratio", 5),
+        (1e-5, "zero", 5),
+        (3e-5, "ratio", 5),
+        (3e-5, "zero", 5),
+    ]
+    assert points[0].name == "lr 1e-05, kind ratio, steps 5"
+
+
+def test_what_could_not_be_analysed_is_refused():
+    point, arms = Ablation("all", {}), (Arm("SFT", "sft"), Arm("SRPPO", "ppo"))
+    plain: dict[str, Any] = {"name": "s", "question": "?", "recipe": RECIPE, "axes": (), "arms": arms, "seeds": (0, 1)}
+    nothing = Analysis("unseen", "greedy", ())
+
+    def build(points: tuple[Ablation, ...] = (point,), **changes: Any) -> Sweep:
+        return Sweep(**{**plain, "points": points, "analysis": nothing, **changes})
+
+    assert len(build().cells()) == 2
+    stranger = Analysis("unseen", "greedy", every((point,), "SRPPO", "RLOO"))
+    many = tuple(Ablation(f"p{i}", {}) for i in range(MOST_COMPARISONS + 1))
+    too_many = Analysis("unseen", "greedy", every(many, "SRPPO", "SFT"))
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("axis is empty", {"points": ()}),
+        ("one or more, each once", {"seeds": ()}),
+        ("one or more, each once", {"seeds": (1, 1)}),
+        ("point 'all' twice", {"points": (point, point)}),
+        ("arm 'SFT' twice", {"arms": (*arms, Arm("SFT", "ppo"))}),
+        ("compares 'RLOO' at 'all', which it does not run", {"analysis": stranger}),
+        ("would test 26 differences", {"points": many, "analysis": too_many}),
+    ]
+    for words, changes in bad:
+        with pytest.raises(ConfigError, match=words) as error:
+            build(**changes)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data.size=4,16", ("data.size", (4, 16))),
+        (" ppo.lr = 1e-5 , 3e-5", ("ppo.lr", (1e-5, 3e-5))),
+        ("reward.kind=ratio,zero", ("reward.kind", ("ratio", "zero"))),
+        ("model.base=embedded:xs,embedded:s", ("model.base", ("embedded:xs", "embedded:s"))),
+        ("reward.scale=true,false", ("reward.scale", (True, False))),
+        ("data.overlap_share=none,0.5", ("data.overlap_share", (None, 0.5))),
+        ('data.system="Be brief, please.","Sing."', ("data.system", ("Be brief, please.", "Sing."))),
+        ('data.prompts=["a", "b"],["c"]', ("data.prompts", (["a", "b"], ["c"]))),
+    ],
+)
+def test_axes_are_read_as_toml_or_as_plain_words(text, expected):
+    assert read_axis(text) == expected
+
+
+# ---- plans
+
+
+@any_sweep
+def test_parents_come_first_and_each_stage_once(name, quick):
+    plan = Plan(the_sweep(name, quick=quick))
+    seen: set[str] = set()
+    for key, task in plan.tasks.items():
+        assert key == task.key and set(task.needs) <= seen and key not in seen
+        assert tuple(plan.tasks[need].kind for need in task.needs) == PARENTS[task.kind]
+        assert {plan.tasks[need].recipe.seed for need in task.needs} <= {task.recipe.seed}
+        seen.add(key)
+    measured = {key for keys in plan.measured_by.values() for key in keys}
+    needed = {need for task in plan.tasks.values() for need in task.needs}
+    assert measured | needed == set(plan.tasks), "a stage that nothing asks for"
+    assert set(plan.measured_by) == {(cell, seed) for cell in plan.sweep.cells() for seed in plan.sweep.seeds}
+
+
+@any_sweep
+def test_arms_of_a_seed_share_sft_and_seeds_share_nothing(name, quick):
+    sweep = the_sweep(name, quick=quick)
+    plan = Plan(sweep)
+    for point in sweep.points:
+        for seed in sweep.seeds:
+            chains = [plan.measured_by[Cell(point.name, arm.name), seed] for arm in sweep.arms if arm.kind != "base"]
+            roots = {key for keys in chains for key in keys if plan.tasks[key].kind == "sft"}
+            roots |= {plan.tasks[key].needs[0] for keys in chains for key in keys if plan.tasks[key].needs}
+            assert len(roots) == 1, f"{point.name}: arms start from different SFT models"
+    by_seed = [{key for key, task in plan.tasks.items() if task.recipe.seed == seed} for seed in sweep.seeds]
+    assert sum(map(len, by_seed)) == len(set().union(*by_seed)) == len(plan.tasks)
+
+
+def kinds(plan: Plan) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for task in plan.tasks.values():
+        found[task.kind] = found.get(task.kind, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # 4 sizes x 2 budgets, but 32 demonstrations are not among them: same steps is never same epochs
+        ("data-size", {"sft": 80, "ppo": 80, "longer-sft": 240}),
+        ("noise", {"sft": 100, "ppo": 100}),  # 3 kinds x 3 rates, and rate 0 once
+        ("model-scale", {"base": 30, "sft": 30, "ppo": 30}),
+        ("reward", {"sft": 10, "ppo": 80}),
+        ("kl", {"sft": 10, "ppo": 80}),
+        ("prompts", {"sft": 10, "ppo": 90}),
+    ],
+)
+def test_what_a_point_leaves_alone_is_run_once(name, expected):
+    assert kinds(Plan(the_sweep(name))) == expected
+
+
+def test_overlap_shares_the_demonstrations_sft(name="overlap"):
+    found = kinds(Plan(the_sweep(name)))
+    assert found["ppo"] == 50 and found["sft"] == 10
+
+
+def test_the_method_sweep_tells_its_arms_apart():
+    plan = Plan(the_sweep("method"))
+    keys = [plan.measured_by[cell, 0] for cell in plan.sweep.cells()]
+    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 7 + 3
+    assert kinds(plan)["sft"] == 10 and kinds(plan)["ppo"] == 20  # SRPPO and RLOO
+
+
+def test_the_plan_depends_on_neither_the_order_of_axes_nor_of_values():
+    axes = ["ppo.lr=1e-5,3e-5", "reward.beta=0.5,1.0", "sft.lr=1e-4,2e-4"]
+    plans = [Plan(the_sweep("grid", axes=order, quick=True)) for order in (axes, axes[::-1])]
+    backwards = ["sft.lr=2e-4,1e-4", "reward.beta=1.0,0.5", "ppo.lr=3e-5,1e-5"]
+    plans.append(Plan(the_sweep("grid", axes=backwards, quick=True)))
+    needs = [{key: (task.kind, task.needs) for key, task in plan.tasks.items()} for plan in plans]
+    assert needs[0] == needs[1] == needs[2]
+    assert plans[0].measured_by != plans[1].measured_by  # points are named in the order of axes
+    assert sorted(plans[0].measured_by.values()) == sorted(plans[1].measured_by.values())
+
+
+def test_keys_are_the_same_in_another_process_folder_and_hash_seed(tmp_path):
+    program = (
+        "from srppo.ablations.plan import Plan; from srppo.ablations.options import *; from srppo.config import *; "
+        "from srppo.cli_ablate import SMALL; import sys; "
+        "print(*Plan(build_sweep('kl', read_options('kl', load_recipe(None, SMALL)))).tasks); "
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(srppo.cli.__file__).parents[1])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == list(Plan(the_sweep("kl")).tasks), done.stderr
+
+
+# What a setting changes, by the longest prefix of its key: an oracle beside `identity.stage_settings`.
+BASE, SFT, PPO, LONGER = "base", "sft", "ppo", "longer-sft"
+ALL, TRAINED, FROM_PPO = {BASE, SFT, PPO, LONGER}, {SFT, PPO, LONGER}, {PPO, LONGER}
+CHANGES: dict[str, set[str]] = {
+    "": ALL,
+    "sft.": TRAINED,
+    "rollout.": FROM_PPO,
+    "rollout.max_new_tokens": ALL,
+    "reward.": FROM_PPO,
+    "ppo.": FROM_PPO,
+    "eval.every": FROM_PPO,
+    "data.prompts": FROM_PPO,
+    "data.prompts_size": FROM_PPO,
+    "data.overlap": FROM_PPO,
+    "methods.": set(),
+}
+OTHER: dict[str, list[dict[str, Any]]] = {
+    "seed": [{"seed": 5}],
+    "model.base": [{"model.base": "embedded:l"}],
+    "model.sft": [{"model.sft": "folder"}],
+    "model.precision": [{"model.precision": "bf16"}],
+    "model.kernels": [{"model.kernels": "reference"}],
+    "model.trust_remote_code": [{"model.trust_remote_code": True}],
+    "model.allow_pickle": [{"model.allow_pickle": True}],
+    "data.demonstrations": [{"data.demonstrations": ["mine.jsonl"]}],
+    "data.prompts": [{"data.prompts": ["embedded:unseen"]}],
+    "data.noise_rate": [{"data.noise": "derangement", "data.noise_rate": 0.5}],
+    "data.noise": [{"data.noise": "near-miss", "data.noise_rate": 0.5}],
+    "data.overlap": [{"data.overlap": "minimum"}],
+    "data.overlap_share": [{"data.overlap_share": 0.5}],
+    "data.system": [{"data.system": "Be brief."}],
+    "sft.schedule": [{"sft.schedule": "cosine"}],
+    "rollout.per_prompt": [{"rollout.per_prompt": 4}],
+    "reward.kind": [{"reward.kind": kind} for kind in ("sft", "base", "zero", "shuffled")],
+    "reward.placement": [{"reward.placement": "token"}],
+    "reward.at_limit": [{"reward.at_limit": "drop"}],
+    "reward.anchor": [{"reward.anchor": "base"}],
+    "reward.kl": [{"reward.kl": "k3"}],
+    "ppo.advantage": [{"ppo.advantage": "rloo", "rollout.per_prompt": 4}],
+    "ppo.schedule": [{"ppo.schedule": "cosine"}],
+    "eval.items": [{"eval.items": "mine.jsonl"}],
+    "eval.keep": [{"eval.keep": "last"}],
+    "eval.metric": [{"eval.metric": "nll"}],
+    "methods.alphas": [{"methods.alphas": [1.0, 3.0]}],
+}
+NUMBERS = {
+    "data.size": 7, "data.prompts_size": 7, "data.held_out": 0.3, "data.max_prompt_tokens": 100, "data.max_tokens": 900,
+    "sft.steps": 9, "reward.token_clip": 2.0, "reward.clip": 2.0, "ppo.gamma": 0.5, "ppo.lam": 0.5, "ppo.warmup": 0.5,
+    "sft.warmup": 0.5, "ppo.target_kl": 0.5, "ppo.minibatches": 3, "eval.limit": 9, "ppo.value_clip": None,
+}  # fmt: skip
+
+
+def another_value(key: str) -> list[dict[str, Any]]:
+    """Settings that differ from the default in this key."""
+    if key in OTHER:
+        return OTHER[key]
+    if key in NUMBERS:
+        return [{key: NUMBERS[key]}]
+    section, _, name = key.partition(".")
+    now = getattr(getattr(RECIPE, section), name)
+    return [{key: (not now) if isinstance(now, bool) else now + type(now)(2)}]
+
+
+def keys_of(recipe: Recipe) -> dict[str, str]:
+    """The key of each trained kind, on the way from the base to longer SFT."""
+    sft = task_key("sft", recipe)
+    ppo = task_key("ppo", recipe, (sft,))
+    return {BASE: task_key(BASE, recipe), SFT: sft, PPO: ppo, LONGER: task_key(LONGER, recipe, (sft, ppo), 1.0)}
+
+
+def changed(before: Recipe, after: Recipe) -> set[str]:
+    old, new = keys_of(before), keys_of(after)
+    return {kind for kind in old if old[kind] != new[kind]}
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_a_setting_changes_the_stages_that_read_it_and_no_other(key):
+    prefix = max((each for each in CHANGES if key.startswith(each)), key=len)
+    for overrides in another_value(key):
+        assert changed(RECIPE, with_overrides(RECIPE, overrides)) == CHANGES[prefix], overrides
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(sorted(set(all_keys()) - {"data.noise", "ppo.advantage", "ppo.gamma"})), max_size=6),
+    st.data(),
+)
+def test_settings_change_keys_independently_of_one_another(keys, data):
+    """The stages that several changes touch together are those that they touch one by one; and back again."""
+    chosen = {key: data.draw(st.sampled_from(another_value(key))) for key in dict.fromkeys(keys)}
+    recipe, expected = RECIPE, set()
+    for overrides in chosen.values():
+        expected |= changed(RECIPE, with_overrides(RECIPE, overrides))
+        recipe = with_overrides(recipe, overrides)
+    assert changed(RECIPE, recipe) == expected
+    assert keys_of(Recipe.model_validate(json.loads(recipe.model_dump_json()))) == keys_of(recipe)
+
+
+@pytest.mark.parametrize(
+    ("same", "as_"),
+    [
+        ({"data.noise": "derangement", "data.noise_rate": 0.0}, {}),
+        ({"data.noise": "near-miss", "data.noise_rate": 0.0}, {"data.noise": "derangement", "data.noise_rate": 0.0}),
+    ],
+)
+def test_settings_that_come_to_the_same_share_their_stages(same, as_):
+    assert not changed(with_overrides(RECIPE, as_), with_overrides(RECIPE, same))
+
+
+def test_rloo_reads_no_critic():
+    rloo = with_overrides(RECIPE, {"ppo.advantage": "rloo", "rollout.per_prompt": 4})
+    assert not changed(rloo, with_overrides(rloo, {"ppo.value_lr": 0.1, "ppo.lam": 0.1, "ppo.value_clip": 3.0}))
+
+
+def test_methods_read_only_their_own_settings():
+    def key(kind: str, recipe: Recipe) -> str:
+        return task_key(kind, recipe, (task_key("sft", recipe),))
+
+    more = with_overrides(RECIPE, {"methods.samples": 9, "methods.alphas": [1.0]})
+    beta = with_overrides(RECIPE, {"reward.beta": 3.0})
+    steps = with_overrides(RECIPE, {"ppo.steps": 3})
+    expected = {"extrapolated": (True, False), "decoded": (False, True), "resampled": (True, True)}
+    for kind, moves in {**expected, "best-of-n": (True, False)}.items():
+        assert (key(kind, RECIPE) != key(kind, more), key(kind, RECIPE) != key(kind, beta)) == moves, kind
+        assert key(kind, RECIPE) == key(kind, steps)
+
+
+def test_shares_and_parents_tell_tasks_apart():
+    sft = task_key("sft", RECIPE)
+    keys = [task_key("longer-sft", RECIPE, (sft, "p"), share) for share in (1.0, 0.25)]
+    assert len({*keys, task_key("longer-sft", RECIPE, (sft, "q"), 1.0)}) == 3
+    assert "0.25" in Task("k", "longer-sft", RECIPE, (), 0.25).name
+
+
+# ---- bad input
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
+    """`srppo ...` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["srppo", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        srppo.cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["data-sise"], "did you mean 'data-size'?"),
+        (["nonsense"], "There are: data-size, noise"),
+        (["grid"], "grid needs axes"),
+        (["grid", "--axis", "ppo.lr="], "the axis ppo.lr is empty"),
+        (["data-size", "--sizes", ","], "the axis data.size is empty"),
+        (["grid", "--axis", "ppo.lrr=1,2"], "did you mean 'ppo.lr'?"),
+        (["grid", "--axis", "ppo=1,2"], "is a section, not a value"),
+        (["grid", "--axis", "1,2"], "unknown key '1,2'"),
+        (["kl", "--axis", "sft.lr=1e-4,2e-4"], "sft.lr is no axis of kl"),
+        (["method", "--axis", "ppo.lr=1e-4"], "it has no axis to change"),
+        (["data-size", "--rates", "0.1"], "data.noise_rate is no axis of data-size"),
+        (["grid", "--axis", "ppo.lr=1e-5", "--axis", "ppo.lr=2e-5"], "is given twice"),
+        (["data-size", "--sizes", "4,4"], "has 4 twice"),
+        (["noise", "--rates", "0,1.5"], "data.noise_rate: Input should be less than or equal to 1"),
+        (["noise", "--rates", "-0.1,0.5"], "data.noise_rate: Input should be greater than or equal to 0"),
+        (["noise", "--rates", "some"], "data.noise_rate"),
+        (["data-size", "--sizes", "0,4"], "data.size: Input should be greater than or equal to 1"),
+        (["data-size", "--sizes", "few"], "data.size"),
+        (["overlap", "--axis", "data.overlap_share=0,2"], "data.overlap_share"),
+        (["reward", "--set", "ppo.stepps=3"], "did you mean 'ppo.steps'?"),
+        (["reward", "--primary", "nowhere"], "no group of the items; there are: demonstrated, prompted, unseen"),
+        (["reward", "--primary", "unseen/loudly"], "is no decoding"),
+        (["reward", "--engine", "cloud"], "engine 'cloud' is unknown; there are local, ray, slurm"),
+        (["reward", "missing.toml"], "missing.toml does not exist"),
+        (["reward", "--set", "data.demonstrations=mine.jsonl"], "set eval.items"),
+        (["reward", "--set", "eval.items=missing.jsonl"], "missing.jsonl cannot be read"),
+        (["kl", "--axis", "reward.beta=" + ",".join(map(str, range(1, 28)))], "trim an axis"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "ablate", *argv) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and words in line and out == ""
+    assert list(tmp_path.iterdir()) == [], "nothing is left on disk"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["data-size", "--sizes", "8,9999"], "data.size asks for 9,999 demonstrations to train on, but only"),
+        (["prompts", "--axis", "data.prompts_size=16,99999"], "data.prompts_size asks for 99,999 prompts, but only"),
+    ],
+)
+def test_sizes_beyond_the_data_are_one_line_before_anything_is_trained(argv, words, tmp_path, monkeypatch, capfd):
+    """The data are read in a process of its own: this one never loads torch."""
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "ablate", *argv, "--quick", "--seeds", "1", "--plain") in (1, 2)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and words in lines[-1]
+    assert "Traceback" not in "".join(lines) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--slots", "0"], ["--timeout", "0"], ["--seeds", "few"]])
+def test_impossible_numbers_are_refused_by_the_command_line(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "ablate", "reward", *argv) == 2
+    assert argv[0] in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["reward", "--quick"], "made with other settings"),
+        (["data-size", "--quick", "--seeds", "4"], "seeds"),
+        (["data-size", "--quick", "--set", "ppo.lr=1e-3"], "recipe.ppo.lr: 0.0001 there, 0.001 now"),
+        (["data-size", "--quick", "--sizes", "8,16"], "points"),
+    ],
+)
+def test_a_folder_of_another_sweep_or_with_other_settings_is_refused(argv, words, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "sweep"
+    Run.open(folder, the_sweep("data-size", quick=True).as_spec())
+    before = contents(folder)
+    assert command(monkeypatch, "ablate", *argv, "--out", folder) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line and "--out another folder" in line
+    assert contents(folder) == before
+
+
+def test_folders_that_are_no_sweep_are_refused(tmp_path, monkeypatch, capsys):
+    Run.open(tmp_path / "run", {"recipe": RECIPE.model_dump(mode="json"), "seeds": [0]})
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("mine")
+    before = contents(tmp_path)
+    for argv, words in [
+        (["ablate", "reward", "--out", tmp_path / "run"], "was made with other settings"),
+        (["ablate", "reward", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no sweep.json"),
+        (["worker", tmp_path / "run"], "is the record of a single run, not of a sweep"),
+        (["worker", tmp_path / "thesis"], "sweep.json"),
+        (["worker", tmp_path / "nowhere"], "nowhere"),
+    ]:
+        assert command(monkeypatch, *argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and words in line, line
+    assert contents(tmp_path) == before
+
+
+def test_items_without_a_default_group_must_be_told_apart(tmp_path):
+    file = tmp_path / "items.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "p", "answer": "a", "group": g}) + "\n" for g in ("one", "two")))
+    recipe = with_overrides(RECIPE, {"eval.items": str(file)})
+    with pytest.raises(SrppoError, match="--primary one/greedy"):
+        read_options("reward", recipe)
+    assert read_options("reward", recipe, primary="two").primary == ("two", "greedy")
+    assert read_options("reward", recipe, primary="one/sampled").primary == ("one", "sampled")
