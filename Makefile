@@ -38,6 +38,7 @@ mutants: $(BIN)/.installed  ## each mutant of the core and the test that kills i
 
 torture: $(BIN)/.installed  ## twenty kills and one at each write and rename, against an uninterrupted run
 	$(BIN)/python tests/torture.py
+	$(BIN)/python tests/torture_sweep.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
