@@ -62,7 +62,7 @@ def ablate(
 ) -> None:
     """Sweep one question: cells with seeds, paired tests fixed beforehand, resume, and a report."""
     from srppo.ablations.options import read_options
-    from srppo.ablations.run import Launch, ablate_command
+    from srppo.ablations.run import Launch, ablate_command, load_sweep, raise_if_lost
     from srppo.config import load_recipe
     from srppo.console import Console
 
@@ -85,6 +85,7 @@ def ablate(
         from srppo.report.sweep import report_sweep
 
         report_sweep(folder, console)
+        raise_if_lost(*load_sweep(folder))
 
 
 def worker(

@@ -88,6 +88,8 @@ class Lease:
         """Stop the heartbeat and let go, if it is still ours."""
         self._stop.set()
         self._thread.join()
+        if (self._stage / "lease" / str(self.number + 1)).exists():  # committed, or taken over
+            return
         try:
             self.claim(self._stage, self.number + 1, {"state": "released"})
         except OSError:

@@ -54,7 +54,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(revive(dict(json.loads(line))))
+            row = dict(json.loads(line))
+            rows.append(revive(row) if b'NaN"' in line or b'Infinity"' in line else row)
         except (ValueError, TypeError):
             if number < len(lines):
                 warnings.warn(f"{path}, line {number}, is torn and left out", stacklevel=3)

@@ -91,8 +91,8 @@ def test_the_bars_are_said_for_each_kind_and_each_shipped_sweep():
     assert lines[0].startswith("no-op: 60000.0 ms a stage and worker (misses the bar of 60 ms), 10000.0 ms of them")
     assert lines[1] == "sft: harness is 5.0% of training (misses the bar of 3 %), bookkeeping alone 2.0%"
     assert lines[2] == "ppo: harness is 1.0% of training (within the bar of 3 %), bookkeeping alone 0.0%"
-    kl = next(line for line in lines if line.startswith("sweep kl"))  # 10 SFT and 80 PPO stages
-    assert kl == f"sweep kl: {90 * 0.1 / (10 * 2 + 80 * 10):.1%} (within the bar of 3 %)"
+    reward = next(line for line in lines if line.startswith("sweep reward"))  # 10 SFT and 80 PPO stages
+    assert reward == f"sweep reward: {90 * 0.1 / (10 * 2 + 80 * 10):.1%} (within the bar of 3 %)"
     assert not any(line.startswith("sweep model-scale") for line in lines), "its base stages were not measured"
     assert len(verdicts(rows[:1], recipe)) == 1
 

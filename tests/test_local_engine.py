@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -90,6 +90,12 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
+def patiently(condition: Callable[[], Any]) -> None:
+    """For stages: without end, so that nothing but the worker ends them."""
+    while not condition():
+        time.sleep(0.005)
+
+
 def mark(folder: Path, name: str) -> bool:
     """True the first time."""
     try:
@@ -111,16 +117,16 @@ def _diverge(folder: Path, task: Task, attempt: Attempt) -> None:
 def _meet(folder: Path, task: Task, attempt: Attempt) -> None:
     """Two stages that can only end together."""
     note(folder, "gpu", task.key, os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
-    until(lambda: len(diary(folder, "begin")) >= 2)
+    patiently(lambda: len(diary(folder, "begin")) >= 2)
 
 
 def _wait(folder: Path, task: Task, attempt: Attempt) -> None:
-    until((folder / "go").exists)
+    patiently((folder / "go").exists)
 
 
 def _save(folder: Path, task: Task, attempt: Attempt) -> None:
     try:
-        until((folder / "go").exists)
+        patiently((folder / "go").exists)
     except KeyboardInterrupt:
         note(folder, "saved", task.key)
         raise
@@ -204,6 +210,17 @@ def _work(
         sys.exit(error.exit_code)
 
 
+STARTED: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """A test that fails leaves no worker behind, and thereby none of its stages."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def open_ledger(folder: Path, tries: int = TRIES) -> Ledger:
     return Ledger(Run.open(folder / "run", {"sweep": "pretended"}), tries)
 
@@ -218,16 +235,14 @@ def start(
 ) -> Any:
     worker = processes.Process(target=_work, args=(folder, list(tasks), grace_s, tries, slow_birth, options))
     worker.start()
+    STARTED.append(worker)
     return worker
 
 
 def end(worker: Any) -> int:
     worker.join(WAIT_S)
-    try:
-        assert worker.exitcode is not None, "the worker hangs"
-        return worker.exitcode
-    finally:
-        worker.kill()
+    assert worker.exitcode is not None, "the worker hangs"
+    return int(worker.exitcode)
 
 
 def work(folder: Path, tasks: Iterable[Task], **options: Any) -> int:
@@ -311,7 +326,7 @@ def test_what_a_stage_prints_is_kept_with_its_task(tmp_path):
 
 def test_a_crashing_stage_is_retried_then_failed_with_its_reason_and_the_others_go_on(tmp_path):
     tasks = [task("bad", "crash"), task("child", "plain", "bad"), task("grandchild", "plain", "child"), task("good")]
-    assert work(tmp_path, tasks) == 0
+    assert work(tmp_path, tasks, slots=4) == 0
     found = status(tmp_path, tasks)
     reason = ("failed", "ValueError: the reward is")
     assert found == {"bad": reason, "child": reason, "grandchild": reason, "good": ("done", "")}
@@ -374,9 +389,9 @@ def test_retry_forgives_what_was_given_up_and_keeps_its_failures_readable(tmp_pa
 @pytest.mark.parametrize("kind", ["wait", "deaf", "parent"])
 def test_a_hung_stage_is_timed_out_with_all_that_it_started(tmp_path, kind):
     tasks = [task("a", kind), task("child", "plain", "a")]
-    assert work(tmp_path, tasks, timeout_s=1.5, tries=1) == 0
+    assert work(tmp_path, tasks, timeout_s=3, tries=1) == 0  # time enough to hang with all it is to start
     found = open_ledger(tmp_path, tries=1)
-    assert found.state(tasks[0]).status == "failed" and found.state(tasks[0]).reason == "timed out after 1.5 s"
+    assert found.state(tasks[0]).status == "failed" and found.state(tasks[0]).reason == "timed out after 3 s"
     assert tries_of(tmp_path, "child") == 0
     pids = [int(words[1]) for words in diary(tmp_path, "begin")]
     pids += [int(words[0]) for words in diary(tmp_path, "grandchild")]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srppo.ablations.ledger import Ledger, State
-from srppo.ablations.plan import Plan
+from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison
 from srppo.errors import DataError
@@ -173,10 +173,19 @@ def _costs(
 ) -> tuple[float, float, float | None]:
     """(training operations with parents, operations of candidates dropped, seconds of the chosen stage)."""
     task = plan.tasks[plan.measured_by[cell, seed][0]]
-    parents = task.needs if task.kind != "longer-sft" else ()  # that one starts from the base, whatever set its budget
-    flops = sum(_flops(ledger.stage(plan.tasks[key])) for key in parents) + _flops(chosen)
+    # Longer SFT starts from the base, whatever set its budget.
+    before = _ancestors(plan, task) if task.kind != "longer-sft" else []
+    flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
     dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
     return flops, dropped, stage_seconds(chosen)
+
+
+def _ancestors(plan: Plan, task: Task) -> list[Task]:
+    """All that had to be done before a task, each once."""
+    found: dict[str, Task] = {}
+    for key in task.needs:
+        found |= {each.key: each for each in (plan.tasks[key], *_ancestors(plan, plan.tasks[key]))}
+    return list(found.values())
 
 
 def _flops(stage: Stage | None) -> float:
@@ -187,6 +196,8 @@ def _figures(stage: Stage) -> dict[str, float]:
     """Plain numbers of a stage's result, and of the last row of its metrics that PPO wrote."""
     figures = (stage.result() or {}).get("figures", {})
     found = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
+    if "ess" in figures:
+        found["ess"] = float(figures["ess"]["harmonic"])
     kept = figures.get("kept_step")
     rows = (row for row in reversed(stage.metrics()) if row.get("step") == kept and "reward" in row)
     row: Mapping[str, Any] = next(rows, {})
@@ -201,7 +212,7 @@ def _rows(
         flops, dropped, seconds = _costs(plan, ledger, cell, seed, chosen, candidates)
         common = {"sweep": plan.sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
         cost = {"flops": flops, "selection_flops": dropped, "seconds": seconds, "stage": chosen.id}
-        wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length")
+        wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length", "ess")
         figures = {key: value for key, value in _figures(chosen).items() if key in wanted}
         figures = {f"measured_{key}" if key in point.values else key: value for key, value in figures.items()}
         for (group, decoding), result in scores[seed].items():

@@ -43,6 +43,10 @@ def task_seconds(task: Task, pace: Pace) -> float:
     recipe = task.recipe
     tests = pace.test_items * (1 + recipe.eval.samples) * pace.answer_s
     dev = pace.dev_items * pace.answer_s
+    if task.kind == "samples":
+        return pace.start_s + pace.test_items * recipe.methods.samples * pace.answer_s
+    if task.kind in ("resampled", "best-of-n"):  # they choose from what is written
+        return pace.start_s
     fixed = pace.start_s + tests
     if task.kind == "sft":
         steps, measured = _sft_steps(recipe, pace)

@@ -46,6 +46,7 @@ STAGES: Mapping[str, Callable[[Pipeline, Task], object]] = {
     "longer-sft": lambda pipeline, task: pipeline.longer_sft_stage(*_ppo(pipeline), task.share or 1.0),
     "extrapolated": lambda pipeline, task: pipeline.extrapolated_stage(*pipeline.sft_stage()),
     "decoded": lambda pipeline, task: pipeline.decoded_stage(*pipeline.sft_stage()),
-    "resampled": lambda pipeline, task: pipeline.resampled_stage(*pipeline.sft_stage()),
-    "best-of-n": lambda pipeline, task: pipeline.best_of_n_stage(*pipeline.sft_stage()),
+    "samples": lambda pipeline, task: pipeline.samples_stage(*pipeline.sft_stage()),
+    "resampled": lambda pipeline, task: pipeline.resampled_stage(pipeline.samples_stage(*pipeline.sft_stage())),
+    "best-of-n": lambda pipeline, task: pipeline.best_of_n_stage(pipeline.samples_stage(*pipeline.sft_stage())),
 }

@@ -21,8 +21,9 @@ PARENTS: Mapping[str, tuple[str, ...]] = {
     "longer-sft": ("sft", "ppo"),
     "extrapolated": ("sft",),
     "decoded": ("sft",),
-    "resampled": ("sft",),
-    "best-of-n": ("sft",),
+    "samples": ("sft",),
+    "resampled": ("samples",),
+    "best-of-n": ("samples",),
 }
 """Kinds of stages, and the stages that each needs."""
 

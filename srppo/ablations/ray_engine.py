@@ -103,12 +103,11 @@ class RayWorker(Worker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         self._remote = ray.remote(_run_stage).options(
             num_cpus=self.needs["CPU"],
             num_gpus=self.needs.get("GPU", 0),
             max_retries=0,
-            runtime_env={"env_vars": environment},
+            runtime_env=_environment(),
         )
 
     def _start(self) -> bool:
@@ -264,7 +263,9 @@ def check_nodes(run: Run) -> None:
     for node in _nodes():
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked[f"{node['NodeName']} ({node['NodeID'][:8]})"] = (
-            ray.remote(sight).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(run)
+            ray.remote(sight)
+            .options(num_cpus=0, max_retries=0, scheduling_strategy=here, runtime_env=_environment())
+            .remote(run)
         )
     for name, ref in asked.items():
         try:
@@ -275,6 +276,11 @@ def check_nodes(run: Run) -> None:
             raise RecordError(f"Ray node {name} cannot run srppo's stages: {_line(error)}") from None
         if problem:
             raise RecordError(f"Ray node {name} {problem}; {SHARED}")
+
+
+def _environment() -> dict[str, Any]:
+    """Ray reuses processes of the same environment: the check's become the first stages'."""
+    return {"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
 
 
 def _needs(device: str) -> dict[str, float]:

@@ -13,12 +13,12 @@ from srppo.ablations.ledger import Ledger
 from srppo.ablations.live import LiveTable
 from srppo.ablations.options import build_sweep
 from srppo.ablations.plan import Plan
-from srppo.ablations.progress import Watch
+from srppo.ablations.progress import Watch, counts
 from srppo.ablations.spec import Sweep, is_sweep
 from srppo.ablations.sweeps import Options
 from srppo.config import canonical_json, is_embedded
 from srppo.console import Console, duration
-from srppo.errors import ConfigError, RecordError
+from srppo.errors import ConfigError, RecordError, RunError
 from srppo.store import Run
 
 if TYPE_CHECKING:
@@ -46,11 +46,13 @@ def ablate_command(
     """Plan, say so, run. Returns the folder to report on; None where nothing was run."""
     if launch.engine not in ENGINES:
         raise ConfigError(f"engine {launch.engine!r} is unknown; there are {', '.join(ENGINES)}")
+    if launch.engine == "ray":
+        import srppo.ablations.ray_engine  # noqa: F401  a missing Ray is said now, not after the trial
     sweep = build_sweep(name, options)
     plan = Plan(sweep)
     folder = out or Path("runs") / f"{name}-{_id(sweep)}"
     if not plan_only and folder.exists():
-        Run.open(folder, sweep.as_spec())  # another sweep's folder is refused before anything is measured
+        _refuse_other(folder, sweep)
     slots, gpus, device = places(sweep, launch)
     found = _estimate(plan, device, console)
     for line in plan_lines(plan, found, folder, slots):
@@ -76,11 +78,29 @@ def ablate_command(
     return folder
 
 
+def _refuse_other(folder: Path, sweep: Sweep) -> None:
+    """Raises RecordError for a folder of something else, before anything is measured."""
+    if (folder / "sweep.json").exists():
+        found = Run.load(folder).spec.get("sweep", "no sweep but a single run")
+        if found != sweep.name:
+            raise RecordError(f"{folder} holds {found}, not {sweep.name}; give --out another folder")
+    Run.open(folder, sweep.as_spec())
+
+
+def raise_if_lost(plan: Plan, ledger: Ledger) -> None:
+    """Raises RunError where stages failed or diverged, for the exit code: the report has said which and why."""
+    found = counts(Watch(plan, ledger).states())
+    if lost := found["failed"] + found["diverged"]:
+        retry = "; --retry tries the failed ones again" if found["failed"] else ""
+        raise RunError(f"{lost} of {len(plan.tasks)} stages failed or diverged{retry}")
+
+
 def work_command(folder: Path, launch: Launch, console: Console) -> None:
     """Join the sweep in a folder. Raises RecordError where there is none."""
     plan, ledger = load_sweep(folder)
     slots, gpus, device = places(plan.sweep, launch)
     work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=launch.timeout_s, console=console)
+    raise_if_lost(plan, ledger)
 
 
 def load_sweep(folder: Path) -> tuple[Plan, Ledger]:
@@ -101,7 +121,7 @@ def work(
     timeout_s: float | None,
     console: Console,
 ) -> None:
-    """Run what is left, here. Raises RunError if stages failed: the report says which."""
+    """Run what is left, here."""
     from srppo.ablations.execute import execute  # torch comes with this
     from srppo.ablations.local import Worker
 

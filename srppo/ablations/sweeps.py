@@ -12,6 +12,7 @@ from srppo.errors import ConfigError
 
 BASE, SFT, SRPPO = Arm("base", "base"), Arm("SFT", "sft"), Arm("SRPPO", "ppo")
 LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 1 / 4, 1 / 16))
+OPTIMUM = Arm("optimum (forecast)", "resampled")
 NOT_TUNED = "no setting was tuned for any point: what holds at the default may be too much or too little elsewhere"
 
 
@@ -186,10 +187,14 @@ def kl(options: Options) -> Sweep:
         "How far from its anchor should the policy go: where does SRPPO peak, where does it overshoot?",
         ("beta", "anchor", *(("steps",) if several else ())),
         points,
-        (SFT, SRPPO),
+        (SFT, OPTIMUM, SRPPO),
         every(points, "SRPPO", "SFT"),
         trend="beta",
         scale="log2",
+        notes=(
+            f"{OPTIMUM.name}: the closed form, resampled from methods.samples samples of the SFT model; where ess is "
+            "below 10 it says little",
+        ),
     )
 
 

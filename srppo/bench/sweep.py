@@ -169,12 +169,9 @@ def run_sweep_bench(options: SweepBench, console: Console) -> None:
 
 
 def training_plan(options: SweepBench) -> Plan:
-    """The stages of every shipped sweep that train: SFT and PPO, at the sweeps' own defaults."""
-    return Plan(
-        build_sweep(
-            "kl", read_options("kl", options.recipe, seeds=options.seeds, axes=["reward.beta=0.25"], quick=True)
-        )
-    )
+    """SFT and SRPPO at the defaults of every shipped sweep."""
+    axis = f"reward.beta={options.recipe.reward.beta:g}"
+    return Plan(build_sweep("grid", read_options("grid", options.recipe, seeds=options.seeds, axes=[axis])))
 
 
 def measure(tasks: Mapping[str, Task], run: Callable[[Task, Ledger], None], options: SweepBench) -> list[SweepRow]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from random import Random
 
@@ -55,13 +56,17 @@ def items(group: str, split: str, per_task: int | None = None) -> list[Item]:
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     buckets, default = SPLITS[split]
-    count = default if per_task is None else per_task
-    return [
+    return list(_items(group, split, buckets, default if per_task is None else per_task))
+
+
+@cache  # every stage asks for the same ones, several times
+def _items(group: str, split: str, buckets: frozenset[int], count: int) -> tuple[Item, ...]:
+    return tuple(
         item
         for task in TASKS
         if task.group == group
         for item in islice(_distinct((task,), Random(f"{split}:{task.name}"), buckets), count)
-    ]
+    )
 
 
 def demonstrations(n: int, seed: int) -> list[dict[str, str]]:
