@@ -21,8 +21,9 @@ _SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalt
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "extrapolated": {"methods": ("alphas",), "eval": ("samples", "metric", "limit")},
     "decoded": {"reward": ("kind", "token_clip", "anchor", "beta"), "eval": ("samples",)},
-    "resampled": {"reward": (*_SCORE, "anchor", "beta"), "methods": ("samples",), "eval": ("samples",)},
-    "best-of-n": {"reward": _SCORE, "methods": ("samples",), "eval": ("samples",)},
+    "samples": {"reward": _SCORE, "methods": ("samples",), "eval": ()},
+    "resampled": {"reward": ("anchor", "beta"), "eval": ("samples",)},
+    "best-of-n": {"eval": ("samples",)},
 }
 """The single keys that a kind of stage reads which trains nothing: what PPO is compared with beside longer SFT."""
 _ADDED: dict[str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 base -> SFT -> PPO          the arms "base", "SFT", "SRPPO"
 base -> longer SFT          the baselines, at the counted compute of SFT and PPO together
-base, SFT -> (no training)  weight and decode-time extrapolation, resampling, best-of-n (`extrapolation`, `resampling`)
+base, SFT -> (no training)  what else is made of the two (`methods`)
 """
 
 from __future__ import annotations
@@ -27,20 +27,15 @@ from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
 from srppo.errors import ConfigError, Diverged, RecordError, RunError
 from srppo.evaluate import (
-    Answer,
     Development,
     EvalItem,
     Verdict,
     accuracy_by_group,
-    answer_flops,
     answer_items,
     answer_nll,
-    encode_items,
     load_items,
-    verdict_of,
 )
 from srppo.export import export_model, model_card
-from srppo.extrapolation import check_decodable, choose_alpha, generate_decoded
 from srppo.identity import stage_settings
 from srppo.loop import Session, Tracker, Workbench, load_weights
 from srppo.models import (
@@ -53,19 +48,7 @@ from srppo.models import (
     load_tokenizer,
     resolve,
 )
-from srppo.pair import Pair
 from srppo.ppo import train_ppo
-from srppo.resampling import (
-    Sampled,
-    best_of,
-    check_ranks,
-    check_resamples,
-    ess_of,
-    most_weighted,
-    normalised_weights,
-    resampled,
-    sample_items,
-)
 from srppo.rollout import Generated, generate
 from srppo.settings import recipe_warnings, resolved
 from srppo.sft import train_sft
@@ -93,7 +76,6 @@ class Pipeline:
     make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
     shared: Run | None = None
     on_stage: Callable[[Stage], None] = lambda stage: None
-    _sampled: dict[str, Sampled] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for warning in recipe_warnings(self.recipe):
@@ -138,11 +120,11 @@ class Pipeline:
     @cached_property
     def base(self) -> LanguageModel:
         """The frozen base."""
-        return self._load(self.recipe.model.base)
+        return self.load(self.recipe.model.base)
 
     def fresh_base(self) -> LanguageModel:
         """Another copy of the base, to be trained."""
-        return self._load(self.recipe.model.base)
+        return self.load(self.recipe.model.base)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,7 +148,7 @@ class Pipeline:
     @cached_property
     def given_sft(self) -> LanguageModel:
         """The SFT model that the recipe names."""
-        return self._load(str(self.recipe.model.sft))
+        return self.load(str(self.recipe.model.sft))
 
     @property
     def pad_id(self) -> int:
@@ -190,7 +172,7 @@ class Pipeline:
         if given is not None:
             path = Path(resolve(given))
             content = fingerprint(given, self.recipe.model)
-            return self._only_measure("given-sft", [content], lambda: self._load(given)), path
+            return self._only_measure("given-sft", [content], lambda: self.load(given)), path
         stage = self.run.stage(
             "sft", self._identity("sft"), [self.base_id], self.data.manifest["demonstrations"]["sha256"]
         )
@@ -211,7 +193,7 @@ class Pipeline:
                 self.recipe,
                 bench,
                 policy,
-                self._load(str(sft_path)),
+                self.load(str(sft_path)),
                 self.base,
                 self.data.prompts,
                 self.development,
@@ -219,7 +201,7 @@ class Pipeline:
                 pad_id=self.pad_id,
             )
 
-        return self._train(stage, "SRPPO", lambda: self._load(str(sft_path)), train)
+        return self._train(stage, "SRPPO", lambda: self.load(str(sft_path)), train)
 
     def longer_sft_stages(self, sft: Stage, ppo: Stage) -> list[Stage]:
         """The baselines; their budget is the counted compute of the two stages they are compared with."""
@@ -240,100 +222,12 @@ class Pipeline:
 
         return self._train(stage, f"longer SFT ({steps} steps)", self.fresh_base, train)
 
-    # ---- what PPO is compared with beside longer SFT: nothing is trained
-
-    def extrapolated_stage(self, sft: Stage, sft_path: Path) -> Stage:
-        """Weight extrapolation; development items choose alpha, and what that took counts as selection_flops."""
-
-        def measure(attempt: Attempt) -> Figures:
-            target, start = self._load(str(sft_path)), self._load(str(sft_path))
-            chosen = choose_alpha(target, start, self.base, self.recipe.methods.alphas, self.development)
-            figures: Figures = {"alpha": chosen.alpha, "score": chosen.score, "alphas": list(chosen.tried)}
-            figures |= {"selection_flops": chosen.flops, **self._measure(attempt, target, "kept")}
-            self._export(attempt, target, "weight extrapolation", UNTRAINED | figures)
-            return figures
-
-        return self._untrained("extrapolated", [self.base_id, sft.id], measure, files=[Path("model")])
-
-    def decoded_stage(self, sft: Stage, sft_path: Path) -> Stage:
-        """Decode-time extrapolation at PPO's own anchor and beta: each token is read by two models."""
-        check_decodable(self.recipe.reward)
-
-        def measure(attempt: Attempt) -> Figures:
-            model = self._load(str(sft_path))
-            check_same_vocabulary(self.base.model, model.model)
-            decode = partial(generate_decoded, base=self.base, config=self.recipe.reward)
-            figures, verdicts = self._test(attempt, "kept", partial(self._answers, model, decode))
-            prompts = encode_items(self.tokenizer, self._test_items(), self.recipe)
-            plain, more = (answer_flops(each, prompts, verdicts["greedy"]) for each in (model, self.base))
-            cost = {"inference_flops": (plain + more) / len(prompts), "inference_times": (plain + more) / plain}
-            return figures | cost
-
-        return self._untrained("decoded", [self.base_id, sft.id], measure)
-
-    def resampled_stage(self, sft: Stage, sft_path: Path) -> Stage:
-        """Resampling to the closed form of PPO's own objective; greedy is the weighted set's most likely answer.
-
-        reward.at_limit = drop keeps answers at the length limit here and in best-of-n, as in `srppo forecast`."""
-        config = self.recipe.reward
-        check_resamples(config)
-
-        def measure(attempt: Attempt) -> Figures:
-            sampled = self._samples(sft, sft_path)
-            weights_QK = normalised_weights(sampled.draws, config)
-            ess = ess_of(weights_QK)
-            if not ess.enough:
-                more = f"about {ess.needed} would do" if ess.needed else "single samples hold nearly all the weight"
-                self.console.warn(
-                    f"resampling has {ess.harmonic:.1f} effective samples an item of methods.samples = "
-                    f"{self.recipe.methods.samples}, too few for the closed form ({more}): its figures say little of it"
-                )
-
-            def answers(samples: int | None) -> list[list[Answer]]:
-                if samples is None:
-                    return most_weighted(sampled, weights_QK)
-                return resampled(sampled, weights_QK, samples, self.recipe.seed)
-
-            figures, _ = self._test(attempt, "kept", lambda samples: self._verdicts(answers(samples)))
-            return figures | {"ess": ess._asdict(), "samples": self.recipe.methods.samples, **sampled.cost()}
-
-        return self._untrained("resampled", [self.base_id, sft.id], measure)
-
-    def best_of_n_stage(self, sft: Stage, sft_path: Path) -> Stage:
-        """The samples with the highest reward: of all n as the greedy answer, of each of eval.samples equal parts of
-        them as the sampled ones (best of n // eval.samples). The samples are a function of the seed, so both are."""
-        check_ranks(self.recipe.reward)
-
-        def measure(attempt: Attempt) -> Figures:
-            sampled = self._samples(sft, sft_path)
-            figures, _ = self._test(attempt, "kept", lambda samples: self._verdicts(best_of(sampled, samples or 1)))
-            return figures | {"samples": self.recipe.methods.samples, **sampled.cost()}
-
-        return self._untrained("best-of-n", [self.base_id, sft.id], measure)
-
-    def _samples(self, sft: Stage, sft_path: Path) -> Sampled:
-        """Samples of the SFT model for every test item: drawn once for all that choose from them."""
-        if sft.id not in self._sampled:
-            model = self._load(str(sft_path))
-            check_same_vocabulary(self.base.model, model.model)
-            pair = Pair(model, self.base, self.tokenizer, self.recipe, str(sft_path), self.recipe.model.base)
-            recipe = self.recipe
-            self._sampled[sft.id] = sample_items(pair, self._test_items(), recipe.reward, recipe.methods.samples)
-        return self._sampled[sft.id]
-
-    def _test_items(self) -> list[EvalItem]:
-        """The test items, which a method without a model of its own cannot do without."""
-        items = load_items(self.recipe, "test")
-        if not items:
-            raise ConfigError("there are no test items to answer; set eval.items to a file with prompts and answers")
-        return items
-
     # ---- shared
 
     def _only_measure(self, kind: str, parents: Sequence[str], load: Callable[[], LanguageModel]) -> Stage:
-        return self._untrained(kind, parents, lambda attempt: self._measure(attempt, load(), "kept"))
+        return self.untrained(kind, parents, lambda attempt: self.measure(attempt, load(), "kept"))
 
-    def _untrained(
+    def untrained(
         self, kind: str, parents: Sequence[str], measure: Callable[[Attempt], Figures], files: Iterable[Path] = ()
     ) -> Stage:
         """Run a stage that trains nothing to its commit, or find it done."""
@@ -351,7 +245,8 @@ class Pipeline:
         """What enters a stage's id beside parents and data: settings that decide its outcome, and no path."""
         return stage_settings(self.recipe, kind) | {"eval_items": self.items_sha}
 
-    def _load(self, spec: str) -> LanguageModel:
+    def load(self, spec: str) -> LanguageModel:
+        """A model on this pipeline's device."""
         model = load_model(spec, self.recipe.model, device=self.device)
         if not model.head.linear:
             self.console.warn(
@@ -404,30 +299,31 @@ class Pipeline:
         figures: Figures = {"kept_step": kept, "steps": session.total, "flops": counters["flops"]}
         figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
         if kept != session.total:
-            figures["last"] = self._measure(bench.attempt, model, "last")
+            figures["last"] = self.measure(bench.attempt, model, "last")
             load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")
-        figures |= self._measure(bench.attempt, model, "kept")
+        figures |= self.measure(bench.attempt, model, "kept")
         for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
             write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
-        self._export(bench.attempt, model, bench.name, figures)
+        self.export(bench.attempt, model, bench.name, figures)
         return figures
 
-    def _export(self, attempt: Attempt, model: LanguageModel, name: str, figures: Figures) -> None:
+    def export(self, attempt: Attempt, model: LanguageModel, name: str, figures: Figures) -> None:
+        """Publish a model, with a card that tells its figures, in the stage's folder `model`."""
         card = model_card(self.recipe, name, figures)
         attempt.publish(
             "model", lambda folder: export_model(folder, model, self.tokenizer, stop_ids=self.stop_ids, card=card)
         )
 
-    def _measure(self, attempt: Attempt, model: LanguageModel, which: str) -> Figures:
+    def measure(self, attempt: Attempt, model: LanguageModel, which: str) -> Figures:
         """Held-out NLL and test figures of one model."""
         figures: Figures = {}
         if self.data.held_out:
             figures["held_out_nll"] = answer_nll(model, self.data.held_out, micro_batch=self.recipe.sft.micro_batch)
         if load_items(self.recipe, "test"):
-            figures |= self._test(attempt, which, partial(self._answers, model, generate))[0]
+            figures |= self.test(attempt, which, partial(self.answers, model, generate))[0]
         return figures
 
-    def _test(
+    def test(
         self, attempt: Attempt, which: str, answer: Callable[[int | None], list[Verdict]]
     ) -> tuple[Figures, dict[str, list[Verdict]]]:
         """Test figures, greedy (None samples) and sampled; verdicts go to eval/<which>-<decoding>/samples.jsonl."""
@@ -442,13 +338,17 @@ class Pipeline:
             attempt.publish(f"eval/{which}-{decoding}", partial(write_verdicts, verdicts))
         return figures, found
 
-    def _answers(self, model: LanguageModel, decode: Callable[..., Generated], samples: int | None) -> list[Verdict]:
+    def answers(self, model: LanguageModel, decode: Callable[..., Generated], samples: int | None) -> list[Verdict]:
         """A model's answers to the test items."""
-        items, stops = self._test_items(), self.stop_ids
+        items, stops = self.test_items(), self.stop_ids
         return answer_items(model, self.tokenizer, items, self.recipe, samples=samples, stops=stops, decode=decode)
 
-    def _verdicts(self, answers: Sequence[Sequence[Answer]]) -> list[Verdict]:
-        return [verdict_of(item, given) for item, given in zip(self._test_items(), answers, strict=True)]
+    def test_items(self) -> list[EvalItem]:
+        """The test items, which a method without a model of its own cannot do without."""
+        items = load_items(self.recipe, "test")
+        if not items:
+            raise ConfigError("there are no test items to answer; set eval.items to a file with prompts and answers")
+        return items
 
 
 def items_sha(recipe: Recipe) -> str:

@@ -7,8 +7,11 @@ size says (the sum of squared normalised weights, inverted). Best-of-n takes the
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,9 @@ from srppo.optimum import MIN_ESS, Draws, Floats, effective, enough, log_weights
 from srppo.pair import Pair
 from srppo.questions import Question, sample
 
+_ARRAYS, _TEXTS = "draws.npz", "answers.json.gz"
+_SAVED = ("reward_QK", "log_ratio_QK", "length_QK", "right_QK")
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -34,6 +40,22 @@ class Sampled:
     draws: Draws
     flops: float
     plain_flops: float
+
+    def save(self, folder: Path) -> None:
+        """Into a folder, to the bit and the same bytes every time; the operations are figures and stay out."""
+        arrays = {name: getattr(self.draws, name) for name in _SAVED if getattr(self.draws, name) is not None}
+        np.savez_compressed(folder / _ARRAYS, **arrays)
+        (folder / _TEXTS).write_bytes(gzip.compress(json.dumps(self.answers).encode(), mtime=0))
+
+    @classmethod
+    def load(cls, folder: Path, *, flops: float, plain_flops: float) -> Sampled:
+        """What `save` wrote."""
+        rows = json.loads(gzip.decompress((folder / _TEXTS).read_bytes()))
+        answers = [[Answer(*answer) for answer in row] for row in rows]
+        with np.load(folder / _ARRAYS) as arrays:
+            saved = {name: arrays.get(name) for name in _SAVED}
+        draws = Draws(**saved, log_policy_sft_QK=np.zeros_like(saved["reward_QK"]))  # pi_sft itself drew them
+        return cls(answers, draws, flops, plain_flops)
 
     def cost(self) -> dict[str, float]:
         """The figures of inference: operations an item, and how many times those of one plain answer."""

@@ -25,6 +25,7 @@ import srppo.models
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
+from srppo.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
 from srppo.pipeline import Pipeline
 
 Setting = Callable[[World], Any]
@@ -315,11 +316,12 @@ def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path
         console = Console(plain=True, file=io.StringIO())
         pipeline = Pipeline(world.recipe({"methods.samples": 12, **keys}), tmp_path / name, console)
         sft = pipeline.sft_stage()
+        samples = samples_stage(pipeline, *sft)
         for stage in (
-            pipeline.extrapolated_stage(*sft),
-            pipeline.decoded_stage(*sft),
-            pipeline.resampled_stage(*sft),
-            pipeline.best_of_n_stage(*sft),
+            extrapolated_stage(pipeline, *sft),
+            decoded_stage(pipeline, *sft),
+            resampled_stage(pipeline, samples),
+            best_of_n_stage(pipeline, samples),
         ):
             answers = [file.read_text() for file in sorted(stage.path.glob("eval/*/samples.jsonl"))]
             found.setdefault(stage.identity["kind"], {})[name] = [stage.id, *answers]

@@ -48,6 +48,7 @@ LAYERS = [
     ["draws"],
     ["resampling"],
     ["world.build", "pipeline", "harness", "score", "forecast"],
+    ["methods"],
     ["ablations"],
     ["bench"],
     ["report"],

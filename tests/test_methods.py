@@ -21,15 +21,26 @@ from tiny import EOS, LIMIT, PROMPTS, Bench, NoDevelopment, base_and_sft, tiny_l
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import World, make_world
 
+import srppo.methods
 import srppo.pipeline
+from srppo.ablations import Ablation, Analysis, Arm, Sweep
+from srppo.ablations.plan import Plan
 from srppo.advantage import rloo
 from srppo.arms import METHODS, stages_by_arm
 from srppo.config import Recipe, RewardConfig, build_recipe, with_overrides
 from srppo.console import Console
-from srppo.errors import ConfigError, ModelError
+from srppo.errors import ConfigError, ModelError, RecordError
 from srppo.evaluate import Answer
 from srppo.extrapolation import _Reader, check_decodable, choose_alpha, decoded_logprobs, extrapolate, generate_decoded
 from srppo.identity import stage_settings
+from srppo.methods import (
+    best_of_n_stage,
+    decoded_stage,
+    extrapolated_stage,
+    load_samples,
+    resampled_stage,
+    samples_stage,
+)
 from srppo.models import LanguageModel, ValueModel, forward_flops, load_model
 from srppo.optimum import Draws
 from srppo.pipeline import Pipeline
@@ -403,6 +414,29 @@ def test_best_of_n_by_hand() -> None:
     assert some.cost() == {"inference_flops": 120.0, "inference_times": 12.0}
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known answers", "unknown answers"])
+def test_samples_survive_a_folder_to_the_bit(tmp_path: Path, known: bool) -> None:
+    """Texts of any kind, and numbers that no decimal of few places holds; twice the same bytes."""
+    generator = np.random.default_rng(0)
+    texts = ["a b", "", '\n"\\', "é\u2028\U0001f600", "\ufffd"]
+    answers = [[Answer(text, len(text) % 2 == 0, i * 5 + k) for k, text in enumerate(texts)] for i in range(3)]
+    reward_QK, ratio_QK, right_QK = (generator.normal(size=(3, 5)) * scale for scale in (1e-300, 1e9, 1.0))
+    reward_QK[0, :2] = -0.0, np.inf
+    draws = Draws(reward_QK, ratio_QK, np.ones((3, 5)), right_QK if known else None, np.zeros((3, 5)))
+    saved = Sampled(answers, draws, 1 / 3, 1e17 / 7)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        saved.save(tmp_path / name)
+    again = Sampled.load(tmp_path / "one", flops=saved.flops, plain_flops=saved.plain_flops)
+    assert again.answers == answers and again.cost() == saved.cost()
+    assert (again.draws.right_QK is not None) == known
+    for name, array in vars(draws).items():
+        found = getattr(again.draws, name)
+        assert found is array is None or (found.dtype, found.tobytes()) == (np.float64, array.tobytes()), name
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 2
+
+
 def test_rewards_that_single_responses_lack_are_refused() -> None:
     for check in (check_ranks, check_resamples):
         with pytest.raises(ConfigError, match=r"reward\.kind = shuffled pays by other rollouts"):
@@ -429,11 +463,12 @@ def pipeline_of(world: World, folder: Path, **overrides: Any) -> Pipeline:
 
 def methods_of(pipeline: Pipeline) -> dict[str, Stage]:
     sft, path = pipeline.sft_stage()
+    samples = samples_stage(pipeline, sft, path)
     return {
-        "extrapolated": pipeline.extrapolated_stage(sft, path),
-        "decoded": pipeline.decoded_stage(sft, path),
-        "resampled": pipeline.resampled_stage(sft, path),
-        "best-of-n": pipeline.best_of_n_stage(sft, path),
+        "extrapolated": extrapolated_stage(pipeline, sft, path),
+        "decoded": decoded_stage(pipeline, sft, path),
+        "resampled": resampled_stage(pipeline, samples),
+        "best-of-n": best_of_n_stage(pipeline, samples),
     }
 
 
@@ -447,9 +482,12 @@ def test_each_method_is_an_arm_with_verdicts_like_any_other(world: World, tmp_pa
     base = pipeline.base_stage()
     found = methods_of(pipeline)
     assert list(stages_by_arm(pipeline.run)) == ["base", "SFT", *METHODS.values()]
-    sft, _ = pipeline.sft_stage()
+    sft, path = pipeline.sft_stage()
+    drawn = samples_stage(pipeline, sft, path)
+    assert drawn.identity["parents"] == [pipeline.base_id, sft.id]
     for kind, stage in found.items():
-        assert stage.identity["kind"] == kind and stage.identity["parents"] == [pipeline.base_id, sft.id]
+        parent = drawn if kind in ("resampled", "best-of-n") else sft
+        assert stage.identity["kind"] == kind and stage.identity["parents"] == [pipeline.base_id, parent.id]
         figures = (stage.result() or {})["figures"]
         assert figures["flops"] == figures["steps"] == 0
         for decoding, samples in (("greedy", 1), ("sampled", 2)):
@@ -473,8 +511,9 @@ def test_methods_find_their_finished_stages_without_work(
     def refuse(*args: Any, **more: Any) -> Any:
         raise AssertionError("a finished stage was measured again")
 
-    for name in ("choose_alpha", "answer_items", "sample_items", "generate_decoded"):
-        monkeypatch.setattr(srppo.pipeline, name, refuse)
+    for name in ("choose_alpha", "sample_items", "load_samples", "generate_decoded"):
+        monkeypatch.setattr(srppo.methods, name, refuse)
+    monkeypatch.setattr(srppo.pipeline, "answer_items", refuse)
     assert {k: s.id for k, s in methods_of(again).items()} == {k: s.id for k, s in first_time.items()}
 
 
@@ -490,16 +529,21 @@ def test_resampling_and_best_of_n_choose_from_the_same_samples(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Sampled] = []
-    plain = srppo.pipeline.sample_items
+    plain = srppo.methods.sample_items
 
     def watched(*args: Any) -> Sampled:
         seen.append(plain(*args))
         return seen[-1]
 
-    monkeypatch.setattr(srppo.pipeline, "sample_items", watched)
+    monkeypatch.setattr(srppo.methods, "sample_items", watched)
     pipeline = pipeline_of(world, tmp_path / "run")
     found = methods_of(pipeline)
     (sampled,) = seen
+    samples = samples_stage(pipeline, *pipeline.sft_stage())
+    saved = load_samples(samples)
+    assert saved.answers == sampled.answers and saved.cost() == sampled.cost()
+    assert np.array_equal(saved.draws.reward_QK, sampled.draws.reward_QK)
+    assert {"samples/answers.json.gz", "samples/draws.npz"} <= (samples.result() or {})["files"].keys()
     for stage in (found["resampled"], found["best-of-n"]):
         for decoding in ("greedy", "sampled"):
             for row, answers in zip(verdicts(stage, decoding), sampled.answers, strict=True):
@@ -508,10 +552,13 @@ def test_resampling_and_best_of_n_choose_from_the_same_samples(
         verdicts(found["best-of-n"], "greedy"), sampled.answers, sampled.draws.reward_QK, strict=True
     ):
         assert row["responses"] == [answers[int(rewards.argmax())].text]
-    alone = pipeline_of(world, tmp_path / "alone")
-    sft, path = alone.sft_stage()
-    assert verdicts(alone.best_of_n_stage(sft, path), "sampled") == verdicts(found["best-of-n"], "sampled")
-    assert seen[1].answers == sampled.answers, "each stage alone must draw what they draw together"
+    recipe = with_overrides(pipeline.recipe, {"reward.beta": 0.7, "reward.anchor": "base"})
+    again = methods_of(Pipeline(recipe, tmp_path / "run", pipeline.console, shared=pipeline.run))
+    assert len(seen) == 1, "anchor and beta weigh samples and draw none"
+    assert again["best-of-n"].id == found["best-of-n"].id and again["resampled"].id != found["resampled"].id
+    (samples.path / "samples" / "draws.npz").write_bytes(b"")
+    with pytest.raises(RecordError, match=r"draws\.npz changed after the result was committed"):
+        samples_stage(pipeline, *pipeline.sft_stage())
 
 
 def test_the_reward_of_the_recipe_chooses(world: World, tmp_path: Path) -> None:
@@ -519,7 +566,7 @@ def test_the_reward_of_the_recipe_chooses(world: World, tmp_path: Path) -> None:
     answers = {}
     for name, keys in (("ratio", {}), ("base", {"reward__kind": "base"}), ("anchor", {"reward__anchor": "base"})):
         pipeline = pipeline_of(world, tmp_path / name, **keys)
-        stage = pipeline.best_of_n_stage(*pipeline.sft_stage())
+        stage = best_of_n_stage(pipeline, samples_stage(pipeline, *pipeline.sft_stage()))
         answers[name] = [row["responses"] for row in verdicts(stage, "sampled")]
     assert answers["ratio"] == answers["anchor"] != answers["base"]
 
@@ -527,7 +574,7 @@ def test_the_reward_of_the_recipe_chooses(world: World, tmp_path: Path) -> None:
 def test_the_extrapolated_model_is_exported_as_measured(world: World, tmp_path: Path) -> None:
     pipeline = pipeline_of(world, tmp_path / "run", eval__metric="nll", methods__alphas=[0.5, 1.0, 2.0, 4.0])
     sft, path = pipeline.sft_stage()
-    stage = pipeline.extrapolated_stage(sft, path)
+    stage = extrapolated_stage(pipeline, sft, path)
     figures = (stage.result() or {})["figures"]
     by_alpha = {row["alpha"]: row["score"] for row in figures["alphas"]}
     assert by_alpha[figures["alpha"]] == max(by_alpha.values()) == figures["score"] and len(by_alpha) == 4
@@ -544,16 +591,16 @@ def test_the_extrapolated_model_is_exported_as_measured(world: World, tmp_path: 
     weights = stage.path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
     with pytest.raises(Exception, match=r"model\.safetensors changed after the result was committed"):
-        pipeline.extrapolated_stage(sft, path)
+        extrapolated_stage(pipeline, sft, path)
 
 
 def test_methods_without_test_items_say_so(world: World, tmp_path: Path) -> None:
     pipeline = pipeline_of(world, tmp_path / "run", eval__items=None, methods__alphas=[1.0])
     sft, path = pipeline.sft_stage()
-    for run in (pipeline.decoded_stage, pipeline.resampled_stage, pipeline.best_of_n_stage):
+    for run in (decoded_stage, samples_stage):
         with pytest.raises(ConfigError, match=r"no test items to answer; set eval\.items"):
-            run(sft, path)
-    assert pipeline.extrapolated_stage(sft, path).done
+            run(pipeline, sft, path)
+    assert extrapolated_stage(pipeline, sft, path).done
 
 
 # ---- what decides a stage
@@ -590,8 +637,9 @@ SCORE = {f"reward.{k}" for k in ("kind", "token_clip", "clip", "limit_penalty", 
 DECIDES = {
     "extrapolated": COMMON | {"methods.alphas", "eval.metric", "eval.limit"},
     "decoded": COMMON | {"reward.kind", "reward.token_clip", "reward.anchor", "reward.beta"},
-    "resampled": COMMON | SCORE | {"reward.anchor", "reward.beta", "methods.samples"},
-    "best-of-n": COMMON | SCORE | {"methods.samples"},
+    "samples": COMMON - {"eval.samples"} | SCORE | {"methods.samples"},
+    "resampled": COMMON | {"reward.anchor", "reward.beta"},  # beside what its samples are
+    "best-of-n": COMMON,
 }
 
 
@@ -600,6 +648,19 @@ def test_a_stage_is_known_by_the_settings_it_reads_and_no_others(kind: str) -> N
     before = stage_settings(Recipe(), kind)
     found = {key for key, v in CHANGES.items() if stage_settings(with_overrides(Recipe(), {key: v}), kind) != before}
     assert found == DECIDES[kind]
+
+
+def test_all_that_choose_share_the_samples_of_an_sft_model() -> None:
+    """One draw a seed for three betas, two anchors and best-of-n."""
+    points = [
+        Ablation(f"{anchor} {beta}", {"reward.anchor": anchor, "reward.beta": beta})
+        for anchor in ("sft", "base")
+        for beta in (0.25, 0.5, 1.0)
+    ]
+    arms = (Arm("SFT", "sft"), Arm("resampling", "resampled"), Arm("best-of-n", "best-of-n"))
+    sweep = Sweep("s", "?", Recipe(), (), tuple(points), arms, (0, 1), Analysis("unseen", "greedy", ()))
+    kinds = Counter(task.kind for task in Plan(sweep).tasks.values())
+    assert kinds == {"sft": 2, "samples": 2, "resampled": 12, "best-of-n": 2}
 
 
 OLD_IDS = {

@@ -8,6 +8,7 @@ from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Task
 from srppo.console import Console
 from srppo.environment import environment
+from srppo.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
 from srppo.pipeline import Pipeline
 from srppo.store import Stage
 
@@ -39,14 +40,18 @@ def _ppo(pipeline: Pipeline) -> tuple[Stage, Stage]:
     return sft, pipeline.ppo_stage(sft, path)
 
 
+def _samples(pipeline: Pipeline) -> Stage:
+    return samples_stage(pipeline, *pipeline.sft_stage())
+
+
 STAGES: Mapping[str, Callable[[Pipeline, Task], object]] = {
     "base": lambda pipeline, task: pipeline.base_stage(),
     "sft": lambda pipeline, task: pipeline.sft_stage(),
     "ppo": lambda pipeline, task: _ppo(pipeline),
     "longer-sft": lambda pipeline, task: pipeline.longer_sft_stage(*_ppo(pipeline), task.share or 1.0),
-    "extrapolated": lambda pipeline, task: pipeline.extrapolated_stage(*pipeline.sft_stage()),
-    "decoded": lambda pipeline, task: pipeline.decoded_stage(*pipeline.sft_stage()),
-    "samples": lambda pipeline, task: pipeline.samples_stage(*pipeline.sft_stage()),
-    "resampled": lambda pipeline, task: pipeline.resampled_stage(pipeline.samples_stage(*pipeline.sft_stage())),
-    "best-of-n": lambda pipeline, task: pipeline.best_of_n_stage(pipeline.samples_stage(*pipeline.sft_stage())),
+    "extrapolated": lambda pipeline, task: extrapolated_stage(pipeline, *pipeline.sft_stage()),
+    "decoded": lambda pipeline, task: decoded_stage(pipeline, *pipeline.sft_stage()),
+    "samples": lambda pipeline, task: _samples(pipeline),
+    "resampled": lambda pipeline, task: resampled_stage(pipeline, _samples(pipeline)),
+    "best-of-n": lambda pipeline, task: best_of_n_stage(pipeline, _samples(pipeline)),
 }

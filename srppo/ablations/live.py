@@ -36,14 +36,18 @@ class LiveTable:
         """Keep the table on the screen; what is printed meanwhile goes above it."""
         if self.console.plain or self.console.quiet:
             yield self
+            self._look()
             return
         with self.console.live(self.render(), refresh_per_second=1 / REFRESH_S) as self._live:
             yield self
-            self._live.update(self.render())
+            self._look()
 
     def __call__(self) -> None:
-        if time.monotonic() - self._drawn < REFRESH_S:
-            return
+        if time.monotonic() - self._drawn >= REFRESH_S:
+            self._look()
+
+    def _look(self) -> None:
+        """Read the states, and show what changed."""
         self._drawn = time.monotonic()
         before, self._states = self._states, self.watch.states()
         if self._live:

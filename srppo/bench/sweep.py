@@ -121,9 +121,9 @@ class Spans:
     def wrap_all(self) -> None:
         for train in ("train_sft", "train_ppo"):
             self.wrap(srppo.pipeline, train, "training")
-        self.wrap(Pipeline, "_measure", "measuring")
+        self.wrap(Pipeline, "measure", "measuring")
         self.wrap(Pipeline, "__post_init__", "data")
-        self.wrap(Pipeline, "_load", "models")
+        self.wrap(Pipeline, "load", "models")
         self.wrap(srppo.pipeline, "load_tokenizer", "models")
         for method in ("__init__", "log_metrics", "log_rollout", "log_event", "save_checkpoint", "publish", "commit"):
             self.wrap(Attempt, method, "record")

@@ -33,6 +33,7 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
     ("kl_sft", "KL to SFT", ".3f"),
     ("kl_base", "KL to base", ".3f"),
     ("length", "rollout length", ".1f"),
+    ("ess", "ESS", ".1f"),
     ("greedy_tokens", "greedy length", ".1f"),
     ("sampled_tokens", "sampled length", ".1f"),
     ("greedy_ended", "greedy ended", ".0%"),
