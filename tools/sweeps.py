@@ -1,9 +1,8 @@
 """The README's lines and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/kl-... runs/...`.
 
-Each sweep's plan, rows and figures are copied from its own report, and the README says what the report says.
+Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the README says what that says.
 """
 
-import io
 import re
 import shutil
 import sys
@@ -11,12 +10,12 @@ from pathlib import Path
 
 from srppo.ablations.analysis import analyse
 from srppo.ablations.run import load_sweep
-from srppo.console import Console
-from srppo.report.sweep import _spent, report_sweep, stages_of
-from srppo.report.sweep_words import answer, trend_lines
+from srppo.report.sweep import spent_line, stages_of
+from srppo.report.sweep_answer import answer
+from srppo.report.sweep_words import trend_lines
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("rows.csv", "differences.csv", "accuracy.png", "differences.png")
+COPIED = ("rows.parquet", "cells.csv", "differences.csv", "accuracy.png")
 
 
 def copy_results(folder: Path, name: str) -> None:
@@ -31,13 +30,14 @@ def copy_results(folder: Path, name: str) -> None:
 def said(folder: Path) -> tuple[str, str]:
     """(name, what the README says of a sweep)."""
     plan, ledger = load_sweep(folder)
-    report_sweep(folder, Console(plain=True, file=io.StringIO()))
     copy_results(folder, plan.sweep.name)
     result = analyse(plan, ledger)
-    lines = [answer(result), *trend_lines(result), _spent(stages_of(plan, ledger))]
+    trends = [f"{line}." for line in trend_lines(result) if " minus " in line]
+    lines = [answer(result), *trends, spent_line(stages_of(plan, ledger))]
     name = plan.sweep.name
-    picture = f"[rows](results/sweeps/{name}/rows.csv), [figure](results/sweeps/{name}/accuracy.png)"
-    return name, f"**`srppo ablate {name}`** {plan.sweep.question} {' '.join(lines)} {picture}"
+    where = f"results/sweeps/{name}"
+    picture = f"[Cells]({where}/cells.csv), [differences]({where}/differences.csv), [figure]({where}/accuracy.png)."
+    return name, f"**`srppo ablate {name}`** *{plan.sweep.question}* {' '.join(lines)} {picture}"
 
 
 def main(folders: list[Path]) -> None:

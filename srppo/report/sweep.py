@@ -32,7 +32,7 @@ def report_sweep(folder: Path, console: Console) -> Path:
     run = Run.load(folder)
     plan, ledger = Plan(Sweep.from_spec(run.spec)), Ledger(run, TRIES)
     result, stages = analyse(plan, ledger), stages_of(plan, ledger)
-    spent, out = _spent(stages), folder / "report"
+    spent, out = spent_line(stages), folder / "report"
     console.print(sweep_text(result, spent))
     page = write_report(result, out, spent, _environment(stages), folder)
     for path in sorted(out.iterdir()):
@@ -61,7 +61,8 @@ def stages_of(plan: Plan, ledger: Ledger) -> dict[str, Stage]:
     return {stage.id: stage for stage in found if stage is not None}
 
 
-def _spent(stages: Mapping[str, Stage]) -> str:
+def spent_line(stages: Mapping[str, Stage]) -> str:
+    """Core-hours of the stages that were committed."""
     seconds = [each for stage in stages.values() if (each := stage_seconds(stage)) is not None]
     return hours_line(sum(seconds), len(seconds))
 
