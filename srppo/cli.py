@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +17,8 @@ from srppo.errors import Diverged, SrppoError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe
+
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
 app = typer.Typer(
     name="srppo",
@@ -238,10 +243,11 @@ def _train(
     console.say(f"run folder: {folder}")
     if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from srppo.pipeline import Pipeline, run_sft, run_train  # torch comes with this
-    from srppo.report.record import report_run
-    from srppo.settings import pick_device
-    from srppo.trackers import trackers
+    with stopping_at_once():
+        from srppo.pipeline import Pipeline, run_sft, run_train  # torch comes with this
+        from srppo.report.record import report_run
+        from srppo.settings import pick_device
+        from srppo.trackers import trackers
 
     trackers(track, folder.name, folder, {})  # an unknown or missing one is said now; none starts before it is used
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
@@ -271,6 +277,21 @@ def _train(
     report_run(folder, console)
 
 
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process here and now: while modules load, an exception may be swallowed by a half-loaded one."""
+
+    def stop(signum: int, frame: object) -> None:
+        os.write(2, f"{INTERRUPTED}\n".encode())
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main() -> None:
     """Entry point: every expected error in one line; a traceback only with --debug."""
     debug = "--debug" in sys.argv
@@ -285,5 +306,5 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # Ctrl-C outside of the training loop, as Typer reports it
-            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+            typer.echo(INTERRUPTED, err=True)
         raise

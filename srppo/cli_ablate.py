@@ -42,7 +42,12 @@ def ablate(
     rates: Annotated[str, typer.Option(metavar="A,B", help="noise: shares of noised rows.", show_default=False)] = "",
     axis: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="Values of a recipe key: replaces the sweep's own, or for grid."),
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="Values of an axis, instead of the sweep's own: data.size | data.noise, data.noise_rate | "
+            "model.base | reward.anchor, reward.beta, ppo.steps (kl) | data.overlap_share | data.prompts_size, "
+            "data.prompts; grid takes any key of a recipe.",
+        ),
     ] = None,
     primary: Annotated[
         str | None, typer.Option(metavar="GROUP/DECODING", help="What is tested. [default: unseen/greedy]")
@@ -91,7 +96,9 @@ def ablate(
 def worker(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
     slots: Slots = None,
-    timeout: Timeout = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=1, help="Seconds a stage may take. [default: no limit]")
+    ] = None,
     device: Device = "auto",
     plain: Plain = False,
     debug: Debug = False,

@@ -358,7 +358,7 @@ def test_ctrl_c_while_loading_is_no_traceback(cli: Cli, tmp_path: Path) -> None:
 
 def test_sft_alone(cli: Cli, tmp_path: Path) -> None:
     done = cli.train(tmp_path / "run", command="sft")
-    assert done.code == 0 and "SRPPO" not in done.out + done.err
+    assert done.code == 0 and "SRPPO was not run (srppo train)" in done.out and "SRPPO" not in done.err
     stage, found = result(tmp_path / "run", "sft")
     assert found and found["status"] == "ok" and (stage / "model" / "model.safetensors").exists()
 

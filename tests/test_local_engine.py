@@ -338,6 +338,26 @@ def test_a_crashing_stage_is_retried_then_failed_with_its_reason_and_the_others_
     assert all("Traceback" in log.read_text() for log in logs)
 
 
+def test_a_reason_is_the_stages_own_line_whatever_stands_in_for_stdout(tmp_path, monkeypatch):
+    """A live table replaces sys.stdout, and would print itself after every line of a forked stage."""
+
+    class Table:
+        def write(self, text: str) -> int:
+            os.write(1, (text + "\nthe table\n").encode())
+            return len(text)
+
+        def flush(self) -> None: ...
+
+    def crash(task: Task, ledger: Ledger) -> None:
+        raise ValueError("the reward is")
+
+    run = Run.open(tmp_path / "run", {"sweep": "test"})
+    ledger, bad = Ledger(run, 1), task("bad")
+    monkeypatch.setattr(sys, "stdout", Table())
+    Worker({"bad": bad}, ledger, crash).run()
+    assert ledger.failures(bad)[0]["reason"] == "ValueError: the reward is"
+
+
 def test_a_stage_that_crashed_once_is_done_in_the_end(tmp_path):
     assert work(tmp_path, [task("a", "crash-once")]) == 0
     assert status(tmp_path, [task("a")]) == {"a": ("done", "")} and tries_of(tmp_path, "a") == 2

@@ -384,7 +384,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
     ("argv", "words"),
     [
         (["data-sise"], "did you mean 'data-size'?"),
-        (["nonsense"], "There are: data-size, noise"),
+        (["nonsense"], "there are: data-size, noise"),
         (["grid"], "grid needs axes"),
         (["grid", "--axis", "ppo.lr="], "the axis ppo.lr is empty"),
         (["data-size", "--sizes", ","], "the axis data.size is empty"),
@@ -482,9 +482,53 @@ def test_folders_that_are_no_sweep_are_refused(tmp_path, monkeypatch, capsys):
 
 def test_items_without_a_default_group_must_be_told_apart(tmp_path):
     file = tmp_path / "items.jsonl"
-    file.write_text("".join(json.dumps({"prompt": "p", "answer": "a", "group": g}) + "\n" for g in ("one", "two")))
+    groups = ("one", "one", "two", "two")  # every second row is a test item
+    file.write_text("".join(json.dumps({"prompt": "p", "answer": "a", "group": g}) + "\n" for g in groups))
     recipe = with_overrides(RECIPE, {"eval.items": str(file)})
     with pytest.raises(SrppoError, match="--primary one/greedy"):
         read_options("reward", recipe)
     assert read_options("reward", recipe, primary="two").primary == ("two", "greedy")
     assert read_options("reward", recipe, primary="one/sampled").primary == ("one", "sampled")
+
+
+# ---- what a review found
+
+
+def test_seeds_are_no_axis_and_an_axis_that_nothing_reads_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "ablate", "grid", "--axis", "seed=5,6") == 2
+    assert "give their number with --seeds" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="the same to SFT and PPO"):
+        the_sweep("grid", axes=["methods.samples=8,16"])
+    assert the_sweep("grid", axes=["ppo.lr=1e-5,3e-5"]).axes == ("lr",)
+
+
+def test_a_slope_needs_numbers_that_it_can_take():
+    sweep = the_sweep("kl", axes=["reward.beta=0,0.25,0.5"])
+    assert sweep.analysis.trend is None and any("no slope along beta" in note for note in sweep.notes)
+    assert the_sweep("kl", axes=["reward.beta=.1,.25,.5"]).analysis.trend == "beta"
+    sizes = the_sweep("data-size", axes=[], sizes="none,8,16")
+    assert sizes.analysis.trend is None
+
+
+def test_the_embedded_worlds_axes_are_not_taken_for_other_data(tmp_path):
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"prompt": "p", "answer": "a", "split": "test"}\n')
+    own = with_overrides(RECIPE, {"data.demonstrations": "mine.jsonl", "eval.items": str(items)})
+    for name in ("data-size", "model-scale", "prompts"):
+        with pytest.raises(ConfigError, match="on your own data needs"):
+            the_sweep(name, own, axes=[])
+    assert the_sweep("noise", own, axes=[], rates="0,0.3").seeds
+
+
+def test_arms_are_what_their_names_say_whatever_the_recipe():
+    other = with_overrides(RECIPE, {"reward.kind": "sft", "reward.length_norm": True})
+    sweep = the_sweep("reward", other)
+    coherent, parts = (sweep.recipe_of(Cell("all", name), 0).reward for name in ("coherent reward", "SFT only"))
+    assert (coherent.kind, parts.kind, coherent.length_norm) == ("ratio", "sft", False)
+
+
+def test_a_refused_start_leaves_an_empty_folder_empty(monkeypatch, capsys, tmp_path):
+    for argv in (("--sizes", "8,99999"), ("--device", "gpu")):
+        assert command(monkeypatch, "ablate", "data-size", "--quick", *argv, "--out", tmp_path) == 2
+        assert len(capsys.readouterr().err.splitlines()) <= 2 and list(tmp_path.iterdir()) == []

@@ -32,12 +32,13 @@ def said(folder: Path) -> tuple[str, str]:
     plan, ledger = load_sweep(folder)
     copy_results(folder, plan.sweep.name)
     result = analyse(plan, ledger)
-    trends = [f"{line}." for line in trend_lines(result) if " minus " in line]
-    lines = [answer(result), *trends, spent_line(stages_of(plan, ledger))]
+    trends = "; ".join(line for line in trend_lines(result) if " minus " in line)
+    slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
+    lines = [answer(result), *slopes, spent_line(stages_of(plan, ledger))]
     name = plan.sweep.name
     where = f"results/sweeps/{name}"
     picture = f"[Cells]({where}/cells.csv), [differences]({where}/differences.csv), [figure]({where}/accuracy.png)."
-    return name, f"**`srppo ablate {name}`** *{plan.sweep.question}* {' '.join(lines)} {picture}"
+    return name, f"**`srppo ablate {name}`**: {' '.join(lines)} {picture}"
 
 
 def main(folders: list[Path]) -> None:

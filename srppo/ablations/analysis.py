@@ -177,6 +177,7 @@ def _costs(
     before = _ancestors(plan, task) if task.kind != "longer-sft" else []
     flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
     dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
+    dropped += float((chosen.result() or {}).get("figures", {}).get("selection_flops") or 0.0)
     return flops, dropped, stage_seconds(chosen)
 
 
@@ -195,7 +196,11 @@ def _flops(stage: Stage | None) -> float:
 def _figures(stage: Stage) -> dict[str, float]:
     """Plain numbers of a stage's result, and of the last row of its metrics that PPO wrote."""
     figures = (stage.result() or {}).get("figures", {})
-    found = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
+    found = {
+        key: float(value)
+        for key, value in figures.items()
+        if isinstance(value, int | float) and key != "selection_flops"
+    }
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
     kept = figures.get("kept_step")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from srppo.ablations.options import test_items
 from srppo.ablations.pace import Pace
 from srppo.ablations.plan import Plan, Task
 from srppo.config import Recipe
@@ -34,7 +35,7 @@ class Estimate:
 def estimate(plan: Plan, paces: Mapping[str, Pace]) -> Estimate:
     """paces: measured, by `model.base`."""
     seconds = {key: task_seconds(task, paces[task.recipe.model.base]) for key, task in plan.tasks.items()}
-    items = max(pace.test_items for pace in paces.values()) // max(_groups(plan), 1)
+    items = test_items(plan.sweep.recipe)[plan.sweep.analysis.group]
     return Estimate(seconds, could_show(plan, items), tuple(power_lines(plan, items)))
 
 
@@ -66,10 +67,6 @@ def _sft_steps(recipe: Recipe, pace: Pace) -> tuple[int, int]:
     if recipe.sft.steps:
         return recipe.sft.steps, min(recipe.sft.steps, 5)
     return recipe.sft.epochs * math.ceil(rows / recipe.sft.batch), recipe.sft.epochs
-
-
-def _groups(plan: Plan) -> int:
-    return 3 if plan.sweep.recipe.data.demonstrations == ("embedded",) else 1
 
 
 def could_show(plan: Plan, items: int) -> float:

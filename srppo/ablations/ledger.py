@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Ledger:
     def link(self, task: Task, stage: Stage) -> None:
         """Remember which stage a task is; said before the stage runs."""
         path = self.folder(task) / "stage"
-        aside = path.with_name(f".tmp-{os.getpid()}")
+        aside = path.with_name(f".tmp-{uuid.uuid4().hex}")
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(stage.id)

@@ -222,6 +222,8 @@ def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int,
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        # A live table has put objects of its own in their place, with a lock that the fork may have caught closed.
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu[0]
         code = try_task(task, ledger, execute)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from srppo.ablations.spec import Sweep
+from srppo.ablations.plan import Plan
+from srppo.ablations.spec import Cell, Sweep
 from srppo.ablations.sweeps import SWEEPS, Options
 from srppo.config import Recipe, is_embedded, parse_override, parse_value
 from srppo.errors import ConfigError
 from srppo.results import DECODINGS
+from srppo.world.items import items
 
 
 def read_options(
@@ -30,8 +34,8 @@ def read_options(
     """Check and translate. Raises ConfigError for an unknown sweep, an axis it lacks, or values that are none."""
     if name not in SWEEPS:
         near = difflib.get_close_matches(name, SWEEPS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown sweep {name!r}{hint} There are: {', '.join(SWEEPS)}")
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown sweep {name!r}{hint}; there are: {', '.join(SWEEPS)}")
     given = [*([f"data.size={sizes}"] if sizes else []), *([f"data.noise_rate={rates}"] if rates else []), *axes]
     found: dict[str, tuple[Any, ...]] = {}
     for text in given:
@@ -66,7 +70,9 @@ def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     try:
         values = tomllib.loads(f"values = [{raw}]")["values"]
     except tomllib.TOMLDecodeError:
-        values = [parse_value(part.strip()) for part in raw.split(",") if part.strip()]
+        values = [_value(part.strip()) for part in raw.split(",") if part.strip()]
+    if key.strip() == "seed":
+        raise ConfigError("seed is no axis: every point has the same seeds; give their number with --seeds")
     if not values:
         raise ConfigError(f"the axis {key.strip()} is empty; give values, for example --axis {key.strip()}=1,2")
     if twice := [value for i, value in enumerate(values) if value in values[:i]]:
@@ -74,17 +80,41 @@ def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     return key.strip(), tuple(values)
 
 
+def _value(raw: str) -> Any:
+    """As TOML, or the number that it is anyway (`.5`), or text."""
+    try:
+        return parse_value(raw) if not isinstance(parse_value(raw), str) else float(raw)
+    except ValueError:
+        return raw
+
+
 def build_sweep(name: str, options: Options) -> Sweep:
     """The sweep, with every cell's recipe validated. Raises ConfigError for a value that a key does not take."""
     sweep = SWEEPS[name][0](options)
     for cell in sweep.cells():
         sweep.recipe_of(cell, sweep.seeds[0])
+    if name == "grid":
+        _refuse_idle_axes(sweep)
     return sweep
+
+
+def _refuse_idle_axes(sweep: Sweep) -> None:
+    """Raises ConfigError where two points would train and measure the very same stages."""
+    measured = Plan(replace(sweep, seeds=sweep.seeds[:1])).measured_by
+    by_keys: dict[tuple[tuple[str, ...], ...], str] = {}
+    for point in sweep.points:
+        keys = tuple(measured[Cell(point.name, arm.name), sweep.seeds[0]] for arm in sweep.arms)
+        if other := by_keys.get(keys):
+            raise ConfigError(
+                f"the points {other!r} and {point.name!r} are the same to SFT and PPO: an axis changes nothing that "
+                "they read; leave it out"
+            )
+        by_keys[keys] = point.name
 
 
 def _primary(text: str | None, recipe: Recipe) -> tuple[str, str]:
     """(group, decoding) of the primary metric: given as GROUP/DECODING, else out-of-domain, or the only group."""
-    groups = _groups(recipe)
+    groups = list(test_items(recipe))
     group, _, decoding = (text or "").partition("/")
     group, decoding = group or _default(groups), decoding or "greedy"
     if group not in groups:
@@ -102,17 +132,20 @@ def _default(groups: Sequence[str]) -> str:
     raise ConfigError(f"several groups of items ({', '.join(groups)}): say which decides, --primary {groups[0]}/greedy")
 
 
-def _groups(recipe: Recipe) -> list[str]:
-    """Groups of the test items. Raises ConfigError where there are none: a sweep tests accuracy."""
+def test_items(recipe: Recipe) -> dict[str, int]:
+    """Test items by group. Raises ConfigError where there are none: a sweep compares accuracy."""
     if recipe.eval.items is None:
         if recipe.data.demonstrations == ("embedded",):
-            return ["demonstrated", "prompted", "unseen"]
-        raise ConfigError(
-            "a sweep compares accuracy on items with known answers: set eval.items (jsonl: prompt, answer)"
-        )
-    path = Path(recipe.eval.items).expanduser()
+            return {group: len(items(group, "test")) for group in ("demonstrated", "prompted", "unseen")}
+        raise ConfigError("a sweep compares accuracy on items: set eval.items to a jsonl of prompt, answer and group")
+    path, found = Path(recipe.eval.items).expanduser(), Counter[str]()
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        return list(dict.fromkeys(str(row.get("group", "items")) for row in rows))
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+            row = json.loads(line) if line.strip() else {"split": "none"}
+            if row.get("split", "dev" if number % 2 else "test") == "test":  # the rule of evaluate.load_items
+                found[str(row.get("group", "items"))] += 1
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"eval.items {path} cannot be read: {error}") from None
+    if not found:
+        raise ConfigError(f"eval.items {path} has no rows of split test; mark rows with split: dev or test")
+    return dict(found)

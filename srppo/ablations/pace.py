@@ -13,6 +13,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from srppo.ablations.plan import Task
 from srppo.config import Recipe, with_overrides
 from srppo.console import Console
 from srppo.errors import RunError, UserError
@@ -40,12 +41,20 @@ def measure_pace(recipe: Recipe, device: str) -> Pace:
     return Pace(**_apart(lambda: asdict(_measure(recipe, device))))
 
 
-def check_data(recipes: Sequence[Recipe], device: str) -> None:
-    """Read the data of each recipe as its stages will. Raises UserError for the first that cannot be used."""
+def check_data(recipes: Sequence[Recipe], device: str, tasks: Sequence[Task] = ()) -> None:
+    """Read the data of each recipe as its stages will, and ask of each task whether its method knows the reward.
+
+    Raises UserError for the first that cannot be used."""
 
     def check() -> dict[str, Any]:
+        from srppo.extrapolation import check_decodable
         from srppo.pipeline import Pipeline
+        from srppo.resampling import check_ranks, check_resamples
 
+        checks = {"decoded": check_decodable, "resampled": check_resamples, "best-of-n": check_ranks}
+        for task in tasks:
+            if task.kind in checks:
+                checks[task.kind](task.recipe.reward)
         for recipe in recipes:
             with TemporaryDirectory() as folder:
                 Pipeline(recipe, Path(folder), Console(quiet=True), device=device)

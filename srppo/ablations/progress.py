@@ -101,6 +101,8 @@ def stage_seconds(stage: Stage) -> float | None:
     for folder in stage.attempts():
         events = read_lines(folder / "events.jsonl")
         times = [datetime.fromisoformat(event["time"]).timestamp() for event in events if "time" in event]
+        if not times:  # killed before its first word
+            continue
         rows = folder / "metrics.jsonl"
         last = max(times + ([rows.stat().st_mtime] if rows.exists() else []))
         spans.append([min(times), last])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.live import LiveTable
 from srppo.ablations.options import build_sweep
+from srppo.ablations.pace import Pace, check_data, measure_pace
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import Watch, counts
-from srppo.ablations.spec import Sweep, is_sweep
+from srppo.ablations.spec import Sweep, is_sweep, label
 from srppo.ablations.sweeps import Options
-from srppo.config import canonical_json, is_embedded
+from srppo.config import CODE_EPOCH, canonical_json, is_embedded
 from srppo.console import Console, duration
 from srppo.errors import ConfigError, RecordError, RunError
 from srppo.store import Run
@@ -84,7 +86,8 @@ def _refuse_other(folder: Path, sweep: Sweep) -> None:
         found = Run.load(folder).spec.get("sweep", "no sweep but a single run")
         if found != sweep.name:
             raise RecordError(f"{folder} holds {found}, not {sweep.name}; give --out another folder")
-    Run.open(folder, sweep.as_spec())
+    if not folder.is_dir() or any(folder.iterdir()):  # an empty one stays empty until the data are known to be good
+        Run.open(folder, sweep.as_spec())
 
 
 def raise_if_lost(plan: Plan, ledger: Ledger) -> None:
@@ -98,7 +101,11 @@ def raise_if_lost(plan: Plan, ledger: Ledger) -> None:
 def work_command(folder: Path, launch: Launch, console: Console) -> None:
     """Join the sweep in a folder. Raises RecordError where there is none."""
     plan, ledger = load_sweep(folder)
+    epoch = ledger.run.spec.get("code_epoch")
+    if epoch != CODE_EPOCH:
+        raise RecordError(f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match")
     slots, gpus, device = places(plan.sweep, launch)
+    check_data([next(iter(plan.tasks.values())).recipe], device)  # a wrong folder here must not fail every stage
     work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=launch.timeout_s, console=console)
     raise_if_lost(plan, ledger)
 
@@ -151,14 +158,20 @@ def forgive(plan: Plan, ledger: Ledger, console: Console) -> None:
 
 def places(sweep: Sweep, launch: Launch) -> tuple[int, tuple[str, ...], str]:
     """(stages at once, the GPU of each, device), without a CUDA context in this process."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", launch.device):
+        raise ConfigError(f"device {launch.device!r} is unknown; give cpu, cuda, cuda:1, mps, or auto")
     embedded = all(is_embedded(sweep.recipe_of(cell, sweep.seeds[0]).model.base) for cell in sweep.cells())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_cpu = launch.device == "cpu" or (launch.device == "auto" and embedded)
     gpus = () if on_cpu else visible_gpus()
-    if launch.device.startswith("cuda") and not gpus:
+    if ":" in launch.device:
+        gpus = gpus[int(launch.device.partition(":")[2]) :][:1]
+    if launch.device.startswith("cuda") and not gpus and launch.engine == "local":
         raise ConfigError(f"device {launch.device!r} cannot be used here: no GPU is visible; try --device cpu")
     slots = launch.slots or (len(gpus) or (cores if embedded else 1))
     prepare_process(1 if embedded else max(cores // slots, 1))
+    if launch.device.startswith("cuda") and not gpus:
+        return slots, (), "cuda"  # of nodes elsewhere
     if gpus:
         return slots, tuple(gpus[i % len(gpus)] for i in range(slots)), "cuda"
     return slots, (), "mps" if launch.device == "mps" else "cpu"
@@ -184,10 +197,15 @@ def prepare_process(threads: int) -> None:
 def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[str]:
     """What is about to happen, in a few lines."""
     sweep, kinds = plan.sweep, _kinds(plan)
+    values = {
+        axis: dict.fromkeys(label(p.values[axis]) for p in sweep.points if axis in p.values) for axis in sweep.axes
+    }
     alone = sum(len(keys) for keys in plan.measured_by.values())
     analysis = sweep.analysis
     return [
         f"sweep {sweep.name}: {sweep.question}",
+        *(f"{axis}: {', '.join(found_values)}" for axis, found_values in values.items()),
+        f"arms: {', '.join(arm.name for arm in sweep.arms)}; seeds {sweep.seeds[0]} to {sweep.seeds[-1]}",
         f"{len(sweep.points)} points x {len(sweep.arms)} arms x {len(sweep.seeds)} seeds = "
         f"{len(sweep.cells()) * len(sweep.seeds)} cells; {len(plan.tasks)} stages after sharing ({kinds}), "
         f"{alone} measured",
@@ -211,12 +229,11 @@ def _kinds(plan: Plan) -> str:
 def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
     """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
     from srppo.ablations.estimate import estimate
-    from srppo.ablations.pace import Pace, check_data, measure_pace
 
     recipes = [task.recipe for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
     by_data = {canonical_json([r.data.model_dump(mode="json"), r.model.base]): r for r in recipes}
     console.say(f"checking the data of {len(by_data)} points" if len(by_data) > 1 else "checking the data")
-    check_data(list(by_data.values()), device)
+    check_data(list(by_data.values()), device, [t for t in plan.tasks.values() if t.recipe.seed == plan.sweep.seeds[0]])
     paces: dict[str, Pace] = {}
     for recipe in recipes:
         base = recipe.model.base

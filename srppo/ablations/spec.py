@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from srppo.config import Recipe, build_recipe, with_overrides
+from srppo.config import CODE_EPOCH, Recipe, build_recipe, with_overrides
 from srppo.errors import ConfigError
+from srppo.significance import seeds_needed
 
 MOST_COMPARISONS = 25  # the first of so many that 10 seeds can still show: 2^(1-10) * 25 < 0.05
 
@@ -130,7 +131,8 @@ class Sweep:
         """What sweep.json holds."""
         parts = {key: value for key, value in vars(self).items() if key != "recipe"}
         spec = {key: _plain(value) for key, value in parts.items()}
-        return {"sweep": spec.pop("name"), "recipe": self.recipe.model_dump(mode="json"), **spec}
+        recipe = self.recipe.model_dump(mode="json")
+        return {"sweep": spec.pop("name"), "code_epoch": CODE_EPOCH, "recipe": recipe, **spec}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Sweep:
@@ -175,10 +177,11 @@ def _check(sweep: Sweep) -> None:
         for cell in (comparison.model, comparison.baseline):
             if cell not in cells:
                 raise ConfigError(f"sweep {sweep.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")
-    if len(sweep.analysis.family) > MOST_COMPARISONS:
+    tests, seeds = len(sweep.analysis.family), max(len(sweep.seeds), 10)
+    if tests > MOST_COMPARISONS and seeds_needed(sweep.analysis.alpha, tests) > seeds:
         raise ConfigError(
-            f"sweep {sweep.name} would test {len(sweep.analysis.family)} differences; more than {MOST_COMPARISONS} "
-            "leave 10 seeds nothing to show after Holm's correction: trim an axis"
+            f"sweep {sweep.name} would test {tests} differences; more than {MOST_COMPARISONS} leave {seeds} seeds "
+            f"nothing to show after Holm's correction: trim an axis, or take {seeds_needed(0.05, tests)} seeds"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe
 from srppo.errors import ConfigError
+from srppo.significance import EXACT_FLIPS
 
 BASE, SFT, SRPPO = Arm("base", "base"), Arm("SFT", "sft"), Arm("SRPPO", "ppo")
 LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 1 / 4, 1 / 16))
@@ -28,6 +29,11 @@ class Options:
     seeds: int | None = None
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     quick: bool = False
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the data are the embedded world's, for which the default axes are made."""
+        return self.recipe.data.demonstrations == ("embedded",)
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -58,7 +64,13 @@ class Options:
             arms = [arm for arm in arms if not arm.shares]
             family = [each for each in family if not {each.model.arm, each.baseline.arm} & set(longer)]
             notes = [*notes, f"{longer[0]} is left out: what the given model.sft took to train is not known"]
-        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale)
+        if trend is not None and not all(_fits(point.values.get(trend), scale) for point in points):
+            trend, notes = (
+                None,
+                [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"],
+            )
+        test = f"{'exact ' if len(self.seed_list) <= EXACT_FLIPS else ''}sign-flip over seeds"
+        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale, test)
         return Sweep(
             name, question, self.recipe, tuple(axes), tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
         )
@@ -66,8 +78,13 @@ class Options:
 
 def data_size(options: Options) -> Sweep:
     """Nested prefixes of the demonstrations; the same epochs at every size, and the same steps."""
-    sizes = options.values("data.size", (4, 16, 64, 256), quick=(8, 32, 128))
     recipe = options.recipe
+    if not options.embedded and not (options.axes and (recipe.sft.steps or recipe.data.size)):
+        raise ConfigError(
+            "data-size on your own data needs --sizes, and sft.steps or data.size for what `the same steps` are; the "
+            "defaults are the embedded world's"
+        )
+    sizes = options.values("data.size", (4, 16, 64, 256), quick=(8, 32, 128))
     steps = recipe.sft.steps or max(1, round(recipe.sft.epochs * (recipe.data.size or 32) / recipe.sft.batch))
     budgets: dict[str, dict[str, Any]] = {"steps": {"sft.steps": steps}}
     if not options.quick:
@@ -80,7 +97,7 @@ def data_size(options: Options) -> Sweep:
     arms = (SFT, SRPPO) if options.quick else (SFT, LONGER, SRPPO)
     return options.sweep(
         "data-size",
-        "How many demonstrations does SRPPO need, and does it gain most where there are few?",
+        "With how many demonstrations does SRPPO beat SFT, and longer SFT?",
         ("demonstrations", "same"),
         points,
         arms,
@@ -107,7 +124,7 @@ def noise(options: Options) -> Sweep:
     tested = [point for point in points if point.values["rate"] or point.values["kind"] == kinds[0]]
     return options.sweep(
         "noise",
-        "Does SRPPO repair noisy demonstrations, or amplify them?",
+        "Does SRPPO beat SFT when answers in the demonstrations are wrong?",
         ("rate", "kind"),
         points,
         (SFT, SRPPO),
@@ -119,13 +136,15 @@ def noise(options: Options) -> Sweep:
 
 def model_scale(options: Options) -> Sweep:
     """A family of models with one tokenizer."""
+    if not options.embedded and "model.base" not in options.axes:
+        raise ConfigError("model-scale on your own data needs --axis model.base=A,B: models with one tokenizer")
     bases = options.values(
         "model.base", ("embedded:xs", "embedded:s", "embedded:l"), quick=("embedded:xs", "embedded:s")
     )
     points = [Ablation(str(base), {"model.base": base}, {"base": base}) for base in bases]
     return options.sweep(
         "model-scale",
-        "Does the gain of SRPPO over SFT grow or shrink with the size of the model?",
+        "At which model sizes does SRPPO beat SFT?",
         ("base",),
         points,
         (BASE, SFT, SRPPO),
@@ -134,16 +153,24 @@ def model_scale(options: Options) -> Sweep:
     )
 
 
-REWARDS = (
-    Arm("coherent reward", "ppo"),
-    Arm("zero", "ppo", {"reward.kind": "zero"}),
-    Arm("SFT only", "ppo", {"reward.kind": "sft"}),
-    Arm("base only", "ppo", {"reward.kind": "base"}),
-    Arm("shuffled", "ppo", {"reward.kind": "shuffled"}),
-    Arm("token-placed", "ppo", {"reward.placement": "token"}),
-    Arm("length-normalised", "ppo", {"reward.length_norm": True}),
-    Arm("clipped", "ppo", {"reward.token_clip": 1.0}),
-)
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "coherent reward": {},
+    "zero": {"reward.kind": "zero"},
+    "SFT only": {"reward.kind": "sft"},
+    "base only": {"reward.kind": "base"},
+    "shuffled": {"reward.kind": "shuffled"},
+    "token-placed": {"reward.placement": "token"},
+    "length-normalised": {"reward.length_norm": True},
+    "clipped": {"reward.token_clip": 1.0},
+}
+COHERENT: Mapping[str, Any] = {
+    "reward.kind": "ratio",
+    "reward.placement": "eos",
+    "reward.length_norm": False,
+    "reward.token_clip": None,
+    "reward.clip": None,
+}
+REWARDS = tuple(Arm(name, "ppo", {**COHERENT, **changed}) for name, changed in _VARIANTS.items())
 
 
 def reward(options: Options) -> Sweep:
@@ -184,7 +211,7 @@ def kl(options: Options) -> Sweep:
     ]
     return options.sweep(
         "kl",
-        "How far from its anchor should the policy go: where does SRPPO peak, where does it overshoot?",
+        "At which anchors and weights of the KL penalty does SRPPO beat SFT?",
         ("beta", "anchor", *(("steps",) if several else ())),
         points,
         (SFT, OPTIMUM, SRPPO),
@@ -204,18 +231,24 @@ def overlap(options: Options) -> Sweep:
     points = [Ablation(f"share {label(share)}", {"data.overlap_share": share}, {"share": share}) for share in shares]
     return options.sweep(
         "overlap",
-        "Must the PPO prompts be new, or may they be those of the demonstrations?",
+        "Does SRPPO beat SFT whatever share of its prompts SFT has seen?",
         ("share",),
         points,
         (SFT, SRPPO),
         every(points, "SRPPO", "SFT"),
         trend="share",
+        notes=(
+            "as the share grows there are fewer distinct prompts (at 1 only the demonstrations' own, repeated), of the "
+            "demonstrations' tasks alone: the three cannot be told apart here",
+        ),
     )
 
 
 def prompts(options: Options) -> Sweep:
     """Number and domain of the PPO prompts."""
     counts = options.values("data.prompts_size", (16, 128, 1024), quick=(16, 128, 1024))
+    if not options.embedded and not {"data.prompts_size", "data.prompts"} <= options.axes.keys():
+        raise ConfigError("prompts on your own data needs --axis data.prompts_size=... and --axis data.prompts=...")
     domains = options.values(
         "data.prompts", ("embedded:demonstrated", "embedded:prompted", "embedded"), quick=("embedded",)
     )
@@ -230,7 +263,7 @@ def prompts(options: Options) -> Sweep:
     ]
     return options.sweep(
         "prompts",
-        "How many PPO prompts does SRPPO need, and from which domain?",
+        "With how many PPO prompts, of which domain, does SRPPO beat SFT?",
         ("prompts", "domain"),
         points,
         (SFT, SRPPO),
@@ -251,9 +284,9 @@ def method(options: Options) -> Sweep:
         Arm("resampling", "resampled"),
         Arm("best-of-n", "best-of-n"),
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
-        SRPPO,
+        Arm("SRPPO", "ppo", {"ppo.advantage": "gae"}),
     )
-    others = [arm.name for arm in arms if arm is not SRPPO]
+    others = [arm.name for arm in arms if arm.name != "SRPPO"]
     family = [*every(points, "SRPPO", *others)]
     family += [Comparison(Cell("all", name), Cell("all", "SFT")) for name in others if name != "SFT"]
     return options.sweep(
@@ -283,6 +316,10 @@ def any_grid(options: Options) -> Sweep:
         every(points, "SRPPO", "SFT"),
         trend=ordered[0] if ordered else None,
     )
+
+
+def _fits(value: Any, scale: str) -> bool:
+    return _is_number(value) and (scale != "log2" or value > 0)
 
 
 def _is_number(value: Any) -> bool:

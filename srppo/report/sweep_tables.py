@@ -34,6 +34,7 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
     ("kl_base", "KL to base", ".3f"),
     ("length", "rollout length", ".1f"),
     ("ess", "ESS", ".1f"),
+    ("inference_times", "cost of an answer, x", ".1f"),
     ("greedy_tokens", "greedy length", ".1f"),
     ("sampled_tokens", "sampled length", ".1f"),
     ("greedy_ended", "greedy ended", ".0%"),
