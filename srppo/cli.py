@@ -41,7 +41,7 @@ SetOption = Annotated[
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Run folder. [default: runs/<recipe>-<id>]", show_default=False),
+    typer.Option("--out", metavar="DIR", help="Run folder. (default: runs/<recipe>-<id>)", show_default=False),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 TrackOption = Annotated[
@@ -183,7 +183,7 @@ def bench_kernel(
 @bench_app.command("compile")
 def bench_compile(
     target: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942 (repeatable). [default: all]")
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942 (repeatable). (default: all)")
     ] = None,
     debug: DebugOption = False,
 ) -> None:

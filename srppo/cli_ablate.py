@@ -11,11 +11,11 @@ SMALL = ["model.base=embedded:xs", "ppo.steps=10", "eval.samples=1"]
 """Of the embedded world, for sweeps: the smallest base that shows the effect, and the steps that bring most of it."""
 
 Slots = Annotated[
-    int | None, typer.Option("--slots", min=1, help="Stages at once. [default: cores, or GPUs]", show_default=False)
+    int | None, typer.Option("--slots", min=1, help="Stages at once. (default: cores, or GPUs)", show_default=False)
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option("--timeout", min=1, help="Seconds a stage may take. [default: ten times the estimate]"),
+    typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: ten times the estimate)"),
 ]
 Retry = Annotated[bool, typer.Option("--retry", help="Try again what was given up.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
@@ -37,7 +37,7 @@ def ablate(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe (repeatable).")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds. [default: 10; --quick: 3]")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds. (default: 10; --quick: 3)")] = None,
     sizes: Annotated[str, typer.Option(metavar="A,B", help="data-size: demonstrations.", show_default=False)] = "",
     rates: Annotated[str, typer.Option(metavar="A,B", help="noise: shares of noised rows.", show_default=False)] = "",
     axis: Annotated[
@@ -50,7 +50,7 @@ def ablate(
         ),
     ] = None,
     primary: Annotated[
-        str | None, typer.Option(metavar="GROUP/DECODING", help="What is tested. [default: unseen/greedy]")
+        str | None, typer.Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy)")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A look within ten minutes on two cores.")] = False,
     engine: Annotated[str, typer.Option(help="local, ray, or slurm.")] = "local",
@@ -60,7 +60,7 @@ def ablate(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be run, and stop.")] = False,
     device: Device = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder. [default: runs/<name>-<id>]")
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder. (default: runs/<name>-<id>)")
     ] = None,
     plain: Plain = False,
     debug: Debug = False,
@@ -97,7 +97,7 @@ def worker(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
     slots: Slots = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=1, help="Seconds a stage may take. [default: no limit]")
+        float | None, typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: no limit)")
     ] = None,
     device: Device = "auto",
     plain: Plain = False,

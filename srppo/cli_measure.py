@@ -15,7 +15,7 @@ RunArgument = Annotated[
 ]
 SftModel = Annotated[str | None, typer.Option("--sft", metavar="MODEL", help="An SFT model, with --base.")]
 BaseModel = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Its base, with --sft.")]
-TrainingSeed = Annotated[int | None, typer.Option("--seed", help="Training seed of the run. [default: the first]")]
+TrainingSeed = Annotated[int | None, typer.Option("--seed", help="Training seed of the run. (default: the first)")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many items a task or prompts.", show_default=False)]
 
 
@@ -37,17 +37,22 @@ def evaluate(
     include_path: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Folder with YAML tasks of your own (repeatable).")
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Shots. [default: the task's]")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Shots. (default: the task's)")] = None,
     chat_template: Annotated[
         bool | None,
-        typer.Option("--chat-template/--no-chat-template", help="[default: where the tokenizer has one]"),
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Put prompts into the chat template. (default: where the tokenizer has one)",
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Sample so many answers a prompt. [default: as the task says]")
+        int | None, typer.Option(min=1, help="Sample so many answers a prompt. (default: as the task says)")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="[default: the task's]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="[default: what memory holds]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer. (default: the task's)")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts at once. (default: what memory holds)")] = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="Of sampling and few-shot draws.")] = 0,
     device: Device = "auto",
@@ -89,8 +94,10 @@ def compare(
         typer.Argument(help="A run (its arms against SFT), or several: RUN, RUN:ARM, result folders; first: baseline."),
     ],
     task: Annotated[list[str] | None, typer.Option(help="Only this task (repeatable).")] = None,
-    metric: Annotated[str | None, typer.Option(help="[default: each task's primary]", show_default=False)] = None,
-    decoding: Annotated[str | None, typer.Option(help="greedy or sampled. [default: both]")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Scores to compare. (default: each task's primary)", show_default=False)
+    ] = None,
+    decoding: Annotated[str | None, typer.Option(help="greedy or sampled. (default: both)")] = None,
     alpha: Annotated[float, typer.Option(help="Level of the tests, Holm-corrected over tasks.")] = 0.05,
     out: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A .md, .csv or .json file, or a folder for all three.")
@@ -116,7 +123,7 @@ def score(
         Path | None, typer.Option(metavar="FILE.jsonl", help="Score these: prompt, response, maybe answer, group.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Sample fresh responses to these. [default: dev items]")
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Sample fresh responses to these. (default: dev items)")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Fresh responses a prompt.")] = 4,
     limit: Limit = None,
@@ -157,12 +164,12 @@ def forecast(
     base: BaseModel = None,
     seed: TrainingSeed = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts, maybe with answers. [default: dev items]")
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts, maybe with answers. (default: dev items)")
     ] = None,
     limit: Limit = None,
     samples: Annotated[int | None, typer.Option(min=2, help="Of the SFT model, a prompt.", show_default=False)] = None,
     beta: Annotated[list[float] | None, typer.Option(help="Of the grid (repeatable).")] = None,
-    anchor: Annotated[list[str] | None, typer.Option(help="sft, base (repeatable). [default: both]")] = None,
+    anchor: Annotated[list[str] | None, typer.Option(help="sft, base (repeatable). (default: both)")] = None,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints/--no-checkpoints", help="Draw the run's PPO checkpoints against it.")
     ] = True,

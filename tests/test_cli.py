@@ -369,3 +369,17 @@ def test_without_out_the_run_goes_to_runs_and_says_so(cli: Cli, tmp_path: Path) 
     (folder,) = (cli.folder / "runs").iterdir()
     assert done.code == 0 and re.fullmatch(r"mine-[0-9a-f]{8}", folder.name)
     assert done.err.startswith(f"run folder: runs/{folder.name}\n")
+
+
+def test_help_texts_survive_the_terminals_markup() -> None:
+    """What stands in brackets is taken for markup and swallowed."""
+    import typer.main
+
+    import srppo.cli
+
+    group = typer.main.get_command(srppo.cli.app)
+    commands = dict(getattr(group, "commands", {}))
+    commands |= getattr(commands["bench"], "commands", {})
+    helps = [(name, p.name, p.help) for name, c in commands.items() for p in c.params if hasattr(p, "help")]
+    assert len(helps) > 60
+    assert [each for each in helps if not each[2] or "[" in each[2]] == []
