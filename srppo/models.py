@@ -125,6 +125,11 @@ class ValueModel(nn.Module):
 
     def __init__(self, start: LanguageModel) -> None:
         super().__init__()
+        if not has_body(start.model):
+            raise ModelError(
+                f"{type(start.model).__name__} has no body under its head (its base_model_prefix names none), and PPO's "
+                "critic is a copy of that; set ppo.advantage=rloo, which needs no critic, or use another model"
+            )
         self.body = copy.deepcopy(start.model.base_model)
         self.precision, self.takes_positions = start.precision, start.takes_positions
         self.head = nn.Linear(start.model.get_output_embeddings().weight.shape[1], 1, device=start.device)
@@ -137,6 +142,11 @@ class ValueModel(nn.Module):
         hidden_BTD = body_hidden(self.body, inputs, self.precision)[:, -response_width - 1 : -1]
         values_BT = self.head(hidden_BTD.float()).squeeze(-1)
         return values_BT.masked_fill(~attention_mask_BS[:, -response_width:], 0.0)
+
+
+def has_body(model: Any) -> bool:
+    """Whether the hidden states before the head can be had; `base_model` is the model itself where it is unknown."""
+    return model.base_model is not model
 
 
 def model_inputs(tokens_BS: Tensor, attention_mask_BS: Tensor, takes_positions: bool) -> dict[str, Tensor]:
@@ -192,7 +202,9 @@ def _find_head(lm: LanguageModel) -> Head:
             f"{type(model).__name__} gives other logits under left padding; batched rollouts would be wrong with it. "
             "Use a model that honours attention_mask and position_ids"
         )
-    hidden_ND = body_hidden(model.base_model, inputs, "fp32")[attention_mask_BS]
+    hidden_ND = body_hidden(model.base_model, inputs, "fp32")[attention_mask_BS] if has_body(model) else None
+    if hidden_ND is None or hidden_ND.shape[1] != output.weight.shape[1]:  # projected on its way to the head
+        return Head(linear=False)
     ours_NV = (hidden_ND @ output.weight.T + (0 if output.bias is None else output.bias)) * scale
     if softcap is not None:
         ours_NV = softcap * torch.tanh(ours_NV / softcap)

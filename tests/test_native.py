@@ -55,6 +55,38 @@ def test_where_there_is_a_compiler_they_are_built_and_pass_their_check() -> None
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "setting",
+    ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_dtype(torch.float64)"]
+    + ["torch.set_default_device('meta')"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_users_default_dtype_and_device_change_nothing(setting: str, when: str, tmp_path: Path) -> None:
+    """The library writes fp32 on the CPU, whatever an empty tensor would be: with bf16 that was past its end."""
+    script = """
+import torch
+from srppo.kernels import linear_logprob, linear_logprob_diff, logprob_diff, native
+here = {"dtype": torch.float32, "device": "cpu"}
+g = torch.Generator().manual_seed(0)
+a, b, v, w = (torch.randn(n, 12, generator=g, **here) for n in (2000, 2000, 70, 70))
+t = torch.arange(2000, device="cpu") % 70
+BEFORE
+def all_three():
+    one = linear_logprob(a.requires_grad_(), v, t, with_entropy=True)
+    (grad,) = torch.autograd.grad(one.logprobs_N.sum(), a)
+    return [linear_logprob_diff(a, v, b, w, t), logprob_diff(a @ v.T, b @ w.T, t), *one, grad]
+found = all_three()
+AFTER
+again = all_three()
+print(all(torch.equal(x, y) for x, y in zip(found, again)), native.load().note, sep="|")
+"""
+    script = script.replace(when.upper(), setting).replace("BEFORE\n", "").replace("AFTER\n", "")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("True|compiled by "), done.stdout + done.stderr
+
+
+@needs_compiler
 def test_two_processes_build_at_once_and_a_third_finds_it_done(tmp_path: Path) -> None:
     both = [run({"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(2)]
     answers = [process.communicate(timeout=120)[0] for process in both]

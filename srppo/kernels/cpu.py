@@ -1,7 +1,8 @@
 """The log-prob kernels of impl="torch": a compiled single pass on CPUs, and its twin of plain torch operations.
 
 The twin serves machines without a C++ compiler, other devices and fp64. Neither builds a logits matrix: the compiled
-pass holds a tile a thread, the twin a chunk of the vocabulary.
+pass holds a tile and a panel of weights a thread (1 MiB; beyond 16 threads less, at least 0.5 MiB for 16-bit weights),
+the twin a chunk of the vocabulary.
 
 Accuracy. Every product and sum is fp32 (bf16 weights on a CPU with AMX: exact bf16 products, fp32 sums). RMS error of
 the difference against fp64, hidden width 1024, vocabulary 32000: 1e-6 nats in each mode (`srppo bench kernel`).

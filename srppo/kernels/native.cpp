@@ -39,6 +39,7 @@ constexpr int SEGMENT = 512;   // vocabulary entries whose partial sums one thre
 constexpr int K_BLOCK = 1024;  // hidden dimensions of a panel
 constexpr int SUM_DEPTH = 256; // products in one chain of additions: chains of 1024 would err twice as much
 constexpr int64_t PANEL_BYTES = 1 << 20;   // weights that stay in the second-level cache while all rows pass by
+constexpr int64_t PANELS_BYTES = 16 << 20; // of all threads together: with many of them panels are lower
 constexpr int64_t PACKED_BYTES = 8 << 20;  // hidden states packed at once
 constexpr int64_t MOST_ROWS = 2048;        // so that partial sums take at most 5 MiB at a vocabulary of 150k
 constexpr int64_t DEEP_ROWS = 512;         // rows at once where D > K_BLOCK: their tiles must stay in the cache too
@@ -240,14 +241,18 @@ struct Pass {
     Transform transform;
     bool pairs;
     Stats out;
+    int threads;
 
     int64_t blocks() const { return (rows + LANES - 1) / LANES; }
     int64_t segments() const { return (vocabulary + SEGMENT - 1) / SEGMENT; }
     int64_t element() const { return pairs ? 2 : 4; }
     bool in_place() const { return pairs || weight.dtype == FP32; }
     bool deep() const { return D > K_BLOCK; }  // then tiles of all rows wait for the next part of the weights
+    int workers() const { return int(std::min<int64_t>(threads, segments())); }
+    // Whole tiles, always: how a row's terms are grouped, and so its bits, must not depend on the number of threads.
     int64_t panel_entries() const {
-        return std::clamp<int64_t>(PANEL_BYTES / (std::min<int64_t>(D, K_BLOCK) * element()), 16, SEGMENT);
+        const int64_t bytes = std::min(PANEL_BYTES, PANELS_BYTES / workers());
+        return std::clamp<int64_t>(bytes / (std::min<int64_t>(D, K_BLOCK) * element()) / TILE * TILE, TILE, SEGMENT);
     }
     int64_t rows_of(int64_t block) const { return std::min<int64_t>(LANES, rows - block * LANES); }
 
@@ -298,7 +303,7 @@ struct Pass {
 
     // All rows pass by some entries of the vocabulary.
     void panel(int64_t v, int64_t entries, const char* packed, Workspace& work) const {
-        const int64_t tall = std::min<int64_t>(TILE, panel_entries()), width = weight.dtype == FP32 ? 4 : 2;
+        const int64_t width = weight.dtype == FP32 ? 4 : 2;
         for (int64_t k = 0; k < D; k += K_BLOCK) {
             const int64_t depth = std::min<int64_t>(K_BLOCK, D - k);
             const int64_t stride = in_place() ? weight.stride : depth + WIDTH;
@@ -309,8 +314,8 @@ struct Pass {
                 weights = reinterpret_cast<const char*>(work.wide.data);
             }
             for (int64_t b = 0; b < blocks(); b++)
-                for (int64_t t = 0; t < entries; t += tall) {
-                    const int64_t height = std::min<int64_t>(tall, entries - t);
+                for (int64_t t = 0; t < entries; t += TILE) {
+                    const int64_t height = std::min<int64_t>(TILE, entries - t);
                     float* tile = work.tiles + (deep() ? (b * panel_entries() + t) * LANES : 0);
                     multiply(height, depth, weights + t * stride * element(), stride,
                              packed + (b * LANES * D + k * LANES) * element(), pairs, k > 0, tile);
@@ -327,16 +332,16 @@ struct Pass {
         }
     }
 
-    void run(int threads) const {
+    void run() const {
         const int64_t cells = segments() * blocks() * LANES;
         Buffer<char> packed(blocks() * LANES * D * element());
         Buffer<float> max(cells), sum(cells), weighted(out.entropy ? cells : 1);
         const Partials partials{max, sum, weighted};
         std::vector<std::unique_ptr<Workspace>> work;
-        for (int i = 0; i < threads; i++) work.push_back(std::make_unique<Workspace>(*this));
+        for (int i = 0; i < workers(); i++) work.push_back(std::make_unique<Workspace>(*this));
         std::atomic<int> next{0};
         std::exception_ptr error;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(workers())
         {
             Workspace& own = *work[next++];
 #pragma omp for schedule(static)
@@ -434,8 +439,8 @@ int srppo_linear_stats(const void* hidden, int64_t hidden_dtype, int64_t hidden_
         for (int64_t first = 0; first < N; first += rows)
             Pass{{hidden, hidden_dtype, hidden_stride}, {weight, weight_dtype, weight_stride}, bias, tokens, first,
                  std::min(rows, N - first), D, vocabulary, {scale, softcap, inverse_temperature}, pairs != 0,
-                 {target, max, log_sum, entropy}}
-                .run(threads);
+                 {target, max, log_sum, entropy}, threads}
+                .run();
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

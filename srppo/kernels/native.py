@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,8 +136,11 @@ def _processor() -> str:
 def _agrees(library: ctypes.CDLL) -> bool:
     """Whether this build gives torch's results on a small product, in each mode that this machine would use."""
     generator = torch.Generator().manual_seed(0)
-    hidden_ND, weight_VD = (torch.randn(shape, generator=generator).bfloat16() for shape in ((33, 40), (130, 40)))
-    tokens_N = torch.arange(33)
+    here: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    hidden_ND, weight_VD = (
+        torch.randn(shape, generator=generator, **here).bfloat16() for shape in ((33, 40), (130, 40))
+    )
+    tokens_N = torch.arange(33, device="cpu")
     logits_NV = hidden_ND.double() @ weight_VD.double().T
     expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N[:, None])[:, 0].float()
     modes = [False, True] if has_bf16_tiles() else [False]
@@ -164,7 +167,7 @@ def linear_stats(
     threads: int,
 ) -> Tensor:
     """4N fp32: target logit - maximum, maximum, log sum exp(z - maximum), entropy. `pairs`: bf16 products (AMX)."""
-    out_4N = torch.empty(4, len(tokens_N))
+    out_4N = _result(4, len(tokens_N))
     _call(
         library.srppo_linear_stats,
         *_matrix(hidden_ND),
@@ -192,7 +195,7 @@ def logits_diff(
     threads: int,
 ) -> Tensor:
     """5N fp32: the fields of LogprobDiff; rows with a negative token are 0."""
-    out_5N = torch.empty(5, len(tokens_N))
+    out_5N = _result(5, len(tokens_N))
     arguments = (*_matrix(sft_NV), *_matrix(base_NV), tokens_N.data_ptr(), *sft_NV.shape, *transform)
     _call(library.srppo_logits_diff, *arguments, out_5N.data_ptr(), threads)
     return out_5N
@@ -215,6 +218,11 @@ def logits_gradient(
     pointers = [None if x is None else x.data_ptr() for x in vectors]
     shape = (len(raw_NC), first, raw_NC.shape[1])
     _call(library.srppo_logits_gradient, raw_NC.data_ptr(), raw_NC.stride(0), *pointers, *shape, *transform, threads)
+
+
+def _result(*shape: int) -> Tensor:
+    """Memory that the library writes fp32 into, whatever dtype and device the user has made the default."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int]:
