@@ -1,8 +1,8 @@
 """Models by role: loading with clear refusals, log-probs of responses, the critic, and counted operations.
 
 Every model is loaded in fp32 (trained weights are fp32 masters; at 1e-6 Adam moves nothing in bf16), with dropout off.
-Bodies may run under bf16 autocast; heads and everything after them stay in fp32, because log-probs taken from 16-bit
-logits err by as much as the reward.
+Bodies may run under bf16 autocast; what heads give and everything after them stays in fp32, because log-probs taken
+from 16-bit logits err by as much as the reward.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class LanguageModel(nn.Module):
         _switch_dropout_off(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.head = _find_head(self)
+        self._narrow: tuple[int, Tensor | None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +103,25 @@ class LanguageModel(nn.Module):
         entropy_BT = None if flat.entropy_N is None else unflatten(flat.entropy_N, mask_BT)
         return Logprobs(unflatten(flat.logprobs_N, mask_BT), entropy_BT)
 
+    @torch.no_grad()
+    def frozen_head(self) -> tuple[Tensor, Tensor | None]:
+        """(weight VD, bias V) to score with: where the body runs in bf16, the weight too if that rounds none of it.
+
+        So it is with a checkpoint in bf16, and then products are of 16-bit matrices with fp32 sums: exact, and at the
+        speed of AMX or of a GPU's matrix units. The copy is made anew after the weight has changed.
+        """
+        output = self.model.get_output_embeddings()
+        if self.precision != "bf16":
+            return output.weight, output.bias
+        version = output.weight._version
+        if self._narrow is None or self._narrow[0] != version:
+            narrow_VD = output.weight.bfloat16()
+            pairs = zip(narrow_VD.split(4096), output.weight.split(4096), strict=True)
+            exact = all(torch.equal(narrow.float(), wide) for narrow, wide in pairs)
+            self._narrow = version, narrow_VD if exact else None
+        narrow_VD = self._narrow[1]
+        return output.weight if narrow_VD is None else narrow_VD, output.bias
+
     def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """Hidden states before each counted response token, ND."""
         hidden_BSD = self.hidden(tokens_BS, attention_mask_BS)
@@ -127,8 +147,8 @@ class ValueModel(nn.Module):
         super().__init__()
         if not has_body(start.model):
             raise ModelError(
-                f"{type(start.model).__name__} has no body under its head (its base_model_prefix names none), and PPO's "
-                "critic is a copy of that; set ppo.advantage=rloo, which needs no critic, or use another model"
+                f"{type(start.model).__name__} has no body under its head (its base_model_prefix names none), and "
+                "PPO's critic is a copy of that; set ppo.advantage=rloo, which needs no critic, or use another model"
             )
         self.body = copy.deepcopy(start.model.base_model)
         self.precision, self.takes_positions = start.precision, start.takes_positions

@@ -156,15 +156,15 @@ def response_log_ratio(
     rows = (tokens_BS, attention_mask_BS, response_width)
     tokens_N = tokens_BS[:, -response_width:][mask_BT]
     if sft.head.linear and sft.head == base.head:
-        heads = [model.model.get_output_embeddings() for model in (sft, base)]
+        (sft_weight_VD, sft_bias_V), (base_weight_VD, base_bias_V) = sft.frozen_head(), base.frozen_head()
         parts = linear_logprob_diff(
             sft.hidden_rows(*rows),
-            heads[0].weight,
+            sft_weight_VD,
             base.hidden_rows(*rows),
-            heads[1].weight,
+            base_weight_VD,
             tokens_N,
-            sft_bias_V=heads[0].bias,
-            base_bias_V=heads[1].bias,
+            sft_bias_V=sft_bias_V,
+            base_bias_V=base_bias_V,
             logit_scale=sft.head.logit_scale,
             softcap=sft.head.softcap,
             ignore_index=None,

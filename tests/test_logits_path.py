@@ -73,5 +73,5 @@ def test_a_head_that_cannot_be_reached_takes_the_models_own_logits(kind: type[Ll
 
 
 def test_a_critic_needs_a_body() -> None:
-    with pytest.raises(ModelError, match="Unnamed has no body under its head .* ppo.advantage=rloo"):
+    with pytest.raises(ModelError, match=r"Unnamed has no body under its head .* ppo\.advantage=rloo"):
         ValueModel(LanguageModel(Unnamed(tiny_llama().config)))

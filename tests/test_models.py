@@ -30,10 +30,12 @@ from transformers import (
     Qwen2Config,
 )
 
+import srppo.rollout
 from srppo.chat import CHAT_TEMPLATE, ensure_chat_template
 from srppo.config import ModelConfig, build_recipe
 from srppo.errors import ModelError
 from srppo.export import export_model, model_card
+from srppo.kernels import linear_logprob_diff
 from srppo.models import (
     Head,
     LanguageModel,
@@ -44,6 +46,7 @@ from srppo.models import (
     load_model,
     load_tokenizer,
 )
+from srppo.rollout import response_log_ratio
 
 VOCAB, EOS = 40, 0  # pad = EOS: nothing may look at ids
 SHAPE: dict[str, Any] = {
@@ -212,6 +215,33 @@ def test_dropout_is_off_and_passes_repeat(name: str) -> None:
     nn.init.normal_(value.head.weight)
     values = [value.response_values(tokens_BS, mask_BS, width) for _ in range(2)]
     assert torch.equal(*values) and values[0].abs().sum() > 0
+
+
+def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint in bf16 keeps its 16-bit head; a trained one does not, nor does anything without `precision`."""
+    sft, base, plain = make("llama", precision="bf16"), make("llama", precision="bf16", seed=1), make("llama")
+    tokens_BS, mask_BS, width, _ = ragged()
+    before = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
+    head = base.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.copy_(head.weight.bfloat16().float())
+    taken = {}
+
+    def look(*arguments: Any, **named: Any) -> Any:
+        taken.update(sft=arguments[1].dtype, base=arguments[3].dtype)
+        return linear_logprob_diff(*arguments, **named)
+
+    monkeypatch.setattr(srppo.rollout, "linear_logprob_diff", look)
+    after = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
+    assert taken == {"sft": torch.float32, "base": torch.bfloat16}
+    direct = base.response_logprobs(tokens_BS, mask_BS, width).logprobs_N
+    torch.testing.assert_close(after.base_logprobs_BT, direct, atol=1e-5, rtol=0)
+    assert torch.equal(after.sft_logprobs_BT, before.sft_logprobs_BT) and not torch.equal(
+        after.base_logprobs_BT, before.base_logprobs_BT
+    )
+    with torch.no_grad():
+        head.weight += 1e-4  # as an optimiser would
+    assert base.frozen_head()[0] is head.weight and plain.frozen_head()[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2 softcap", "cohere scale", "gpt2 positions"])

@@ -56,9 +56,7 @@ def test_where_there_is_a_compiler_they_are_built_and_pass_their_check() -> None
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "setting",
-    ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_dtype(torch.float64)"]
-    + ["torch.set_default_device('meta')"],
+    "setting", ["default_dtype(torch.bfloat16)", "default_dtype(torch.float64)", "default_device('meta')"]
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_users_default_dtype_and_device_change_nothing(setting: str, when: str, tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ AFTER
 again = all_three()
 print(all(torch.equal(x, y) for x, y in zip(found, again)), native.load().note, sep="|")
 """
-    script = script.replace(when.upper(), setting).replace("BEFORE\n", "").replace("AFTER\n", "")
+    script = script.replace(when.upper(), f"torch.set_{setting}").replace("BEFORE\n", "").replace("AFTER\n", "")
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("True|compiled by "), done.stdout + done.stderr
