@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,8 +33,10 @@ NAN, INF = math.nan, math.inf
 OFFSET = 9984.0  # 39 * 256: about 1e4 and exact in bf16
 ROWS = 70  # eager errors are taken over this many rows, so that the bar does not hang on one lucky row
 
-impls = pytest.mark.parametrize("impl", ["reference", "torch", "plain"], indirect=True)
-fast = pytest.mark.parametrize("impl", ["torch", "plain"], indirect=True)
+# Interpreted, Triton takes the others' place: test_triton.py runs this file so, in a process of its own.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+impls = pytest.mark.parametrize("impl", ["triton"] if INTERPRETED else ["reference", "torch", "plain"], indirect=True)
+fast = pytest.mark.parametrize("impl", ["triton"] if INTERPRETED else ["torch", "plain"], indirect=True)
 compiled = pytest.mark.parametrize("impl", ["torch"], indirect=True)
 dtypes = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 dtype_pairs = pytest.mark.parametrize(  # of the hidden states and the weight
