@@ -3,41 +3,53 @@
 Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the README says what that says.
 """
 
+import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from srppo.ablations.analysis import analyse
 from srppo.ablations.run import load_sweep
+from srppo.report.attempts import environment_of
 from srppo.report.sweep import spent_line, stages_of
 from srppo.report.sweep_answer import answer
 from srppo.report.sweep_words import trend_lines
+from srppo.store import Stage
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("rows.parquet", "cells.csv", "differences.csv", "accuracy.png")
+COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png", "differences.png")
 
 
-def copy_results(folder: Path, name: str) -> None:
-    """Plan, rows and figures of a sweep."""
+def copy_results(folder: Path, name: str, stages: Mapping[str, Stage]) -> None:
+    """Plan, rows and figures of a sweep, and the machine, versions and commits that its stages were run with."""
     target = ROOT / "results" / "sweeps" / name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "sweep.json", target / "sweep.json")
     for file in COPIED:
-        shutil.copy(folder / "report" / file, target / file)
+        if (folder / "report" / file).read_bytes():  # without an ordered axis there are no trends
+            shutil.copy(folder / "report" / file, target / file)
+    found = [each for stage in stages.values() if (each := environment_of(stage))]
+    commits = sorted({str(each.get("commit")) for each in found})
+    told = {**found[0], "commit": commits[0] if len(commits) == 1 else commits}
+    (target / "environment.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
 
 
 def said(folder: Path) -> tuple[str, str]:
     """(name, what the README says of a sweep)."""
     plan, ledger = load_sweep(folder)
-    copy_results(folder, plan.sweep.name)
+    stages = stages_of(plan, ledger)
+    copy_results(folder, plan.sweep.name, stages)
     result = analyse(plan, ledger)
     trends = "; ".join(line for line in trend_lines(result) if " minus " in line)
     slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
-    lines = [answer(result), *slopes, spent_line(stages_of(plan, ledger))]
+    lines = [answer(result), *slopes, spent_line(stages)]
     name = plan.sweep.name
     where = f"results/sweeps/{name}"
-    picture = f"[Cells]({where}/cells.csv), [differences]({where}/differences.csv), [figure]({where}/accuracy.png)."
+    files = {"Cells": "cells.csv", "differences": "differences.csv", "slopes": "trends.csv", "figure": "accuracy.png"}
+    links = [f"[{word}]({where}/{file})" for word, file in files.items() if (ROOT / where / file).exists()]
+    picture = f"{', '.join(links)}."
     return name, f"**`srppo ablate {name}`**: {' '.join(lines)} {picture}"
 
 
