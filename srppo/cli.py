@@ -64,9 +64,11 @@ def demo(
 ) -> None:
     """The whole method on the embedded world: base, SFT, longer SFT and SRPPO, in a table and a report."""
     if build:
+        from srppo.place import check_place
         from srppo.world.build import build as build_world
 
         folder = out or Path("runs/world")
+        check_place(folder)
         build_world(folder)
         typer.echo(f"world rebuilt in {folder}")
         return
@@ -236,11 +238,13 @@ def _train(
     from srppo.config import is_embedded, recipe_id, with_overrides
     from srppo.console import Console
     from srppo.environment import environment
+    from srppo.place import check_place
 
     several = f"-{seeds}-seeds" if seeds > 1 else ""
     folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"
     console = Console(plain=True if plain else None)
     console.say(f"run folder: {folder}")
+    check_place(folder)
     if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with stopping_at_once():

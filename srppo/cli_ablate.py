@@ -38,8 +38,8 @@ def ablate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe (repeatable).")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds. (default: 10; --quick: 3)")] = None,
-    sizes: Annotated[str, typer.Option(metavar="A,B", help="data-size: demonstrations.", show_default=False)] = "",
-    rates: Annotated[str, typer.Option(metavar="A,B", help="noise: shares of noised rows.", show_default=False)] = "",
+    sizes: Annotated[str | None, typer.Option(metavar="A,B", help="data-size: demonstrations.")] = None,
+    rates: Annotated[str | None, typer.Option(metavar="A,B", help="noise: shares of noised rows.")] = None,
     axis: Annotated[
         list[str] | None,
         typer.Option(

@@ -21,6 +21,7 @@ import pytest
 from srppo import checkpoint, store
 from srppo.errors import RecordError, StorageError
 from srppo.lease import Lease, this_process
+from srppo.place import check_place
 from srppo.store import Run, Stage, stage_id
 
 SPEC = {"ppo": {"lr": 1e-4, "steps": 20}, "seeds": [0, 1]}
@@ -99,11 +100,37 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(RecordError, match=r"thesis\.tex.*--out"):
         Run.open(tmp_path, SPEC)
-    with pytest.raises(RecordError, match="is not a folder"):
+    with pytest.raises(RecordError, match="is a file, not a folder"):
         Run.open(tmp_path / "thesis.tex", SPEC)
     with pytest.raises(RecordError, match="lies below"):
         Run.open(tmp_path / "thesis.tex" / "deeper" / "run", SPEC)
     assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("way", [Run.open, lambda folder, spec: check_place(folder)], ids=["open", "check"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dangling", "is a broken link, not a folder"),
+        ("dangling/run", "a broken link"),
+        ("loop", "a broken link"),
+        ("x" * 300, "File name too long"),
+        ("a/" + "x" * 300, "File name too long"),
+        ("/proc/nope", "No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, way, name, reason):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(RecordError, match=reason) as error:
+        way(tmp_path / name, SPEC)
+    assert "give --out" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_place_that_can_be_used_is_left_as_it_was(tmp_path):
+    check_place(tmp_path / "new" / "run")
+    check_place(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_record_of_another_version_or_a_damaged_one_is_refused(tmp_path):

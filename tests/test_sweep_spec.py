@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import srppo.cli
 from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, grid
+from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
 from srppo.ablations.plan import PARENTS, Plan, Task, task_key
 from srppo.ablations.spec import MOST_COMPARISONS, every, is_sweep
@@ -28,8 +29,10 @@ RECIPE = load_recipe(None, SMALL)
 AXIS = {"grid": ["ppo.lr=3e-5,1e-4,3e-4"]}  # what grid needs
 
 
-def the_sweep(name: str, recipe: Recipe = RECIPE, **options: Any) -> Sweep:
-    return build_sweep(name, read_options(name, recipe, **{"axes": AXIS.get(name, []), **options}))
+def the_sweep(name: str, recipe: Recipe = RECIPE, *, check: bool = True, **options: Any) -> Sweep:
+    """check: as the command line builds it, with mistakes refused."""
+    read = read_options(name, recipe, **{"axes": AXIS.get(name, []), **options})
+    return build_sweep(name, read) if check else SWEEPS[name][0](read)
 
 
 EVERY_SWEEP = [(name, quick) for name in SWEEPS for quick in (False, True)]
@@ -388,7 +391,9 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
         (["grid"], "grid needs axes"),
         (["grid", "--axis", "ppo.lr="], "the axis ppo.lr is empty"),
         (["data-size", "--sizes", ","], "the axis data.size is empty"),
-        (["grid", "--axis", "ppo.lrr=1,2"], "did you mean 'ppo.lr'?"),
+        (["data-size", "--sizes", ""], "the axis data.size is empty"),
+        (["noise", "--rates", ""], "the axis data.noise_rate is empty"),
+        (["grid", "--axis", "ppo.lrr=1,2"], "unknown key 'ppo.lrr' in --axis; did you mean 'ppo.lr'?"),
         (["grid", "--axis", "ppo=1,2"], "is a section, not a value"),
         (["grid", "--axis", "1,2"], "unknown key '1,2'"),
         (["kl", "--axis", "sft.lr=1e-4,2e-4"], "sft.lr is no axis of kl"),
@@ -491,7 +496,35 @@ def test_items_without_a_default_group_must_be_told_apart(tmp_path):
     assert read_options("reward", recipe, primary="one/sampled").primary == ("one", "sampled")
 
 
+@pytest.mark.parametrize("argv", [["ablate", "reward"], ["train"], ["sft"], ["demo"], ["demo", "--build"]], ids=" ".join)
+@pytest.mark.parametrize("name", ["dangling", "x" * 300, "/proc/nope", "file/run"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(argv, name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert command(monkeypatch, *argv, "--out", tmp_path / name) == 2
+    *said, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "give --out another folder" in line
+    assert all(each.startswith("run folder: ") for each in said), "nothing was measured"
+
+
 # ---- what a review found
+
+
+def test_no_noise_is_said_as_on_the_command_line():
+    """`none` stands for None at every key; at data.noise it is a value of its own."""
+    recipe = load_recipe(None, [*SMALL, "data.noise=none"])
+    assert recipe == RECIPE and recipe.data.noise == "none"
+    sweep = the_sweep("noise", axes=["data.noise=none,truncation"], rates="0")
+    assert [point.name for point in sweep.points] == ["none 0", "truncation 0"]
+    other = with_overrides(RECIPE, {"data.noise": "truncation"})
+    found = the_sweep("grid", other, axes=["data.noise=none,truncation", "ppo.lr=1e-5,3e-5"], check=False)
+    assert [found.recipe_of(cell, 0).data.noise for cell in found.cells()[::4]] == ["none", "truncation"]
+
+
+@pytest.mark.parametrize(("seeds", "words"), [(1, "with 1 seed no"), (2, "with 2 seeds no")])
+def test_a_plan_that_can_show_nothing_warns(seeds, words):
+    (line,) = power_lines(Plan(the_sweep("overlap", seeds=seeds)), 60)
+    assert words in line and "5 tests of the plan take 8 seeds (one alone 6)" in line
 
 
 def test_seeds_are_no_axis_and_an_axis_that_nothing_reads_is_refused(monkeypatch, capsys, tmp_path):

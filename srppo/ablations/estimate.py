@@ -85,11 +85,15 @@ def power_lines(plan: Plan, items: int) -> list[str]:
     if seeds < needed:
         alone = seeds_needed(analysis.alpha)
         return [
-            f"warning: with {seeds} seeds no difference can be significant: {tests} tests need {needed} seeds (one "
-            f"alone {alone}); read the intervals, or give --seeds"
+            f"warning: with {_many(seeds, 'seed')} no difference can be significant: {_many(tests, 'test')} of the plan "
+            f"take {needed} seeds (one alone {alone}); read the intervals, or give --seeds"
         ]
     return [
         f"{seeds} seeds and {items} items a group show differences of about {could_show(plan, items):.2f} or more with "
         f"80% power before Holm's correction over {tests} (assumed spreads: {SEED_SD:g} between seeds, {ITEM_SD:g} "
         f"between items, {REST_SD:g} within)"
     ]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -25,8 +25,8 @@ def read_options(
     recipe: Recipe,
     *,
     seeds: int | None = None,
-    sizes: str = "",
-    rates: str = "",
+    sizes: str | None = None,
+    rates: str | None = None,
     axes: Sequence[str] = (),
     primary: str | None = None,
     quick: bool = False,
@@ -36,7 +36,8 @@ def read_options(
         near = difflib.get_close_matches(name, SWEEPS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown sweep {name!r}{hint}; there are: {', '.join(SWEEPS)}")
-    given = [*([f"data.size={sizes}"] if sizes else []), *([f"data.noise_rate={rates}"] if rates else []), *axes]
+    short = {"data.size": sizes, "data.noise_rate": rates}
+    given = [*(f"{key}={values}" for key, values in short.items() if values is not None), *axes]
     found: dict[str, tuple[Any, ...]] = {}
     for text in given:
         key, values = read_axis(text)
@@ -66,7 +67,7 @@ def _check_models(name: str, recipe: Recipe, axes: Mapping[str, tuple[Any, ...]]
 def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """`section.key=v1,v2` to (key, values). A comma within brackets or quotes belongs to the value."""
     key, _, raw = text.partition("=")
-    parse_override(f"{key}=0")  # its key, or an error that names the nearest
+    parse_override(f"{key}=0", option="--axis")  # its key, or an error that names the nearest
     try:
         values = tomllib.loads(f"values = [{raw}]")["values"]
     except tomllib.TOMLDecodeError:

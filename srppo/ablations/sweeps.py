@@ -90,7 +90,7 @@ def data_size(options: Options) -> Sweep:
     if not options.quick:
         budgets["epochs"] = {"sft.steps": None}
     points = [
-        Ablation(f"{size}, same {budget}", {"data.size": size, **keys}, {"demonstrations": size, "same": budget})
+        Ablation(f"{label(size)}, same {budget}", {"data.size": size, **keys}, {"demonstrations": size, "same": budget})
         for budget, keys in budgets.items()
         for size in sizes
     ]
@@ -114,7 +114,7 @@ def noise(options: Options) -> Sweep:
     rates = options.values("data.noise_rate", (0.0, 0.2, 0.4, 0.7), quick=(0.0, 0.3, 0.7))
     points = [
         Ablation(
-            f"{kind} {label(rate)}",
+            f"{label(kind)} {label(rate)}",
             {"data.noise": kind if rate else "none", "data.noise_rate": rate},
             {"rate": rate, "kind": kind},
         )
@@ -254,7 +254,7 @@ def prompts(options: Options) -> Sweep:
     )
     points = [
         Ablation(
-            f"{count} of {domain}",
+            f"{label(count)} of {label(domain)}",
             {"data.prompts": domain, "data.prompts_size": count},
             {"prompts": count, "domain": domain},
         )
