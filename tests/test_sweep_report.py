@@ -85,8 +85,13 @@ def make(
     sweep: Sweep,
     chance: Callable[[Task], float] = lambda task: 0.7 if task.kind == "ppo" else 0.3,
     fate: Callable[[Task], str] = lambda task: "ok",
+    *,
+    alike: bool = False,
 ) -> Record:
-    """Write the stages of a sweep as its engine would, report it, and read everything back."""
+    """Write the stages of a sweep as its engine would, report it, and read everything back.
+
+    alike: the chance is every item's score, in halves, instead of each item's chance to be right.
+    """
     run = Run.open(folder, sweep.as_spec())
     plan, ledger, scores = Plan(sweep), Ledger(run, 3), dict[tuple[str, tuple[str, str]], NDArray[np.float64]]()
     for task in plan.tasks.values():
@@ -101,21 +106,24 @@ def make(
             if status == "diverged":
                 attempt.commit("diverged", {"reason": "step 7: loss is NaN"})
             else:
-                scores |= {(task.key, metric): found for metric, found in answer_items(task, attempt, chance).items()}
+                found = answer_items(task, attempt, chance, alike)
+                scores |= {(task.key, metric): values for metric, values in found.items()}
     return read(folder, analyse(plan, ledger), scores)
 
 
 def answer_items(
-    task: Task, attempt: Attempt, chance: Callable[[Task], float]
+    task: Task, attempt: Attempt, chance: Callable[[Task], float], alike: bool
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     recipe = task.recipe  # not its key: that changes with every option that recipes come to have
     told = (task.kind, recipe.seed, recipe.data.size, recipe.ppo.steps, recipe.reward.beta, task.share)
     rng = np.random.default_rng(zlib.crc32(repr(told).encode()))
     made = {metric: (rng.random(ITEMS) < chance(task)).astype(float) for metric in METRICS}
+    if alike:
+        made = dict.fromkeys(METRICS, np.full(ITEMS, chance(task)))
     for decoding in ("greedy", "sampled"):
         rows = [
-            {"prompt": f"{group} {i}?", "answer": str(i), "task": "t", "group": group, "responses": ["a"]}
-            | {"correct": [bool(right)], "ended": [True], "tokens": [3]}
+            {"prompt": f"{group} {i}?", "answer": str(i), "task": "t", "group": group, "responses": ["a", "a"]}
+            | {"correct": [bool(right > 0), bool(right == 1)], "ended": [True, True], "tokens": [3, 3]}
             for group in ("unseen", "demonstrated")
             for i, right in enumerate(made[group, decoding])
         ]
@@ -412,11 +420,26 @@ def test_few_seeds_are_said_to_be_few(broken: Record) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
-    [(0.01, 0.3, "rises"), (-0.1, 0.3, "shows no clear trend"), (-0.3, -0.1, "falls"), (np.nan, np.nan, "is the same")],
+    [(0.01, 0.3, "rises"), (-0.1, 0.3, "shows no clear trend"), (-0.3, -0.1, "falls")],
 )
 def test_trends_in_words(low: float, high: float, words: str) -> None:
     trend = Trend("SFT", "size", "log2", "", METRICS[0], Estimate((low + high) / 2, low, high, 9), 3, 2)
     assert trend_sentence(trend).startswith(f"SFT {words}") and trend_sentence(trend).endswith("per doubling of size")
+
+
+@pytest.mark.parametrize(
+    ("right", "words"),
+    [
+        ({4: 0.0, 8: 0.5, 16: 1.0}, "SFT rises: +0.500 for every seed and item per doubling of size"),
+        ({4: 1.0, 8: 0.5, 16: 0.0}, "SFT falls: -0.500 for every seed and item per doubling of size"),
+        ({4: 0.5, 8: 0.5, 16: 0.5}, "SFT is the same at every point: 0 per doubling of size"),
+        ({4: 0.0, 8: 1.0, 16: 0.0}, "SFT neither rises nor falls: 0 per doubling of size"),
+    ],
+)
+def test_a_slope_that_all_seeds_and_items_share_is_no_zero(right: dict[int, float], words: str, tmp_path: Path) -> None:
+    sweep = make_sweep(sizes(*right), (SFT,), 2, analysis={"family": (), "trend": "size", "scale": "log2"})
+    record = make(tmp_path / "run", sweep, lambda task: right[task.recipe.data.size or 0], alike=True)
+    assert words in record.flat and "nan" not in record.flat.lower()
 
 
 def test_a_stage_that_two_tasks_share_is_paid_once(tmp_path: Path) -> None:

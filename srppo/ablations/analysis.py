@@ -68,7 +68,10 @@ class Tested:
 
 @dataclass(frozen=True)
 class Trend:
-    """Slope of an arm's accuracy, or of a difference of arms, along an axis; per doubling, or per unit of the axis."""
+    """Slope of an arm's accuracy, or of a difference of arms, along an axis; per doubling, or per unit of the axis.
+
+    same: every seed and item has one value at all points. Bounds are NaN where all seeds and items have one slope.
+    """
 
     what: str
     axis: str
@@ -78,6 +81,7 @@ class Trend:
     slope: Estimate
     points: int
     seeds: int
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,8 +318,8 @@ def _trends(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Trend, ...]:
         for what, line in lines.items():
             slope = _slope(line, analysis.scale)
             if slope is not None:
-                estimate, seeds = slope
-                found.append(Trend(what, axis, analysis.scale, where, metric, estimate, len(line), seeds))
+                estimate, seeds, same = slope
+                found.append(Trend(what, axis, analysis.scale, where, metric, estimate, len(line), seeds, same))
     return tuple(found)
 
 
@@ -333,15 +337,21 @@ def _by_seed(scores: Scores, metric: Metric) -> dict[int, NDArray[np.float64]]:
     return {seed: np.array(found[metric].scores) for seed, found in scores.items() if metric in found}
 
 
-def _slope(line: Sequence[tuple[float, Mapping[int, NDArray[np.float64]]]], scale: str) -> tuple[Estimate, int] | None:
-    """Least squares over the points, seed by seed and item by item: linear, so its interval is that of a mean."""
+def _slope(
+    line: Sequence[tuple[float, Mapping[int, NDArray[np.float64]]]], scale: str
+) -> tuple[Estimate, int, bool] | None:
+    """(slope, seeds, whether nothing differs between points). None without three points and a seed that has them all.
+
+    Least squares over the points, seed by seed and item by item: linear, so its interval is that of a mean.
+    """
     xs = np.array([math.log2(x) if scale == "log2" else x for x, _ in line])
     seeds = [seed for seed in line[0][1] if all(seed in values for _, values in line)]
     if len(set(xs)) < 3 or not seeds:
         return None
     weights = (xs - xs.mean()) / ((xs - xs.mean()) ** 2).sum()
     values = np.array([sum(w * own[seed] for w, (_, own) in zip(weights, line, strict=True)) for seed in seeds])
-    return calibrated_interval(values, draws=DRAWS), len(seeds)
+    same = all(np.array_equal(own[seed], line[0][1][seed]) for _, own in line for seed in seeds)
+    return calibrated_interval(values, draws=DRAWS), len(seeds), same
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -15,10 +15,11 @@ from srppo.report.sweep_layout import (
     primary_metric,
     trend_points,
 )
-from srppo.verdicts import signed
+from srppo.verdicts import number, signed
 
 NO_RESULT = "no result"
 LOST, LEFT = ("failed", "diverged"), ("waiting", "running")
+ROUNDING = 1e-12  # of sums of accuracies
 MOST_REASONS = 3  # shown in a line; the record has all
 
 
@@ -53,17 +54,21 @@ def trend_sentence(trend: Trend) -> str:
 
 
 def direction(trend: Trend) -> str:
-    """What the interval of a slope allows to say."""
-    if math.isnan(trend.slope.low):
+    """What a slope allows to say: its interval, or its sign where all seeds and items have the same."""
+    if trend.same:
         return "is the same at every point"
-    if trend.slope.low > 0:
-        return "rises"
-    return "falls" if trend.slope.high < 0 else "shows no clear trend"
+    low, high = trend.slope.low, trend.slope.high
+    if math.isnan(low):
+        mean = trend.slope.mean
+        return "neither rises nor falls" if abs(mean) <= ROUNDING else "rises" if mean > 0 else "falls"
+    return "rises" if low > 0 else "falls" if high < 0 else "shows no clear trend"
 
 
 def slope_text(trend: Trend) -> str:
-    """A slope with its interval; 0 where nothing varies."""
-    return "0" if math.isnan(trend.slope.low) else signed(trend.slope)
+    """A slope with its interval; alone where all seeds and items have the same."""
+    if not math.isnan(trend.slope.low):
+        return signed(trend.slope)
+    return "0" if abs(trend.slope.mean) <= ROUNDING else f"{number(trend.slope.mean, '+')} for every seed and item"
 
 
 def per(trend: Trend) -> str:
