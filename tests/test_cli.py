@@ -150,9 +150,30 @@ def test_env_states_facts(cli: Cli) -> None:
     assert done.code == 0 and all(re.search(rf"\b{name}\W+\d", done.out) for name in ("python", "srppo", "torch"))
 
 
-def test_an_unknown_option_is_a_users_mistake(cli: Cli) -> None:
-    done = cli("train", "--outt", "x")
-    assert done.code == 2 and "--outt" in done.err and "Traceback" not in done.err
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--outt", "x"], "--outt; did you mean --out?"),
+        (["ablate", "reward", "--sedes", "3"], "--sedes; did you mean --seeds?"),
+        (["trian"], "did you mean 'train'?"),
+        (["bench", "kernle"], "did you mean 'kernel'?"),
+        (["demo", "--seeds", "0"], "'--seeds'"),
+        (["ablate", "reward", "--seeds", "few"], "srppo ablate --help`"),
+        (["ablate"], "argument 'NAME'; see `srppo ablate --help`"),
+        (["train", "a", "b"], "(b)"),
+        (["sft", "--out"], "'--out' requires an argument"),
+        (["bench", "kernel", "-x"], "-x"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(argv: list[str], words: str, cli: Cli) -> None:
+    done = cli(*argv)
+    assert words.lower() in done.error().lower() and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["bench"], 2), (["--help"], 0), (["bench", "kernel", "-h"], 0)])
+def test_help_stays_help(argv: list[str], code: int, cli: Cli) -> None:
+    done = cli(*argv)
+    assert done.code == code and "Usage: srppo" in done.out and done.err == ""
 
 
 # ---- mistakes

@@ -441,7 +441,8 @@ def test_sizes_beyond_the_data_are_one_line_before_anything_is_trained(tmp_path,
 def test_impossible_numbers_are_refused_by_the_command_line(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "ablate", "reward", *argv) == 2
-    assert argv[0] in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and argv[0] in line and list(tmp_path.iterdir()) == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -496,7 +497,9 @@ def test_items_without_a_default_group_must_be_told_apart(tmp_path):
     assert read_options("reward", recipe, primary="one/sampled").primary == ("one", "sampled")
 
 
-@pytest.mark.parametrize("argv", [["ablate", "reward"], ["train"], ["sft"], ["demo"], ["demo", "--build"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["ablate", "reward"], ["train"], ["sft"], ["demo"], ["demo", "--build"]], ids=" ".join
+)
 @pytest.mark.parametrize("name", ["dangling", "x" * 300, "/proc/nope", "file/run"])
 def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(argv, name, tmp_path, monkeypatch, capsys):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

@@ -85,8 +85,8 @@ def power_lines(plan: Plan, items: int) -> list[str]:
     if seeds < needed:
         alone = seeds_needed(analysis.alpha)
         return [
-            f"warning: with {_many(seeds, 'seed')} no difference can be significant: {_many(tests, 'test')} of the plan "
-            f"take {needed} seeds (one alone {alone}); read the intervals, or give --seeds"
+            f"warning: with {_many(seeds, 'seed')} no difference can be significant: {_many(tests, 'test')} of the "
+            f"plan take {needed} seeds (one alone {alone}); read the intervals, or give --seeds"
         ]
     return [
         f"{seeds} seeds and {items} items a group show differences of about {could_show(plan, items):.2f} or more with "
