@@ -976,6 +976,13 @@ RECORD = [
         f"{STORE}test_whose_lease_is_taken_over",
     ),
     Mutant(
+        "store: leases expire by this machine's clock",
+        "lease.py",
+        "            now = os.fstat(file.fileno()).st_mtime\n",
+        "            now = time.time()\n",
+        f"{STORE}test_a_lease_expires_by_the_file_servers_clock_whatever_ours_says",
+    ),
+    Mutant(
         "store: rows of discarded steps stay",
         "store.py",
         'row["step"] <= min(starts)]',
@@ -1714,9 +1721,16 @@ SWEEPS = [
     Mutant(
         "sweep report: a trend by its mean",
         "report/sweep_words.py",
-        "if trend.slope.low > 0:",
-        "if trend.slope.mean > 0:",
+        'return "rises" if low > 0 else',
+        'return "rises" if trend.slope.mean > 0 else',
         f"{SWEEP_REPORT}test_trends_in_words",
+    ),
+    Mutant(
+        "sweep report: no interval, no slope",
+        "report/sweep_words.py",
+        'return "0" if abs(trend.slope.mean) <= ROUNDING else',
+        'return "0" if True else',
+        f"{SWEEP_REPORT}test_a_slope_that_all_seeds_and_items_share_is_no_zero",
     ),
     Mutant(
         "sweep: seeds are not paired",

@@ -241,6 +241,24 @@ def test_whose_lease_is_taken_over(tmp_path, lease, taken):
         assert "\n" not in str(error.value)
 
 
+def _try_by_a_wrong_clock(folder: Path, off_s: float) -> None:
+    """Exit code 0 where this process, whose clock is off, took the stage, 3 where it found a live holder."""
+    right = time.time
+    time.time = lambda: right() + off_s
+    try:
+        with a_stage(folder).attempt():
+            pass
+    except RecordError:
+        os._exit(3)
+
+
+@pytest.mark.parametrize("off_s", [-10_000.0, 10_000.0])
+@pytest.mark.parametrize(("age_s", "code"), [(0.0, 3), (1000.0, 0)], ids=["alive", "dead"])
+def test_a_lease_expires_by_the_file_servers_clock_whatever_ours_says(tmp_path, off_s, age_s, code):
+    leave_a_lease(a_stage(tmp_path), machine="elsewhere", pid=1, age_s=age_s)
+    assert in_process(_try_by_a_wrong_clock, tmp_path, off_s) == code
+
+
 def test_a_process_that_ended_but_was_not_reaped_is_dead(tmp_path):
     pid = os.posix_spawn("/bin/true", ["true"], os.environ)
     wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
