@@ -97,7 +97,8 @@ def worker(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
     slots: Slots = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: no limit)")
+        float | None,
+        typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: as the sweep was begun)"),
     ] = None,
     device: Device = "auto",
     plain: Plain = False,

@@ -14,15 +14,17 @@ import pytest
 from commands import Cli, Done
 
 from srppo.ablations.estimate import task_seconds
+from srppo.ablations.ledger import Ledger
 from srppo.ablations.live import LEGEND, LiveTable
 from srppo.ablations.pace import Pace
 from srppo.ablations.plan import PARENTS, Task
 from srppo.ablations.progress import Watch
-from srppo.ablations.run import load_sweep
+from srppo.ablations.run import LEAST_TIMEOUT_S, load_sweep
 from srppo.cli_ablate import SMALL
 from srppo.config import load_recipe
 from srppo.console import Console
 from srppo.records import read_lines
+from srppo.store import Run
 
 SETTINGS = ["ppo.steps=1", "ppo.epochs=1", "ppo.minibatches=1", "rollout.batch=8", "data.size=8", "eval.limit=4"]
 SETS = [f"--set={each}" for each in (*SETTINGS, "eval.every=0", "eval.samples=1", "eval.items=items.jsonl")]
@@ -86,6 +88,16 @@ def test_a_finished_sweep_is_shown_and_nothing_is_run_again(swept: Swept) -> Non
     assert shown.code == 0 and "SRPPO cannot be told from SFT" in re.sub(r"\s+", " ", shown.out)
 
 
+def test_a_worker_that_joins_has_the_sweeps_own_time_limit(swept: Swept, tmp_path: Path) -> None:
+    _, ledger = load_sweep(swept.folder)
+    assert ledger.timeout_s and ledger.timeout_s >= LEAST_TIMEOUT_S
+    other = Run.open(tmp_path / "other", {**ledger.run.spec, "seeds": [0]})
+    Ledger(other, 3).limit(0.01)
+    done = swept.cli("worker", other.path, "--plain", "--slots", "1")
+    assert "3 of 3 stages failed or diverged" in done.error(code=1)
+    assert "timed out after 0.01 s" in done.err
+
+
 def test_arms_of_a_seed_share_sft_prompts_and_sampling_seeds(swept: Swept) -> None:
     """Before its first update a policy is the SFT model: whatever the reward, it samples the same."""
     stages = identities(swept.folder)
@@ -122,7 +134,8 @@ def test_every_kind_of_stage_takes_time_by_the_measured_pace(swept: Swept) -> No
     sets = [*SMALL, *(each.removeprefix("--set=") for each in SETS)]
     program = (
         "import json; from dataclasses import asdict; from srppo.ablations.pace import measure_pace; "
-        f"from srppo.config import load_recipe; print(json.dumps(asdict(measure_pace(load_recipe(None, {sets}), 'cpu'))))"
+        "from srppo.config import load_recipe; "
+        f"print(json.dumps(asdict(measure_pace(load_recipe(None, {sets}), 'cpu'))))"
     )
     done = swept.cli("-c", program)
     pace = Pace(**json.loads(done.out.splitlines()[-1]))

@@ -65,6 +65,7 @@ def ablate_command(
     run = Run.open(folder, sweep.as_spec())
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
     ledger = Ledger(run, TRIES)
+    ledger.limit(timeout_s)
     if launch.retry:
         forgive(plan, ledger, console)
     if launch.engine == "slurm":
@@ -110,7 +111,8 @@ def work_command(folder: Path, launch: Launch, console: Console) -> None:
         raise RecordError(f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match")
     slots, gpus, device = places(plan.sweep, launch)
     check_data([next(iter(plan.tasks.values())).recipe], device)  # a wrong folder here must not fail every stage
-    work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=launch.timeout_s, console=console)
+    timeout_s = launch.timeout_s or ledger.timeout_s
+    work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     raise_if_lost(plan, ledger)
 
 
