@@ -49,6 +49,14 @@ def ablate(
             "data.prompts; grid takes any key of a recipe.",
         ),
     ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, resampling, best-of-n, "
+            "RLOO, SRPPO. (default: SFT,SRPPO)",
+        ),
+    ] = None,
     primary: Annotated[
         str | None, typer.Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy)")
     ] = None,
@@ -81,6 +89,7 @@ def ablate(
         sizes=sizes,
         rates=rates,
         axes=axis or [],
+        arms=arms,
         primary=primary,
         quick=quick,
     )

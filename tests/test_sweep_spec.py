@@ -19,7 +19,7 @@ from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
 from srppo.ablations.plan import PARENTS, Plan, Task, task_key
 from srppo.ablations.spec import MOST_COMPARISONS, every, is_sweep
-from srppo.ablations.sweeps import SWEEPS
+from srppo.ablations.sweeps import ARMS, SWEEPS
 from srppo.cli_ablate import SMALL
 from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_overrides
 from srppo.errors import ConfigError, SrppoError
@@ -115,6 +115,7 @@ def test_what_could_not_be_analysed_is_refused():
         ("arm 'SFT' twice", {"arms": (*arms, Arm("SFT", "ppo"))}),
         ("compares 'RLOO' at 'all', which it does not run", {"analysis": stranger}),
         ("would test 26 differences", {"points": many, "analysis": too_many}),
+        ("would test 26 differences", {"points": many, "analysis": too_many, "seeds": tuple(range(99))}),
     ]
     for words, changes in bad:
         with pytest.raises(ConfigError, match=words) as error:
@@ -137,6 +138,31 @@ def test_what_could_not_be_analysed_is_refused():
 )
 def test_axes_are_read_as_toml_or_as_plain_words(text, expected):
     assert read_axis(text) == expected
+
+
+def test_a_grid_takes_any_arms():
+    given = "SFT, longer SFT,best-of-n,RLOO,SRPPO"
+    sweep = the_sweep("grid", arms=given)
+    assert [arm.name for arm in sweep.arms] == [name.strip() for name in given.split(",")]
+    assert {(each.model.arm, each.baseline.arm) for each in sweep.analysis.family} == {
+        ("SRPPO", name) for name in ("SFT", "longer SFT", "best-of-n", "RLOO")
+    }
+    assert kinds(Plan(sweep))["best-of-n"] == 10, "which no learning rate of PPO changes"
+    without = the_sweep("grid", arms="base,SFT,resampling", axes=["reward.beta=0.25,0.5"])
+    assert [(each.model.arm, each.baseline.arm) for each in without.analysis.family[::2]] == [
+        ("base", "SFT"),
+        ("resampling", "SFT"),
+    ]
+    assert (
+        the_sweep(
+            "grid",
+            axes=["ppo.advantage=gae,rloo"],
+            arms="SRPPO",
+            recipe=with_overrides(RECIPE, {"rollout.per_prompt": 4}),
+        ).analysis.family
+        == ()
+    )
+    assert [arm.name for arm in the_sweep("method").arms] == list(ARMS)[1:]
 
 
 # ---- plans
@@ -397,6 +423,10 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
         (["grid", "--axis", "ppo=1,2"], "is a section, not a value"),
         (["grid", "--axis", "1,2"], "unknown key '1,2'"),
         (["kl", "--axis", "sft.lr=1e-4,2e-4"], "sft.lr is no axis of kl"),
+        (["grid", "--axis", "ppo.lr=1e-4", "--arms", "SFT,SRPO"], "unknown arm 'SRPO', did you mean 'SRPPO'?"),
+        (["grid", "--axis", "ppo.lr=1e-4", "--arms", ""], "there are: base, SFT, longer SFT, weight extrapolation"),
+        (["grid", "--axis", "ppo.lr=1e-4", "--arms", "SFT,SFT"], "has the arm 'SFT' twice"),
+        (["kl", "--arms", "SFT"], "the arms of kl are fixed; `srppo ablate grid --arms ...` takes any"),
         (["method", "--axis", "ppo.lr=1e-4"], "it has no axis to change"),
         (["data-size", "--rates", "0.1"], "data.noise_rate is no axis of data-size"),
         (["grid", "--axis", "ppo.lr=1e-5", "--axis", "ppo.lr=2e-5"], "is given twice"),
@@ -534,7 +564,7 @@ def test_seeds_are_no_axis_and_an_axis_that_nothing_reads_is_refused(monkeypatch
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "ablate", "grid", "--axis", "seed=5,6") == 2
     assert "give their number with --seeds" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="the same to SFT and PPO"):
+    with pytest.raises(ConfigError, match="the same to SFT, SRPPO"):
         the_sweep("grid", axes=["methods.samples=8,16"])
     assert the_sweep("grid", axes=["ppo.lr=1e-5,3e-5"]).axes == ("lr",)
 

@@ -82,6 +82,8 @@ def power_lines(plan: Plan, items: int) -> list[str]:
     """In plain words: what could be significant, and a warning where nothing could."""
     analysis, seeds = plan.sweep.analysis, len(plan.sweep.seeds)
     tests, needed = len(analysis.family), seeds_needed(analysis.alpha, max(len(analysis.family), 1))
+    if not tests:
+        return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:
         alone = seeds_needed(analysis.alpha)
         return [

@@ -21,7 +21,7 @@ NOT_TUNED = "no setting was tuned for any point: what holds at the default may b
 class Options:
     """What a command line may change; empty means the sweep's own default.
 
-    primary: (group of items, decoding) of the primary metric. axes: values by recipe key.
+    primary: (group of items, decoding) of the primary metric. axes: values by recipe key. arms: of a grid.
     """
 
     recipe: Recipe
@@ -29,6 +29,7 @@ class Options:
     seeds: int | None = None
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     quick: bool = False
+    arms: tuple[Arm, ...] = ()
 
     @property
     def embedded(self) -> bool:
@@ -273,10 +274,10 @@ def prompts(options: Options) -> Sweep:
     )
 
 
-def method(options: Options) -> Sweep:
-    """Every way to use the same two models: is PPO worth it?"""
-    points = [Ablation("all", {}, {})]
-    arms = (
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        BASE,
         SFT,
         LONGER,
         Arm("weight extrapolation", "extrapolated"),
@@ -284,8 +285,17 @@ def method(options: Options) -> Sweep:
         Arm("resampling", "resampled"),
         Arm("best-of-n", "best-of-n"),
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
-        Arm("SRPPO", "ppo", {"ppo.advantage": "gae"}),
+        SRPPO,
     )
+}
+"""Every way to use the same two models, as a grid may name them; SRPPO as the recipe has it."""
+
+
+def method(options: Options) -> Sweep:
+    """Every way to use the same two models: is PPO worth it?"""
+    points = [Ablation("all", {}, {})]
+    arms = [arm for arm in ARMS.values() if arm not in (BASE, SRPPO)]
+    arms.append(Arm(SRPPO.name, "ppo", {"ppo.advantage": "gae"}))
     others = [arm.name for arm in arms if arm.name != "SRPPO"]
     family = [*every(points, "SRPPO", *others)]
     family += [Comparison(Cell("all", name), Cell("all", "SFT")) for name in others if name != "SFT"]
@@ -304,7 +314,7 @@ def any_grid(options: Options) -> Sweep:
     """Every combination of the axes given."""
     if not options.axes:
         raise ConfigError("grid needs axes; give --axis section.key=v1,v2, for example --axis ppo.lr=3e-5,1e-4")
-    points = grid(**options.axes)
+    arms, points = options.arms or (SFT, SRPPO), grid(**options.axes)
     names = list(points[0].values)
     ordered = [name for name in names if all(_is_number(point.values[name]) for point in points)]
     return options.sweep(
@@ -312,10 +322,18 @@ def any_grid(options: Options) -> Sweep:
         "What do " + " and ".join(options.axes) + " change?",
         names,
         points,
-        (SFT, SRPPO),
-        every(points, "SRPPO", "SFT"),
+        arms,
+        _each_against(points, [arm.name for arm in arms]),
         trend=ordered[0] if ordered else None,
     )
+
+
+def _each_against(points: Sequence[Ablation], arms: Sequence[str]) -> tuple[Comparison, ...]:
+    """SRPPO minus every other arm, or without it every arm minus SFT, or minus the first."""
+    if "SRPPO" in arms:
+        return every(points, "SRPPO", *(name for name in arms if name != "SRPPO"))
+    baseline = "SFT" if "SFT" in arms else arms[0]
+    return tuple(each for name in arms if name != baseline for each in every(points, name, baseline))
 
 
 def _fits(value: Any, scale: str) -> bool:
