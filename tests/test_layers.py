@@ -59,7 +59,7 @@ LAYERS = [
 NO_TORCH = [
     *["ablations.__init__", "ablations.spec", "ablations.sweeps", "ablations.options", "ablations.plan"],
     *["ablations.ledger", "ablations.progress", "ablations.live", "ablations.analysis", "ablations.estimate"],
-    *["ablations.local"],
+    *["ablations.local", "ablations.trends", "ablations.scale"],
     *["arms", "results", "matching", "verdicts", "compare", "significance", "environment", "identity"],
     *["config", "store", "lease", "place", "records", "checkpoint", "stats", "console", "report"],
 ]

@@ -9,21 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import srppo.cli
 from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, grid
 from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
 from srppo.ablations.plan import PARENTS, Plan, Task, task_key
+from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import MOST_COMPARISONS, every, is_sweep
 from srppo.ablations.sweeps import ARMS, SWEEPS
 from srppo.cli_ablate import SMALL
 from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_overrides
 from srppo.errors import ConfigError, SrppoError
 from srppo.store import Run
+from srppo.world import base_path
 
 RECIPE = load_recipe(None, SMALL)
 AXIS = {"grid": ["ppo.lr=3e-5,1e-4,3e-4"]}  # what grid needs
@@ -67,7 +72,8 @@ def test_every_family_can_be_significant_and_compares_what_is_run(name, quick):
 @any_sweep
 def test_axes_name_values_that_every_point_has(name, quick):
     sweep = the_sweep(name, quick=quick)
-    assert all(set(point.values) == set(sweep.axes) for point in sweep.points)
+    measured = {"parameters"} if name == "model-scale" else set()  # of an axis that is no number
+    assert all(set(point.values) == {*sweep.axes, *measured} for point in sweep.points)
     if sweep.analysis.trend is not None:
         values = [point.values[sweep.analysis.trend] for point in sweep.points]
         assert all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -163,6 +169,26 @@ def test_a_grid_takes_any_arms():
         == ()
     )
     assert [arm.name for arm in the_sweep("method").arms] == list(ARMS)[1:]
+
+
+def test_the_trend_of_model_scale_is_over_parameters(tmp_path):
+    """Counted from headers; safetensors' own reader is the oracle."""
+    for name, widths in (("one", (4,)), ("two", (4, 8)), ("same", (8, 4))):
+        (tmp_path / name).mkdir()
+        for i, width in enumerate(widths):
+            save_file({f"w{i}": np.zeros((3, width)), f"b{i}": np.zeros(())}, tmp_path / name / f"m-{i}.safetensors")
+    assert [parameter_count(str(tmp_path / name)) for name in ("one", "two", "nowhere")] == [13, 38, None]
+    sweep = the_sweep("model-scale")
+    assert (sweep.axes, sweep.analysis.trend, sweep.analysis.scale) == (("base",), "parameters", "log2")
+    for point in sweep.points:
+        with safe_open(base_path(point.name.partition(":")[2]) / "model.safetensors", "numpy") as file:
+            keys = list(file.keys())  # which is no mapping
+            count = sum(int(np.prod(file.get_slice(key).get_shape())) for key in keys)
+        assert point.values == {"base": point.name, "parameters": count}
+    recipe = with_overrides(RECIPE, {"model.base": str(tmp_path / "one")})
+    for other in ("org/name", str(tmp_path / "same")):
+        found = the_sweep("model-scale", recipe, axes=[f"model.base={tmp_path / 'one'},{tmp_path / 'two'},{other}"])
+        assert found.analysis.trend is None and "no slope along the number of parameters" in " ".join(found.notes)
 
 
 # ---- plans

@@ -126,6 +126,20 @@ class Sweep:
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
+    def beside(self, axis: str) -> list[str]:
+        """What sets lines along an axis apart: all other values, but those that go one to one with it (a model beside
+        its number of parameters)."""
+        keys = dict.fromkeys(key for point in self.points for key in point.values)
+        return [key for key in keys if key != axis and not _one_to_one(self.points, key, axis)]
+
+    def lines(self, axis: str) -> dict[str, list[Ablation]]:
+        """Points along an axis of numbers, in its order, apart for each combination of what is beside it."""
+        beside, found = self.beside(axis), dict[str, list[Ablation]]()
+        for point in sorted((p for p in self.points if axis in p.values), key=lambda p: float(p.values[axis])):
+            where = ", ".join(f"{key} {point.values[key]}" for key in beside if key in point.values)
+            found.setdefault(where, []).append(point)
+        return found
+
     def as_spec(self) -> dict[str, Any]:
         """What sweep.json holds."""
         parts = {key: value for key, value in vars(self).items() if key != "recipe"}
@@ -149,6 +163,11 @@ class Sweep:
             analysis=Analysis(family=family, **analysis),
             notes=tuple(spec["notes"]),
         )
+
+
+def _one_to_one(points: Sequence[Ablation], one: str, other: str) -> bool:
+    pairs = {(label(point.values.get(one)), label(point.values.get(other))) for point in points}
+    return 1 < len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
 def is_sweep(spec: Mapping[str, Any]) -> bool:

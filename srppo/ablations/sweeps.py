@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe
 from srppo.errors import ConfigError
@@ -142,7 +143,14 @@ def model_scale(options: Options) -> Sweep:
     bases = options.values(
         "model.base", ("embedded:xs", "embedded:s", "embedded:l"), quick=("embedded:xs", "embedded:s")
     )
-    points = [Ablation(str(base), {"model.base": base}, {"base": base}) for base in bases]
+    counts = [parameter_count(str(base)) for base in bases]
+    known = None not in counts and len(set(counts)) == len(counts)
+    sizes = [{"parameters": count} if known else {} for count in counts]
+    points = [
+        Ablation(str(base), {"model.base": base}, {"base": base, **size})
+        for base, size in zip(bases, sizes, strict=True)
+    ]
+    unknown = "no slope along the number of parameters: it is known of local folders with safetensors, each another"
     return options.sweep(
         "model-scale",
         "At which model sizes does SRPPO beat SFT?",
@@ -150,7 +158,9 @@ def model_scale(options: Options) -> Sweep:
         points,
         (BASE, SFT, SRPPO),
         every(points, "SRPPO", "SFT"),
-        notes=("learning rates are the same at every size: not tuned per scale",),
+        trend="parameters" if known else None,
+        scale="log2",
+        notes=("learning rates are the same at every size: not tuned per scale", *(() if known else (unknown,))),
     )
 
 
