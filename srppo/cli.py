@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from srppo.config import Recipe
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, of which some versions of Typer carry a copy
 
 app = typer.Typer(
     name="srppo",
@@ -64,9 +66,11 @@ def demo(
 ) -> None:
     """The whole method on the embedded world: base, SFT, longer SFT and SRPPO, in a table and a report."""
     if build:
+        from srppo.place import check_place
         from srppo.world.build import build as build_world
 
         folder = out or Path("runs/world")
+        check_place(folder)
         build_world(folder)
         typer.echo(f"world rebuilt in {folder}")
         return
@@ -236,11 +240,13 @@ def _train(
     from srppo.config import is_embedded, recipe_id, with_overrides
     from srppo.console import Console
     from srppo.environment import environment
+    from srppo.place import check_place
 
     several = f"-{seeds}-seeds" if seeds > 1 else ""
     folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"
     console = Console(plain=True if plain else None)
     console.say(f"run folder: {folder}")
+    check_place(folder)
     if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with stopping_at_once():
@@ -293,18 +299,31 @@ def stopping_at_once() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point: every expected error in one line; a traceback only with --debug."""
+    """Entry point: every expected error in one line, whoever finds it; a traceback only with --debug."""
     debug = "--debug" in sys.argv
     # Spinning threads cost 10x where two processes share the cores; read by OpenMP when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False) or 0  # an exit comes back as its code
+        if code == 130:  # Ctrl-C outside of the training loop, as Typer reports it
+            typer.echo(INTERRUPTED, err=True)
     except SrppoError as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C outside of the training loop, as Typer reports it
-            typer.echo(INTERRUPTED, err=True)
-        raise
+        code = error.exit_code
+    except UsageError as error:
+        if line := usage_line(error):
+            typer.echo(f"error: {line}", err=True)
+        code = 2
+    sys.exit(code)
+
+
+def usage_line(error: Any) -> str:
+    """What is wrong with the words of a command, with the nearest option; "" where help has been shown instead."""
+    if near := getattr(error, "possibilities", None):
+        return f"{error.message}; did you mean {near[0]}?"
+    text, context = " ".join(error.format_message().split()), error.ctx
+    if not text or text.endswith("?") or context is None:
+        return text
+    return f"{text.rstrip('.')}; see `{context.command_path} --help`"

@@ -38,8 +38,8 @@ def ablate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe (repeatable).")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds. (default: 10; --quick: 3)")] = None,
-    sizes: Annotated[str, typer.Option(metavar="A,B", help="data-size: demonstrations.", show_default=False)] = "",
-    rates: Annotated[str, typer.Option(metavar="A,B", help="noise: shares of noised rows.", show_default=False)] = "",
+    sizes: Annotated[str | None, typer.Option(metavar="A,B", help="data-size: demonstrations.")] = None,
+    rates: Annotated[str | None, typer.Option(metavar="A,B", help="noise: shares of noised rows.")] = None,
     axis: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +47,14 @@ def ablate(
             help="Values of an axis, instead of the sweep's own: data.size | data.noise, data.noise_rate | "
             "model.base | reward.anchor, reward.beta, ppo.steps (kl) | data.overlap_share | data.prompts_size, "
             "data.prompts; grid takes any key of a recipe.",
+        ),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, resampling, best-of-n, "
+            "RLOO, SRPPO. (default: SFT,SRPPO)",
         ),
     ] = None,
     primary: Annotated[
@@ -81,6 +89,7 @@ def ablate(
         sizes=sizes,
         rates=rates,
         axes=axis or [],
+        arms=arms,
         primary=primary,
         quick=quick,
     )
@@ -97,7 +106,8 @@ def worker(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
     slots: Slots = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: no limit)")
+        float | None,
+        typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: as the sweep was begun)"),
     ] = None,
     device: Device = "auto",
     plain: Plain = False,

@@ -82,6 +82,11 @@ class DataConfig(_Section):
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("noise", mode="before")
+    @classmethod
+    def _no_noise(cls, value: Any) -> Any:
+        return "none" if value is None else value  # a command line's `none` means None for every other key
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.noise == "none" and self.noise_rate:
@@ -332,13 +337,16 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     return build_recipe(tree)
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """`a.b=value` to (key, value); the value is read as TOML, or taken as a plain string when it is none."""
+def parse_override(text: str, option: str = "--set") -> tuple[str, Any]:
+    """`a.b=value` to (key, value); the value is read as TOML, or taken as a plain string when it is none.
+
+    `option`: where it was given, for errors. Raises ConfigError for an unknown key or no value.
+    """
     key, separator, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not separator or not key:
-        raise ConfigError(f"--set {text!r} is not of the form section.key=value, for example --set ppo.lr=1e-5")
-    _refuse_unknown([key], where="--set")
+        raise ConfigError(f"{option} {text!r} is not of the form section.key=value, for example {option} ppo.lr=1e-5")
+    _refuse_unknown([key], where=option)
     return key, parse_value(raw)
 
 

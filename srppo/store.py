@@ -39,6 +39,7 @@ from srppo.checkpoint import (
 from srppo.config import CODE_EPOCH, canonical_json
 from srppo.errors import RecordError
 from srppo.lease import LEASE_TIMEOUT_S, Lease, now, server_time
+from srppo.place import placing, stranger
 from srppo.records import differences, plain, read_json, read_lines, revive
 
 SCHEMA_VERSION = 1
@@ -71,9 +72,11 @@ class Run:
         StorageError when it cannot be written.
         """
         folder = Path(folder)
-        if stranger := _stranger(folder):
-            raise RecordError(f"{folder} {stranger}, so it is no record of ours; give --out a new or empty folder")
-        with storing(folder / "sweep.json"):
+        with placing(folder):
+            found = stranger(folder)
+        if found:
+            raise RecordError(f"{folder} {found}, so it is no record of ours; give --out a new or empty folder")
+        with placing(folder), storing(folder / "sweep.json"):
             folder.mkdir(parents=True, exist_ok=True)
             text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
             create_exclusive(folder / "sweep.json", text)
@@ -404,17 +407,6 @@ class Attempt:
             return f"checkpoint step-{found[0]} survives" if found else "there is no checkpoint yet"
 
         return storing(path, survives=survives)
-
-
-def _stranger(folder: Path) -> str:
-    """What is in the place of a record; "" if there is a record, an empty folder or nothing yet."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if nearest != folder:
-        return "" if nearest.is_dir() else f"lies below {nearest}, a file"
-    if not folder.is_dir():
-        return "is not a folder"
-    others = [name for name in os.listdir(folder) if not name.startswith(".tmp-")]
-    return f"holds {min(others)!r} but no sweep.json" if others and not (folder / "sweep.json").exists() else ""
 
 
 def _sha256(result: Mapping[str, Any]) -> str:

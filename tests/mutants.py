@@ -976,6 +976,13 @@ RECORD = [
         f"{STORE}test_whose_lease_is_taken_over",
     ),
     Mutant(
+        "store: leases expire by this machine's clock",
+        "lease.py",
+        "            now = os.fstat(file.fileno()).st_mtime\n",
+        "            now = time.time()\n",
+        f"{STORE}test_a_lease_expires_by_the_file_servers_clock_whatever_ours_says",
+    ),
+    Mutant(
         "store: rows of discarded steps stay",
         "store.py",
         'row["step"] <= min(starts)]',
@@ -1714,9 +1721,16 @@ SWEEPS = [
     Mutant(
         "sweep report: a trend by its mean",
         "report/sweep_words.py",
-        "if trend.slope.low > 0:",
-        "if trend.slope.mean > 0:",
+        'return "rises" if low > 0 else',
+        'return "rises" if trend.slope.mean > 0 else',
         f"{SWEEP_REPORT}test_trends_in_words",
+    ),
+    Mutant(
+        "sweep report: no interval, no slope",
+        "report/sweep_words.py",
+        'return "0" if abs(trend.slope.mean) <= ROUNDING else',
+        'return "0" if True else',
+        f"{SWEEP_REPORT}test_a_slope_that_all_seeds_and_items_share_is_no_zero",
     ),
     Mutant(
         "sweep: seeds are not paired",
@@ -1811,17 +1825,52 @@ SWEEPS = [
     ),
     Mutant(
         "sweep: slopes of the wrong scale",
-        "ablations/analysis.py",
+        "ablations/trends.py",
         "((xs - xs.mean()) ** 2).sum()",
         "((xs - xs.mean()) ** 2).mean()",
         f"{SWEEP}test_a_slope_is_least_squares_per_doubling",
     ),
     Mutant(
         "sweep: slopes per unit, not per doubling",
-        "ablations/analysis.py",
+        "ablations/trends.py",
         'math.log2(x) if scale == "log2" else x for',
         "x for",
         f"{SWEEP}test_a_slope_is_least_squares_per_doubling",
+    ),
+    Mutant(
+        "sweep: peaks at the least mean",
+        "ablations/trends.py",
+        "at = max(values, key",
+        "at = min(values, key",
+        f"{SWEEP_REPORT}test_where_an_arm_peaks_and_what_its_ends_lack",
+    ),
+    Mutant(
+        "sweep: ends minus the peak",
+        "ablations/trends.py",
+        "values[at] - values[x]",
+        "values[x] - values[at]",
+        f"{SWEEP_REPORT}test_where_an_arm_peaks_and_what_its_ends_lack",
+    ),
+    Mutant(
+        "sweep report: overshoots at both ends",
+        "report/sweep_words.py",
+        "in LOOSENS_DOWNWARDS and value < peak.at else",
+        "in LOOSENS_DOWNWARDS else",
+        f"{SWEEP_REPORT}test_peaks_in_words",
+    ),
+    Mutant(
+        "sweep: every model is a line of its own",
+        "ablations/spec.py",
+        "if key != axis and not _one_to_one(self.points, key, axis)]",
+        "if key != axis]",
+        f"{SWEEP_REPORT}test_models_are_named_and_their_sizes_are_the_axis",
+    ),
+    Mutant(
+        "sweep: a failed stage is tried again at once",
+        "ablations/local.py",
+        "time.monotonic() + RETRY_S * 2 ** (failed - 1)",
+        "0.0",
+        "test_local_engine.py::test_a_failed_stage_is_tried_again_after_a_while_and_others_go_on_meanwhile",
     ),
 ]
 

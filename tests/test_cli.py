@@ -1,14 +1,12 @@
 """The command line as people meet it: exit codes, one line for each mistake, and runs that stop and go on.
 
-Importing torch and transformers takes seconds, so most commands are children that one server process forks after its
-imports: each is a process of its own with its own exit code, stdout and stderr. Where the process itself matters (start
-time, what is imported, signals) the installed `srppo` script is run.
+Most commands are forked by a server (`commands`). Where the process itself matters (start time, what is imported,
+signals) the installed `srppo` script is run.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,94 +14,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import worlds
+from commands import ENVIRONMENT, PATIENCE_S, SCRIPT, Cli, Done
 from worlds import World
 
-SCRIPT = Path(sys.executable).with_name("srppo")
-PATIENCE_S = 120  # for a command on a busy machine
-ENVIRONMENT = {
-    **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "passive",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-SERVER = """
-import json, os, signal, sys
-import srppo.pipeline, srppo.report.record, srppo.environment, srppo.trackers, srppo.cli
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os.close(0)
-        os.chdir(job["cwd"])
-        signal.alarm(job["patience"])
-        sys.argv = ["srppo", *job["argv"]]
-        code = 1
-        try:
-            srppo.cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    def error(self, code: int = 2) -> str:
-        """Its one error line: the last of stderr, the only one, and no traceback."""
-        lines = self.err.strip().splitlines()
-        assert self.code == code, (self.code, self.err)
-        assert "Traceback" not in self.err and "Retrying" not in self.err
-        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
-        assert code == 1 or self.out == ""  # a diverged run still gets its table
-        return lines[-1]
-
-
-class Cli:
-    """Runs `srppo` commands in a folder of their own."""
+class Trainer(Cli):
+    """Also trains on a world of tiny models."""
 
     def __init__(self, folder: Path, world: World) -> None:
-        self.folder, self.world = folder, world
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.count = 0
-
-    def __call__(self, *argv: object) -> Done:
-        self.count += 1
-        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
-        job = {"argv": list(map(str, argv)), "out": str(out), "err": str(err), "cwd": str(self.folder)}
-        assert self.server.stdin and self.server.stdout
-        self.server.stdin.write(json.dumps({**job, "patience": PATIENCE_S}) + "\n")
-        self.server.stdin.flush()
-        code = int(self.server.stdout.readline())
-        return Done(code, out.read_text(), err.read_text())
+        super().__init__(folder)
+        self.world = world
 
     def train(self, out: Path, *more: object, command: str = "train", **overrides: Any) -> Done:
         """`srppo train` on the world's recipe with `section__key=value` overrides."""
@@ -116,12 +42,10 @@ class Cli:
 
 
 @pytest.fixture(scope="module")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    found = Cli(tmp_path_factory.mktemp("cli"), worlds.make_world(tmp_path_factory.mktemp("world")))
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    found = Trainer(tmp_path_factory.mktemp("cli"), worlds.make_world(tmp_path_factory.mktemp("world")))
     yield found
-    assert found.server.stdin
-    found.server.stdin.close()
-    found.server.wait(PATIENCE_S)
+    found.close()
 
 
 # ---- help
@@ -140,39 +64,60 @@ def test_help_answers_without_heavy_imports() -> None:
 
 
 @pytest.mark.parametrize("command", ["demo", "sft", "train", "env"])
-def test_each_command_has_help(command: str, cli: Cli) -> None:
+def test_each_command_has_help(command: str, cli: Trainer) -> None:
     done = cli(command, "--help")
     assert done.code == 0 and f"srppo {command}" in done.out and done.err == ""
 
 
-def test_env_states_facts(cli: Cli) -> None:
+def test_env_states_facts(cli: Trainer) -> None:
     done = cli("env")
     assert done.code == 0 and all(re.search(rf"\b{name}\W+\d", done.out) for name in ("python", "srppo", "torch"))
 
 
-def test_an_unknown_option_is_a_users_mistake(cli: Cli) -> None:
-    done = cli("train", "--outt", "x")
-    assert done.code == 2 and "--outt" in done.err and "Traceback" not in done.err
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--outt", "x"], "--outt; did you mean --out?"),
+        (["ablate", "reward", "--sedes", "3"], "--sedes; did you mean --seeds?"),
+        (["trian"], "did you mean 'train'?"),
+        (["bench", "kernle"], "did you mean 'kernel'?"),
+        (["demo", "--seeds", "0"], "'--seeds'"),
+        (["ablate", "reward", "--seeds", "few"], "srppo ablate --help`"),
+        (["ablate"], "argument 'NAME'; see `srppo ablate --help`"),
+        (["train", "a", "b"], "(b)"),
+        (["sft", "--out"], "'--out' requires an argument"),
+        (["bench", "kernel", "-x"], "-x"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(argv: list[str], words: str, cli: Trainer) -> None:
+    done = cli(*argv)
+    assert words.lower() in done.error().lower() and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["bench"], 2), (["--help"], 0), (["bench", "kernel", "-h"], 0)])
+def test_help_stays_help(argv: list[str], code: int, cli: Trainer) -> None:
+    done = cli(*argv)
+    assert done.code == code and "Usage: srppo" in done.out and done.err == ""
 
 
 # ---- mistakes
 
 
-def test_an_unknown_key_names_the_nearest(cli: Cli) -> None:
+def test_an_unknown_key_names_the_nearest(cli: Trainer) -> None:
     assert cli("train", "--set", "ppo.lrr=1").error() == "error: unknown key 'ppo.lrr' in --set; did you mean 'ppo.lr'?"
 
 
-def test_debug_shows_the_traceback(cli: Cli) -> None:
+def test_debug_shows_the_traceback(cli: Trainer) -> None:
     done = cli("train", "--set", "ppo.lrr=1", "--debug")
     assert done.code != 0 and "Traceback" in done.err and "srppo.errors.ConfigError: unknown key" in done.err
 
 
-def test_a_missing_recipe_and_a_wrong_value(cli: Cli) -> None:
+def test_a_missing_recipe_and_a_wrong_value(cli: Trainer) -> None:
     assert "recipe no.toml does not exist" in cli("train", "no.toml").error()
     assert "greater than 0, found -1" in cli("train", "--set", "ppo.lr=-1").error()
 
 
-def test_data_that_cannot_be_read(cli: Cli, tmp_path: Path) -> None:
+def test_data_that_cannot_be_read(cli: Trainer, tmp_path: Path) -> None:
     missing = tmp_path / "no.jsonl"
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -185,7 +130,7 @@ def test_data_that_cannot_be_read(cli: Cli, tmp_path: Path) -> None:
     assert str(missing) in line
 
 
-def test_data_that_cannot_be_used(cli: Cli, tmp_path: Path) -> None:
+def test_data_that_cannot_be_used(cli: Trainer, tmp_path: Path) -> None:
     rows = worlds.write_rows(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}] * 3)
     line = cli.train(tmp_path / "run", data__demonstrations=[str(rows)]).error()
     assert "none of the 3 rows" in line and "empty answer" in line and "empty.jsonl:1" in line
@@ -201,7 +146,7 @@ def test_data_that_cannot_be_used(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # a mistake leaves nothing behind
 
 
-def test_models_that_cannot_be_loaded(cli: Cli, tmp_path: Path) -> None:
+def test_models_that_cannot_be_loaded(cli: Trainer, tmp_path: Path) -> None:
     def line(folder: Path, key: str = "model__base") -> str:
         return cli.train(tmp_path / "run", **{key: str(folder)}).error()
 
@@ -223,14 +168,14 @@ def test_models_that_cannot_be_loaded(cli: Cli, tmp_path: Path) -> None:
     assert "cannot be loaded" in line(torn)
 
 
-def test_base_and_sft_need_one_vocabulary(cli: Cli, tmp_path: Path) -> None:
+def test_base_and_sft_need_one_vocabulary(cli: Trainer, tmp_path: Path) -> None:
     other = worlds.save_model(tmp_path / "other", worlds.byte_llama(3, vocab=worlds.VOCAB + 6))
     line = cli.train(tmp_path / "run", model__sft=str(other)).error()
     assert "the base has a vocabulary of 258, the SFT model of 264" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_name_without_a_network_fails_at_once(cli: Cli, tmp_path: Path) -> None:
+def test_a_hub_name_without_a_network_fails_at_once(cli: Trainer, tmp_path: Path) -> None:
     """Also where nobody said so by HF_HUB_OFFLINE: the libraries would retry for a minute."""
     began = time.perf_counter()
     line = cli.train(tmp_path / "run", model__base="srppo-test/no-such-model").error()
@@ -247,14 +192,14 @@ def test_a_hub_name_without_a_network_fails_at_once(cli: Cli, tmp_path: Path) ->
     assert "the hub cannot be reached" in Done(done.returncode, done.stdout, done.stderr).error()
 
 
-def test_a_device_that_is_not_here(cli: Cli, tmp_path: Path) -> None:
+def test_a_device_that_is_not_here(cli: Trainer, tmp_path: Path) -> None:
     line = cli.train(tmp_path / "run", "--device", "nonsense").error()
     assert "device 'nonsense' is unknown" in line and "cuda, cuda:1, mps, or auto" in line
     line = cli.train(tmp_path / "run", "--device", "cuda:7").error()
     assert "device 'cuda:7' cannot be used here" in line and "--device cpu" in line
 
 
-def test_a_folder_that_is_not_ours(cli: Cli, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_ours(cli: Trainer, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     line = cli.train(tmp_path / "full").error()
@@ -271,7 +216,7 @@ def result(run: Path, kind: str) -> tuple[Path, dict[str, Any] | None]:
     return path, json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
 
 
-def test_a_run_beyond_its_kl_limit_stops_as_diverged(cli: Cli, tmp_path: Path) -> None:
+def test_a_run_beyond_its_kl_limit_stops_as_diverged(cli: Trainer, tmp_path: Path) -> None:
     settings = {"ppo__max_kl": 1e-4, "ppo__steps": 4, "ppo__checkpoint_every": 1}
     done = cli.train(tmp_path / "run", **settings)
     line = done.error(code=1)
@@ -286,7 +231,7 @@ def test_a_run_beyond_its_kl_limit_stops_as_diverged(cli: Cli, tmp_path: Path) -
     assert len(list((stage / "attempts").iterdir())) == 1
 
 
-def test_a_run_whose_numbers_end_stops_as_diverged(cli: Cli, tmp_path: Path) -> None:
+def test_a_run_whose_numbers_end_stops_as_diverged(cli: Trainer, tmp_path: Path) -> None:
     line = cli.train(tmp_path / "run", sft__lr=1e30).error(code=1)
     assert re.search(r"SFT diverged at step \d: the gradient norm is (nan|inf); lower the learning rate", line)
     stage, found = result(tmp_path / "run", "sft")
@@ -304,7 +249,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def test_ctrl_c_saves_and_the_same_command_finishes(cli: Cli, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_finishes(cli: Trainer, tmp_path: Path) -> None:
     """Meanwhile a second process and another recipe are kept out of the folder; a finished run is only shown."""
     out = tmp_path / "run"
     settings = {"ppo__steps": 60, "ppo__epochs": 1, "eval__every": 0}
@@ -344,7 +289,7 @@ def test_ctrl_c_saves_and_the_same_command_finishes(cli: Cli, tmp_path: Path) ->
     assert time.perf_counter() - began < 30 and len(list((stage / "attempts").iterdir())) == 2
 
 
-def test_ctrl_c_while_loading_is_no_traceback(cli: Cli, tmp_path: Path) -> None:
+def test_ctrl_c_while_loading_is_no_traceback(cli: Trainer, tmp_path: Path) -> None:
     argv = [SCRIPT, "train", *cli.arguments(tmp_path / "run")]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stderr
@@ -356,14 +301,14 @@ def test_ctrl_c_while_loading_is_no_traceback(cli: Cli, tmp_path: Path) -> None:
     assert stderr.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
 
 
-def test_sft_alone(cli: Cli, tmp_path: Path) -> None:
+def test_sft_alone(cli: Trainer, tmp_path: Path) -> None:
     done = cli.train(tmp_path / "run", command="sft")
     assert done.code == 0 and "SRPPO was not run (srppo train)" in done.out and "SRPPO" not in done.err
     stage, found = result(tmp_path / "run", "sft")
     assert found and found["status"] == "ok" and (stage / "model" / "model.safetensors").exists()
 
 
-def test_without_out_the_run_goes_to_runs_and_says_so(cli: Cli, tmp_path: Path) -> None:
+def test_without_out_the_run_goes_to_runs_and_says_so(cli: Trainer, tmp_path: Path) -> None:
     recipe = cli.world.recipe_file(tmp_path / "mine.toml")
     done = cli("sft", recipe, "--plain")
     (folder,) = (cli.folder / "runs").iterdir()

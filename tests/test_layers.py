@@ -25,7 +25,7 @@ LAYERS = [
         "style",
     ],
     ["stats", "significance", "identity"],
-    ["lease", "verdicts", "association", "optimum"],
+    ["lease", "place", "verdicts", "association", "optimum"],
     ["store"],
     ["arms"],
     ["results"],
@@ -59,9 +59,9 @@ LAYERS = [
 NO_TORCH = [
     *["ablations.__init__", "ablations.spec", "ablations.sweeps", "ablations.options", "ablations.plan"],
     *["ablations.ledger", "ablations.progress", "ablations.live", "ablations.analysis", "ablations.estimate"],
-    *["ablations.local"],
+    *["ablations.local", "ablations.trends", "ablations.scale"],
     *["arms", "results", "matching", "verdicts", "compare", "significance", "environment", "identity"],
-    *["config", "store", "lease", "records", "checkpoint", "stats", "console", "report"],
+    *["config", "store", "lease", "place", "records", "checkpoint", "stats", "console", "report"],
 ]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 

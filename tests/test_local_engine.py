@@ -195,9 +195,15 @@ BEHAVIOURS: dict[str, Callable[[Path, Task, Attempt], Any]] = {
 
 
 def _work(
-    folder: Path, tasks: Sequence[Task], grace_s: float, tries: int, slow_birth: bool, options: dict[str, Any]
+    folder: Path,
+    tasks: Sequence[Task],
+    grace_s: float,
+    tries: int,
+    retry_s: float,
+    slow_birth: bool,
+    options: dict[str, Any],
 ) -> None:
-    local.GRACE_S = grace_s
+    local.GRACE_S, local.RETRY_S = grace_s, retry_s
     if slow_birth:
         born = os.setsid
         os.setsid = lambda: (note(folder, "birth", os.getpid()), until((folder / "born").exists), born())  # type: ignore
@@ -230,10 +236,11 @@ def start(
     tasks: Iterable[Task],
     grace_s: float = WAIT_S,
     tries: int = TRIES,
+    retry_s: float = 0.0,
     slow_birth: bool = False,
     **options: Any,
 ) -> Any:
-    worker = processes.Process(target=_work, args=(folder, list(tasks), grace_s, tries, slow_birth, options))
+    worker = processes.Process(target=_work, args=(folder, list(tasks), grace_s, tries, retry_s, slow_birth, options))
     worker.start()
     STARTED.append(worker)
     return worker
@@ -361,6 +368,14 @@ def test_a_reason_is_the_stages_own_line_whatever_stands_in_for_stdout(tmp_path,
 def test_a_stage_that_crashed_once_is_done_in_the_end(tmp_path):
     assert work(tmp_path, [task("a", "crash-once")]) == 0
     assert status(tmp_path, [task("a")]) == {"a": ("done", "")} and tries_of(tmp_path, "a") == 2
+
+
+def test_a_failed_stage_is_tried_again_after_a_while_and_others_go_on_meanwhile(tmp_path):
+    """A network disk that is away for a moment must not use up all tries; with one slot the order tells."""
+    tasks = [task("a", "crash-once"), task("b"), task("c", "plain", "a")]
+    assert work(tmp_path, tasks, retry_s=1.0) == 0
+    assert set(status(tmp_path, tasks).values()) == {("done", "")}
+    assert [words[0] for words in diary(tmp_path, "begin")] == ["a", "b", "a", "c"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import pytest
 from srppo import checkpoint, store
 from srppo.errors import RecordError, StorageError
 from srppo.lease import Lease, this_process
+from srppo.place import check_place
 from srppo.store import Run, Stage, stage_id
 
 SPEC = {"ppo": {"lr": 1e-4, "steps": 20}, "seeds": [0, 1]}
@@ -99,11 +100,37 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(RecordError, match=r"thesis\.tex.*--out"):
         Run.open(tmp_path, SPEC)
-    with pytest.raises(RecordError, match="is not a folder"):
+    with pytest.raises(RecordError, match="is a file, not a folder"):
         Run.open(tmp_path / "thesis.tex", SPEC)
     with pytest.raises(RecordError, match="lies below"):
         Run.open(tmp_path / "thesis.tex" / "deeper" / "run", SPEC)
     assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("way", [Run.open, lambda folder, spec: check_place(folder)], ids=["open", "check"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("dangling", "is a broken link, not a folder"),
+        ("dangling/run", "a broken link"),
+        ("loop", "a broken link"),
+        ("x" * 300, "File name too long"),
+        ("a/" + "x" * 300, "File name too long"),
+        ("/proc/nope", "No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, way, name, reason):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(RecordError, match=reason) as error:
+        way(tmp_path / name, SPEC)
+    assert "give --out" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_place_that_can_be_used_is_left_as_it_was(tmp_path):
+    check_place(tmp_path / "new" / "run")
+    check_place(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_record_of_another_version_or_a_damaged_one_is_refused(tmp_path):
@@ -212,6 +239,24 @@ def test_whose_lease_is_taken_over(tmp_path, lease, taken):
         ):
             pass
         assert "\n" not in str(error.value)
+
+
+def _try_by_a_wrong_clock(folder: Path, off_s: float) -> None:
+    """Exit code 0 where this process, whose clock is off, took the stage, 3 where it found a live holder."""
+    right = time.time
+    time.time = lambda: right() + off_s
+    try:
+        with a_stage(folder).attempt():
+            pass
+    except RecordError:
+        os._exit(3)
+
+
+@pytest.mark.parametrize("off_s", [-10_000.0, 10_000.0])
+@pytest.mark.parametrize(("age_s", "code"), [(0.0, 3), (1000.0, 0)], ids=["alive", "dead"])
+def test_a_lease_expires_by_the_file_servers_clock_whatever_ours_says(tmp_path, off_s, age_s, code):
+    leave_a_lease(a_stage(tmp_path), machine="elsewhere", pid=1, age_s=age_s)
+    assert in_process(_try_by_a_wrong_clock, tmp_path, off_s) == code
 
 
 def test_a_process_that_ended_but_was_not_reaped_is_dead(tmp_path):

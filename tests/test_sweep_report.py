@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,21 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from srppo.ablations.analysis import SweepResult, Trend, analyse
+from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every
+from srppo.ablations.trends import Peak, Trend
 from srppo.config import canonical_json, load_recipe
 from srppo.console import Console
 from srppo.records import revive
 from srppo.report.sweep import report_sweep, stages_of
 from srppo.report.sweep_latex import escaped
+from srppo.report.sweep_layout import line_axis, panels, point_label
 from srppo.report.sweep_tables import whisker
-from srppo.report.sweep_words import trend_sentence
+from srppo.report.sweep_words import peak_sentence, trend_sentence
 from srppo.significance import holm, sign_flip
-from srppo.stats import Estimate
+from srppo.stats import Estimate, calibrated_interval
 from srppo.store import Attempt, Run
 
 ITEMS = 40
@@ -85,8 +87,13 @@ def make(
     sweep: Sweep,
     chance: Callable[[Task], float] = lambda task: 0.7 if task.kind == "ppo" else 0.3,
     fate: Callable[[Task], str] = lambda task: "ok",
+    *,
+    alike: bool = False,
 ) -> Record:
-    """Write the stages of a sweep as its engine would, report it, and read everything back."""
+    """Write the stages of a sweep as its engine would, report it, and read everything back.
+
+    alike: the chance is every item's score, in halves, instead of each item's chance to be right.
+    """
     run = Run.open(folder, sweep.as_spec())
     plan, ledger, scores = Plan(sweep), Ledger(run, 3), dict[tuple[str, tuple[str, str]], NDArray[np.float64]]()
     for task in plan.tasks.values():
@@ -101,21 +108,24 @@ def make(
             if status == "diverged":
                 attempt.commit("diverged", {"reason": "step 7: loss is NaN"})
             else:
-                scores |= {(task.key, metric): found for metric, found in answer_items(task, attempt, chance).items()}
+                found = answer_items(task, attempt, chance, alike)
+                scores |= {(task.key, metric): values for metric, values in found.items()}
     return read(folder, analyse(plan, ledger), scores)
 
 
 def answer_items(
-    task: Task, attempt: Attempt, chance: Callable[[Task], float]
+    task: Task, attempt: Attempt, chance: Callable[[Task], float], alike: bool
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     recipe = task.recipe  # not its key: that changes with every option that recipes come to have
     told = (task.kind, recipe.seed, recipe.data.size, recipe.ppo.steps, recipe.reward.beta, task.share)
     rng = np.random.default_rng(zlib.crc32(repr(told).encode()))
     made = {metric: (rng.random(ITEMS) < chance(task)).astype(float) for metric in METRICS}
+    if alike:
+        made = dict.fromkeys(METRICS, np.full(ITEMS, chance(task)))
     for decoding in ("greedy", "sampled"):
         rows = [
-            {"prompt": f"{group} {i}?", "answer": str(i), "task": "t", "group": group, "responses": ["a"]}
-            | {"correct": [bool(right)], "ended": [True], "tokens": [3]}
+            {"prompt": f"{group} {i}?", "answer": str(i), "task": "t", "group": group, "responses": ["a", "a"]}
+            | {"correct": [bool(right > 0), bool(right == 1)], "ended": [True, True], "tokens": [3, 3]}
             for group in ("unseen", "demonstrated")
             for i, right in enumerate(made[group, decoding])
         ]
@@ -412,11 +422,86 @@ def test_few_seeds_are_said_to_be_few(broken: Record) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
-    [(0.01, 0.3, "rises"), (-0.1, 0.3, "shows no clear trend"), (-0.3, -0.1, "falls"), (np.nan, np.nan, "is the same")],
+    [(0.01, 0.3, "rises"), (-0.1, 0.3, "shows no clear trend"), (-0.3, -0.1, "falls")],
 )
 def test_trends_in_words(low: float, high: float, words: str) -> None:
     trend = Trend("SFT", "size", "log2", "", METRICS[0], Estimate((low + high) / 2, low, high, 9), 3, 2)
     assert trend_sentence(trend).startswith(f"SFT {words}") and trend_sentence(trend).endswith("per doubling of size")
+
+
+@pytest.mark.parametrize(
+    ("right", "words"),
+    [
+        ({4: 0.0, 8: 0.5, 16: 1.0}, "SFT rises: +0.500 for every seed and item per doubling of size"),
+        ({4: 1.0, 8: 0.5, 16: 0.0}, "SFT falls: -0.500 for every seed and item per doubling of size"),
+        ({4: 0.5, 8: 0.5, 16: 0.5}, "SFT is the same at every point: 0 per doubling of size"),
+        ({4: 0.0, 8: 1.0, 16: 0.0}, "SFT neither rises nor falls: 0 per doubling of size"),
+    ],
+)
+def test_a_slope_that_all_seeds_and_items_share_is_no_zero(right: dict[int, float], words: str, tmp_path: Path) -> None:
+    sweep = make_sweep(sizes(*right), (SFT,), 2, analysis={"family": (), "trend": "size", "scale": "log2"})
+    record = make(tmp_path / "run", sweep, lambda task: right[task.recipe.data.size or 0], alike=True)
+    assert words in record.flat and "nan" not in record.flat.lower()
+
+
+def betas(*values: float) -> list[Ablation]:
+    return [Ablation(f"beta {beta}", {"reward.beta": beta}, {"beta": beta}) for beta in values]
+
+
+def test_where_an_arm_peaks_and_what_its_ends_lack(tmp_path: Path) -> None:
+    """Far below the peak at one end, as good as there at the other; SFT, the same everywhere, has no peak."""
+    chances = {0.125: 0.1, 0.25: 0.75, 0.5: 0.7, 1.0: 0.7}
+    sweep = make_sweep(betas(*chances), (SFT, SRPPO), 6, analysis={"trend": "beta", "scale": "log2"})
+    record = make(tmp_path / "run", sweep, lambda t: chances[t.recipe.reward.beta] if t.kind == "ppo" else 0.3)
+    values = {beta: record.matrix(f"beta {beta}", "SRPPO") for beta in chances}
+    at = max(values, key=lambda beta: values[beta].mean())
+    (peak,) = record.result.peaks
+    assert (peak.what, peak.at, peak.seeds) == ("SRPPO", at, 6) and at != 0.125
+    assert np.isclose(peak.height, values[at].mean())
+    for beta, drop in peak.drops:
+        gap = values[at] - values[beta]
+        again = calibrated_interval(gap, limits=(-1.0, 1.0), draws=1000)
+        assert np.isclose(drop.mean, gap.mean()) and np.allclose(drop, again)
+    assert peak.drops[0][0] == 0.125 and peak.drops[0][1].low > 0
+    for text in (record.flat, re.sub(r"\s+", " ", record.page)):
+        assert f"SRPPO is highest at beta {at:g} ({values[at].mean():.3f})" in text
+        assert f"at 0.125 lower by {values[at].mean() - values[0.125].mean():.3f} [" in text and ": overshoots" in text
+        assert "Exploratory, not in the plan: where each arm" in text and "SFT is highest" not in text
+
+
+@pytest.mark.parametrize(
+    ("axis", "at", "drops", "ends"),
+    [
+        ("beta", 0.25, {0.1: (0.05, 0.02, 0.08), 1.0: (0.03, 0.01, 0.05)}, ["overshoots", "falls off"]),
+        ("beta", 0.25, {0.1: (0.05, -0.02, 0.12), 1.0: (0.03, 0.0, 0.06)}, ["cannot tell", "cannot tell"]),
+        ("size", 8, {4: (0.05, 0.02, 0.08), 16: (0.03, 0.01, 0.05)}, ["falls off", "falls off"]),
+        ("beta", 0.1, {1.0: (0.05, 0.02, 0.08)}, ["an end of the axis", "falls off"]),
+    ],
+)
+def test_peaks_in_words(axis: str, at: float, drops: dict[float, tuple[float, ...]], ends: list[str]) -> None:
+    found = tuple((value, Estimate(*drop, 40)) for value, drop in drops.items())
+    said = peak_sentence(Peak("SRPPO", axis, "anchor sft", at, 0.71, found, 9))
+    assert said.startswith(f"SRPPO (anchor sft) is highest at {axis} {at:g} (0.710)")
+    assert re.findall("overshoots|falls off|cannot tell|an end of the axis", said) == ends
+    mean, low, high = next(iter(drops.values()))
+    assert f"lower by {mean:.3f} [{low:.3f}, {high:.3f}]" in said
+
+
+def test_models_are_named_and_their_sizes_are_the_axis(tmp_path: Path) -> None:
+    counts = {"tiny": 200_000, "small": 900_000, "large": 4_000_000}
+    points = [
+        Ablation(name, {"data.size": 4 + i}, {"base": name, "parameters": count})
+        for i, (name, count) in enumerate(counts.items())
+    ]
+    analysis = {"trend": "parameters", "scale": "log2"}
+    sweep = replace(make_sweep(points, (SFT, SRPPO), 3, analysis=analysis), axes=("base",))
+    record = make(tmp_path / "run", sweep, lambda task: 0.3 + 0.1 * (task.recipe.data.size or 0) / 4)
+    assert {(each.what, each.where, each.points) for each in record.result.trends} == {
+        (what, "", 3) for what in ("SFT", "SRPPO", "SRPPO minus SFT")
+    }
+    assert "per doubling of parameters" in record.flat and "at any of 3 bases" in record.flat
+    assert line_axis(sweep) == "parameters" and list(panels(sweep, "parameters")) == [""]
+    assert [point_label(sweep, name) for name in counts] == list(counts)
 
 
 def test_a_stage_that_two_tasks_share_is_paid_once(tmp_path: Path) -> None:
@@ -463,7 +548,7 @@ def test_one_point_many_arms(methods: Record) -> None:
 
 def test_slope_of_what_does_not_vary(tmp_path: Path) -> None:
     """SFT is one training at every beta: no slope, and no interval of it."""
-    points = [Ablation(f"beta {beta}", {"reward.beta": beta}, {"beta": beta}) for beta in (0.1, 0.2, 0.4)]
+    points = betas(0.1, 0.2, 0.4)
     arms = (SFT, Arm("coherent", "ppo"))
     family = every(points, "coherent", "SFT")
     sweep = make_sweep(points, arms, 3, analysis={"family": family, "trend": "beta", "scale": "log2"})

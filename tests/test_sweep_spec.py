@@ -9,27 +9,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import srppo.cli
 from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, grid
+from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
 from srppo.ablations.plan import PARENTS, Plan, Task, task_key
+from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import MOST_COMPARISONS, every, is_sweep
-from srppo.ablations.sweeps import SWEEPS
+from srppo.ablations.sweeps import ARMS, SWEEPS
 from srppo.cli_ablate import SMALL
 from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_overrides
 from srppo.errors import ConfigError, SrppoError
 from srppo.store import Run
+from srppo.world import base_path
 
 RECIPE = load_recipe(None, SMALL)
 AXIS = {"grid": ["ppo.lr=3e-5,1e-4,3e-4"]}  # what grid needs
 
 
-def the_sweep(name: str, recipe: Recipe = RECIPE, **options: Any) -> Sweep:
-    return build_sweep(name, read_options(name, recipe, **{"axes": AXIS.get(name, []), **options}))
+def the_sweep(name: str, recipe: Recipe = RECIPE, *, check: bool = True, **options: Any) -> Sweep:
+    """check: as the command line builds it, with mistakes refused."""
+    read = read_options(name, recipe, **{"axes": AXIS.get(name, []), **options})
+    return build_sweep(name, read) if check else SWEEPS[name][0](read)
 
 
 EVERY_SWEEP = [(name, quick) for name in SWEEPS for quick in (False, True)]
@@ -64,7 +72,8 @@ def test_every_family_can_be_significant_and_compares_what_is_run(name, quick):
 @any_sweep
 def test_axes_name_values_that_every_point_has(name, quick):
     sweep = the_sweep(name, quick=quick)
-    assert all(set(point.values) == set(sweep.axes) for point in sweep.points)
+    measured = {"parameters"} if name == "model-scale" else set()  # of an axis that is no number
+    assert all(set(point.values) == {*sweep.axes, *measured} for point in sweep.points)
     if sweep.analysis.trend is not None:
         values = [point.values[sweep.analysis.trend] for point in sweep.points]
         assert all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -112,6 +121,7 @@ def test_what_could_not_be_analysed_is_refused():
         ("arm 'SFT' twice", {"arms": (*arms, Arm("SFT", "ppo"))}),
         ("compares 'RLOO' at 'all', which it does not run", {"analysis": stranger}),
         ("would test 26 differences", {"points": many, "analysis": too_many}),
+        ("would test 26 differences", {"points": many, "analysis": too_many, "seeds": tuple(range(99))}),
     ]
     for words, changes in bad:
         with pytest.raises(ConfigError, match=words) as error:
@@ -134,6 +144,51 @@ def test_what_could_not_be_analysed_is_refused():
 )
 def test_axes_are_read_as_toml_or_as_plain_words(text, expected):
     assert read_axis(text) == expected
+
+
+def test_a_grid_takes_any_arms():
+    given = "SFT, longer SFT,best-of-n,RLOO,SRPPO"
+    sweep = the_sweep("grid", arms=given)
+    assert [arm.name for arm in sweep.arms] == [name.strip() for name in given.split(",")]
+    assert {(each.model.arm, each.baseline.arm) for each in sweep.analysis.family} == {
+        ("SRPPO", name) for name in ("SFT", "longer SFT", "best-of-n", "RLOO")
+    }
+    assert kinds(Plan(sweep))["best-of-n"] == 10, "which no learning rate of PPO changes"
+    without = the_sweep("grid", arms="base,SFT,resampling", axes=["reward.beta=0.25,0.5"])
+    assert [(each.model.arm, each.baseline.arm) for each in without.analysis.family[::2]] == [
+        ("base", "SFT"),
+        ("resampling", "SFT"),
+    ]
+    assert (
+        the_sweep(
+            "grid",
+            axes=["ppo.advantage=gae,rloo"],
+            arms="SRPPO",
+            recipe=with_overrides(RECIPE, {"rollout.per_prompt": 4}),
+        ).analysis.family
+        == ()
+    )
+    assert [arm.name for arm in the_sweep("method").arms] == list(ARMS)[1:]
+
+
+def test_the_trend_of_model_scale_is_over_parameters(tmp_path):
+    """Counted from headers; safetensors' own reader is the oracle."""
+    for name, widths in (("one", (4,)), ("two", (4, 8)), ("same", (8, 4))):
+        (tmp_path / name).mkdir()
+        for i, width in enumerate(widths):
+            save_file({f"w{i}": np.zeros((3, width)), f"b{i}": np.zeros(())}, tmp_path / name / f"m-{i}.safetensors")
+    assert [parameter_count(str(tmp_path / name)) for name in ("one", "two", "nowhere")] == [13, 38, None]
+    sweep = the_sweep("model-scale")
+    assert (sweep.axes, sweep.analysis.trend, sweep.analysis.scale) == (("base",), "parameters", "log2")
+    for point in sweep.points:
+        with safe_open(base_path(point.name.partition(":")[2]) / "model.safetensors", "numpy") as file:
+            keys = list(file.keys())  # which is no mapping
+            count = sum(int(np.prod(file.get_slice(key).get_shape())) for key in keys)
+        assert point.values == {"base": point.name, "parameters": count}
+    recipe = with_overrides(RECIPE, {"model.base": str(tmp_path / "one")})
+    for other in ("org/name", str(tmp_path / "same")):
+        found = the_sweep("model-scale", recipe, axes=[f"model.base={tmp_path / 'one'},{tmp_path / 'two'},{other}"])
+        assert found.analysis.trend is None and "no slope along the number of parameters" in " ".join(found.notes)
 
 
 # ---- plans
@@ -388,10 +443,16 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
         (["grid"], "grid needs axes"),
         (["grid", "--axis", "ppo.lr="], "the axis ppo.lr is empty"),
         (["data-size", "--sizes", ","], "the axis data.size is empty"),
-        (["grid", "--axis", "ppo.lrr=1,2"], "did you mean 'ppo.lr'?"),
+        (["data-size", "--sizes", ""], "the axis data.size is empty"),
+        (["noise", "--rates", ""], "the axis data.noise_rate is empty"),
+        (["grid", "--axis", "ppo.lrr=1,2"], "unknown key 'ppo.lrr' in --axis; did you mean 'ppo.lr'?"),
         (["grid", "--axis", "ppo=1,2"], "is a section, not a value"),
         (["grid", "--axis", "1,2"], "unknown key '1,2'"),
         (["kl", "--axis", "sft.lr=1e-4,2e-4"], "sft.lr is no axis of kl"),
+        (["grid", "--axis", "ppo.lr=1e-4", "--arms", "SFT,SRPO"], "unknown arm 'SRPO', did you mean 'SRPPO'?"),
+        (["grid", "--axis", "ppo.lr=1e-4", "--arms", ""], "there are: base, SFT, longer SFT, weight extrapolation"),
+        (["grid", "--axis", "ppo.lr=1e-4", "--arms", "SFT,SFT"], "has the arm 'SFT' twice"),
+        (["kl", "--arms", "SFT"], "the arms of kl are fixed; `srppo ablate grid --arms ...` takes any"),
         (["method", "--axis", "ppo.lr=1e-4"], "it has no axis to change"),
         (["data-size", "--rates", "0.1"], "data.noise_rate is no axis of data-size"),
         (["grid", "--axis", "ppo.lr=1e-5", "--axis", "ppo.lr=2e-5"], "is given twice"),
@@ -436,7 +497,8 @@ def test_sizes_beyond_the_data_are_one_line_before_anything_is_trained(tmp_path,
 def test_impossible_numbers_are_refused_by_the_command_line(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "ablate", "reward", *argv) == 2
-    assert argv[0] in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and argv[0] in line and list(tmp_path.iterdir()) == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -491,14 +553,44 @@ def test_items_without_a_default_group_must_be_told_apart(tmp_path):
     assert read_options("reward", recipe, primary="one/sampled").primary == ("one", "sampled")
 
 
+@pytest.mark.parametrize(
+    "argv", [["ablate", "reward"], ["train"], ["sft"], ["demo"], ["demo", "--build"]], ids=" ".join
+)
+@pytest.mark.parametrize("name", ["dangling", "x" * 300, "/proc/nope", "file/run"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(argv, name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert command(monkeypatch, *argv, "--out", tmp_path / name) == 2
+    *said, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "give --out another folder" in line
+    assert all(each.startswith("run folder: ") for each in said), "nothing was measured"
+
+
 # ---- what a review found
+
+
+def test_no_noise_is_said_as_on_the_command_line():
+    """`none` stands for None at every key; at data.noise it is a value of its own."""
+    recipe = load_recipe(None, [*SMALL, "data.noise=none"])
+    assert recipe == RECIPE and recipe.data.noise == "none"
+    sweep = the_sweep("noise", axes=["data.noise=none,truncation"], rates="0")
+    assert [point.name for point in sweep.points] == ["none 0", "truncation 0"]
+    other = with_overrides(RECIPE, {"data.noise": "truncation"})
+    found = the_sweep("grid", other, axes=["data.noise=none,truncation", "ppo.lr=1e-5,3e-5"], check=False)
+    assert [found.recipe_of(cell, 0).data.noise for cell in found.cells()[::4]] == ["none", "truncation"]
+
+
+@pytest.mark.parametrize(("seeds", "words"), [(1, "with 1 seed no"), (2, "with 2 seeds no")])
+def test_a_plan_that_can_show_nothing_warns(seeds, words):
+    (line,) = power_lines(Plan(the_sweep("overlap", seeds=seeds)), 60)
+    assert words in line and "5 tests of the plan take 8 seeds (one alone 6)" in line
 
 
 def test_seeds_are_no_axis_and_an_axis_that_nothing_reads_is_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "ablate", "grid", "--axis", "seed=5,6") == 2
     assert "give their number with --seeds" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="the same to SFT and PPO"):
+    with pytest.raises(ConfigError, match="the same to SFT, SRPPO"):
         the_sweep("grid", axes=["methods.samples=8,16"])
     assert the_sweep("grid", axes=["ppo.lr=1e-5,3e-5"]).axes == ("lr",)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,12 @@ from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison
+from srppo.ablations.trends import DRAWS, Metric, Peak, Scores, Trend, peaks, trends
 from srppo.errors import DataError
 from srppo.results import DECODINGS, TaskResult, own_tests
 from srppo.significance import detectable, holm, seeds_needed, sign_flip
 from srppo.stats import Estimate, calibrated_interval, crossed_error, interquartile_mean
 from srppo.store import Stage
-
-DRAWS = 1000  # only the shape of an interval hangs on them, not its width
-Metric = tuple[str, str]  # group of items, decoding
-Scores = Mapping[int, Mapping[Metric, TaskResult]]  # by seed
 
 
 @dataclass(frozen=True)
@@ -67,20 +64,6 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class Trend:
-    """Slope of an arm's accuracy, or of a difference of arms, along an axis; per doubling, or per unit of the axis."""
-
-    what: str
-    axis: str
-    scale: str
-    where: str
-    metric: Metric
-    slope: Estimate
-    points: int
-    seeds: int
-
-
-@dataclass(frozen=True)
 class SweepResult:
     """All of it, and a plain row a cell, seed, group and decoding for CSV and parquet."""
 
@@ -89,7 +72,7 @@ class SweepResult:
     differences: tuple[Tested, ...]
     trends: tuple[Trend, ...]
     rows: tuple[Mapping[str, Any], ...]
-    notes: tuple[str, ...] = field(default=())
+    peaks: tuple[Peak, ...] = ()
 
     def cell(self, cell: Cell) -> CellResult:
         return next(each for each in self.cells if each.cell == cell)
@@ -103,7 +86,7 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     cells = tuple(_cell(plan, ledger, cell, stages[cell], scores[cell], states) for cell in stages)
     rows = tuple(row for cell in stages for row in _rows(plan, ledger, cell, stages[cell], scores[cell]))
     differences = _differences(plan, scores)
-    return SweepResult(plan, cells, differences, _trends(plan, scores), rows)
+    return SweepResult(plan, cells, differences, trends(plan.sweep, scores), rows, peaks(plan.sweep, scores))
 
 
 def _stages(
@@ -226,7 +209,7 @@ def _rows(
     return made
 
 
-# ---- differences and trends
+# ---- differences
 
 
 def _differences(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Tested, ...]:
@@ -290,58 +273,6 @@ def _matrix(arms: Sequence[Scores], metric: Metric) -> list[NDArray[np.float64]]
         if result.items != items:
             raise DataError(f"{result.path} answers other items than {results[0][0].path}; they cannot be paired")
     return [np.array([result.scores for result in arm], dtype=float) for arm in results]
-
-
-def _trends(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Trend, ...]:
-    """Slopes along the planned axis, of each arm and of each kind of difference, apart for each other axis value."""
-    analysis, sweep = plan.sweep.analysis, plan.sweep
-    if analysis.trend is None:
-        return ()
-    metric, axis, found = (analysis.group, analysis.decoding), analysis.trend, []
-    within = [each for each in analysis.family if each.model.point == each.baseline.point]
-    pairs = dict.fromkeys((each.model.arm, each.baseline.arm) for each in within)
-    for where, points in _lines(plan, axis).items():
-        lines: dict[str, list[tuple[float, dict[int, NDArray[np.float64]]]]] = {}
-        for point in points:
-            x = float(point.values[axis])
-            by_arm = {a.name: _by_seed(scores[Cell(point.name, a.name)], metric) for a in sweep.arms}
-            for name, own in by_arm.items():
-                lines.setdefault(name, []).append((x, own))
-            for model, baseline in pairs:
-                after, before = by_arm[model], by_arm[baseline]
-                gap = {seed: after[seed] - before[seed] for seed in after if seed in before}
-                lines.setdefault(f"{model} minus {baseline}", []).append((x, gap))
-        for what, line in lines.items():
-            slope = _slope(line, analysis.scale)
-            if slope is not None:
-                estimate, seeds = slope
-                found.append(Trend(what, axis, analysis.scale, where, metric, estimate, len(line), seeds))
-    return tuple(found)
-
-
-def _lines(plan: Plan, axis: str) -> dict[str, list[Any]]:
-    """Points by their values on the other axes."""
-    found: dict[str, list[Any]] = {}
-    for point in plan.sweep.points:
-        if axis in point.values:
-            others = ", ".join(f"{key} {value}" for key, value in point.values.items() if key != axis)
-            found.setdefault(others, []).append(point)
-    return found
-
-
-def _by_seed(scores: Scores, metric: Metric) -> dict[int, NDArray[np.float64]]:
-    return {seed: np.array(found[metric].scores) for seed, found in scores.items() if metric in found}
-
-
-def _slope(line: Sequence[tuple[float, Mapping[int, NDArray[np.float64]]]], scale: str) -> tuple[Estimate, int] | None:
-    """Least squares over the points, seed by seed and item by item: linear, so its interval is that of a mean."""
-    xs = np.array([math.log2(x) if scale == "log2" else x for x, _ in line])
-    seeds = [seed for seed in line[0][1] if all(seed in values for _, values in line)]
-    if len(set(xs)) < 3 or not seeds:
-        return None
-    weights = (xs - xs.mean()) / ((xs - xs.mean()) ** 2).sum()
-    values = np.array([sum(w * own[seed] for w, (_, own) in zip(weights, line, strict=True)) for seed in seeds])
-    return calibrated_interval(values, draws=DRAWS), len(seeds)
 
 
 def _mean(values: Sequence[float]) -> float | None:

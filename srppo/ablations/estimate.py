@@ -82,14 +82,20 @@ def power_lines(plan: Plan, items: int) -> list[str]:
     """In plain words: what could be significant, and a warning where nothing could."""
     analysis, seeds = plan.sweep.analysis, len(plan.sweep.seeds)
     tests, needed = len(analysis.family), seeds_needed(analysis.alpha, max(len(analysis.family), 1))
+    if not tests:
+        return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:
         alone = seeds_needed(analysis.alpha)
         return [
-            f"warning: with {seeds} seeds no difference can be significant: {tests} tests need {needed} seeds (one "
-            f"alone {alone}); read the intervals, or give --seeds"
+            f"warning: with {_many(seeds, 'seed')} no difference can be significant: {_many(tests, 'test')} of the "
+            f"plan take {needed} seeds (one alone {alone}); read the intervals, or give --seeds"
         ]
     return [
         f"{seeds} seeds and {items} items a group show differences of about {could_show(plan, items):.2f} or more with "
         f"80% power before Holm's correction over {tests} (assumed spreads: {SEED_SD:g} between seeds, {ITEM_SD:g} "
         f"between items, {REST_SD:g} within)"
     ]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

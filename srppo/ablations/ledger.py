@@ -4,6 +4,7 @@
                     failures.jsonl      a line a failed try: reason, time, host; a try that was only killed with its
                                         worker leaves none
                     log-<time>-<pid>.txt    what each try printed
+    RUN/limits.json                     seconds that a stage may take, as the last start of the sweep has set them
 
 Whether a stage is done, running or diverged is what the stage itself says; nothing here can contradict it.
 """
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srppo.ablations.plan import Task
-from srppo.checkpoint import storing
+from srppo.checkpoint import storing, write_atomic
 from srppo.config import canonical_json
 from srppo.lease import now
-from srppo.records import read_lines
+from srppo.records import read_json, read_lines
 from srppo.store import Run, Stage
 
 Status = Literal["waiting", "running", "done", "failed", "diverged"]
@@ -99,6 +100,16 @@ class Ledger:
         if path.exists():
             with storing(path):
                 path.rename(path.with_name(f"failures-{time.time_ns()}.jsonl"))
+
+    def limit(self, timeout_s: float) -> None:
+        """Set how long a stage may take, also for workers that join later."""
+        write_atomic(self.run.path / "limits.json", canonical_json({"timeout_s": timeout_s}))
+
+    @property
+    def timeout_s(self) -> float | None:
+        """How long a stage may take; None in a sweep that nobody has started yet."""
+        path = self.run.path / "limits.json"
+        return float(read_json(path)["timeout_s"]) if path.exists() else None
 
     def log_path(self, task: Task) -> Path:
         """Where a new try prints."""

@@ -27,6 +27,7 @@ GRACE_S = 30.0  # for children to save after a stop was asked for
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PAUSE_S = 0.01
 ELSEWHERE_S = 1.0  # between looks at stages that other workers hold
+RETRY_S = 1.0  # before the second try of a stage that failed, twice as much before each further one
 
 Execute = Callable[[Task, Ledger], None]
 
@@ -62,7 +63,7 @@ class Worker:
         self._open = dict(self.tasks)  # not known to be done or given up
         self._finished: set[str] = set()
         self._hopeless: set[str] = set()
-        self._later: dict[str, float] = {}  # held by others: when to look again
+        self._later: dict[str, float] = {}  # held by others, or just failed: when to look again
 
     def run(self) -> None:
         """Raises Interrupted after Ctrl-C or SIGTERM, StorageError where the disk is full; all saved in both cases."""
@@ -175,7 +176,10 @@ class Worker:
 
     def _fail(self, task: Task, reason: str, *, final: bool = False) -> None:
         self.ledger.fail(task, reason, final=final)
-        left = 0 if final else self.ledger.tries - len(self.ledger.failures(task))
+        failed = len(self.ledger.failures(task))
+        left = 0 if final else self.ledger.tries - failed
+        if left > 0:  # what hindered it, such as a network disk that is away, may be over in a while
+            self._later[task.key] = time.monotonic() + RETRY_S * 2 ** (failed - 1)
         then = f"{left} more tries" if left > 1 else "one more try" if left == 1 else "given up"
         self.on_event(f"{task.name} failed: {reason}; {then}")
 

@@ -6,14 +6,14 @@ import difflib
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from srppo.ablations.plan import Plan
-from srppo.ablations.spec import Cell, Sweep
-from srppo.ablations.sweeps import SWEEPS, Options
+from srppo.ablations.spec import Arm, Cell, Sweep
+from srppo.ablations.sweeps import ARMS, SWEEPS, Options
 from srppo.config import Recipe, is_embedded, parse_override, parse_value
 from srppo.errors import ConfigError
 from srppo.results import DECODINGS
@@ -25,18 +25,18 @@ def read_options(
     recipe: Recipe,
     *,
     seeds: int | None = None,
-    sizes: str = "",
-    rates: str = "",
+    sizes: str | None = None,
+    rates: str | None = None,
     axes: Sequence[str] = (),
+    arms: str | None = None,
     primary: str | None = None,
     quick: bool = False,
 ) -> Options:
     """Check and translate. Raises ConfigError for an unknown sweep, an axis it lacks, or values that are none."""
     if name not in SWEEPS:
-        near = difflib.get_close_matches(name, SWEEPS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown sweep {name!r}{hint}; there are: {', '.join(SWEEPS)}")
-    given = [*([f"data.size={sizes}"] if sizes else []), *([f"data.noise_rate={rates}"] if rates else []), *axes]
+        raise ConfigError(f"unknown sweep {name!r}{_nearest(name, SWEEPS)}; there are: {', '.join(SWEEPS)}")
+    short = {"data.size": sizes, "data.noise_rate": rates}
+    given = [*(f"{key}={values}" for key, values in short.items() if values is not None), *axes]
     found: dict[str, tuple[Any, ...]] = {}
     for text in given:
         key, values = read_axis(text)
@@ -48,7 +48,29 @@ def read_options(
             raise ConfigError(f"the axis {key} is given twice; give all its values at once")
         found[key] = values
     _check_models(name, recipe, found)
-    return Options(recipe, _primary(primary, recipe), seeds, found, quick)
+    return Options(recipe, _primary(primary, recipe), seeds, found, quick, _arms(name, arms))
+
+
+def _arms(name: str, text: str | None) -> tuple[Arm, ...]:
+    """`SFT,longer SFT,SRPPO` to arms in this order; none for the default."""
+    if text is None:
+        return ()
+    if name != "grid":
+        raise ConfigError(f"the arms of {name} are fixed; `srppo ablate grid --arms ...` takes any")
+    found = [each.strip() for each in text.split(",") if each.strip()]
+    for each in found:
+        if each not in ARMS:
+            raise ConfigError(f"unknown arm {each!r}{_nearest(each, ARMS)}; there are: {', '.join(ARMS)}")
+    if not found:
+        raise ConfigError(f"--arms is empty; there are: {', '.join(ARMS)}")
+    return tuple(ARMS[each] for each in found)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'SRPPO'?`; "" where nothing is near."""
+    lowered = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f", did you mean {lowered[near[0]]!r}?" if near else ""
 
 
 def _check_models(name: str, recipe: Recipe, axes: Mapping[str, tuple[Any, ...]]) -> None:
@@ -66,7 +88,7 @@ def _check_models(name: str, recipe: Recipe, axes: Mapping[str, tuple[Any, ...]]
 def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """`section.key=v1,v2` to (key, values). A comma within brackets or quotes belongs to the value."""
     key, _, raw = text.partition("=")
-    parse_override(f"{key}=0")  # its key, or an error that names the nearest
+    parse_override(f"{key}=0", option="--axis")  # its key, or an error that names the nearest
     try:
         values = tomllib.loads(f"values = [{raw}]")["values"]
     except tomllib.TOMLDecodeError:
@@ -106,8 +128,8 @@ def _refuse_idle_axes(sweep: Sweep) -> None:
         keys = tuple(measured[Cell(point.name, arm.name), sweep.seeds[0]] for arm in sweep.arms)
         if other := by_keys.get(keys):
             raise ConfigError(
-                f"the points {other!r} and {point.name!r} are the same to SFT and PPO: an axis changes nothing that "
-                "they read; leave it out"
+                f"the points {other!r} and {point.name!r} are the same to "
+                f"{', '.join(arm.name for arm in sweep.arms)}: an axis changes nothing that they read; leave it out"
             )
         by_keys[keys] = point.name
 

@@ -21,6 +21,7 @@ from srppo.ablations.sweeps import Options
 from srppo.config import CODE_EPOCH, canonical_json, is_embedded
 from srppo.console import Console, duration
 from srppo.errors import ConfigError, RecordError, RunError
+from srppo.place import check_place
 from srppo.store import Run
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def ablate_command(
     sweep = build_sweep(name, options)
     plan = Plan(sweep)
     folder = out or Path("runs") / f"{name}-{_id(sweep)}"
-    if not plan_only and folder.exists():
+    if not plan_only:
         _refuse_other(folder, sweep)
     slots, gpus, device = places(sweep, launch)
     found = _estimate(plan, device, console)
@@ -64,6 +65,7 @@ def ablate_command(
     run = Run.open(folder, sweep.as_spec())
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
     ledger = Ledger(run, TRIES)
+    ledger.limit(timeout_s)
     if launch.retry:
         forgive(plan, ledger, console)
     if launch.engine == "slurm":
@@ -81,12 +83,15 @@ def ablate_command(
 
 
 def _refuse_other(folder: Path, sweep: Sweep) -> None:
-    """Raises RecordError for a folder of something else, before anything is measured."""
+    """Raises RecordError for a folder of something else, or none that can be made, before anything is measured."""
+    check_place(folder)
+    if not folder.exists():
+        return
     if (folder / "sweep.json").exists():
         found = Run.load(folder).spec.get("sweep", "no sweep but a single run")
         if found != sweep.name:
             raise RecordError(f"{folder} holds {found}, not {sweep.name}; give --out another folder")
-    if not folder.is_dir() or any(folder.iterdir()):  # an empty one stays empty until the data are known to be good
+    if any(folder.iterdir()):  # an empty one stays empty until the data are known to be good
         Run.open(folder, sweep.as_spec())
 
 
@@ -106,7 +111,8 @@ def work_command(folder: Path, launch: Launch, console: Console) -> None:
         raise RecordError(f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match")
     slots, gpus, device = places(plan.sweep, launch)
     check_data([next(iter(plan.tasks.values())).recipe], device)  # a wrong folder here must not fail every stage
-    work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=launch.timeout_s, console=console)
+    timeout_s = launch.timeout_s or ledger.timeout_s
+    work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     raise_if_lost(plan, ledger)
 
 

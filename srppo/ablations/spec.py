@@ -12,7 +12,6 @@ from typing import Any
 
 from srppo.config import CODE_EPOCH, Recipe, build_recipe, with_overrides
 from srppo.errors import ConfigError
-from srppo.significance import seeds_needed
 
 MOST_COMPARISONS = 25  # the first of so many that 10 seeds can still show: 2^(1-10) * 25 < 0.05
 
@@ -127,6 +126,20 @@ class Sweep:
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
+    def beside(self, axis: str) -> list[str]:
+        """What sets lines along an axis apart: all other values, but those that go one to one with it (a model beside
+        its number of parameters)."""
+        keys = dict.fromkeys(key for point in self.points for key in point.values)
+        return [key for key in keys if key != axis and not _one_to_one(self.points, key, axis)]
+
+    def lines(self, axis: str) -> dict[str, list[Ablation]]:
+        """Points along an axis of numbers, in its order, apart for each combination of what is beside it."""
+        beside, found = self.beside(axis), dict[str, list[Ablation]]()
+        for point in sorted((p for p in self.points if axis in p.values), key=lambda p: float(p.values[axis])):
+            where = ", ".join(f"{key} {point.values[key]}" for key in beside if key in point.values)
+            found.setdefault(where, []).append(point)
+        return found
+
     def as_spec(self) -> dict[str, Any]:
         """What sweep.json holds."""
         parts = {key: value for key, value in vars(self).items() if key != "recipe"}
@@ -150,6 +163,11 @@ class Sweep:
             analysis=Analysis(family=family, **analysis),
             notes=tuple(spec["notes"]),
         )
+
+
+def _one_to_one(points: Sequence[Ablation], one: str, other: str) -> bool:
+    pairs = {(label(point.values.get(one)), label(point.values.get(other))) for point in points}
+    return 1 < len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
 def is_sweep(spec: Mapping[str, Any]) -> bool:
@@ -177,11 +195,11 @@ def _check(sweep: Sweep) -> None:
         for cell in (comparison.model, comparison.baseline):
             if cell not in cells:
                 raise ConfigError(f"sweep {sweep.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")
-    tests, seeds = len(sweep.analysis.family), max(len(sweep.seeds), 10)
-    if tests > MOST_COMPARISONS and seeds_needed(sweep.analysis.alpha, tests) > seeds:
+    if (tests := len(sweep.analysis.family)) > MOST_COMPARISONS:
         raise ConfigError(
-            f"sweep {sweep.name} would test {tests} differences; more than {MOST_COMPARISONS} leave {seeds} seeds "
-            f"nothing to show after Holm's correction: trim an axis, or take {seeds_needed(0.05, tests)} seeds"
+            f"sweep {sweep.name} would test {tests} differences; its family may have {MOST_COMPARISONS}, or Holm's "
+            "correction leaves little to see: trim an axis (--axis KEY=V1,V2), leave out arms (--arms of grid), or run "
+            "two sweeps"
         )
 
 

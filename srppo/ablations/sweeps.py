@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe
 from srppo.errors import ConfigError
@@ -21,7 +22,7 @@ NOT_TUNED = "no setting was tuned for any point: what holds at the default may b
 class Options:
     """What a command line may change; empty means the sweep's own default.
 
-    primary: (group of items, decoding) of the primary metric. axes: values by recipe key.
+    primary: (group of items, decoding) of the primary metric. axes: values by recipe key. arms: of a grid.
     """
 
     recipe: Recipe
@@ -29,6 +30,7 @@ class Options:
     seeds: int | None = None
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     quick: bool = False
+    arms: tuple[Arm, ...] = ()
 
     @property
     def embedded(self) -> bool:
@@ -90,7 +92,7 @@ def data_size(options: Options) -> Sweep:
     if not options.quick:
         budgets["epochs"] = {"sft.steps": None}
     points = [
-        Ablation(f"{size}, same {budget}", {"data.size": size, **keys}, {"demonstrations": size, "same": budget})
+        Ablation(f"{label(size)}, same {budget}", {"data.size": size, **keys}, {"demonstrations": size, "same": budget})
         for budget, keys in budgets.items()
         for size in sizes
     ]
@@ -114,7 +116,7 @@ def noise(options: Options) -> Sweep:
     rates = options.values("data.noise_rate", (0.0, 0.2, 0.4, 0.7), quick=(0.0, 0.3, 0.7))
     points = [
         Ablation(
-            f"{kind} {label(rate)}",
+            f"{label(kind)} {label(rate)}",
             {"data.noise": kind if rate else "none", "data.noise_rate": rate},
             {"rate": rate, "kind": kind},
         )
@@ -141,7 +143,14 @@ def model_scale(options: Options) -> Sweep:
     bases = options.values(
         "model.base", ("embedded:xs", "embedded:s", "embedded:l"), quick=("embedded:xs", "embedded:s")
     )
-    points = [Ablation(str(base), {"model.base": base}, {"base": base}) for base in bases]
+    counts = [parameter_count(str(base)) for base in bases]
+    known = None not in counts and len(set(counts)) == len(counts)
+    sizes = [{"parameters": count} if known else {} for count in counts]
+    points = [
+        Ablation(str(base), {"model.base": base}, {"base": base, **size})
+        for base, size in zip(bases, sizes, strict=True)
+    ]
+    unknown = "no slope along the number of parameters: it is known of local folders with safetensors, each another"
     return options.sweep(
         "model-scale",
         "At which model sizes does SRPPO beat SFT?",
@@ -149,7 +158,9 @@ def model_scale(options: Options) -> Sweep:
         points,
         (BASE, SFT, SRPPO),
         every(points, "SRPPO", "SFT"),
-        notes=("learning rates are the same at every size: not tuned per scale",),
+        trend="parameters" if known else None,
+        scale="log2",
+        notes=("learning rates are the same at every size: not tuned per scale", *(() if known else (unknown,))),
     )
 
 
@@ -254,7 +265,7 @@ def prompts(options: Options) -> Sweep:
     )
     points = [
         Ablation(
-            f"{count} of {domain}",
+            f"{label(count)} of {label(domain)}",
             {"data.prompts": domain, "data.prompts_size": count},
             {"prompts": count, "domain": domain},
         )
@@ -273,10 +284,10 @@ def prompts(options: Options) -> Sweep:
     )
 
 
-def method(options: Options) -> Sweep:
-    """Every way to use the same two models: is PPO worth it?"""
-    points = [Ablation("all", {}, {})]
-    arms = (
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        BASE,
         SFT,
         LONGER,
         Arm("weight extrapolation", "extrapolated"),
@@ -284,8 +295,17 @@ def method(options: Options) -> Sweep:
         Arm("resampling", "resampled"),
         Arm("best-of-n", "best-of-n"),
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
-        Arm("SRPPO", "ppo", {"ppo.advantage": "gae"}),
+        SRPPO,
     )
+}
+"""Every way to use the same two models, as a grid may name them; SRPPO as the recipe has it."""
+
+
+def method(options: Options) -> Sweep:
+    """Every way to use the same two models: is PPO worth it?"""
+    points = [Ablation("all", {}, {})]
+    arms = [arm for arm in ARMS.values() if arm not in (BASE, SRPPO)]
+    arms.append(Arm(SRPPO.name, "ppo", {"ppo.advantage": "gae"}))
     others = [arm.name for arm in arms if arm.name != "SRPPO"]
     family = [*every(points, "SRPPO", *others)]
     family += [Comparison(Cell("all", name), Cell("all", "SFT")) for name in others if name != "SFT"]
@@ -304,7 +324,7 @@ def any_grid(options: Options) -> Sweep:
     """Every combination of the axes given."""
     if not options.axes:
         raise ConfigError("grid needs axes; give --axis section.key=v1,v2, for example --axis ppo.lr=3e-5,1e-4")
-    points = grid(**options.axes)
+    arms, points = options.arms or (SFT, SRPPO), grid(**options.axes)
     names = list(points[0].values)
     ordered = [name for name in names if all(_is_number(point.values[name]) for point in points)]
     return options.sweep(
@@ -312,10 +332,18 @@ def any_grid(options: Options) -> Sweep:
         "What do " + " and ".join(options.axes) + " change?",
         names,
         points,
-        (SFT, SRPPO),
-        every(points, "SRPPO", "SFT"),
+        arms,
+        _each_against(points, [arm.name for arm in arms]),
         trend=ordered[0] if ordered else None,
     )
+
+
+def _each_against(points: Sequence[Ablation], arms: Sequence[str]) -> tuple[Comparison, ...]:
+    """SRPPO minus every other arm, or without it every arm minus SFT, or minus the first."""
+    if "SRPPO" in arms:
+        return every(points, "SRPPO", *(name for name in arms if name != "SRPPO"))
+    baseline = "SFT" if "SFT" in arms else arms[0]
+    return tuple(each for name in arms if name != baseline for each in every(points, name, baseline))
 
 
 def _fits(value: Any, scale: str) -> bool:

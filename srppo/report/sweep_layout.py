@@ -28,8 +28,12 @@ def axis_words(axis: str) -> str:
 
 def line_axis(sweep: Sweep) -> str | None:
     """The axis to draw lines along: the planned one, else the first that varies in numbers; None: draw points."""
-    numeric = [axis for axis in varying(sweep) if all(_is_number(p.values.get(axis)) for p in sweep.points)]
-    return sweep.analysis.trend if sweep.analysis.trend in numeric else next(iter(numeric), None)
+    planned = [sweep.analysis.trend] if sweep.analysis.trend else []
+    for axis in (*planned, *varying(sweep)):
+        values = [point.values.get(axis) for point in sweep.points]
+        if all(map(_is_number, values)) and len(set(values)) > 1:
+            return axis
+    return None
 
 
 def is_log(sweep: Sweep, axis: str) -> bool:
@@ -65,18 +69,10 @@ def cell_label(sweep: Sweep, point: str, arm: str) -> str:
 
 def panels(sweep: Sweep, axis: str) -> dict[str, list[Ablation]]:
     """Points along an axis, in its order, apart for each combination of values on the other axes."""
-    others, found = [each for each in varying(sweep) if each != axis], dict[str, list[Ablation]]()
+    beside, found = sweep.beside(axis), dict[str, list[Ablation]]()
+    others = [each for each in varying(sweep) if each in beside]
     for point in sorted(sweep.points, key=lambda p: float(p.values[axis])):
         found.setdefault(", ".join(f"{each} {label(point.values.get(each))}" for each in others), []).append(point)
-    return found
-
-
-def trend_points(sweep: Sweep) -> dict[str, list[Ablation]]:
-    """Points along the axis of the planned trend, in its order, by the words that `Trend.where` has for the others."""
-    axis, found = sweep.analysis.trend or "", dict[str, list[Ablation]]()
-    for point in sorted((p for p in sweep.points if axis in p.values), key=lambda p: float(p.values[axis])):
-        others = ", ".join(f"{key} {value}" for key, value in point.values.items() if key != axis)
-        found.setdefault(others, []).append(point)
     return found
 
 

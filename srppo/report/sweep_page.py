@@ -27,6 +27,7 @@ from srppo.report.sweep_words import (
     family_line,
     interval_line,
     missing_lines,
+    peak_lines,
     progress_line,
     trend_caption,
     trend_lines,
@@ -104,6 +105,7 @@ def _differences(result: SweepResult, plots: Mapping[str, Path]) -> str:
 def _trends(result: SweepResult) -> str:
     table = _table(trends_table(result)) if result.trends else ""
     lines = [*trend_lines(result)[len(result.trends) :], trend_caption(result)]  # the table says the others
+    lines += peak_lines(result)
     return table + "".join(soft_text(line) for line in lines if line)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from srppo.ablations.analysis import Metric, SweepResult
 from srppo.ablations.spec import Ablation, Cell
+from srppo.console import rate
 from srppo.report.figures import GROUP_WORDS
 from srppo.report.plots import arm_colours, save_figure
 from srppo.report.sweep_layout import (
@@ -89,7 +90,7 @@ def _numeric_axis(panel: Axes, result: SweepResult, axis: str) -> None:
     values = sorted({float(point.values[axis]) for point in result.plan.sweep.points})
     if is_log(result.plan.sweep, axis):
         panel.set_xscale("log", base=2)
-    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.set_xticks(values, [f"{value:g}" if value < 1e5 else rate(value) for value in values])
     panel.minorticks_off()
 
 

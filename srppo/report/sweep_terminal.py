@@ -14,7 +14,7 @@ from srppo.ablations.analysis import CellResult, SweepResult
 from srppo.console import sparkline
 from srppo.report.figures import estimate_text, number_text, teraflops
 from srppo.report.sweep_answer import answer, power_lines
-from srppo.report.sweep_layout import label_head, metric_words, pair_words, primary_metric, tested_by_pair, trend_points
+from srppo.report.sweep_layout import label_head, metric_words, pair_words, primary_metric, tested_by_pair
 from srppo.report.sweep_tables import (
     bounds_of,
     costs_caption,
@@ -31,6 +31,7 @@ from srppo.report.sweep_words import (
     family_line,
     interval_line,
     missing_lines,
+    peak_lines,
     progress_line,
     trend_caption,
     trend_lines,
@@ -189,7 +190,8 @@ def _trends(result: SweepResult) -> list[RenderableType]:
     for line, course in zip(lines, courses, strict=True):
         grid.add_row(Chart(course), Text(line))
     caption = f"{trend_caption(result)} Bars: an arm's means, from its least to its largest." if result.trends else ""
-    return [Text("Trends", "bold"), grid, *([_line(caption, "dim")] if caption else []), Text("")]
+    found = [*([_line(caption, "dim")] if caption else []), *map(_line, peak_lines(result))]
+    return [Text("Trends", "bold"), grid, *found, Text("")]
 
 
 def _course(result: SweepResult, what: str, where: str) -> str:
@@ -197,7 +199,7 @@ def _course(result: SweepResult, what: str, where: str) -> str:
     sweep, metric = result.plan.sweep, primary_metric(result.plan.sweep)
     if sweep.analysis.trend is None or what not in [arm.name for arm in sweep.arms]:
         return ""
-    points = trend_points(sweep).get(where, [])
+    points = sweep.lines(sweep.analysis.trend).get(where, [])
     known = {(c.cell.point, c.cell.arm): c.accuracy[metric].mean for c in result.cells if metric in c.accuracy}
     return sparkline([known[p.name, what] for p in points if (p.name, what) in known])
 

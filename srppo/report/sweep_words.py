@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from srppo.ablations.analysis import CellResult, SweepResult, Trend
+from srppo.ablations.analysis import CellResult, SweepResult
+from srppo.ablations.trends import Peak, Trend
 from srppo.report.figures import INTERVAL, number_text
 from srppo.report.sweep_layout import (
     axis_words,
@@ -13,12 +14,14 @@ from srppo.report.sweep_layout import (
     difference_label,
     metric_words,
     primary_metric,
-    trend_points,
 )
-from srppo.verdicts import signed
+from srppo.stats import Estimate
+from srppo.verdicts import number, signed
 
 NO_RESULT = "no result"
 LOST, LEFT = ("failed", "diverged"), ("waiting", "running")
+ROUNDING = 1e-12  # of sums of accuracies
+LOOSENS_DOWNWARDS = ("beta",)  # axes at whose small values less holds the policy back: lower there is overshot
 MOST_REASONS = 3  # shown in a line; the record has all
 
 
@@ -37,7 +40,7 @@ def trend_lines(result: SweepResult) -> list[str]:
     known = {(each.what, each.where) for each in result.trends}
     without = [
         f"{arm.name} ({where})" if where else arm.name
-        for where in trend_points(sweep)
+        for where in sweep.lines(axis)
         for arm in sweep.arms
         if (arm.name, where) not in known
     ]
@@ -53,22 +56,57 @@ def trend_sentence(trend: Trend) -> str:
 
 
 def direction(trend: Trend) -> str:
-    """What the interval of a slope allows to say."""
-    if math.isnan(trend.slope.low):
+    """What a slope allows to say: its interval, or its sign where all seeds and items have the same."""
+    if trend.same:
         return "is the same at every point"
-    if trend.slope.low > 0:
-        return "rises"
-    return "falls" if trend.slope.high < 0 else "shows no clear trend"
+    low, high = trend.slope.low, trend.slope.high
+    if math.isnan(low):
+        mean = trend.slope.mean
+        return "neither rises nor falls" if abs(mean) <= ROUNDING else "rises" if mean > 0 else "falls"
+    return "rises" if low > 0 else "falls" if high < 0 else "shows no clear trend"
 
 
 def slope_text(trend: Trend) -> str:
-    """A slope with its interval; 0 where nothing varies."""
-    return "0" if math.isnan(trend.slope.low) else signed(trend.slope)
+    """A slope with its interval; alone where all seeds and items have the same."""
+    if not math.isnan(trend.slope.low):
+        return signed(trend.slope)
+    return "0" if abs(trend.slope.mean) <= ROUNDING else f"{number(trend.slope.mean, '+')} for every seed and item"
 
 
 def per(trend: Trend) -> str:
     """The unit of a slope."""
     return f"per doubling of {trend.axis}" if trend.scale == "log2" else f"per unit of {trend.axis}"
+
+
+def peak_lines(result: SweepResult) -> list[str]:
+    """Where each arm is highest along the axis, under a line that says what that is worth; none without a peak."""
+    if not result.peaks:
+        return []
+    head = (
+        "Exploratory, not in the plan: where each arm's mean is highest (picked after the fact: it flatters), and "
+        "how far the ends lie below, paired over seeds and items, 95% intervals, no correction."
+    )
+    return [head, *(peak_sentence(each) for each in result.peaks)]
+
+
+def peak_sentence(peak: Peak) -> str:
+    """`SRPPO is highest at beta 0.25 (0.710); at 0.125 lower by 0.050 [0.020, 0.080]: overshoots; ...`"""
+    where = f" ({peak.where})" if peak.where else ""
+    edge = ", an end of the axis" if len(peak.drops) < 2 else ""
+    ends = [f"at {value:g} lower by {_drop(drop)}: {_ending(peak, value, drop)}" for value, drop in peak.drops]
+    top = f"{peak.what}{where} is highest at {peak.axis} {peak.at:g} ({number(peak.height)}){edge}"
+    return "; ".join([top, *ends])
+
+
+def _drop(drop: Estimate) -> str:
+    return f"{number(drop.mean)} [{number(drop.low)}, {number(drop.high)}]"
+
+
+def _ending(peak: Peak, value: float, drop: Estimate) -> str:
+    """What the interval of an end's drop below the peak allows to say."""
+    if not drop.low > 0:
+        return "cannot tell"
+    return "overshoots" if peak.axis in LOOSENS_DOWNWARDS and value < peak.at else "falls off"
 
 
 def missing_lines(result: SweepResult) -> list[str]:
