@@ -13,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from srppo.account import DataReport, Part
-from srppo.chat import encode_demonstration, encode_prompt, ensure_chat_template, stop_ids
+from srppo.chat import encode_demonstrations, encode_prompts, ensure_chat_template, stop_ids
 from srppo.config import DataConfig
 from srppo.errors import ConfigError, DataError
 from srppo.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
-from srppo.mixing import Chosen, choose_prompts
+from srppo.mixing import Chosen, EncodePrompts, choose_prompts
 from srppo.noise import Ask, Noise, add_noise
 from srppo.overlap import Overlap, measure_overlap, without_overlap
 from srppo.rows import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
@@ -47,7 +47,6 @@ __all__ = [
 
 Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
 """(prompts as token ids, seed) to what the base says to each."""
-_EncodePrompt = Callable[[Prompt], tuple[int, ...] | str]
 _Taught = Encoded[Demonstration, EncodedDemonstration]
 _NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
 
@@ -95,14 +94,14 @@ def prepare(
     if ensure_chat_template(tokenizer):
         notes.append("the tokenizer has no chat template and was given ours, Q: ... A: ...")
     encode = partial(
-        encode_demonstration,
+        encode_demonstrations,
         tokenizer,
         system=config.system,
         max_tokens=max_tokens,
         max_prompt_tokens=most,
         stop=stops,
     )
-    encode_asked = partial(encode_prompt, tokenizer, system=config.system, max_prompt_tokens=most_ppo)
+    encode_asked = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=most_ppo)
     ask = partial(_ask, sample, encode_asked) if sample else None
     loaded = load_demonstrations(config.demonstrations, seed=seed)
     train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
@@ -152,7 +151,7 @@ def _demonstrations(
     loaded: Loaded[Demonstration],
     config: DataConfig,
     seed: int,
-    encode: Callable[[Demonstration], EncodedDemonstration | str],
+    encode: Callable[[Sequence[Demonstration]], Sequence[EncodedDemonstration | str]],
     ask: Ask | None,
     stops: list[int],
 ) -> tuple[_Taught, _Taught, Noise, Part]:
@@ -166,7 +165,7 @@ def _demonstrations(
         config.noise,
         config.noise_rate,
         seed,
-        encode=lambda row, answer: encode(replace(row, answer=answer)),
+        encode=lambda row, answer: encode([replace(row, answer=answer)])[0],
         ask=ask,
     )
     train = replace(train, ids=noise.applied(train.ids))
@@ -174,9 +173,10 @@ def _demonstrations(
     return train, held, noise, Part("demonstrations", loaded.opened, unused, len(train.rows), len(held.rows), cut)
 
 
-def _ask(sample: Sample, encode: _EncodePrompt, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
+def _ask(sample: Sample, encode: EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
     """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
-    ids = [encode(Prompt(row.prompt, row.source)) if row.prompt else "plain text" for row in rows]
+    asked = iter(encode([Prompt(row.prompt, row.source) for row in rows if row.prompt]))
+    ids = [next(asked) if row.prompt else "plain text" for row in rows]
     said = iter(sample([prompt for prompt in ids if not isinstance(prompt, str)], seed))
     return [None if isinstance(prompt, str) else next(said) for prompt in ids]
 
@@ -198,7 +198,7 @@ def _prompts(
     seed: int,
     usable: Sequence[Demonstration],
     used: Sequence[Demonstration],
-    encode: _EncodePrompt,
+    encode: EncodePrompts,
 ) -> tuple[Chosen, Part]:
     """PPO's prompts, and the account of those that were read."""
     asked = choose_prompts(config, usable, used, questions.rows, permute(questions.rows, seed), encode)
