@@ -19,10 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from srppo import formats, hub, sources
+from srppo.chat import encode_demonstration, encode_prompt
 from srppo.config import DataConfig
 from srppo.data import (
-    encode_demonstration,
-    encode_prompt,
     ensure_chat_template,
     load_demonstrations,
     load_prompts,
