@@ -41,10 +41,11 @@ def split_held_out(
         asked = canonical_json([[turn.role, turn.content] for turn in row.prompt]) if row.prompt else row.answer
         return derive_seed(seed, f"held out {asked}") < share * 2**63
 
-    train = [row for row in rows if not is_held_out(row)]
+    sides = [is_held_out(row) for row in rows]
+    train = [row for row, held in zip(rows, sides, strict=True) if not held]
     if not train:
         raise DataError(f"data.held_out = {share} leaves none of {len(rows)} demonstrations to train on; lower it")
-    return train, [row for row in rows if is_held_out(row)]
+    return train, [row for row, held in zip(rows, sides, strict=True) if held]
 
 
 def row_id(row: Demonstration | Prompt) -> str:

@@ -45,7 +45,8 @@ class Worker:
     """Runs a plan's tasks until nothing is left that it could run.
 
     slots: stages at once. timeout_s: of one stage, None for no limit. gpus: each slot sees its own. on_change: called
-    now and then, for a table of what happens.
+    now and then, for a table of what happens. before: called before a stage is forked, to make ready what stages
+    share; it must do no tensor work and start no threads.
     """
 
     tasks: Mapping[str, Task]
@@ -56,6 +57,7 @@ class Worker:
     gpus: Sequence[str] = ()
     on_change: Callable[[], None] = lambda: None
     on_event: Callable[[str], None] = lambda text: None
+    before: Callable[[Task], None] = lambda task: None
 
     def __post_init__(self) -> None:
         self._children: dict[str, Any] = {}  # by task: what the engine knows of its running stages
@@ -134,6 +136,7 @@ class Worker:
     def _launch(self, task: Task) -> None:
         taken = {child.slot for child in self._children.values()}
         slot = next(i for i in range(self.slots) if i not in taken)
+        self.before(task)
         log = self.ledger.log_path(task)
         parent = os.getpid()
         sys.stdout.flush()
