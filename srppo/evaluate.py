@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,7 +120,7 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], 
 def verdict_of(item: EvalItem, answers: Sequence[Answer]) -> Verdict:
     """What was written for an item, each answer right where it equals the known one."""
     return Verdict(
-        **asdict(item),
+        **vars(item),
         responses=tuple(answer.text for answer in answers),
         correct=tuple(answer.text.strip() == item.answer.strip() for answer in answers),
         ended=tuple(answer.ended for answer in answers),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
@@ -129,7 +129,7 @@ class Pipeline:
 
     def fresh_base(self) -> LanguageModel:
         """Another copy of the base, to be trained."""
-        return self.load(self.recipe.model.base)
+        return self.base.copy()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -198,7 +198,7 @@ class Pipeline:
                 self.recipe,
                 bench,
                 policy,
-                self.load(str(sft_path)),
+                policy.copy(),  # the SFT model, while nothing is trained or resumed
                 self.base,
                 self.data.prompts,
                 self.development,
@@ -358,7 +358,7 @@ class Pipeline:
 
 def items_sha(recipe: Recipe) -> str:
     """What the items of development and test are, by content."""
-    items = [asdict(item) for split in ("dev", "test") for item in load_items(recipe, split)]
+    items = [vars(item) for split in ("dev", "test") for item in load_items(recipe, split)]
     return _sha(items)[:16]
 
 
@@ -377,7 +377,7 @@ def kept_checkpoint(stage: Stage, step: int) -> Path:
 
 def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
     """One JSON line an item, in the order of the items."""
-    (folder / "samples.jsonl").write_text("".join(canonical_json(asdict(v)) + "\n" for v in verdicts))
+    (folder / "samples.jsonl").write_text("".join(canonical_json(vars(v)) + "\n" for v in verdicts))
 
 
 def run_sft(pipeline: Pipeline) -> None:
