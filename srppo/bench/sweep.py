@@ -4,13 +4,16 @@ Spans are timed inside the stages' processes, by wrapping the functions named be
 of it. What no span covers is the process itself: forking, importing, ending.
 
     training    `train_sft` or `train_ppo`, development items included: they choose the kept step
-    measuring   test items and held-out NLL of the trained model
+    measuring   test items and held-out NLL of the trained model; all that a stage without training does
     data        everything the pipeline prepares before its stage: demonstrations, prompts, items, encoding
     models      tokenizer and weights
     record      lease, logs, checkpoints, export, commit
     sync        of these, waiting for the disk (`fsync`)
+    warm-up     what the worker makes ready before it forks, in equal parts for all its stages
 
-Harness is the wall time of a stage's process less training and measuring.
+Harness is the wall time of a stage's process less training and measuring, and its part of the warm-up. Of a shipped
+sweep the warm-up is that of its own first seed, made in a process of its own; its stages are taken as those of their
+kind that were measured here, at the defaults.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ import json
 import os
 import resource
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,8 +39,10 @@ from srppo.ablations.execute import execute
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.local import Worker
 from srppo.ablations.options import build_sweep, read_options
+from srppo.ablations.pace import apart
 from srppo.ablations.plan import Plan, Task
-from srppo.ablations.sweeps import SWEEPS
+from srppo.ablations.sweeps import BASE, SWEEPS
+from srppo.ablations.warm import Warm
 from srppo.bench.machine import machine
 from srppo.bench.rows import append_rows
 from srppo.config import Recipe
@@ -48,7 +53,7 @@ from srppo.store import Attempt, Run
 
 SCHEMA = 1
 MOST_MS, MOST_SHARE = 60.0, 0.03  # the bars: 1,000 no-op stages a minute and worker; harness to training
-SPANS = ("training", "measuring", "data", "models", "record", "sync", "process")
+SPANS = ("training", "measuring", "data", "models", "record", "sync", "process", "warm-up")
 
 
 @dataclass(frozen=True)
@@ -109,14 +114,17 @@ class Spans:
 
     def wrap(self, owner: Any, attribute: str, name: str) -> None:
         """Time every call of a function or method. For a process that ends soon: it is never undone."""
-        plain = getattr(owner, attribute)
+        setattr(owner, attribute, self.timing(getattr(owner, attribute), name))
+
+    def timing(self, plain: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The same function, with every call timed."""
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self.span(name):
                 return plain(*args, **kwargs)
 
-        setattr(owner, attribute, timed)
+        return timed
 
     def wrap_all(self) -> None:
         for train in ("train_sft", "train_ppo"):
@@ -124,7 +132,11 @@ class Spans:
         self.wrap(Pipeline, "measure", "measuring")
         self.wrap(Pipeline, "__post_init__", "data")
         self.wrap(Pipeline, "load", "models")
-        self.wrap(srppo.pipeline, "load_tokenizer", "models")
+        self.wrap(Warm, "tokenizer", "models")
+        untrained = Pipeline.untrained
+        Pipeline.untrained = lambda self_, kind, parents, measure, *rest, **more: untrained(  # type: ignore[method-assign,assignment]
+            self_, kind, parents, self.timing(measure, "measuring"), *rest, **more
+        )
         for method in ("__init__", "log_metrics", "log_rollout", "log_event", "save_checkpoint", "publish", "commit"):
             self.wrap(Attempt, method, "record")
         for method in ("stage", "write_data_manifest"):
@@ -160,7 +172,8 @@ def run_sweep_bench(options: SweepBench, console: Console) -> None:
         rows += measure(tasks, nothing, options)
         console.say(f"{options.stages} stages that do nothing: {rows[-1].total_s:.1f} s")
     if options.seeds:
-        rows += measure(training_plan(options).tasks, execute, options)
+        warm = Warm(options.slots + 1)
+        rows += measure(training_tasks(options), functools.partial(execute, warm=warm), options, warm.before)
     append_rows(rows, options.out)
     console.print(table_of(rows))
     for line in verdicts(rows, options.recipe):
@@ -168,26 +181,56 @@ def run_sweep_bench(options: SweepBench, console: Console) -> None:
     console.print(f"rows: {options.out}")
 
 
-def training_plan(options: SweepBench) -> Plan:
-    """SFT and SRPPO at the defaults of every shipped sweep."""
-    axis = f"reward.beta={options.recipe.reward.beta:g}"
-    return Plan(build_sweep("grid", read_options("grid", options.recipe, seeds=options.seeds, axes=[axis])))
+def training_tasks(options: SweepBench) -> dict[str, Task]:
+    """Every kind of stage, at the defaults of the shipped sweeps: the base, and all that `method` compares."""
+    sweep = build_sweep("method", read_options("method", options.recipe, seeds=options.seeds))
+    return Plan(replace(sweep, arms=(BASE, *sweep.arms))).tasks
 
 
-def measure(tasks: Mapping[str, Task], run: Callable[[Task, Ledger], None], options: SweepBench) -> list[SweepRow]:
+def measure(
+    tasks: Mapping[str, Task],
+    run: Callable[[Task, Ledger], None],
+    options: SweepBench,
+    before: Callable[[Task], None] = lambda task: None,
+) -> list[SweepRow]:
     """One row a kind of task, by a real worker in a record that is then deleted. Raises RunError if a stage failed."""
+    worker = Spans()
     with TemporaryDirectory(dir=options.out.parent, prefix="stages-") as folder:
         ledger = Ledger(Run.open(Path(folder) / "run", {"sweep": "bench"}), tries=1)
         failures: list[str] = []
         began, cpu = time.perf_counter(), _cpu_seconds()
-        Worker(tasks, ledger, functools.partial(timed, run), slots=options.slots, on_event=failures.append).run()
+        Worker(
+            tasks,
+            ledger,
+            functools.partial(timed, run),
+            slots=options.slots,
+            on_event=failures.append,
+            before=worker.timing(before, "warm-up"),
+        ).run()
         total = time.perf_counter() - began, _cpu_seconds() - cpu
         if failures:
             raise RunError(f"a stage of the benchmark failed: {failures[0]}")
         by_kind: dict[str, list[dict[str, float]]] = defaultdict(list)
         for task in tasks.values():
             by_kind[task.kind].append(json.loads((ledger.folder(task) / "spans.json").read_text()))
-    return [_row(kind, spans, *total, options.slots) for kind, spans in by_kind.items()]
+    each = worker.seconds["warm-up"] / len(tasks)
+    return [_row(kind, [_with(each, s) for s in spans], *total, options.slots) for kind, spans in by_kind.items()]
+
+
+def _with(warm_up_s: float, spans: Mapping[str, float]) -> dict[str, float]:
+    return {**spans, "wall": spans["wall"] + warm_up_s, "warm-up": warm_up_s}
+
+
+def warm_up_s(tasks: Sequence[Task]) -> float:
+    """Seconds that a new worker takes to make ready for some tasks, one after the other."""
+
+    def warm() -> dict[str, float]:
+        began, made = time.perf_counter(), Warm(2)
+        for task in tasks:
+            made.before(task)
+        return {"seconds": time.perf_counter() - began}
+
+    return float(apart(warm)["seconds"])
 
 
 def _cpu_seconds() -> float:
@@ -221,24 +264,33 @@ def verdicts(rows: Sequence[SweepRow], recipe: Recipe) -> list[str]:
     """The bars, and the shares of the shipped sweeps whose kinds of stages were measured."""
     lines = []
     for row in rows:
-        if row.share is None:
+        if row.kind == "no-op":
             each_ms = 1000 * row.total_s * row.slots / row.stages
             cpu_ms = 1000 * row.cpu_s / row.stages
             bar = _bar(each_ms, MOST_MS, "ms")
             lines.append(f"{row.kind}: {each_ms:.1f} ms a stage and worker {bar}, {cpu_ms:.1f} ms of them computing")
-        else:
+        elif row.share is not None:
             bar = _bar(100 * row.share, 100 * MOST_SHARE, "%")
             record = (row.spans["record"] + row.spans["sync"]) / row.spans["training"]
             lines.append(f"{row.kind}: harness is {row.share:.1%} of training {bar}, bookkeeping alone {record:.1%}")
-    known = {row.kind: row for row in rows if row.share is not None}
-    for name in SWEEPS if known else ():
-        if name != "grid":
-            counts = Counter(task.kind for task in Plan(build_sweep(name, read_options(name, recipe))).tasks.values())
-            if set(counts) <= set(known):
-                harness = sum(count * known[kind].harness_s for kind, count in counts.items())
-                share = harness / sum(count * known[kind].spans["training"] for kind, count in counts.items())
-                lines.append(f"sweep {name}: {share:.1%} {_bar(100 * share, 100 * MOST_SHARE, '%')}")
+    known = {row.kind: row for row in rows if row.kind != "no-op"}
+    if "ppo" in known:
+        lines += [_sweep_verdict(name, known, recipe) for name in SWEEPS if name != "grid"]
     return lines
+
+
+def _sweep_verdict(name: str, known: Mapping[str, SweepRow], recipe: Recipe) -> str:
+    sweep = build_sweep(name, read_options(name, recipe))
+    tasks = list(Plan(sweep).tasks.values())
+    first = [task for task in tasks if task.recipe.seed == sweep.seeds[0]]
+    if missing := sorted({task.kind for task in tasks} - known.keys()):
+        return f"sweep {name}: not judged, for want of stages of kind {', '.join(missing)}"
+    alone_s = sum(known[task.kind].harness_s - known[task.kind].spans["warm-up"] for task in tasks)
+    harness_s = alone_s + warm_up_s(first) * len(sweep.seeds)
+    share = harness_s / sum(known[task.kind].spans["training"] for task in tasks)
+    others = {task.recipe.model.base for task in tasks} - {recipe.model.base}
+    note = f"; as if all bases were {recipe.model.base}, but larger ones train longer" if others else ""
+    return f"sweep {name}: {share:.1%} {_bar(100 * share, 100 * MOST_SHARE, '%')}{note}"
 
 
 def _bar(value: float, most: float, unit: str) -> str:
