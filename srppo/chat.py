@@ -58,11 +58,16 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: str | None, max_prompt_tokens: int
 ) -> tuple[int, ...] | str:
     """Token ids of a prompt up to where the answer begins, or the reason why it is left out."""
-    try:
-        text = _rendered(tokenizer, _with_system(prompt.messages, system), generation=True)
-        return _prompt_ids(tokenizer, text, max_prompt_tokens)
-    except _LeftOut as reason:
-        return str(reason)
+    return encode_prompts(tokenizer, [prompt], system=system, max_prompt_tokens=max_prompt_tokens)[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, system: str | None, max_prompt_tokens: int
+) -> list[tuple[int, ...] | str]:
+    """`encode_prompt` of each, at less than half the cost: template and tokenizer are called once for all."""
+    turns = [_with_system(prompt.messages, system) for prompt in prompts]
+    heads = _prompt_ids(tokenizer, _rendered(tokenizer, turns, generation=True), max_prompt_tokens)
+    return [str(head) if isinstance(head, _LeftOut) else head for head in heads]
 
 
 def encode_demonstration(
@@ -83,63 +88,115 @@ def encode_demonstration(
     A plain text has no prompt; it begins as the tokenizer begins texts (BOS or nothing), takes no system message, and
     without BOS its first token counts as prompt, since nothing stands before it to predict it from.
     """
+    return encode_demonstrations(
+        tokenizer,
+        [demonstration],
+        system=system,
+        max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        stop=stop,
+    )[0]
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    *,
+    system: str | None,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    stop: Sequence[int] | None = None,
+) -> list[EncodedDemonstration | str]:
+    """`encode_demonstration` of each, with template and tokenizer called once for all."""
     stops = list(stop) if stop else stop_ids(tokenizer)
-    try:
-        if demonstration.prompt:
-            turns = _with_system(demonstration.prompt, system)
-            before = _rendered(tokenizer, turns, generation=True)
-            head = _prompt_ids(tokenizer, before, min(max_prompt_tokens, max_tokens - 1))
-            whole = _rendered(tokenizer, (*turns, Message("assistant", demonstration.answer)), generation=False)
-            tail = _answer_ids(tokenizer, before, head, whole)
+    asked = [row for row in demonstrations if row.prompt]
+    plain = [row.answer for row in demonstrations if not row.prompt]
+    pairs = iter(_asked_pairs(tokenizer, asked, system, min(max_prompt_tokens, max_tokens - 1)))
+    begin = tuple(tokenizer("a")["input_ids"][:1]) if plain and _begins_with_bos(tokenizer) else ()
+    texts = iter(_ids(tokenizer, plain))
+    result: list[EncodedDemonstration | str] = []
+    for row in demonstrations:
+        pair = next(pairs) if row.prompt else (begin, next(texts))
+        if isinstance(pair, _LeftOut):
+            result.append(str(pair))
+            continue
+        head, tail = pair[0], _ended(tokenizer, pair[1], stops)
+        if any(token in stops for token in tail[:-1]):
+            result.append("a stop token inside the answer")
         else:
-            head = tuple(tokenizer("a")["input_ids"][:1]) if _begins_with_bos(tokenizer) else ()
-            tail = _ids(tokenizer, demonstration.answer)
-    except _LeftOut as reason:
-        return str(reason)
-    tail = _ended(tokenizer, tail, stops)
-    if any(token in stops for token in tail[:-1]):
-        return "a stop token inside the answer"
-    return EncodedDemonstration((head + tail)[:max_tokens], max(len(head), 1))
+            result.append(EncodedDemonstration((head + tail)[:max_tokens], max(len(head), 1)))
+    return result
 
 
 class _LeftOut(Exception):
-    """A row that cannot be encoded; the message is the reason."""
+    """Stands for a row that cannot be encoded, among those that can; the message is the reason."""
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> tuple[int, ...]:
-    ids = _ids(tokenizer, text)
-    if not ids:
-        raise _LeftOut("the chat template makes nothing of the prompt")
-    if len(ids) > most:
-        raise _LeftOut(f"prompt longer than {most:,} tokens")
-    return ids
+def _asked_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration], system: str | None, most: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]] | _LeftOut]:
+    """(prompt ids, answer ids) of demonstrations that have prompts."""
+    turns = [_with_system(row.prompt, system) for row in rows]
+    befores = _rendered(tokenizer, turns, generation=True)
+    heads = _prompt_ids(tokenizer, befores, most)
+    taught = [(*asked, Message("assistant", row.answer)) for asked, row in zip(turns, rows, strict=True)]
+    wholes = _rendered(tokenizer, taught, generation=False)
+    together = iter(_ids(tokenizer, [whole for whole in wholes if isinstance(whole, str)]))
+    pairs: list[tuple[tuple[int, ...], tuple[int, ...]] | _LeftOut] = []
+    for before, head, whole in zip(befores, heads, wholes, strict=True):
+        ids = next(together) if isinstance(whole, str) else ()
+        if isinstance(head, _LeftOut):
+            pairs.append(head)
+        elif isinstance(before, _LeftOut):
+            pairs.append(before)
+        elif isinstance(whole, _LeftOut):
+            pairs.append(whole)
+        elif not whole.startswith(before):
+            pairs.append(_LeftOut("the chat template writes the answer otherwise than after its generation prompt"))
+        elif ids[: len(head)] == head:
+            pairs.append((head, ids[len(head) :]))
+        else:
+            # A token spans the boundary; generation cannot make it, since it starts after the prompt's last token.
+            pairs.append((head, _ids(tokenizer, [whole[len(before) :]])[0]))
+    return pairs
 
 
-def _answer_ids(tokenizer: PreTrainedTokenizerBase, before: str, head: tuple[int, ...], whole: str) -> tuple[int, ...]:
-    if not whole.startswith(before):
-        raise _LeftOut("the chat template writes the answer otherwise than after its generation prompt")
-    together = _ids(tokenizer, whole)
-    if together[: len(head)] == head:
-        return together[len(head) :]
-    # A token spans the boundary; generation cannot make it, since it starts after the prompt's last token.
-    return _ids(tokenizer, whole[len(before) :])
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | _LeftOut], most: int
+) -> list[tuple[int, ...] | _LeftOut]:
+    found = iter(_ids(tokenizer, [text for text in texts if isinstance(text, str)]))
+    result: list[tuple[int, ...] | _LeftOut] = []
+    for text in texts:
+        ids = text if isinstance(text, _LeftOut) else next(found)
+        if not ids:
+            ids = _LeftOut("the chat template makes nothing of the prompt")
+        elif not isinstance(ids, _LeftOut) and len(ids) > most:
+            ids = _LeftOut(f"prompt longer than {most:,} tokens")
+        result.append(ids)
+    return result
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, tail: tuple[int, ...], stops: list[int]) -> tuple[int, ...]:
     last = max((place for place, token in enumerate(tail) if token in stops), default=None)
-    if last is not None and not str(tokenizer.decode(list(tail[last + 1 :]))).strip():
+    if last is not None and (last + 1 == len(tail) or not str(tokenizer.decode(list(tail[last + 1 :]))).strip()):
         return tail[: last + 1]
     return (*tail, stops[0])
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], *, generation: bool) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, generation: bool
+) -> list[str | _LeftOut]:
     from jinja2.exceptions import TemplateError
 
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    asked = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
+    if not asked:
+        return []
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        return list(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=generation))
     except TemplateError as error:  # for example a model without system messages
-        raise _LeftOut(f"the chat template refuses it: {' '.join(str(error).split())}") from None
+        if len(asked) == 1:
+            return [_LeftOut(f"the chat template refuses it: {' '.join(str(error).split())}")]
+    return [text for turns in conversations for text in _rendered(tokenizer, [turns], generation=generation)]
 
 
 def _with_system(turns: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
@@ -149,9 +206,12 @@ def _with_system(turns: tuple[Message, ...], system: str | None) -> tuple[Messag
     return (Message("system", system), *turns)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[int, ...]]:
     # Without special tokens: what the template writes is all there is, so BOS is never doubled.
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not texts:
+        return []
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [tuple(ids) for ids in found["input_ids"]]
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -64,8 +64,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         move(temp, path)
 
 
-def create_exclusive(path: Path, data: str | bytes) -> bool:
-    """Create a file whole; False when it exists. Of any number of racing processes exactly one gets True."""
+def create_exclusive(path: Path, data: str | bytes, *, named: bool = True) -> bool:
+    """Create a file whole; False when it exists. Of any number of racing processes exactly one gets True.
+
+    named: whether its name, too, must outlive a power cut from now on; its content does in any case.
+    """
     with _aside(path, data) as temp:
         with _step("link", path):
             try:
@@ -79,7 +82,8 @@ def create_exclusive(path: Path, data: str | bytes) -> bool:
                     _write_synced(path, data)
                 except FileExistsError:
                     return False
-        sync(path.parent)
+        if named:
+            sync(path.parent)
     return True
 
 
@@ -231,6 +235,15 @@ def _aside(path: Path, data: str | bytes) -> Iterator[Path]:
         yield temp
     finally:
         temp.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Replace a file whole for readers and kills. A power cut may take it, until somebody syncs it."""
+    temp = path.with_name(f".tmp-{uuid.uuid4().hex}x")
+    with _step("write", temp):
+        temp.write_bytes(data.encode() if isinstance(data, str) else data)
+    with _step("rename", path):
+        os.replace(temp, path)
 
 
 def _write_synced(path: Path, data: str | bytes) -> None:

@@ -7,17 +7,18 @@ of PPO prompts in `mixing.py`, the likeness of prompts in `overlap.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from srppo.account import DataReport, Part
-from srppo.chat import encode_demonstration, encode_prompt, ensure_chat_template, stop_ids
+from srppo.chat import encode_demonstrations, encode_prompts, ensure_chat_template, stop_ids
 from srppo.config import DataConfig
 from srppo.errors import ConfigError, DataError
 from srppo.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
-from srppo.mixing import Chosen, choose_prompts
+from srppo.memo import Kept, Memo, stamps_of
+from srppo.mixing import Chosen, EncodePrompts, choose_prompts
 from srppo.noise import Ask, Noise, add_noise
 from srppo.overlap import Overlap, measure_overlap, without_overlap
 from srppo.rows import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
@@ -47,7 +48,7 @@ __all__ = [
 
 Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
 """(prompts as token ids, seed) to what the base says to each."""
-_EncodePrompt = Callable[[Prompt], tuple[int, ...] | str]
+EncodeDemonstrations = Callable[[Sequence[Demonstration]], Sequence[EncodedDemonstration | str]]
 _Taught = Encoded[Demonstration, EncodedDemonstration]
 _NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
 
@@ -78,42 +79,68 @@ def prepare(
     max_new_tokens: int = 1,
     stop: Sequence[int] | None = None,
     sample: Sample | None = None,
+    memo: Memo | None = None,
 ) -> PreparedData:
     """Load, order, split, size, add noise, choose prompts and encode. A tokenizer without chat template is given ours.
 
     `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
     Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
     changes answers of the rows that are trained on, never those held out. `sample` is needed by data.noise =
-    "base-answers" alone.
+    "base-answers" alone. `memo` keeps rows and token ids for other settings, and the outcome for the same ones, unless
+    the base had a part in it.
 
     Raises:
         DataError: nothing to read or use, or fewer rows than asked for.
         ModelError: no EOS token. ConfigError: no room for a prompt in the context.
     """
-    stops = list(stop) if stop else stop_ids(tokenizer)
-    max_tokens, most, most_ppo, notes = _limits(config, context_length, max_new_tokens)
-    if ensure_chat_template(tokenizer):
-        notes.append("the tokenizer has no chat template and was given ours, Q: ... A: ...")
-    encode = partial(
-        encode_demonstration,
-        tokenizer,
-        system=config.system,
-        max_tokens=max_tokens,
-        max_prompt_tokens=most,
-        stop=stops,
-    )
-    encode_asked = partial(encode_prompt, tokenizer, system=config.system, max_prompt_tokens=most_ppo)
+    stops = tuple(stop) if stop else tuple(stop_ids(tokenizer))
+    given = ensure_chat_template(tokenizer)
+    notes = ("the tokenizer has no chat template and was given ours, Q: ... A: ...",) if given else ()
+    how = _Encoding(tokenizer, str(tokenizer.chat_template), config.system, stops, context_length, max_new_tokens)
+    read = _read("all", (*config.demonstrations, *config.prompts))
+    decides = None if read is None or asks_base(config) else (read, config.model_dump_json(), how, notes)
+    kept = (memo or Memo(1)).of(seed)
+    return kept.value(decides, lambda: _prepare(config, seed, how, sample, kept, notes))
+
+
+def asks_base(config: DataConfig) -> bool:
+    """Whether wrong answers are sampled from the base, which takes the model itself."""
+    return config.noise == "base-answers" and config.noise_rate > 0
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What decides the token ids of a row, beside the recipe's limits: the same tokenizer, with the same template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    system: str | None
+    stops: tuple[int, ...]
+    context: int
+    max_new_tokens: int
+
+
+def _prepare(
+    config: DataConfig, seed: int, how: _Encoding, sample: Sample | None, kept: Kept, notes: tuple[str, ...]
+) -> PreparedData:
+    limits = _limits(config, how.context, how.max_new_tokens)
+    encode, encode_asked = _encoders(how, limits, kept)
     ask = partial(_ask, sample, encode_asked) if sample else None
-    loaded = load_demonstrations(config.demonstrations, seed=seed)
-    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
-    questions = load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS
+    loaded = kept.value(
+        _read("demonstrations", config.demonstrations), lambda: load_demonstrations(config.demonstrations, seed=seed)
+    )
+    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, list(how.stops))
+    questions = kept.value(
+        _read("prompts", config.prompts),
+        lambda: load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS,
+    )
     asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
-    notes += [asked.note] if asked.note else []
+    notes = (*limits.notes, *notes, *([asked.note] if asked.note else []))
 
     texts = [prompt_text(row) for row in asked.rows]
     overlap = measure_overlap([prompt_text(row) for row in train.rows], texts)
     pair = overlap.first and f"{asked.rows[overlap.first[0]].source} and {train.rows[overlap.first[1]].source}"
-    report = DataReport(demonstrations, prompts, overlap, pair, noise, tuple(notes))
+    report = DataReport(demonstrations, prompts, overlap, pair, noise, notes)
     sha = hashlib.sha256(f"{loaded.sha} {questions.sha}".encode()).hexdigest()
     manifest = {
         "sha256": sha,
@@ -125,8 +152,39 @@ def prepare(
     return PreparedData(train.ids, held.ids, asked.ids, texts, sha, report, manifest)
 
 
-def _limits(config: DataConfig, context: int, max_new_tokens: int) -> tuple[int, int, int, list[str]]:
+def _read(what: str, sources: Sequence[str]) -> Hashable | None:
+    """A key for what is read from some sources; None where nothing cheap tells whether it is still the same."""
+    found = stamps_of(sources)
+    return None if found is None else (what, found)
+
+
+class _Limits(NamedTuple):
     """Tokens allowed: prompt and answer, a demonstration's prompt, a PPO prompt; and what to say about them."""
+
+    tokens: int
+    prompt: int
+    ppo_prompt: int
+    notes: list[str]
+
+
+def _encoders(how: _Encoding, limits: _Limits, kept: Kept) -> tuple[EncodeDemonstrations, EncodePrompts]:
+    """For demonstrations and for PPO's prompts, each remembering what it has encoded."""
+    taught = partial(
+        encode_demonstrations,
+        how.tokenizer,
+        system=how.system,
+        max_tokens=limits.tokens,
+        max_prompt_tokens=limits.prompt,
+        stop=how.stops,
+    )
+    asked = partial(encode_prompts, how.tokenizer, system=how.system, max_prompt_tokens=limits.ppo_prompt)
+    return (
+        kept.rows(("taught", how, limits.tokens, limits.prompt), taught),
+        kept.rows(("asked", how, limits.ppo_prompt), asked),
+    )
+
+
+def _limits(config: DataConfig, context: int, max_new_tokens: int) -> _Limits:
     notes = []
     max_tokens = min(config.max_tokens, context)
     if max_tokens < config.max_tokens:
@@ -142,7 +200,7 @@ def _limits(config: DataConfig, context: int, max_new_tokens: int) -> tuple[int,
             f"data.max_prompt_tokens lowered from {config.max_prompt_tokens:,} to {most_ppo:,} for PPO prompts, so "
             f"that {max_new_tokens:,} new tokens fit the model's context of {context:,}"
         )
-    return max_tokens, min(config.max_prompt_tokens, max_tokens - 1), most_ppo, notes
+    return _Limits(max_tokens, min(config.max_prompt_tokens, max_tokens - 1), most_ppo, notes)
 
 
 # ---- demonstrations
@@ -152,7 +210,7 @@ def _demonstrations(
     loaded: Loaded[Demonstration],
     config: DataConfig,
     seed: int,
-    encode: Callable[[Demonstration], EncodedDemonstration | str],
+    encode: EncodeDemonstrations,
     ask: Ask | None,
     stops: list[int],
 ) -> tuple[_Taught, _Taught, Noise, Part]:
@@ -166,7 +224,7 @@ def _demonstrations(
         config.noise,
         config.noise_rate,
         seed,
-        encode=lambda row, answer: encode(replace(row, answer=answer)),
+        encode=lambda row, answer: encode([replace(row, answer=answer)])[0],
         ask=ask,
     )
     train = replace(train, ids=noise.applied(train.ids))
@@ -174,9 +232,10 @@ def _demonstrations(
     return train, held, noise, Part("demonstrations", loaded.opened, unused, len(train.rows), len(held.rows), cut)
 
 
-def _ask(sample: Sample, encode: _EncodePrompt, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
+def _ask(sample: Sample, encode: EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
     """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
-    ids = [encode(Prompt(row.prompt, row.source)) if row.prompt else "plain text" for row in rows]
+    asked = iter(encode([Prompt(row.prompt, row.source) for row in rows if row.prompt]))
+    ids = [next(asked) if row.prompt else "plain text" for row in rows]
     said = iter(sample([prompt for prompt in ids if not isinstance(prompt, str)], seed))
     return [None if isinstance(prompt, str) else next(said) for prompt in ids]
 
@@ -198,7 +257,7 @@ def _prompts(
     seed: int,
     usable: Sequence[Demonstration],
     used: Sequence[Demonstration],
-    encode: _EncodePrompt,
+    encode: EncodePrompts,
 ) -> tuple[Chosen, Part]:
     """PPO's prompts, and the account of those that were read."""
     asked = choose_prompts(config, usable, used, questions.rows, permute(questions.rows, seed), encode)

@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
         "kernels": _kernels(),
-        "packages": {name: found for name in PACKAGES.split() if (found := package_version(name))},
+        "packages": dict(package_versions()),
         "commit": commit_of_source(),
         "variables": {name: os.environ[name] for name in VARIABLES.split() if name in os.environ},
     }
@@ -44,6 +46,12 @@ def _kernels() -> str | None:
     from srppo.kernels import native
 
     return native.load().note
+
+
+@cache  # of a process, and of those it forks: what is installed later is not what runs
+def package_versions() -> Mapping[str, str]:
+    """Installed versions of what results may depend on, by package."""
+    return {name: found for name in PACKAGES.split() if (found := package_version(name))}
 
 
 def package_version(package: str) -> str | None:
@@ -86,6 +94,7 @@ def _gpus() -> list[str]:
     return [line.strip() for line in (names or "").splitlines() if line.strip()]
 
 
+@cache  # likewise: code that is checked out later is not what runs
 def commit_of_source() -> str | None:
     """The commit of the checkout this package runs from; `+` marks changes that are not committed."""
     root = Path(__file__).resolve().parents[1]

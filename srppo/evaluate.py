@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srppo.chat import encode_prompt
+from srppo.chat import encode_prompts
 from srppo.config import Recipe, derive_seed
 from srppo.errors import DataError
 from srppo.models import LanguageModel, forward_flops
@@ -103,14 +103,14 @@ def _read_items(path: Path, split: str) -> list[EvalItem]:
 
 def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], recipe: Recipe) -> list[Sequence[int]]:
     """Token ids of each item's prompt, up to where the answer begins. Raises DataError for one that cannot be used."""
+    found = encode_prompts(
+        tokenizer,
+        [Prompt((Message("user", item.prompt),), "eval") for item in items],
+        system=recipe.data.system,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+    )
     prompts: list[Sequence[int]] = []
-    for item in items:
-        ids = encode_prompt(
-            tokenizer,
-            Prompt((Message("user", item.prompt),), "eval"),
-            system=recipe.data.system,
-            max_prompt_tokens=recipe.data.max_prompt_tokens,
-        )
+    for item, ids in zip(items, found, strict=True):
         if isinstance(ids, str):
             raise DataError(f"evaluation item {item.prompt[:60]!r} cannot be used: {ids}")
         prompts.append(ids)
@@ -120,7 +120,7 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], 
 def verdict_of(item: EvalItem, answers: Sequence[Answer]) -> Verdict:
     """What was written for an item, each answer right where it equals the known one."""
     return Verdict(
-        **asdict(item),
+        **vars(item),
         responses=tuple(answer.text for answer in answers),
         correct=tuple(answer.text.strip() == item.answer.strip() for answer in answers),
         ended=tuple(answer.ended for answer in answers),

@@ -35,7 +35,8 @@ def extrapolated_stage(pipeline: Pipeline, sft: Stage, sft_path: Path) -> Stage:
     """Weight extrapolation; development items choose alpha, and what that took counts as selection_flops."""
 
     def measure(attempt: Attempt) -> Figures:
-        target, start = pipeline.load(str(sft_path)), pipeline.load(str(sft_path))
+        target = pipeline.load(str(sft_path))
+        start = target.copy()
         chosen = choose_alpha(target, start, pipeline.base, pipeline.recipe.methods.alphas, pipeline.development)
         figures: Figures = {"alpha": chosen.alpha, "score": chosen.score, "alphas": list(chosen.tried)}
         figures |= {"selection_flops": chosen.flops, **pipeline.measure(attempt, target, "kept")}

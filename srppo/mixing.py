@@ -14,7 +14,7 @@ from srppo.types import Demonstration, Prompt
 
 _ALIKE = "like a demonstration's prompt (data.overlap)"
 _SHARED = "like a demonstration's prompt (data.overlap_share)"
-Encode = Callable[[Prompt], tuple[int, ...] | str]
+EncodePrompts = Callable[[Sequence[Prompt]], Sequence[tuple[int, ...] | str]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def choose_prompts(
     used: Sequence[Demonstration],
     prompts: Sequence[Prompt],
     ordered: Sequence[Prompt],
-    encode: Encode,
+    encode: EncodePrompts,
 ) -> Chosen:
     """The prompts for PPO out of `prompts`, which `ordered` holds in training order, and of the demonstrations `used`.
 
@@ -77,7 +77,7 @@ def choose_prompts(
 
 
 def _own(
-    config: DataConfig, used: Sequence[Demonstration], count: int, shared: int, encode: Encode
+    config: DataConfig, used: Sequence[Demonstration], count: int, shared: int, encode: EncodePrompts
 ) -> tuple[Encoded[Prompt, tuple[int, ...]], str]:
     """`shared` prompts of demonstrations, and what to say of them.
 

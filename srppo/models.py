@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from srppo.config import ModelConfig, is_embedded
@@ -59,6 +67,12 @@ class LanguageModel(nn.Module):
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.head = _find_head(self)
         self._narrow: tuple[int, Tensor | None] | None = None
+
+    def copy(self) -> LanguageModel:
+        """The same model with weights of its own; at a fifth of the cost of loading it again."""
+        other = copy.deepcopy(self)
+        other._narrow = None  # known by the count of changes to a weight, which starts anew in a copy
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -352,7 +366,29 @@ def fingerprint(spec: str, config: ModelConfig) -> str:
 
 def context_length(model: LanguageModel) -> int:
     """Positions the model was made for."""
-    return int(getattr(model.model.config, "max_position_embeddings", None) or 1 << 20)
+    return _positions(model.model.config)
+
+
+def _positions(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+
+def declared(spec: str) -> tuple[int, GenerationConfig]:
+    """(context length, generation config) of a local model as its folder says, without its weights."""
+    config = AutoConfig.from_pretrained(resolve(spec))
+    try:
+        return _positions(config), GenerationConfig.from_pretrained(resolve(spec))
+    except OSError:  # there is no such file
+        return _positions(config), GenerationConfig.from_model_config(config)
+
+
+def import_model(spec: str) -> None:
+    """Load the code of a local model, and what transformers builds once a process to read checkpoints: no weights."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    config = AutoConfig.from_pretrained(resolve(spec))
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    get_checkpoint_conversion_mapping(config.model_type)
 
 
 def forward_flops(model: LanguageModel | ValueModel, lengths_B: Tensor, head_tokens: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from srppo.base_answers import sample_texts
 from srppo.baselines import SHARES, longer_sft_steps
 from srppo.checkpoint import write_atomic
-from srppo.config import Recipe, canonical_json
+from srppo.config import ModelConfig, Recipe, canonical_json
 from srppo.console import Console
 from srppo.data import PreparedData, ensure_chat_template, prepare, stop_ids
 from srppo.errors import ConfigError, Diverged, RecordError, RunError
@@ -38,6 +38,7 @@ from srppo.evaluate import (
 from srppo.export import export_model, model_card
 from srppo.identity import stage_settings
 from srppo.loop import Session, Tracker, Workbench, load_weights
+from srppo.memo import Memo
 from srppo.models import (
     LanguageModel,
     check_same_tokens,
@@ -63,7 +64,8 @@ class Pipeline:
     """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage.
 
     `seeds`, where several pipelines share the folder, lists the seeds of all of them. `shared`: the open record of a
-    sweep, where pipelines of many recipes meet; `on_stage` hears of each stage before it runs.
+    sweep, where pipelines of many recipes meet; `on_stage` hears of each stage before it runs. `memo` and
+    `tokenizer_of`: what the worker of a sweep keeps for all its stages.
     """
 
     recipe: Recipe
@@ -76,6 +78,8 @@ class Pipeline:
     make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
     shared: Run | None = None
     on_stage: Callable[[Stage], None] = lambda stage: None
+    memo: Memo | None = None
+    tokenizer_of: Callable[[str, ModelConfig], PreTrainedTokenizerBase] = load_tokenizer
 
     def __post_init__(self) -> None:
         for warning in recipe_warnings(self.recipe):
@@ -89,6 +93,7 @@ class Pipeline:
             max_new_tokens=self.recipe.rollout.max_new_tokens,
             stop=self.stop_ids,
             sample=partial(sample_texts, self.base, self.tokenizer, self.stop_ids, self.recipe.rollout.max_new_tokens),
+            memo=self.memo,
         )
         for line in self.data.report.lines():
             self.console.say(line)
@@ -124,15 +129,15 @@ class Pipeline:
 
     def fresh_base(self) -> LanguageModel:
         """Another copy of the base, to be trained."""
-        return self.load(self.recipe.model.base)
+        return self.base.copy()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model that PPO starts from, whose template it knows; with ours where it has none."""
         config = self.recipe.model
-        tokenizer = load_tokenizer(config.sft or config.base, config)
+        tokenizer = self.tokenizer_of(config.sft or config.base, config)
         if config.sft is not None:
-            check_same_tokens(load_tokenizer(config.base, config), tokenizer)
+            check_same_tokens(self.tokenizer_of(config.base, config), tokenizer)
         if ensure_chat_template(tokenizer):
             self.console.say(
                 "the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models"
@@ -193,7 +198,7 @@ class Pipeline:
                 self.recipe,
                 bench,
                 policy,
-                self.load(str(sft_path)),
+                policy.copy(),  # the SFT model, while nothing is trained or resumed
                 self.base,
                 self.data.prompts,
                 self.development,
@@ -353,7 +358,7 @@ class Pipeline:
 
 def items_sha(recipe: Recipe) -> str:
     """What the items of development and test are, by content."""
-    items = [asdict(item) for split in ("dev", "test") for item in load_items(recipe, split)]
+    items = [vars(item) for split in ("dev", "test") for item in load_items(recipe, split)]
     return _sha(items)[:16]
 
 
@@ -372,7 +377,7 @@ def kept_checkpoint(stage: Stage, step: int) -> Path:
 
 def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
     """One JSON line an item, in the order of the items."""
-    (folder / "samples.jsonl").write_text("".join(canonical_json(asdict(v)) + "\n" for v in verdicts))
+    (folder / "samples.jsonl").write_text("".join(canonical_json(vars(v)) + "\n" for v in verdicts))
 
 
 def run_sft(pipeline: Pipeline) -> None:

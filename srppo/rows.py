@@ -14,6 +14,7 @@ from srppo.formats import row_content
 from srppo.types import Demonstration, EncodedDemonstration, Prompt
 
 _LISTED = 10_000  # rows up to which a manifest lists them; beyond, their sha256 stands for them
+_LEAST, _MOST = 32, 1024  # rows encoded at once: of a million, few more than asked for
 
 Row = TypeVar("Row", Demonstration, Prompt)
 Ids = TypeVar("Ids", EncodedDemonstration, tuple[int, ...])
@@ -40,10 +41,11 @@ def split_held_out(
         asked = canonical_json([[turn.role, turn.content] for turn in row.prompt]) if row.prompt else row.answer
         return derive_seed(seed, f"held out {asked}") < share * 2**63
 
-    train = [row for row in rows if not is_held_out(row)]
+    sides = [is_held_out(row) for row in rows]
+    train = [row for row, held in zip(rows, sides, strict=True) if not held]
     if not train:
         raise DataError(f"data.held_out = {share} leaves none of {len(rows)} demonstrations to train on; lower it")
-    return train, [row for row in rows if is_held_out(row)]
+    return train, [row for row, held in zip(rows, sides, strict=True) if held]
 
 
 def row_id(row: Demonstration | Prompt) -> str:
@@ -67,18 +69,24 @@ class Encoded(Generic[Row, Ids]):
     refused: list[tuple[str, str]]
 
 
-def encoded(rows: Sequence[Row], encode: Callable[[Row], Ids | str], size: int | None) -> Encoded[Row, Ids]:
-    """The first `size` rows that can be encoded, in order."""
+def encoded(
+    rows: Sequence[Row], encode: Callable[[Sequence[Row]], Sequence[Ids | str]], size: int | None
+) -> Encoded[Row, Ids]:
+    """The first `size` rows that can be encoded, in order; `encode` gives the ids of each row, or why it has none."""
     result: Encoded[Row, Ids] = Encoded([], [], [])
-    for row in rows:
-        if len(result.rows) == size:
-            break
-        ids = encode(row)
-        if isinstance(ids, str):
-            result.refused.append((ids, row.source))
-        else:
-            result.rows.append(row)
-            result.ids.append(ids)
+    start = 0
+    while start < len(rows) and len(result.rows) != size:
+        missing = _MOST if size is None else min(max(size - len(result.rows), _LEAST), _MOST)
+        some = rows[start : start + missing]
+        for row, ids in zip(some, encode(some), strict=True):
+            if len(result.rows) == size:
+                break
+            if isinstance(ids, str):
+                result.refused.append((ids, row.source))
+            else:
+                result.rows.append(row)
+                result.ids.append(ids)
+        start += len(some)
     return result
 
 

@@ -34,7 +34,7 @@ from srppo.checkpoint import (
     settle,
     storing,
     sync,
-    write_atomic,
+    write_whole,
 )
 from srppo.config import CODE_EPOCH, canonical_json
 from srppo.errors import RecordError
@@ -107,7 +107,8 @@ class Run:
         path = self.path / "stages" / stage_id(kind, config, parents, data_sha)
         with storing(path):
             path.mkdir(parents=True, exist_ok=True)
-            create_exclusive(path / "config.json", _identity(kind, config, parents, data_sha))
+            # Its name is synced with that of result.json, in the same folder: before a commit nothing depends on it.
+            create_exclusive(path / "config.json", _identity(kind, config, parents, data_sha), named=False)
         return Stage(path)
 
     def stages(self) -> list[Stage]:
@@ -274,7 +275,7 @@ class Attempt:
         self.stage, self.number, self._lease = stage, lease.number, lease
         self.path = stage.path / "attempts" / f"{lease.number}-{host}-{os.getpid()}"
         self.path.mkdir(parents=True)
-        write_atomic(self.path / "env.json", canonical_json(plain(env)))
+        write_whole(self.path / "env.json", canonical_json(plain(env)))  # synced with the first rows that it explains
         self.log_event("started", **({"took_over": lease.took_over} if lease.took_over else {}))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
@@ -349,7 +350,8 @@ class Attempt:
             result: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "stage": self.stage.id, "attempt": self.number}
             result |= {"status": status, "figures": plain(figures), "files": self._checksums(files), "time": now()}
             result["sha256"] = _sha256(result)
-            self._sync_logs()
+            if any((self.path / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
+                self._sync_logs()  # without rows there is nothing that a result leaves to the logs
             if not Lease.claim(self.stage.path, self.number + 1, {"state": "committed", "result": result}):
                 self.check()
             create_exclusive(self.stage.path / "result.json", canonical_json(result))

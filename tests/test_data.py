@@ -19,10 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from srppo import formats, hub, sources
+from srppo.chat import encode_demonstration, encode_demonstrations, encode_prompt, encode_prompts
 from srppo.config import DataConfig
 from srppo.data import (
-    encode_demonstration,
-    encode_prompt,
     ensure_chat_template,
     load_demonstrations,
     load_prompts,
@@ -37,6 +36,7 @@ from srppo.data import (
 )
 from srppo.errors import ConfigError, DataError, ModelError
 from srppo.overlap import normalise
+from srppo.rows import encoded
 from srppo.types import Demonstration, EncodedDemonstration, Message, Prompt
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -505,6 +505,62 @@ def test_reasons_to_leave_a_row_out(plain):
     odd.chat_template = "{% if add_generation_prompt %}<think>{% endif %}{{ messages[-1]['content'] }}"
     reason = "the chat template writes the answer otherwise than after its generation prompt"
     assert encode(odd, demo()) == reason
+
+
+SEVERAL = [
+    demo(),
+    demo("x " * 300, source="a:2"),
+    Demonstration((), "plain text", "a:3"),
+    demo(answer="one<eos>two", source="a:4"),
+    Demonstration((Message("system", "mine"), Message("user", "u")), "ü 中", "a:5"),
+    demo("say", "cat" * 400, source="a:6"),
+    demo("again", "", source="a:7"),
+]
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template", [None, CHATML, EXPLICIT_BOS, NO_SYSTEM])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_rows_encoded_together_are_as_each_alone(template, bos, system):
+    """Ids and reasons: neighbours that are refused or cut change nothing."""
+    tokenizer = make_tokenizer(bos=bos)
+    tokenizer.chat_template = template
+    ensure_chat_template(tokenizer)
+    limits = {"system": system, "max_tokens": 300, "max_prompt_tokens": 256}
+    together = encode_demonstrations(tokenizer, SEVERAL, **limits)
+    assert together == [encode_demonstration(tokenizer, row, **limits) for row in SEVERAL]
+    assert {type(row) for row in together} == {str, EncodedDemonstration}
+    prompts = [Prompt(row.prompt, row.source) for row in SEVERAL if row.prompt]
+    found = encode_prompts(tokenizer, prompts, system=system, max_prompt_tokens=256)
+    for prompt, ids in zip(prompts, found, strict=True):
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+        if system and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": system})
+        if template == NO_SYSTEM and turns[0]["role"] == "system":
+            assert ids == "the chat template refuses it: no system"
+        else:
+            alone = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            assert ids == (tuple(alone) if len(alone) <= 256 else "prompt longer than 256 tokens")
+    assert encode_demonstrations(tokenizer, [], **limits) == []
+
+
+@given(st.lists(st.booleans(), max_size=3000), st.none() | st.integers(1, 2500))
+@settings(max_examples=30, deadline=None)
+def test_size_counts_rows_that_can_be_used_and_few_more_are_encoded(usable, size):
+    rows = [Prompt((Message("user", str(i)),), f"a:{i}") for i in range(len(usable))]
+    asked = []
+
+    def encode(some):
+        asked.extend(some)
+        return [(i,) if usable[i := int(row.messages[0].content)] else "no" for row in some]
+
+    found = encoded(rows, encode, size)
+    right = [row for row, good in zip(rows, usable, strict=True) if good][:size]
+    assert found.rows == right and found.ids == [(int(row.messages[0].content),) for row in right]
+    read = rows.index(right[-1]) + 1 if size is not None and len(right) == size else len(rows)
+    assert found.refused == [("no", row.source) for row, good in zip(rows[:read], usable, strict=False) if not good]
+    assert asked == rows[: len(asked)] and read <= len(asked) <= min(read + 32 if size else read, len(rows))
 
 
 def test_long_answers_are_cut_without_eos(plain):

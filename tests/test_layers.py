@@ -35,7 +35,7 @@ LAYERS = [
     ["kernels", "advantage", "losses"],
     ["environment"],
     ["sources", "overlap", "chat", "models", "settings"],
-    ["formats"],
+    ["formats", "memo"],
     ["rows"],
     ["noise", "mixing"],
     ["account"],

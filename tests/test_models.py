@@ -244,6 +244,21 @@ def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: 
     assert base.frozen_head()[0] is head.weight and plain.frozen_head()[0].dtype == torch.float32
 
 
+def test_a_copy_has_weights_of_its_own_and_scores_with_them() -> None:
+    first = make("llama", precision="bf16")
+    weight_VD = first.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight_VD.copy_(weight_VD.bfloat16().float())
+    first.frozen_head()
+    copied = first.copy()
+    own_VD = copied.model.get_output_embeddings().weight
+    assert torch.equal(own_VD, weight_VD) and own_VD.data_ptr() != weight_VD.data_ptr()
+    with torch.no_grad():
+        while own_VD._version < weight_VD._version:  # until it has changed as often as the first one's, when narrowed
+            own_VD.mul_(2)
+    assert torch.equal(copied.frozen_head()[0].float(), own_VD) and not torch.equal(own_VD, weight_VD)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2 softcap", "cohere scale", "gpt2 positions"])
 def test_bf16_stays_in_the_body(name: str) -> None:
     """Log-probs from a 16-bit body and an fp32 head: what is lost is the hidden states' rounding, not the logits'."""

@@ -421,6 +421,24 @@ def test_everything_is_synced_before_it_is_moved_into_place_and_the_folder_after
         assert log[-2:] == [("move", stage.path / "result.json"), ("sync", stage.path)]
 
 
+def test_a_stage_without_rows_syncs_what_its_commit_depends_on_and_no_more(tmp_path, monkeypatch):
+    run, log, fsync = Run.open(tmp_path / "run", {}), [], os.fsync
+
+    def synced(handle: int) -> None:
+        log.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    stage = run.stage("none", {})
+    with stage.attempt() as attempt:
+        attempt.commit("ok", {})
+    lease = stage.path / "lease"
+    written = [path.parent for path in log if path.name.startswith(".tmp-")]
+    assert written == [stage.path, lease, lease, stage.path]  # config.json, held, committed, result.json
+    assert [path for path in log if not path.name.startswith(".tmp-")] == [lease, lease, stage.path]
+    assert json.loads((attempt.path / "env.json").read_text()) == {} and leftovers(stage.path) == []
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -6,17 +6,23 @@ from collections.abc import Callable, Mapping
 
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Task
+from srppo.ablations.warm import Warm
 from srppo.console import Console
 from srppo.environment import environment
 from srppo.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
+from srppo.models import load_tokenizer
 from srppo.pipeline import Pipeline
 from srppo.store import Stage
 
 Execute = Callable[[Task, Ledger], None]
 
 
-def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None) -> None:
-    """Run the task's stage to its commit, or find it committed. Raises what the stage raises."""
+def execute(
+    task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None, warm: Warm | None = None
+) -> None:
+    """Run the task's stage to its commit, or find it committed. Raises what the stage raises.
+
+    warm: what the worker has made ready; it changes no result."""
 
     def link(stage: Stage) -> None:
         if stage.identity["kind"] in (task.kind, f"given-{task.kind}"):
@@ -31,6 +37,8 @@ def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console
         needs_prompts=task.kind in ("ppo", "longer-sft"),
         shared=ledger.run,
         on_stage=link,
+        memo=warm.memo if warm else None,
+        tokenizer_of=warm.tokenizer if warm else load_tokenizer,
     )
     STAGES[task.kind](pipeline, task)
 

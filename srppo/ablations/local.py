@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from srppo.errors import Diverged, Interrupted, RecordError, StorageError, UserE
 HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
 GRACE_S = 30.0  # for children to save after a stop was asked for
 STOPS = (signal.SIGINT, signal.SIGTERM)
-PAUSE_S = 0.01
+PAUSE_S = 0.1  # between looks at record, clock and table; the end of a stage is seen at once
 ELSEWHERE_S = 1.0  # between looks at stages that other workers hold
 RETRY_S = 1.0  # before the second try of a stage that failed, twice as much before each further one
 
@@ -38,6 +39,7 @@ class _Child:
     pid: int
     slot: int
     log: Path
+    end: int  # of a pipe that hangs up when the process ends
     began: float = field(default_factory=time.monotonic)
 
 
@@ -46,7 +48,8 @@ class Worker:
     """Runs a plan's tasks until nothing is left that it could run.
 
     slots: stages at once. timeout_s: of one stage, None for no limit. gpus: each slot sees its own. on_change: called
-    now and then, for a table of what happens.
+    now and then, for a table of what happens. before: called before a stage is forked, to make ready what stages
+    share; it must do no tensor work and start no threads.
     """
 
     tasks: Mapping[str, Task]
@@ -57,6 +60,7 @@ class Worker:
     gpus: Sequence[str] = ()
     on_change: Callable[[], None] = lambda: None
     on_event: Callable[[str], None] = lambda text: None
+    before: Callable[[Task], None] = lambda task: None
 
     def __post_init__(self) -> None:
         self._children: dict[str, Any] = {}  # by task: what the engine knows of its running stages
@@ -75,7 +79,7 @@ class Worker:
                     if stopped:
                         raise Interrupted("interrupted; the same command goes on where it stopped")
                     self.on_change()
-                    time.sleep(PAUSE_S)
+                    self._wait()
             finally:
                 self._stop_children(stopped)
                 gc.unfreeze()
@@ -87,6 +91,13 @@ class Worker:
         self._kill_overdue()
         waits = self._start()
         return bool(self._children) or waits
+
+    def _wait(self) -> None:
+        """Until a stage ends, at most PAUSE_S."""
+        ends = select.poll()
+        for child in self._children.values():
+            ends.register(child.end, 0)  # a hang-up is always told
+        ends.poll(1000 * PAUSE_S)
 
     # ---- starting
 
@@ -135,16 +146,20 @@ class Worker:
     def _launch(self, task: Task) -> None:
         taken = {child.slot for child in self._children.values()}
         slot = next(i for i in range(self.slots) if i not in taken)
+        self.before(task)
         log = self.ledger.log_path(task)
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # one that comes before the child can hear it waits
+        end, held = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.close(end)  # and holds the other one to its end
             _child(task, self.ledger, self.execute, log, parent, self.gpus[slot : slot + 1])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        self._children[task.key] = _Child(task, pid, slot, log)
+        os.close(held)
+        self._children[task.key] = _Child(task, pid, slot, log, end)
 
     # ---- ends
 
@@ -152,8 +167,7 @@ class Worker:
         for key, child in list(self._children.items()):
             if _ended(child.pid):
                 _kill_group(child.pid)  # whatever the stage had started itself; its number is still taken
-                del self._children[key]
-                code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+                code = os.waitstatus_to_exitcode(self._forget(key))
                 self._judge(child.task, code, last_line(child.log))
 
     def _judge(self, task: Task, code: int, reason: str) -> None:
@@ -189,9 +203,7 @@ class Worker:
         for key, child in list(self._children.items()):
             if time.monotonic() - child.began > self.timeout_s:
                 _kill_group(child.pid)
-                with suppress(ChildProcessError):
-                    os.waitpid(child.pid, 0)
-                del self._children[key]
+                self._forget(key)
                 self._fail(child.task, f"timed out after {self.timeout_s:g} s")
 
     def _stop_children(self, stopped: Sequence[int]) -> None:
@@ -204,14 +216,17 @@ class Worker:
             for key, child in list(self._children.items()):
                 if _ended(child.pid):
                     _kill_group(child.pid)
-                    os.waitpid(child.pid, 0)
-                    del self._children[key]
-            time.sleep(PAUSE_S)
-        for child in self._children.values():
+                    self._forget(key)
+            self._wait()
+        for key, child in list(self._children.items()):
             _kill_group(child.pid)
-            with suppress(ChildProcessError):
-                os.waitpid(child.pid, 0)
-        self._children.clear()
+            self._forget(key)
+
+    def _forget(self, key: str) -> int:
+        """Wait for a child that has ended, or is about to; its status as the system gives it."""
+        child = self._children.pop(key)
+        os.close(child.end)
+        return os.waitpid(child.pid, 0)[1]
 
 
 def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int, gpu: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ class Pace:
 
 def measure_pace(recipe: Recipe, device: str) -> Pace:
     """The pace of a recipe. Raises UserError or RunError where it cannot even begin, with the reason."""
-    return Pace(**_apart(lambda: asdict(_measure(recipe, device))))
+    return Pace(**apart(lambda: asdict(_measure(recipe, device))))
 
 
 def check_data(recipes: Sequence[Recipe], device: str, tasks: Sequence[Task] = ()) -> None:
@@ -60,10 +60,10 @@ def check_data(recipes: Sequence[Recipe], device: str, tasks: Sequence[Task] = (
                 Pipeline(recipe, Path(folder), Console(quiet=True), device=device)
         return {}
 
-    _apart(check)
+    apart(check)
 
 
-def _apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `work` returns, done in a process of its own; errors come back as the kind they were."""
     reader, writer = os.pipe()
     pid = os.fork()

@@ -34,6 +34,7 @@ try:
 except ImportError:
     raise ConfigError("--engine ray needs Ray: pip install -c constraints.txt 'srppo[ray]'") from None
 
+SHORT_S = 0.01
 LOOK_S = 0.1  # between looks at what has ended
 CHECK_S = 60.0  # for a node to say whether it sees the record
 CONNECT_S = 10.0
@@ -126,6 +127,9 @@ class RayWorker(Worker):
         for child in map(tries.__getitem__, ended):
             del self._children[child.task.key]
             self._end(child)
+
+    def _wait(self) -> None:
+        time.sleep(SHORT_S)  # Ray itself waits for what runs
 
     def _end(self, child: _Try) -> None:
         try:

@@ -137,14 +137,17 @@ def work(
     """Run what is left, here."""
     from srppo.ablations.execute import execute  # torch comes with this
     from srppo.ablations.local import Worker
+    from srppo.ablations.warm import Warm
 
+    warm = Warm(slots + 1)  # each slot may be at another seed, and one comes next
     watch = Watch(plan, ledger)
     table = LiveTable(plan, watch, console, slots)
     with table.shown():
         Worker(
             plan.tasks,
             ledger,
-            partial(execute, device=device),
+            partial(execute, device=device, warm=warm),
+            before=warm.before,
             slots=slots,
             timeout_s=timeout_s,
             gpus=gpus,

@@ -48,7 +48,7 @@ def load() -> Native:
         return Native(None, f"switched off by {SWITCH}=0")
     wanted = os.environ.get("CXX", "")
     missing = f"; CXX is {wanted!r}, which was not found" if wanted and not shutil.which(wanted) else ""
-    compiler = next(filter(None, map(shutil.which, (wanted, "g++", "clang++", "c++"))), None)
+    compiler = _compiler()
     if compiler is None:
         return Native(None, f"no C++ compiler (g++ or clang++) was found{missing}")
     try:
@@ -67,6 +67,22 @@ def load() -> Native:
     return Native(library, note + missing)
 
 
+def compiler_version() -> str | None:
+    """What the compiler calls itself, asked once in this process and those it forks; None without one."""
+    compiler = _compiler()
+    return compiler and _version(compiler)
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    return found.stdout.splitlines()[0]
+
+
 def _first_line(error: Exception) -> str:
     output = getattr(error, "stderr", None) or str(error)
     lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()
@@ -75,8 +91,7 @@ def _first_line(error: Exception) -> str:
 
 def _build(compiler: str) -> tuple[Path, str]:
     """Compile unless the cache holds this very build. Raises OSError or SubprocessError."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    version = version.splitlines()[0]
+    version = _version(compiler)
     folder = _cache()
     targets = []
     for flags in FLAGS:
