@@ -21,8 +21,7 @@ import os
 import resource
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +39,7 @@ from srppo.ablations.plan import Plan, Task
 from srppo.ablations.sweeps import SWEEPS
 from srppo.bench.machine import machine
 from srppo.bench.rows import append_rows
+from srppo.bench.spans import Spans
 from srppo.config import Recipe
 from srppo.console import Console
 from srppo.errors import RunError
@@ -88,54 +88,25 @@ class SweepRow:
         return self.stage_s - self.spans["training"] - self.spans["measuring"]
 
 
-class Spans:
-    """Seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside: list[float] = []  # of each open span: seconds that belong to spans within it
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        self._inside.append(0.0)
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - began
-            self.seconds[name] += took - self._inside.pop()
-            if self._inside:
-                self._inside[-1] += took
-
-    def wrap(self, owner: Any, attribute: str, name: str) -> None:
-        """Time every call of a function or method. For a process that ends soon: it is never undone."""
-        plain = getattr(owner, attribute)
-
-        @functools.wraps(plain)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.span(name):
-                return plain(*args, **kwargs)
-
-        setattr(owner, attribute, timed)
-
-    def wrap_all(self) -> None:
-        for train in ("train_sft", "train_ppo"):
-            self.wrap(srppo.pipeline, train, "training")
-        self.wrap(Pipeline, "measure", "measuring")
-        self.wrap(Pipeline, "__post_init__", "data")
-        self.wrap(Pipeline, "load", "models")
-        self.wrap(srppo.pipeline, "load_tokenizer", "models")
-        for method in ("__init__", "log_metrics", "log_rollout", "log_event", "save_checkpoint", "publish", "commit"):
-            self.wrap(Attempt, method, "record")
-        for method in ("stage", "write_data_manifest"):
-            self.wrap(Run, method, "record")
-        self.wrap(os, "fsync", "sync")
+def wrap_all(spans: Spans) -> None:
+    """Time what the table above names. For a process that ends soon: it is never undone."""
+    for train in ("train_sft", "train_ppo"):
+        spans.wrap(srppo.pipeline, train, "training")
+    spans.wrap(Pipeline, "measure", "measuring")
+    spans.wrap(Pipeline, "__post_init__", "data")
+    spans.wrap(Pipeline, "load", "models")
+    spans.wrap(srppo.pipeline, "load_tokenizer", "models")
+    for method in ("__init__", "log_metrics", "log_rollout", "log_event", "save_checkpoint", "publish", "commit"):
+        spans.wrap(Attempt, method, "record")
+    for method in ("stage", "write_data_manifest"):
+        spans.wrap(Run, method, "record")
+    spans.wrap(os, "fsync", "sync")
 
 
 def timed(run: Callable[[Task, Ledger], None], task: Task, ledger: Ledger) -> None:
     """Run a task in its own process and leave its spans in the record; what went wrong is not timed."""
     spans = Spans()
-    spans.wrap_all()
+    wrap_all(spans)
     run(task, ledger)
     began_ns = max(int(path.name.split("-")[1]) for path in ledger.folder(task).glob("log-*"))
     wall = time.time() - began_ns / 1e9
