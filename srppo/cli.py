@@ -221,6 +221,29 @@ def bench_sweep(
     run_sweep_bench(SweepBench(recipe, stages, slots, seeds, out), Console())
 
 
+@bench_app.command("eval")
+def bench_eval(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Embedded base: xs, s, l (repeatable). (default: all)")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="For each base and decoding. (default: as 10 s hold, at least 3)")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended.")] = Path(
+        "runs/bench-eval/eval.jsonl"
+    ),
+    debug: DebugOption = False,
+) -> None:
+    """What `srppo eval` adds to the model's own time on the embedded suite, beside a plain loop; one thread."""
+    from srppo.ablations.run import prepare_process
+    from srppo.console import Console
+
+    prepare_process(1)
+    from srppo.bench.evaluation import EvalBench, run_eval_bench  # torch comes with this
+
+    run_eval_bench(EvalBench(models=tuple(model or EvalBench.models), rounds=rounds, out=out), Console())
+
+
 def _name(recipe: Path | None) -> str:
     return recipe.stem if recipe else "embedded"
 

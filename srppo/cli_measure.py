@@ -52,7 +52,14 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer. (default: the task's)")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts at once. (default: what memory holds)")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts at once; another size rounds otherwise and may change a few responses. "
+            "(default: by the machine's memory, the same each time)",
+        ),
+    ] = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="Of sampling and few-shot draws.")] = 0,
     device: Device = "auto",

@@ -6,7 +6,9 @@ form a cluster and are resampled together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +29,11 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     """Wilson score interval of a share (Wilson 1927); stays inside [0, 1] also at 0 and n successes."""
     if n == 0:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    interval = scipy_stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+    return Estimate(share, low if successes else 0.0, high if successes < n else 1.0, n)
 
 
 def item_interval(values_by_item: ArrayLike, *, seed: int = 0, draws: int = 4000, confidence: float = 0.95) -> Estimate:

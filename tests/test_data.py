@@ -19,7 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from srppo import formats, hub, sources
-from srppo.chat import encode_demonstration, encode_demonstrations, encode_prompt, encode_prompts
+from srppo.chat import (
+    CHAT_TEMPLATE,
+    encode_demonstration,
+    encode_demonstrations,
+    encode_prompt,
+    encode_prompts,
+    render,
+)
 from srppo.config import DataConfig
 from srppo.data import (
     ensure_chat_template,
@@ -477,6 +484,36 @@ def test_bos_is_there_once_where_the_tokenizer_adds_it():
     assert encode(tokenizer, demo()).ids.count(bos) == 1
     tokenizer.chat_template = CHATML  # a template that wants none
     assert encode(tokenizer, demo()).ids.count(bos) == 0
+
+
+TURNS = st.lists(
+    st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["system", "user", "assistant", "tool"]),
+        st.text() | st.sampled_from(["", " a ", "{{ eos_token }}", "{% raw %}", "<eos>", "two\n\nlines\n"]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@given(turns=TURNS, generation=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_what_is_written_without_jinja_is_what_our_template_writes(bos, turns, generation):
+    tokenizer = make_tokenizer(bos=bos)
+    ensure_chat_template(tokenizer)
+    written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+    assert render(tokenizer, turns, generation=generation) == written
+
+
+@pytest.mark.parametrize("template", [CHATML, EXPLICIT_BOS, CHAT_TEMPLATE + "!", "!" + CHAT_TEMPLATE])
+def test_any_other_template_is_rendered_by_jinja(template):
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "say"}]
+    written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert render(tokenizer, turns, generation=True) == written
 
 
 def test_pad_that_is_eos_changes_nothing(plain):

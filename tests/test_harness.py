@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,10 @@ from safetensors.torch import load_file, save_file
 from worlds import byte_llama, save_model, write_rows
 
 from srppo.config import ModelConfig, load_recipe
-from srppo.console import Console
 from srppo.evaluate import answer_items, load_items
 from srppo.harness import session
-from srppo.harness.batches import batch_size
+from srppo.harness.batches import MOST, batch_size
 from srppo.harness.decode import Decoding, decode, how_asked
-from srppo.harness.overhead import measure_overhead
 from srppo.models import load_model, load_tokenizer
 from srppo.results import read_result
 from srppo.settings import resolved
@@ -226,12 +224,29 @@ def test_another_process_writes_the_same_file(model: Path, tasks: Path, tmp_path
 def test_batches_fit_the_memory_in_powers_of_two(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_model(str(model), ModelConfig()).model.config
     sizes = []
-    for free in (1 << 14, 1 << 24, 1 << 27, 1 << 40):
-        monkeypatch.setattr("srppo.harness.batches.free_bytes", lambda device, free=free: free)
+    for total in (1 << 14, 1 << 24, 1 << 27, 1 << 40):
+        monkeypatch.setattr("srppo.harness.batches.total_bytes", lambda device, total=total: total)
         sizes.append(batch_size(config, 512, 1, torch.device("cpu")))
     assert batch_size(config, 36, 1, torch.device("cpu")) == 512
+    assert batch_size(config, 512, 1, torch.device("cpu"), weights=(1 << 40) - (1 << 27)) == sizes[2]
     assert sizes[0] == 1 and sizes[-1] == 128 and sizes == sorted(sizes) and len(set(sizes)) == 4
     assert all(size & (size - 1) == 0 for size in sizes)
+
+
+def test_batches_are_the_same_whatever_memory_is_free_and_are_recorded(
+    model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    recorded = []
+    for free in (1 << 10, 1 << 22, 1 << 29):
+        memory = SimpleNamespace(total=1 << 20, available=free, free=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        (path,), _ = evaluate(model, tmp_path / str(free), "letters", include_path=[tasks], samples=1, **PLAIN)
+        recorded.append(summary(path)["batch_size"])
+    assert len(set(recorded)) == 1 and 1 < recorded[0] < MOST
+    (path,), _ = evaluate(model, tmp_path / "own", "letters", include_path=[tasks], batch_size=3, samples=1, **PLAIN)
+    assert summary(path)["batch_size"] == 3
 
 
 def test_an_interval_goes_with_lm_evals_own_score(model: Path, tasks: Path, tmp_path: Path) -> None:
@@ -241,7 +256,8 @@ def test_an_interval_goes_with_lm_evals_own_score(model: Path, tasks: Path, tmp_
     assert 0 < figure["value"] < 1
     assert figure["n"] == 14 and figure["value"] == pytest.approx(np.mean([row["exact_match"] for row in rows]))
     assert figure["low"] < figure["value"] < figure["high"]
-    assert "4 samples" in said and json.loads((path / "summary.json").read_text())["decoding"] == "sampled"
+    assert "samples" in said  # the table may fold the line: the model's folder is as long as it is
+    assert summary(path)["decoding"] == "sampled" and summary(path)["samples"] == 4
 
 
 def test_a_batch_that_does_not_fit_is_halved(
@@ -268,9 +284,3 @@ def test_what_a_task_asks_of_decoding() -> None:
     own = how_asked({"do_sample": True, "temperature": 0.2, "top_k": 5, "repetition_penalty": 1.2}, None, None)
     assert own == Decoding(256, (), 0.2, top_k=5, extra={"repetition_penalty": 1.2})
     assert how_asked({"do_sample": False, "temperature": 0.0, "until": []}, 1.0, 7) == Decoding(7, (), 1.0)
-
-
-def test_the_overhead_is_measured() -> None:
-    found = measure_overhead("embedded:xs", Console(plain=True, quiet=True), rounds=1)
-    assert [len(each) for each in found["seconds"].values()] == [1, 1, 1]
-    assert found["over_model"] > -1 and found["over_plain"] > -1 and found["drawing"] > 0

@@ -1,28 +1,23 @@
-"""Seconds by name, counted by wrapping functions in a process that ends soon."""
+"""Where the time of a computation goes: functions wrapped with timers, a span within another taken out of it."""
 
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import srppo.pipeline
-from srppo.ablations.warm import Warm
-from srppo.pipeline import Pipeline
-from srppo.store import Attempt, Run
-
 
 class Spans:
-    """Seconds by name, as `clock` counts them."""
+    """Seconds by name. clock: seconds, of whatever kind; None: wall time."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._clock = clock
+        self._clock = clock or (lambda: time.perf_counter())
         self._inside: list[float] = []  # of each open span: seconds that belong to spans within it
+        self._plain: list[tuple[Any, str, Any]] = []
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -37,8 +32,10 @@ class Spans:
                 self._inside[-1] += took
 
     def wrap(self, owner: Any, attribute: str, name: str) -> None:
-        """Time every call of a function or method. For a process that ends soon: it is never undone."""
-        setattr(owner, attribute, self.timing(getattr(owner, attribute), name))
+        """Time every call of a function or method, until `unwrap`."""
+        plain = getattr(owner, attribute)
+        self._plain.append((owner, attribute, plain))
+        setattr(owner, attribute, self.timing(plain, name))
 
     def timing(self, plain: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The same function, with every call timed."""
@@ -50,19 +47,8 @@ class Spans:
 
         return timed
 
-    def wrap_all(self) -> None:
-        for train in ("train_sft", "train_ppo"):
-            self.wrap(srppo.pipeline, train, "training")
-        self.wrap(Pipeline, "measure", "measuring")
-        self.wrap(Pipeline, "__post_init__", "data")
-        self.wrap(Pipeline, "load", "models")
-        self.wrap(Warm, "tokenizer", "models")
-        untrained = Pipeline.untrained
-        Pipeline.untrained = lambda self_, kind, parents, measure, *rest, **more: untrained(  # type: ignore[method-assign,assignment]
-            self_, kind, parents, self.timing(measure, "measuring"), *rest, **more
-        )
-        for method in ("__init__", "log_metrics", "log_rollout", "log_event", "save_checkpoint", "publish", "commit"):
-            self.wrap(Attempt, method, "record")
-        for method in ("stage", "write_data_manifest"):
-            self.wrap(Run, method, "record")
-        self.wrap(os, "fsync", "sync")
+    def unwrap(self) -> None:
+        """Put back what was wrapped."""
+        while self._plain:
+            owner, attribute, plain = self._plain.pop()
+            setattr(owner, attribute, plain)

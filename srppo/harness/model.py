@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from srppo.chat import stop_ids
+from srppo.chat import render, stop_ids
 from srppo.config import derive_seed
 from srppo.errors import ModelError
 from srppo.harness.batches import batch_size, by_length
@@ -34,7 +34,7 @@ class HarnessModel(TemplateLM):
     """One model under evaluation. The weights are loaded on the first request that needs them.
 
     templated: prompts come from the chat template and are encoded as they are. draw: which of several samples of every
-    prompt is asked for. rows: the batch size, None: from memory. temperature: samples every task at it; None: tasks
+    prompt is asked for. rows: batch size, None: by memory. temperature: samples every task at it; None: tasks
     decode as they say, nearly all greedily. new_tokens: overrides the limit of every task.
     """
 
@@ -63,6 +63,10 @@ class HarnessModel(TemplateLM):
     def lm(self) -> LanguageModel:
         """The model itself."""
         return self.load()
+
+    @cached_property
+    def _weights(self) -> int:
+        return sum(weight.numel() * weight.element_size() for weight in self.lm.model.parameters())
 
     def release(self) -> None:
         """Let go of the weights: a run has many models, and one at a time is in memory."""
@@ -108,14 +112,9 @@ class HarnessModel(TemplateLM):
         from jinja2.exceptions import TemplateError
 
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
+            if add_generation_prompt:
+                return render(self.tokenizer, chat_history, generation=True)
+            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=True))
         except (TemplateError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"the chat template refuses a prompt ({reason}); pass --no-chat-template") from None
@@ -129,15 +128,17 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The response to each request, cut before its first stop text. Repeated requests get samples of their own."""
-        how = [self.decoding(request.args[1]) for request in requests]
+        texts, how = [], []
+        for request in requests:
+            text, asked = request.args
+            texts.append(text)
+            how.append(self.decoding(asked))
         prompts = [
-            self.tok_encode(request.args[0])[-(self.context - h.max_new_tokens) :]
-            for request, h in zip(requests, how, strict=True)
+            self.tok_encode(text)[-(self.context - h.max_new_tokens) :] for text, h in zip(texts, how, strict=True)
         ]
         seen: dict[str, int] = defaultdict(int)
         seeds = []
-        for request, h in zip(requests, how, strict=True):
-            text = request.args[0]
+        for text, h in zip(texts, how, strict=True):
             seeds.append(0 if h.temperature is None else row_seed(self.seed, text, self.draw, seen[text]))
             seen[text] += 1
         answers = [""] * len(requests)
@@ -172,7 +173,7 @@ class HarnessModel(TemplateLM):
         stops: list[int],
         tick: Callable[[], None],
     ) -> list[list[int]]:
-        """decode(); a batch that does not fit after all is halved, which changes no sample."""
+        """decode(); a batch that does not fit after all is halved, which changes samples by rounding alone."""
         began = perf_counter()
         try:
             return decode(self.lm, self.tokenizer, prompts, seeds, how, stop_ids=stops, tick=tick)
@@ -244,7 +245,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _size(self, positions: int, scored: int = 1) -> int:
-        size = self.rows or batch_size(self.lm.model.config, positions, scored, self.lm.device)
+        size = self.rows or batch_size(self.lm.model.config, positions, scored, self.lm.device, self._weights)
         self.used_rows = max(size, self.used_rows or 0)
         return size
 
@@ -254,7 +255,7 @@ class HarnessModel(TemplateLM):
 
 
 def row_seed(seed: int, prompt: str, draw: int, repeat: int) -> int:
-    """The seed of one sample: of the prompt's text, not of its place, so that limits and batches change nothing."""
+    """The seed of one sample: of the prompt's text, not of its place, so that limits and batches change no seed."""
     place = int.from_bytes(sha256(f"{draw}/{repeat}/{prompt}".encode()).digest()[:6], "big")
     return derive_seed(seed, "harness", place)
 

@@ -50,6 +50,7 @@ class Session:
     def __init__(self, options: Options, rows: int | None, device: str, console: Console) -> None:
         self.options, self.rows, self.device, self.console = options, rows, device, console
         self.prepared: dict[tuple[str, int, str], Prepared] = {}
+        self.weights: dict[str, str] = {}
         self.written: dict[str, tuple[dict[str, Any], list[Row]]] = {}
 
     def prepare(self, target: Target, tasks: Sequence[Loaded]) -> tuple[HarnessModel, list[Prepared]]:
@@ -98,7 +99,9 @@ class Session:
     def evaluate(self, target: Target, lm: HarnessModel, prepared: Prepared) -> Path:
         """The folder with the result of one task: found, shared with an arm of the same weights, or made."""
         name, options = prepared.task.name, self.options
-        weights = fingerprint(target.spec, target.config)
+        if target.spec not in self.weights:
+            self.weights[target.spec] = fingerprint(target.spec, target.config)
+        weights = self.weights[target.spec]
         sampled = prepared.sampled or bool(options.samples and prepared.generates)
         key = _key(weights, prepared, options if sampled else None, target.config.precision, options.max_new_tokens)
         existing = [path.parent for path in target.parent.glob(f"*@{key}/{SUMMARY}")]
