@@ -21,6 +21,7 @@ DECISIVE = {
     "task_version": ("version of the task", "with one file of the task and one lm-eval"),
     "num_fewshot": ("few-shot examples", "with the same --num-fewshot"),
     "fewshot_seed": ("seed of the few-shot examples", "with the same --seed"),
+    "fewshot_as_multiturn": ("few-shot examples as turns of the chat", "with one version of srppo"),
     "templated": ("chat template", "with --chat-template, or both with --no-chat-template"),
     "generation.temperature": ("temperature", "with the same --temperature"),
     "generation.max_new_tokens": ("new tokens at most", "with the same --max-new-tokens"),

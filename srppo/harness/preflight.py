@@ -15,6 +15,7 @@ from srppo.harness.restate import restate
 from srppo.harness.tasks import Loaded
 
 FEWSHOT_SEED = 1234  # lm-eval's own
+MULTITURN = True  # examples under a chat template are turns of their own, as in lm-eval's own call
 TRIAL = "One is 1.\n\nTwo is 2."  # a response for checkers to chew on before there is a real one
 
 
@@ -138,6 +139,7 @@ def _build(
         limit=limit,
         samples=indices,
         apply_chat_template=templated,
+        fewshot_as_multiturn=MULTITURN and templated,
         chat_template=model.apply_chat_template if templated else None,
         tokenizer_name="",
     )

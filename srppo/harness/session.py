@@ -18,7 +18,7 @@ from srppo.environment import environment
 from srppo.errors import ConfigError
 from srppo.harness.ifeval import checkers_importable
 from srppo.harness.model import HarnessModel
-from srppo.harness.preflight import Prepared, prepare
+from srppo.harness.preflight import MULTITURN, Prepared, prepare
 from srppo.harness.progress import Meter
 from srppo.harness.quiet import quiet
 from srppo.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
@@ -27,7 +27,7 @@ from srppo.harness.tasks import Loaded
 from srppo.models import fingerprint, load_model, load_tokenizer, resolve
 from srppo.results import SUMMARY, write_result
 
-EPOCH = 1  # raised when the same request would get another response or score
+EPOCH = 2  # raised when the same request would get another response or score
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ class Session:
             "task_content": prepared.content,
             "num_fewshot": prepared.few_shot,
             "fewshot_seed": prepared.fewshot_seed,
+            "fewshot_as_multiturn": MULTITURN,
             "generation": None if prepared.decoding is None else asdict(prepared.decoding),
             "chat_template": lm.tokenizer.chat_template if prepared.templated else None,
             "limit": options.limit,
