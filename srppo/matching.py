@@ -23,6 +23,7 @@ DECISIVE = {
     "fewshot_seed": ("seed of the few-shot examples", "with the same --seed"),
     "fewshot_as_multiturn": ("few-shot examples as turns of the chat", "with one version of srppo"),
     "templated": ("chat template", "with --chat-template, or both with --no-chat-template"),
+    "system": ("system message", "with the same --system"),
     "generation.temperature": ("temperature", "with the same --temperature"),
     "generation.max_new_tokens": ("new tokens at most", "with the same --max-new-tokens"),
     "generation.until": ("stop texts", "with one file of the task"),

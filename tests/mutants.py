@@ -1093,7 +1093,7 @@ EVALUATION = [
     Mutant(
         "eval: a share of instructions as a mean of prompts",
         "harness/scores.py",
-        "    if (weights == 1).all():\n",
+        "    if (weights == 1).all() and len(set(places.values())) == len(places):\n",
         "    if True:\n",
         f"{CHECKS}test_the_instruction_level_interval_is_of_a_ratio_of_sums",
     ),

@@ -152,11 +152,6 @@ class Sweep:
         )
 
 
-def is_sweep(spec: Mapping[str, Any]) -> bool:
-    """Whether the spec of a record is a sweep's, not a plain run's."""
-    return "sweep" in spec
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
