@@ -24,9 +24,10 @@ def check_destination(folder: Path, file: Path | None = None) -> None:
                 made.append(place)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        reason = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(
-            f"cannot write to {file or folder} ({error.strerror}); give --out another place, where folders can be made "
-            "and written"
+            f"cannot write to {file or folder} ({reason}); give --out another place, where folders can be made and "
+            "written"
         ) from None
     finally:
         for place in reversed(made):

@@ -29,3 +29,12 @@ class Problems:
         if self.found:
             numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(self.found, start=1))
             raise DataError(f"{len(self.found)} problems: {numbered}")
+
+
+@contextmanager
+def together(problems: Problems | None) -> Iterator[Problems]:
+    """The caller's problems, for the caller to raise, or new ones that are raised at the end."""
+    own = Problems() if problems is None else problems
+    yield own
+    if problems is None:
+        own.raise_any()

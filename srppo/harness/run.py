@@ -63,13 +63,21 @@ def evaluate_command(
     targets = find_targets(model, out, console.say)
     if model is None:
         console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
-    _check_targets(targets)
+    problems = _problems_of(targets)
     with quiet(seed):
         loaded = load_tasks(
-            wanted(tasks, suite), data=data, include_path=include_path, score_rest=score_rest, say=console.say
+            wanted(tasks, suite),
+            data=data,
+            include_path=include_path,
+            score_rest=score_rest,
+            say=console.say,
+            problems=problems,
         )
         session = Session(options, batch_size, device, console)
-        plan = [(target, *session.prepare(target, loaded)) for target in targets]
+        plan = []
+        for target in targets:
+            plan.append((target, *session.prepare(target, loaded, problems)))
+            problems.raise_any()  # of one arm: the other arms have the same
         found = []
         for target, lm, prepared in plan:
             found += [session.evaluate(target, lm, each) for each in prepared]
@@ -81,15 +89,15 @@ def evaluate_command(
     return found
 
 
-def _check_targets(targets: Sequence[Target]) -> None:
-    """Every arm's weights must be whole and the place of its results writable before the first one is evaluated."""
+def _problems_of(targets: Sequence[Target]) -> Problems:
+    """Weights of any arm that are not whole, and places of results that cannot be written."""
     problems = Problems()
     for target in targets:
         with problems.gathered():
             check_destination(target.parent)
         with problems.gathered():
             check_weights(target.spec, target.config)
-    problems.raise_any()
+    return problems
 
 
 def _check_numbers(options: Options, rows: int | None) -> None:

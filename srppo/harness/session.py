@@ -19,7 +19,7 @@ from srppo.errors import ConfigError, UserError
 from srppo.harness.ifeval import checkers_importable
 from srppo.harness.model import HarnessModel
 from srppo.harness.preflight import MULTITURN, Prepared, prepare
-from srppo.harness.problems import Problems
+from srppo.harness.problems import Problems, together
 from srppo.harness.progress import Meter
 from srppo.harness.quiet import quiet
 from srppo.harness.restate import restating
@@ -58,9 +58,11 @@ class Session:
         self.prepared: dict[tuple[str, int, str], Prepared] = {}
         self.written: dict[str, tuple[dict[str, Any], list[Row]]] = {}
 
-    def prepare(self, target: Target, tasks: Sequence[Loaded]) -> tuple[HarnessModel, list[Prepared]]:
+    def prepare(
+        self, target: Target, tasks: Sequence[Loaded], problems: Problems | None = None
+    ) -> tuple[HarnessModel, list[Prepared]]:
         """The model, not loaded yet, and its requests for every task, checked. Raises UserError, in one line, for all
-        that is wrong."""
+        that is wrong with the tasks, or adds it to `problems`."""
         options = self.options
         tokenizer = load_tokenizer(target.spec, target.config)
         own = tokenizer.chat_template is not None
@@ -79,14 +81,14 @@ class Session:
             new_tokens=options.max_new_tokens,
             rows=self.rows,
         )
-        problems, found = Problems(), list[Prepared]()
-        for task in tasks:
-            templated = options.chat_template
-            if templated is None:
-                templated = own or target.ours or task.embedded
-            with problems.gathered():
-                found.append(self._prepared(target, lm, task, templated))
-        problems.raise_any()
+        found: list[Prepared] = []
+        with together(problems) as met:
+            for task in tasks:
+                templated = options.chat_template
+                if templated is None:
+                    templated = own or target.ours or task.embedded
+                with met.gathered():
+                    found.append(self._prepared(target, lm, task, templated))
         return lm, found
 
     def _prepared(self, target: Target, lm: HarnessModel, task: Loaded, templated: bool) -> Prepared:
@@ -125,7 +127,7 @@ class Session:
             try:
                 read_result(known)
             except UserError as error:
-                self.console.warn(f"{name}, {target.title}: {error}, as is done now")
+                self.console.warn(f"{name}, {target.title}: {error}; it is evaluated again")
             else:
                 self.console.say(f"{name}, {target.title}: known, {known}")
                 return known

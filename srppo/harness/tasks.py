@@ -11,7 +11,7 @@ from typing import Any
 
 from srppo.errors import DataError
 from srppo.harness import ifeval
-from srppo.harness.problems import Problems
+from srppo.harness.problems import Problems, together
 from srppo.harness.restate import restate, restating
 from srppo.harness.shipped import FOLDER, SHORTCUTS, SUITES, local_config, local_file
 from srppo.hub import offline_when_unreachable
@@ -48,8 +48,9 @@ def load_tasks(
     include_path: Sequence[Path],
     score_rest: bool,
     say: Callable[[str], None],
+    problems: Problems | None = None,
 ) -> list[Loaded]:
-    """Every task with its data. Raises DataError, in one line, for all that cannot be had."""
+    """Every task with its data. Raises DataError, in one line, for all that cannot be had, or adds it to `problems`."""
     for folder in include_path:
         if not folder.is_dir():
             raise DataError(f"--include-path {folder} is not a folder; give the folder that holds your YAML tasks")
@@ -62,11 +63,11 @@ def load_tasks(
             f"--data {data} holds nothing for {', '.join(name for name, _ in names)}: it is read for ifeval "
             "(prompt, instruction_id_list, kwargs) and gsm8k (question, answer)"
         )
-    problems, found = Problems(), list[Loaded]()
-    for name, suite in names:
-        with problems.gathered():
-            found += library.load(name, suite, files.get(name), score_rest, problems)
-    problems.raise_any()
+    found: list[Loaded] = []
+    with together(problems) as met:
+        for name, suite in names:
+            with met.gathered():
+                found += library.load(name, suite, files.get(name), score_rest, met)
     repeated = [each.name for i, each in enumerate(found) if each.name in {other.name for other in found[:i]}]
     if repeated:
         raise DataError(f"task {repeated[0]} is asked for twice, alone and in a group; name it once")
