@@ -76,7 +76,8 @@ def evaluate_command(
         session = Session(options, batch_size, device, console)
         plan = []
         for target in targets:
-            plan.append((target, *session.prepare(target, loaded, problems)))
+            with problems.gathered():
+                plan.append((target, *session.prepare(target, loaded, problems)))
             problems.raise_any()  # of one arm: the other arms have the same
         found = []
         for target, lm, prepared in plan:

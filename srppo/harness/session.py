@@ -16,13 +16,12 @@ from srppo.config import canonical_json
 from srppo.console import Console, duration
 from srppo.environment import environment
 from srppo.errors import ConfigError, UserError
+from srppo.harness.call import evaluate
 from srppo.harness.ifeval import checkers_importable
 from srppo.harness.model import HarnessModel
 from srppo.harness.preflight import MULTITURN, Prepared, prepare
 from srppo.harness.problems import Problems, together
 from srppo.harness.progress import Meter
-from srppo.harness.quiet import quiet
-from srppo.harness.restate import restating
 from srppo.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
 from srppo.harness.targets import Target
 from srppo.harness.tasks import Loaded
@@ -156,7 +155,7 @@ class Session:
             lm.meter = meter
             for draw in range(draws):
                 lm.draw = draw
-                result = _evaluate(lm, prepared, options.seed)
+                result = evaluate(lm, prepared, options.seed)
                 results.append(result["results"][task.task.task_name])
                 rows += rows_of(result["samples"][task.task.task_name], draw, prepared.cluster)
         scores = figures(rows, results)
@@ -206,29 +205,6 @@ class Session:
 def _machine() -> dict[str, Any]:
     """Facts for every summary, gathered once a process."""
     return environment()
-
-
-def _evaluate(lm: HarnessModel, prepared: Prepared, seed: int) -> Any:
-    """lm-eval's own evaluate on requests that are built already; its bootstrap, at 15 s a metric, stays off."""
-    from lm_eval import evaluator
-
-    task, name = prepared.task.task, prepared.task.task.task_name
-
-    def already_built(**_: Any) -> None:
-        for instance in prepared.instances:
-            instance.resps, instance.filtered_resps = [], {}
-        task._instances = prepared.instances
-
-    task.build_all_requests = already_built
-    try:
-        with quiet(seed), restating(prepared.task.name, vars(task.config), "scored"):
-            count = max(instance.doc_id for instance in prepared.instances) + 1
-            chosen = {"limit": count} if prepared.indices is None else {"samples": {name: prepared.indices}}
-            return evaluator.evaluate(
-                lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=prepared.templated, **chosen
-            )
-    finally:
-        del task.build_all_requests
 
 
 def _key(weights: str, prepared: Prepared, sampling: Options | None, precision: str, max_new_tokens: int | None) -> str:
