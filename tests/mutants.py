@@ -1187,7 +1187,7 @@ EVALUATION = [
         "destination.py",
         "                place.rmdir()\n",
         "                pass\n",
-        f"{REFUSED}test_a_place_that_cannot_be_written",
+        f"{CHECKS}test_a_trap_is_one_line_before_any_generation",
     ),
     Mutant(
         "eval: weights of later arms not looked at",
