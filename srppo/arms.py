@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from srppo.errors import RecordError
 from srppo.store import Run, Stage
 
 METHODS = {
@@ -18,6 +20,22 @@ METHODS = {
 KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO", **METHODS}
 EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
 ORDER = ("base", "SFT", EQUAL, CHOSEN, *METHODS.values(), "SRPPO")
+
+
+def is_sweep(spec: Mapping[str, Any]) -> bool:
+    """Whether the spec of a record is a sweep's, not a plain run's."""
+    return "sweep" in spec
+
+
+def one_run(folder: Path) -> Run:
+    """The run in a folder. Raises RecordError for a sweep: its points have arms and seeds of the same names."""
+    run = Run.load(folder)
+    if is_sweep(run.spec):
+        raise RecordError(
+            f"{folder} is a sweep, whose points have arms of the same names; give one run, or the `model` folder of "
+            f"one of its stages ({folder / 'stages'}/<id>/model), or read the whole with: srppo report {folder}"
+        )
+    return run
 
 
 def stages_by_arm(run: Run) -> dict[str, list[Stage]]:

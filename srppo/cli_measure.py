@@ -67,6 +67,14 @@ def evaluate(
     score_rest: Annotated[
         bool, typer.Option("--score-rest", help="Score what can be scored; list the other prompts as not scored.")
     ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="System message. (default: with which a run was trained; '': none)"),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Items with the same FIELD belong together. (default: as the task says)"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure a model on tasks of lm-eval, on ours, or on yours. Results are cached, and never stale."""
@@ -91,6 +99,8 @@ def evaluate(
         device=pick_device(device),
         out=out,
         score_rest=score_rest,
+        system=system,
+        cluster=cluster,
         console=Console(),
     )
 
@@ -142,11 +152,13 @@ def score(
 ) -> None:
     """Look inside the reward: each token coloured by its log-ratio, and whether the reward is right."""
     from srppo.console import Console
+    from srppo.destination import check_destination
     from srppo.report.score_page import report_score
     from srppo.score import score_command
     from srppo.settings import pick_device
 
-    console = Console()
+    console, folder = Console(), out or Path("runs/score")
+    check_destination(folder)
     result = score_command(
         run,
         sft=sft,
@@ -162,7 +174,7 @@ def score(
         device=pick_device(device),
         console=console,
     )
-    report_score(result, out or Path("runs/score"), console, top=top, bottom=bottom)
+    report_score(result, folder, console, top=top, bottom=bottom)
 
 
 def forecast(
@@ -187,10 +199,12 @@ def forecast(
     """What the objective itself can give, before any PPO: its optimum's reward, KL, length and accuracy over beta."""
     from srppo import forecast as module
     from srppo.console import Console
+    from srppo.destination import check_destination
     from srppo.report.forecast_page import report_forecast
     from srppo.settings import pick_device
 
-    console = Console()
+    console, folder = Console(), out or Path("runs/forecast")
+    check_destination(folder)
     result = module.forecast_command(
         run,
         sft=sft,
@@ -205,7 +219,7 @@ def forecast(
         device=pick_device(device),
         console=console,
     )
-    report_forecast(result, out or Path("runs/forecast"), console)
+    report_forecast(result, folder, console)
 
 
 def report(
@@ -213,7 +227,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """The tables of a run or a sweep in the terminal, and its report as one HTML file that opens offline."""
-    from srppo.ablations.spec import is_sweep
+    from srppo.arms import is_sweep
     from srppo.console import Console
     from srppo.store import Run
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -293,6 +295,30 @@ def _refuse_pickle(spec: str, folder: Path, config: ModelConfig) -> None:
             "refused; convert them, or set model.allow_pickle=true if you trust them"
         )
     raise ModelError(f"model {spec!r} has no weights (*.safetensors); give the folder that save_pretrained wrote")
+
+
+def check_weights(spec: str, config: ModelConfig) -> None:
+    """Whether a local model's safetensors are all there and whole, from their headers and sizes, without loading any.
+
+    Raises ModelError in one line. A model of the hub is checked as it is downloaded.
+    """
+    folder = Path(resolve(spec))
+    _refuse_pickle(spec, folder, config)
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"model {spec!r} is damaged: {index.name} cannot be read ({error}); copy it again"
+            ) from None
+        if absent := sorted(name for name in named if not (folder / name).is_file()):
+            raise ModelError(f"model {spec!r} is not whole: {', '.join(absent)} is missing; copy it again")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model {spec!r} is damaged: {file.name}: {error}; copy it again") from None
 
 
 def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> LanguageModel:

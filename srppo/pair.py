@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from srppo.arms import is_sweep, one_run
 from srppo.chat import ensure_chat_template, stop_ids
 from srppo.config import Recipe, build_recipe
 from srppo.errors import RecordError, UserError
@@ -85,7 +86,7 @@ def load_pair(
     if sft is not None and base is not None:
         recipe = build_recipe({"model": {"base": base, "sft": sft}})
         return _load(recipe, sft, device)
-    found = Run.load(run if run is not None else _newest())
+    found = one_run(run if run is not None else _newest())
     stage = _sft_stage(found, seed)
     recipe = build_recipe({**found.spec["recipe"], "seed": stage.identity["config"]["seed"]})
     path = str(stage.path / "model") if stage.identity["kind"] == "sft" else str(recipe.model.sft)
@@ -104,7 +105,8 @@ def _load(recipe: Recipe, sft: str, device: str) -> Pair:
 def _newest() -> Path:
     runs = sorted(Path("runs").glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in runs:
-        if any(_is_sft(stage) for stage in Run.load(path.parent).stages()):
+        found = Run.load(path.parent)
+        if not is_sweep(found.spec) and any(_is_sft(stage) for stage in found.stages()):
             return path.parent
     raise UserError("no run with a finished SFT model below runs/; give a run folder, or --sft and --base")
 

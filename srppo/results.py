@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from srppo.arms import stages_by_arm
+from srppo.arms import one_run, stages_by_arm
 from srppo.checkpoint import MANIFEST, damage, replace_folder, storing
 from srppo.config import canonical_json
 from srppo.errors import DataError, RecordError
@@ -119,7 +119,7 @@ def read_results(path: Path, metric: str | None = None) -> list[TaskResult]:
     if (path / SUMMARY).exists():
         return [read_result(path, metric)]
     if (path / "sweep.json").exists():
-        found = _of_run(Run.load(path), metric)
+        found = _of_run(one_run(path), metric)
         missing = "has no evaluated stage yet; finish the run, or evaluate it: srppo eval"
     else:
         found = _read(path, metric)

@@ -95,11 +95,11 @@ def reference(model: Path, include: Path, task: str, **options: Any) -> dict[str
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lm = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
-        tokenizer=byte_tokenizer(),
+        tokenizer=AutoTokenizer.from_pretrained(model),
         batch_size=5,
     )
     manager = TaskManager(include_path=str(include), include_defaults=False)

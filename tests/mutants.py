@@ -38,6 +38,7 @@ class Mutant:
 
 
 EVAL, CHECKS, UNLIKE = "test_harness.py::", "test_harness_checks.py::", "test_harness_compare.py::"
+REFUSED = "test_harness_refusals.py::"
 SCORE, FORECAST = "test_score.py::", "test_forecast.py::"
 METHOD, NOISY = "test_methods.py::", "test_noise.py::"
 SWEEP, SWEEP_REPORT = "test_sweep_analysis.py::", "test_sweep_report.py::"
@@ -1100,7 +1101,7 @@ EVALUATION = [
     Mutant(
         "eval: a share of instructions as a mean of prompts",
         "harness/scores.py",
-        "    if (weights == 1).all():\n",
+        "    if (weights == 1).all() and len(set(places.values())) == len(places):\n",
         "    if True:\n",
         f"{CHECKS}test_the_instruction_level_interval_is_of_a_ratio_of_sums",
     ),
@@ -1149,9 +1150,135 @@ EVALUATION = [
     Mutant(
         "eval: choices by what else is asked for",
         "harness/tasks.py",
-        "                random.seed(0)  #",
-        "                #",
+        "            random.seed(0)  #",
+        "            #",
         "test_harness_paper.py::test_the_suite_runs_and_scores",
+    ),
+    Mutant(
+        "eval: examples in one turn",
+        "harness/preflight.py",
+        "fewshot_as_multiturn=MULTITURN and templated",
+        "fewshot_as_multiturn=False",
+        f"{EVAL}test_scores_are_those_of_lm_evals_own_call",
+    ),
+    Mutant(
+        "eval: metrics of the whole set found late",
+        "harness/trial.py",
+        "    _try_metrics(loaded, {metric: found for (metric, _), found in values.items()})\n",
+        "",
+        f"{REFUSED}test_metrics_that_cannot_be_used",
+    ),
+    Mutant(
+        "eval: invented responses always choose the first",
+        "harness/trial.py",
+        "place == number % len(each)",
+        "place == 0",
+        f"{REFUSED}test_metrics_that_cannot_be_used",
+    ),
+    Mutant(
+        "eval: a checker's error as a traceback",
+        "harness/call.py",
+        'with quiet(seed), restating(prepared.task.name, vars(task.config), "scored"):',
+        "with quiet(seed):",
+        f"{REFUSED}test_a_checker_that_fails_late_is_one_line",
+    ),
+    Mutant(
+        "eval: the place of results not tried",
+        "harness/run.py",
+        "            check_destination(target.parent)\n",
+        "            pass\n",
+        f"{REFUSED}test_a_place_that_cannot_be_written",
+    ),
+    Mutant(
+        "a tried place is left behind",
+        "destination.py",
+        "                place.rmdir()\n",
+        "                pass\n",
+        f"{CHECKS}test_a_trap_is_one_line_before_any_generation",
+    ),
+    Mutant(
+        "eval: weights of later arms not looked at",
+        "harness/run.py",
+        "            check_weights(target.spec, target.config)\n",
+        "            pass\n",
+        f"{REFUSED}test_weights_of_the_last_arm_are_checked_first",
+    ),
+    Mutant(
+        "eval: a given SFT model is no arm",
+        "harness/targets.py",
+        ', "given-sft": recipe.model.sft',
+        "",
+        f"{REFUSED}test_a_given_sft_model_is_an_arm_and_arms_left_out_are_named",
+    ),
+    Mutant(
+        "eval: arms left out in silence",
+        "harness/targets.py",
+        '        say(f"not evaluated, {line}")\n',
+        "        pass\n",
+        f"{REFUSED}test_a_given_sft_model_is_an_arm_and_arms_left_out_are_named",
+    ),
+    Mutant(
+        "eval: a damaged result is known",
+        "harness/session.py",
+        "                read_result(known)\n",
+        "                pass\n",
+        f"{REFUSED}test_a_damaged_result_is_made_again",
+    ),
+    Mutant(
+        "a sweep is taken for a run",
+        "arms.py",
+        "    if is_sweep(run.spec):\n",
+        "    if False:\n",
+        f"{REFUSED}test_a_sweep_is_refused",
+    ),
+    Mutant(
+        "eval: without the system message of training",
+        "harness/preflight.py",
+        "system_instruction=system,",
+        "system_instruction=None,",
+        f"{REFUSED}test_a_run_is_asked_with_the_system_message_it_was_trained_with",
+    ),
+    Mutant(
+        "eval: prompts not scored are listed in part",
+        "harness/run.py",
+        "for row in rows)\n            write_atomic",
+        "for row in rows[:1])\n            write_atomic",
+        f"{REFUSED}test_prompts_not_scored_are_all_in_a_file",
+    ),
+    Mutant(
+        "eval: one problem at a time",
+        "harness/problems.py",
+        "            self.found.setdefault(str(error), error)\n",
+        "            raise\n",
+        f"{REFUSED}test_all_problems_of_all_tasks_are_said_together",
+    ),
+    Mutant(
+        "eval: fewer examples not tried",
+        "harness/room.py",
+        "for fewer in range(shots - 1, -1, -1):",
+        "for fewer in range(0, -1, -1):",
+        f"{REFUSED}test_how_many_prompts_fit_with_fewer_examples",
+    ),
+    Mutant(
+        "eval: another version is a missing package",
+        "harness/restate.py",
+        "    if find_spec(top) is None:\n",
+        "    if True:\n",
+        f"{REFUSED}test_what_is_said_of_packages",
+    ),
+    Mutant(
+        "eval: clusters not written",
+        "harness/scores.py",
+        "return {} if name is None else",
+        "return {} if True else",
+        f"{UNLIKE}test_items_of_one_cluster_are_one_unit",
+    ),
+    Mutant(
+        "eval: intervals as if clusters were items",
+        "harness/scores.py",
+        'str(row.get(CLUSTER) or row["item"])',
+        'row["item"]',
+        f"{UNLIKE}test_an_interval_is_over_clusters",
     ),
 ]
 

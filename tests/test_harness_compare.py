@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness_cases import WORDS, choice_task, evaluate, summary, tiny_model, write_task
+from harness_cases import WORDS, choice_task, evaluate, samples, summary, tiny_model, write_task
+from worlds import write_rows
 
 from srppo.compare import Comparison, compare
 from srppo.errors import DataError
+from srppo.harness.scores import figures
 from srppo.report.comparison import arms_of
 
 TEMPLATE = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
@@ -97,3 +99,41 @@ def test_the_same_task_from_another_folder_is_the_same(models: tuple[Path, Path]
         assert summary(path)["generation"] is None and summary(path)["fewshot_seed"] is None
     (found,) = compared(tmp_path).differences
     assert found.difference.n == 14 and found.notes == () and found.left_out == {}
+
+
+@pytest.mark.parametrize("way", ["option", "metadata"])
+def test_items_of_one_cluster_are_one_unit(models: tuple[Path, Path], tmp_path: Path, way: str) -> None:
+    named = {"metadata": {"version": 1, "cluster": "passage"}} if way == "metadata" else {}
+    options: dict[str, Any] = {"cluster": "passage"} if way == "option" else {}
+    tasks = write_task(tmp_path / "tasks", "letters", doc_to_text="{{ q * 30 if n == 4 else q }}:", **named)
+    rows = [{"q": f"Name {w}", "a": "a", "passage": f"p{i // 5}", "n": i} for i, w in enumerate(WORDS)]
+    write_rows(tasks / "rows.jsonl", rows)
+    for model in models:
+        place = tmp_path / model.name
+        (path,), _ = evaluate(model, place, "letters", include_path=[tasks], score_rest=True, samples=8, **options)
+        by_item = {row["prompt"]: row["cluster"] for row in samples(path)}
+        assert list(by_item.values()) == ["p0"] * 4 + ["p1"] * 5 + ["p2"] * 4 + ["p0"]  # the last: not scored
+        assert summary(path)["cluster"] == "passage" and summary(path)["metrics"]["exact_match"]["n"] == 13
+    (found,) = compared(tmp_path).differences
+    assert found.clusters == 3 and found.difference.n == 13 and "clusters" in found.test
+    if way == "option":
+        (path,), _ = evaluate(models[0], tmp_path / "plain", "letters", include_path=[tasks], score_rest=True)
+        assert "cluster" not in samples(path)[0], "and a result without clusters is another"
+        with pytest.raises(DataError, match=r"14 of 14 items, the first 0, have no 'page' .* q, a, passage, n: name"):
+            evaluate(models[0], tmp_path / "x", "letters", include_path=[tasks], score_rest=True, cluster="page")
+
+
+def test_an_interval_is_over_clusters() -> None:
+    """Ten clusters of five equal items know as much as ten items: the interval of the share is that much wider."""
+    rows = [{"item": str(i), "acc": float(i // 5 % 2), "cluster": str(i // 5)} for i in range(50)]
+    alone = [{key: value for key, value in row.items() if key != "cluster"} for row in rows]
+    wide, narrow = (figures(each, [{"acc,none": 0.5}])["acc"] for each in (rows, alone))
+    assert wide["n"] == narrow["n"] == 50 and wide["value"] == 0.5
+    assert 1.8 < (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) < 2.6  # sqrt(5)
+
+
+def test_another_system_message_is_told(models: tuple[Path, Path], tasks: Path, tmp_path: Path) -> None:
+    for model, system in zip(models, ("Be brief.", None), strict=True):
+        evaluate(model, tmp_path / model.name, "letters", include_path=[tasks], system=system)
+    with pytest.raises(DataError, match=r"system message: Be brief\. and none\); make both with the same --system"):
+        compared(tmp_path)

@@ -15,6 +15,7 @@ LAYERS = [
     [
         "types",
         "edits",
+        "destination",
         "checkpoint",
         "records",
         "hub",

@@ -22,8 +22,9 @@ from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
 from srppo.ablations.plan import PARENTS, Plan, Task, task_key
 from srppo.ablations.scale import parameter_count
-from srppo.ablations.spec import MOST_COMPARISONS, every, is_sweep
+from srppo.ablations.spec import MOST_COMPARISONS, every
 from srppo.ablations.sweeps import ARMS, SWEEPS
+from srppo.arms import is_sweep
 from srppo.cli_ablate import SMALL
 from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_overrides
 from srppo.errors import ConfigError, SrppoError

@@ -16,8 +16,9 @@ from srppo.ablations.options import build_sweep
 from srppo.ablations.pace import Pace, check_data, measure_pace
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import Watch, counts
-from srppo.ablations.spec import Sweep, is_sweep, label
+from srppo.ablations.spec import Sweep, label
 from srppo.ablations.sweeps import Options
+from srppo.arms import is_sweep
 from srppo.config import CODE_EPOCH, canonical_json, is_embedded
 from srppo.console import Console, duration
 from srppo.errors import ConfigError, RecordError, RunError

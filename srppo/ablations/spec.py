@@ -170,11 +170,6 @@ def _one_to_one(points: Sequence[Ablation], one: str, other: str) -> bool:
     return 1 < len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
-def is_sweep(spec: Mapping[str, Any]) -> bool:
-    """Whether the spec of a record is a sweep's, not a plain run's."""
-    return "sweep" in spec
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from srppo.harness.restate import INSTALL as EXTRA
+
 NEEDS = {
     "language:response_language": "langdetect",
     "change_case:english_capital": "langdetect",
@@ -19,9 +21,9 @@ NEEDS = {
 """Checkers that need a package or a table of nltk. The names are IFEval's own."""
 
 INSTALL = {
-    "langdetect": "pip install 'srppo[ifeval]'",
-    "immutabledict": "pip install 'srppo[ifeval]'",
-    "nltk": "pip install 'srppo[ifeval]'",
+    "langdetect": EXTRA.format("ifeval"),
+    "immutabledict": EXTRA.format("ifeval"),
+    "nltk": EXTRA.format("ifeval"),
     "punkt_tab": "python -m nltk.downloader punkt_tab",
 }
 _STUBBED = ("langdetect", "immutabledict")

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from srppo.errors import DataError, SrppoError
+from srppo.errors import DataError, ModelError
 from srppo.harness import ifeval
 from srppo.harness.decode import Decoding
 from srppo.harness.digest import code_of, config_of, content_of, digest_of
 from srppo.harness.model import HarnessModel
-from srppo.harness.restate import restate
+from srppo.harness.restate import restating
+from srppo.harness.room import too_long
 from srppo.harness.tasks import Loaded
+from srppo.harness.trial import try_scoring
 
 FEWSHOT_SEED = 1234  # lm-eval's own
-TRIAL = "One is 1.\n\nTwo is 2."  # a response for checkers to chew on before there is a real one
+MULTITURN = True  # examples under a chat template are turns of their own, as in lm-eval's own call
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A task's requests for one tokenizer. skipped: reason by document; digest: of all that makes the score; content:
     of what the task is beside its items and the command's options; decoding: of the first request, None for scoring;
-    fewshot_seed: None where no examples are drawn.
+    fewshot_seed: None where no examples are drawn. system: the system message. cluster: the items' field that says
+    which of them belong together.
     """
 
     task: Loaded
@@ -35,6 +39,8 @@ class Prepared:
     fewshot_seed: int | None = None
     content: str = ""
     decoding: Decoding | None = None
+    system: str | None = None
+    cluster: str | None = None
 
     @property
     def generates(self) -> bool:
@@ -57,6 +63,8 @@ def prepare(
     seed: int,
     score_rest: bool,
     warn: Callable[[str], None],
+    system: str | None = None,
+    cluster: str | None = None,
 ) -> Prepared:
     """Build and check the requests of one task. Raises DataError, in one line, for what cannot be evaluated here."""
     task, name = loaded.task, loaded.name
@@ -66,46 +74,63 @@ def prepare(
         raise DataError(f"task {name} needs images or sound; models here read text: leave it out")
     shots = _few_shot(loaded, num_fewshot, warn)
     model.templated = templated
-    try:
+    cluster = cluster or (task.config.metadata or {}).get("cluster")
+    build = partial(_build, loaded, model, templated, seed, system)
+    with restating(name, vars(task.config)):
         count = min(len(task.eval_docs), limit or len(task.eval_docs))
         docs = [doc for _, doc in task.doc_iterator(limit=count)]
-        instances = _build(loaded, model, templated, seed, limit=count, indices=None)
-        skipped = _unscorable(loaded, docs) | _too_long(loaded, instances, model, score_rest, warn)
-        if not skipped:
-            _try_checker(loaded, docs[0], instances)
-    except SrppoError:
-        raise
-    except Exception as error:  # templates, columns and functions of a task may raise anything
-        raise DataError(restate(name, error, vars(task.config))) from error
-    if skipped and not score_rest:
-        doc, reason = min(skipped.items())
-        raise DataError(
-            f"task {name}: {len(skipped)} of {count} prompts cannot be scored, the first ({doc}): {reason}; "
-            "pass --score-rest to score the others and list these"
-        )
-    indices = [i for i in range(count) if i not in skipped] if skipped else None
-    if indices == []:
-        raise DataError(f"task {name}: none of {count} prompts can be scored: {skipped[0]}")
-    if indices is not None:
-        instances = _build(loaded, model, templated, seed, limit=None, indices=indices)
-        _try_checker(loaded, docs[indices[0]], instances)
+        _check_clusters(name, docs, cluster)
+        instances = build(limit=count)
+        again = partial(build, limit=count)
+        skipped = _unscorable(loaded, docs) | too_long(loaded, instances, model, again, score_rest, warn)
+        indices = _scorable(name, count, skipped, score_rest)
+        if indices is not None:
+            instances = build(indices=indices)
+        try_scoring(loaded, instances)
     asked = [i.args[1] for i in instances if i.request_type == "generate_until"]
-    decoding = model.decoding(asked[0]) if asked else None
     config, code = config_of(task), code_of(task)
-    digest = digest_of(config, code, instances, skipped, docs)
     drawn = shots and getattr(task.fewshot_cfg, "sampler", None) != "first_n"
     return Prepared(
         loaded,
         instances,
         indices,
         skipped,
-        digest,
-        templated,
-        shots,
-        FEWSHOT_SEED + seed if drawn else None,
-        content_of(config, code, shots),
-        decoding,
+        digest=digest_of(config, code, instances, skipped, docs),
+        templated=templated,
+        few_shot=shots,
+        fewshot_seed=FEWSHOT_SEED + seed if drawn else None,
+        content=content_of(config, code, shots),
+        decoding=model.decoding(asked[0]) if asked else None,
+        system=system,
+        cluster=cluster,
     )
+
+
+def _scorable(name: str, count: int, skipped: dict[int, str], score_rest: bool) -> list[int] | None:
+    """Indices of the items that are left; None where all are. Raises DataError where that was not asked for."""
+    if not skipped:
+        return None
+    if not score_rest:
+        doc, reason = min(skipped.items())
+        raise DataError(
+            f"task {name}: {len(skipped)} of {count} prompts cannot be scored, the first ({doc}): {reason}; "
+            "pass --score-rest to score the others and list these"
+        )
+    if len(skipped) == count:
+        raise DataError(f"task {name}: none of {count} prompts can be scored: {skipped[0]}")
+    return [i for i in range(count) if i not in skipped]
+
+
+def _check_clusters(name: str, docs: list[Any], cluster: str | None) -> None:
+    """Every item must say which others it belongs with."""
+    if cluster is None:
+        return
+    lacking = [i for i, doc in enumerate(docs) if doc.get(cluster) is None]
+    if lacking:
+        raise DataError(
+            f"task {name}: {len(lacking)} of {len(docs)} items, the first {lacking[0]}, have no {cluster!r} to be "
+            f"clustered by; they have {', '.join(docs[lacking[0]])}: name another with --cluster, or leave it out"
+        )
 
 
 def _few_shot(loaded: Loaded, asked: int | None, warn: Callable[[str], None]) -> int:
@@ -130,17 +155,30 @@ def _few_shot(loaded: Loaded, asked: int | None, warn: Callable[[str], None]) ->
 
 
 def _build(
-    loaded: Loaded, model: HarnessModel, templated: bool, seed: int, *, limit: int | None, indices: list[int] | None
+    loaded: Loaded,
+    model: HarnessModel,
+    templated: bool,
+    seed: int,
+    system: str | None,
+    *,
+    limit: int | None = None,
+    indices: list[int] | None = None,
 ) -> list[Any]:
     loaded.task.set_fewshot_seed(FEWSHOT_SEED + seed)
-    type(loaded.task).build_all_requests(
-        loaded.task,
-        limit=limit,
-        samples=indices,
-        apply_chat_template=templated,
-        chat_template=model.apply_chat_template if templated else None,
-        tokenizer_name="",
-    )
+    try:
+        type(loaded.task).build_all_requests(
+            loaded.task,
+            limit=limit,
+            samples=indices,
+            system_instruction=system,
+            apply_chat_template=templated,
+            fewshot_as_multiturn=MULTITURN and templated,
+            chat_template=model.apply_chat_template if templated else None,
+            tokenizer_name="",
+        )
+    except ModelError as error:
+        turns = ", or --num-fewshot 0: examples are turns of the chat" if loaded.task.config.num_fewshot else ""
+        raise ModelError(f"task {loaded.name}: {error}{turns}") from None
     return list(loaded.task.instances)
 
 
@@ -149,51 +187,3 @@ def _unscorable(loaded: Loaded, docs: list[Any]) -> dict[int, str]:
     absent = ifeval.missing() if loaded.ifeval else []
     reasons = {i: ifeval.reason_not_scored(doc, absent) for i, doc in enumerate(docs)} if absent else {}
     return {i: reason for i, reason in reasons.items() if reason}
-
-
-def _too_long(
-    loaded: Loaded, instances: list[Any], model: HarnessModel, score_rest: bool, warn: Callable[[str], None]
-) -> dict[int, str]:
-    """Requests beyond the model's context; lm-eval cuts a prompt without a word, or fails at the end."""
-    found: dict[int, str] = {}
-    longest, asked, cut = 0, 0, 0
-    model.encode_all([instance.args[0] for instance in instances if instance.request_type == "generate_until"])
-    for instance in instances:
-        if instance.request_type == "generate_until":
-            asked = model.decoding(instance.args[1]).max_new_tokens
-            prompt = len(model.tok_encode(instance.args[0]))
-            longest = max(longest, prompt)
-            if prompt + asked > model.context:
-                found[instance.doc_id] = f"{prompt} prompt and {asked} new tokens exceed the context of {model.context}"
-        elif instance.request_type == "loglikelihood" and instance.args[0]:
-            context, continuation = model._encode_pair(*instance.args[:2])
-            if not continuation or len(continuation) > model.context:
-                found[instance.doc_id] = f"a continuation of {len(continuation)} tokens in a context of {model.context}"
-            cut += len(context) + len(continuation) > model.context + 1
-    if cut:
-        warn(f"task {loaded.name}: {cut} of {len(instances)} prompts exceed the context and lose their beginning")
-    if found and not score_rest:
-        room = model.context - longest
-        ways = [f"--max-new-tokens {room} or less"] if asked and room > 0 else []
-        ways += ["fewer --num-fewshot"] if loaded.task.config.num_fewshot else []
-        ways += ["--score-rest to score the others and list these"]
-        doc, reason = min(found.items())
-        raise DataError(
-            f"task {loaded.name}: {len(found)} prompts do not fit, the first ({doc}): {reason}; "
-            f"pass {', or '.join(ways)}"
-        )
-    return found
-
-
-def _try_checker(loaded: Loaded, doc: Any, instances: list[Any]) -> None:
-    """Score an invented response of the first item: what the checker lacks comes out now."""
-    task = loaded.task
-    if instances[0].request_type != "generate_until":
-        return
-    trial = instances[0]
-    trial.resps = [TRIAL] * max(trial.repeats or 1, 1)
-    for ensemble in getattr(task, "_filters", []):
-        ensemble.apply([trial])
-    for answer in trial.filtered_resps.values():
-        task.process_results(doc, [answer])
-    trial.resps, trial.filtered_resps = [], {}

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
+
+from srppo.errors import DataError, SrppoError
 
 EXTRAS = {"math_verify": "math", "sympy": "math", "antlr4": "math", "langdetect": "ifeval", "immutabledict": "ifeval"}
 """Packages that come with an extra of ours."""
+INSTALL = "pip install -c constraints.txt -e '.[{}]'"
+"""How an extra of ours is installed, from the folder of a clone."""
 
 _AWAY = ("offline", "couldn't reach", "couldn't connect", "connection", "max retries", "resolve")
 
 
-def restate(name: str, error: BaseException, config: Mapping[str, Any]) -> str:
-    """One line for an error of loading the task `name`; config: what its YAML says, as far as known."""
+@contextmanager
+def restating(name: str, config: Mapping[str, Any], doing: str = "loaded") -> Iterator[None]:
+    """Within, what the task `name` raises becomes a DataError of one line; our own errors pass through."""
+    try:
+        yield
+    except SrppoError:
+        raise
+    except Exception as error:  # templates, columns, functions and metrics of a task may raise anything
+        raise DataError(restate(name, error, config, doing)) from error
+
+
+def restate(name: str, error: BaseException, config: Mapping[str, Any], doing: str = "loaded") -> str:
+    """One line for an error of the task `name`; config: what its YAML says, as far as known; doing: what failed."""
     text = " ".join(str(error).split())
     source = config.get("dataset_path")
     chain = [error, *_causes(error)]
-    absent = next((e.name for e in chain if isinstance(e, ModuleNotFoundError) and e.name), None)
-    absent = absent or next(iter(re.findall(r"`?pip install ([\w\[\].-]+)", text)), None)
-    if absent:
-        known = EXTRAS.get(absent.split(".")[0])
-        return f"task {name} needs the package {absent}: pip install {f'srppo[{known}]' if known else absent}"
+    if broken := next((e for e in chain if isinstance(e, ImportError) and e.name), None):
+        return _needs(name, broken)
+    if hinted := re.search(r"`?pip install ([\w\[\].-]+)", text):
+        return f"task {name} needs the package {hinted[1]}: {_way(hinted[1])}"
     if any(isinstance(e, ConnectionError) for e in chain) or (source and any(word in text.lower() for word in _AWAY)):
         local = "pass --data with a local file" if name in ("ifeval", "gsm8k") else "run once with the hub in reach"
         return f"task {name} needs the hub's data set {source}, which is not in the cache, and the hub is away: {local}"
@@ -43,7 +60,29 @@ def restate(name: str, error: BaseException, config: Mapping[str, Any]) -> str:
         return f"task {name}: its YAML cannot be used: {text[:200]}"
     if isinstance(error, ValueError) and "valid or test docs" in text:
         return f"task {name}: its YAML names neither test_split nor validation_split; name one that the data have"
-    return f"task {name} cannot be loaded: {type(error).__name__}: {text[:240] or 'no reason given'}"
+    return f"task {name} cannot be {doing}: {type(error).__name__}: {text[:240] or 'no reason given'}"
+
+
+def _needs(name: str, error: ImportError) -> str:
+    """What to do for a module that cannot be imported: its package is not here, or here in another version."""
+    absent = str(error.name)
+    top = absent.split(".")[0]
+    if find_spec(top) is None:
+        return f"task {name} needs the package {absent}: {_way(absent)}"
+    try:
+        version = f" {metadata.version(top)}"
+    except metadata.PackageNotFoundError:
+        version = ""
+    text = " ".join(str(error).split())[:160]
+    return (
+        f"task {name} does not go with the installed {top}{version} ({text}): leave the task out, or install the "
+        f"version of {top} that it was written for"
+    )
+
+
+def _way(package: str) -> str:
+    known = EXTRAS.get(package.split(".")[0])
+    return INSTALL.format(known) if known else f"pip install {package}"
 
 
 def _unknown_metrics(config: Mapping[str, Any]) -> list[str]:

@@ -8,16 +8,21 @@ from pathlib import Path
 
 from rich.table import Table
 
+from srppo.checkpoint import write_atomic
+from srppo.config import canonical_json
 from srppo.console import Console
+from srppo.destination import check_destination
 from srppo.errors import ConfigError
+from srppo.harness.problems import Problems
 from srppo.harness.quiet import quiet
 from srppo.harness.session import Options, Session
-from srppo.harness.targets import find_targets
+from srppo.harness.targets import Target, find_targets
 from srppo.harness.tasks import load_tasks, wanted
-from srppo.records import read_json
+from srppo.models import check_weights
+from srppo.records import plain, read_json
 from srppo.results import SAMPLES, SUMMARY
 
-NAMED = 10  # reasons for prompts not scored that are printed; every prompt is in the samples
+NAMED = 10  # reasons for prompts not scored that are printed; every prompt is in the file beside the result
 
 
 def evaluate_command(
@@ -38,26 +43,42 @@ def evaluate_command(
     device: str = "cpu",
     out: Path | None = None,
     score_rest: bool = False,
+    system: str | None = None,
+    cluster: str | None = None,
     console: Console | None = None,
 ) -> list[Path]:
     """Evaluate a model, or every arm of a run, and print a table; returns the folders of the results.
 
     samples: so many a prompt at `temperature`; None: decode as each task says. chat_template None: the tokenizer's own
-    if it has one, ours for our models and for the embedded suite. Raises a UserError, before anything is generated,
+    if it has one, ours for our models and for the embedded suite. system: a system message, by default that with which
+    a run was trained, "" for none. cluster: the items' field that says which belong together, by default as the task's
+    metadata says. Raises a UserError, before anything is generated,
     for whatever cannot be loaded, scored or fitted into the context.
     """
     console = console or Console()
-    options = Options(samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest)
+    options = Options(
+        samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest, system, cluster
+    )
     _check_numbers(options, batch_size)
-    targets = find_targets(model, out)
+    targets = find_targets(model, out, console.say)
     if model is None:
         console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
+    problems = _problems_of(targets)
     with quiet(seed):
         loaded = load_tasks(
-            wanted(tasks, suite), data=data, include_path=include_path, score_rest=score_rest, say=console.say
+            wanted(tasks, suite),
+            data=data,
+            include_path=include_path,
+            score_rest=score_rest,
+            say=console.say,
+            problems=problems,
         )
         session = Session(options, batch_size, device, console)
-        plan = [(target, *session.prepare(target, loaded)) for target in targets]
+        plan = []
+        for target in targets:
+            with problems.gathered():
+                plan.append((target, *session.prepare(target, loaded, problems)))
+            problems.raise_any()  # of one arm: the other arms have the same
         found = []
         for target, lm, prepared in plan:
             found += [session.evaluate(target, lm, each) for each in prepared]
@@ -67,6 +88,17 @@ def evaluate_command(
     folders = list(dict.fromkeys(str(path.parent) for path in found))
     console.print(f"results: {folders[0]}{f' and {len(folders) - 1} more such folders' if folders[1:] else ''}")
     return found
+
+
+def _problems_of(targets: Sequence[Target]) -> Problems:
+    """Weights of any arm that are not whole, and places of results that cannot be written."""
+    problems = Problems()
+    for target in targets:
+        with problems.gathered():
+            check_destination(target.parent)
+        with problems.gathered():
+            check_weights(target.spec, target.config)
+    return problems
 
 
 def _check_numbers(options: Options, rows: int | None) -> None:
@@ -112,7 +144,7 @@ def _table(found: Sequence[Path]) -> Table:
 
 
 def _say_not_scored(console: Console, found: Sequence[Path]) -> None:
-    """How many prompts were left out, by reason, and the first of them by name."""
+    """How many prompts were left out, by reason; all of them stand in a file beside the result."""
     import pyarrow.parquet as pq
 
     for path in found:
@@ -122,3 +154,7 @@ def _say_not_scored(console: Console, found: Sequence[Path]) -> None:
             for reason, count in Counter(row["not_scored"] for row in rows).most_common(NAMED):
                 first = next(row for row in rows if row["not_scored"] == reason)
                 console.print(f"  {count}: {reason}; such as {first['item'][:8]} {first['prompt'][:40]!r}")
+            listed = path.with_name(f"{path.name}.not-scored.jsonl")
+            lines = ({"item": row["item"], "reason": row["not_scored"], "prompt": row["prompt"]} for row in rows)
+            write_atomic(listed, "".join(canonical_json(plain(line)) + "\n" for line in lines))
+            console.print(f"  all of them: {listed}")

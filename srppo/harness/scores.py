@@ -12,12 +12,14 @@ import numpy as np
 
 from srppo.stats import Estimate, item_interval
 
-UNITS = "units"
+UNITS, CLUSTER = "units", "cluster"
 Row = dict[str, Any]
 
 
-def rows_of(logged: Sequence[Mapping[str, Any]], draw: int) -> list[Row]:
+def rows_of(logged: Sequence[Mapping[str, Any]], draw: int, cluster: str | None = None) -> list[Row]:
     """One row a document: item, sample, prompt, response and a float a metric (and filter, where there are several).
+
+    cluster: the documents' field that says which belong together; it becomes the column `cluster`.
 
     A metric that is a list (IFEval's instruction level) becomes the share of its members, their number stands in
     `units`. Equal documents are told apart by their order.
@@ -30,13 +32,17 @@ def rows_of(logged: Sequence[Mapping[str, Any]], draw: int) -> list[Row]:
         if row is None:
             seen[entry["doc_hash"]] += 1
             copy = f"#{seen[entry['doc_hash']]}" if seen[entry["doc_hash"]] > 1 else ""
-            row = {"item": entry["doc_hash"] + copy, "sample": draw, **_texts(entry)}
+            row = {"item": entry["doc_hash"] + copy, "sample": draw, **_texts(entry), **_cluster(entry["doc"], cluster)}
             by_doc[entry["doc_id"]] = row
         for name in entry["metrics"]:
             row[f"{name},{entry['filter']}" if several else name] = as_float(name, entry[name])
             if isinstance(entry[name], list):
                 row[UNITS] = float(len(entry[name]))
     return list(by_doc.values())
+
+
+def _cluster(doc: Mapping[str, Any], name: str | None) -> Row:
+    return {} if name is None else {CLUSTER: str(doc[name])}
 
 
 def _texts(entry: Mapping[str, Any]) -> Row:
@@ -87,24 +93,30 @@ def figures(rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _interval(rows: Sequence[Row], column: str) -> Estimate | None:
-    """Over items, each the mean of its samples; a share of units is a ratio of sums, resampled by item."""
+    """Over items, each the mean of its samples, or over clusters of items. A share of units, and a mean over clusters
+    of unequal size, is a ratio of sums, resampled by item or by cluster. n counts items.
+    """
     values: dict[str, list[float]] = defaultdict(list)
     units: dict[str, float] = {}
+    places: dict[str, str] = {}
     for row in rows:
         values[row["item"]].append(row[column])
         units[row["item"]] = row.get(UNITS, 1.0) if column.startswith("inst_level") else 1.0
+        places[row["item"]] = str(row.get(CLUSTER) or row["item"])
     if not values:
         return None
     shares = np.array([sum(each) / len(each) for each in values.values()])
     weights = np.array(list(units.values()))
-    if (weights == 1).all():
+    if (weights == 1).all() and len(set(places.values())) == len(places):
         return item_interval(shares)
-    drawn = np.random.default_rng(0).multinomial(len(shares), np.full(len(shares), 1 / len(shares)), size=4000)
-    low, high = np.quantile(drawn @ (shares * weights) / (drawn @ weights), [0.025, 0.975])
-    return Estimate(float(shares @ weights / weights.sum()), float(low), float(high), len(shares))
+    _, members = np.unique(list(places.values()), return_inverse=True)
+    sums, sizes = np.bincount(members, weights=shares * weights), np.bincount(members, weights=weights)
+    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=4000)
+    low, high = np.quantile(drawn @ sums / (drawn @ sizes), [0.025, 0.975])
+    return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high), len(shares))
 
 
-def not_scored_rows(task: Any, skipped: Mapping[int, str]) -> list[Row]:
+def not_scored_rows(task: Any, skipped: Mapping[int, str], cluster: str | None = None) -> list[Row]:
     """A row for each document that was left out, with the reason and no score."""
     docs = list(task.eval_docs) if skipped else []
     return [
@@ -114,6 +126,7 @@ def not_scored_rows(task: Any, skipped: Mapping[int, str]) -> list[Row]:
             "prompt": str(task.doc_to_text(docs[i])),
             "response": "",
             "not_scored": reason,
+            **_cluster(docs[i], cluster),
         }
         for i, reason in sorted(skipped.items())
     ]

@@ -15,24 +15,27 @@ from srppo.chat import ensure_chat_template
 from srppo.config import canonical_json
 from srppo.console import Console, duration
 from srppo.environment import environment
-from srppo.errors import ConfigError
+from srppo.errors import ConfigError, UserError
+from srppo.harness.call import evaluate
 from srppo.harness.ifeval import checkers_importable
 from srppo.harness.model import HarnessModel
-from srppo.harness.preflight import Prepared, prepare
+from srppo.harness.preflight import MULTITURN, Prepared, prepare
+from srppo.harness.problems import Problems, together
 from srppo.harness.progress import Meter
-from srppo.harness.quiet import quiet
 from srppo.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
 from srppo.harness.targets import Target
 from srppo.harness.tasks import Loaded
 from srppo.models import fingerprint, load_model, load_tokenizer, resolve
-from srppo.results import SUMMARY, write_result
+from srppo.results import SUMMARY, read_result, write_result
 
-EPOCH = 1  # raised when the same request would get another response or score
+EPOCH = 2  # raised when the same request would get another response or score
 
 
 @dataclass(frozen=True)
 class Options:
-    """What changes a result, beside model and task. samples None: as the task says, which is nearly always greedy."""
+    """What changes a result, beside model and task. samples None: as the task says, which is nearly always greedy.
+    system None: the model's own, with which a run trained it. cluster None: as the task's metadata says.
+    """
 
     samples: int | None = None
     temperature: float = 1.0
@@ -42,6 +45,8 @@ class Options:
     limit: int | None = None
     seed: int = 0
     score_rest: bool = False
+    system: str | None = None
+    cluster: str | None = None
 
 
 class Session:
@@ -53,8 +58,11 @@ class Session:
         self.weights: dict[str, str] = {}
         self.written: dict[str, tuple[dict[str, Any], list[Row]]] = {}
 
-    def prepare(self, target: Target, tasks: Sequence[Loaded]) -> tuple[HarnessModel, list[Prepared]]:
-        """The model, not loaded yet, and its requests for every task, checked."""
+    def prepare(
+        self, target: Target, tasks: Sequence[Loaded], problems: Problems | None = None
+    ) -> tuple[HarnessModel, list[Prepared]]:
+        """The model, not loaded yet, and its requests for every task, checked. Raises UserError, in one line, for all
+        that is wrong with the tasks, or adds it to `problems`."""
         options = self.options
         tokenizer = load_tokenizer(target.spec, target.config)
         own = tokenizer.chat_template is not None
@@ -73,25 +81,38 @@ class Session:
             new_tokens=options.max_new_tokens,
             rows=self.rows,
         )
-        found = []
-        for task in tasks:
-            templated = options.chat_template
-            if templated is None:
-                templated = own or target.ours or task.embedded
-            place = (f"{_tokenizer_key(tokenizer)}/{templated}", lm.context, task.name)
-            if place not in self.prepared:
-                self.prepared[place] = prepare(
-                    task,
-                    lm,
-                    templated=templated,
-                    num_fewshot=options.num_fewshot,
-                    limit=options.limit,
-                    seed=options.seed,
-                    score_rest=options.score_rest,
-                    warn=self.console.warn,
-                )
-            found.append(self.prepared[place])
+        found: list[Prepared] = []
+        with together(problems) as met:
+            for task in tasks:
+                templated = options.chat_template
+                if templated is None:
+                    templated = own or target.ours or task.embedded
+                with met.gathered():
+                    found.append(self._prepared(target, lm, task, templated))
         return lm, found
+
+    def _prepared(self, target: Target, lm: HarnessModel, task: Loaded, templated: bool) -> Prepared:
+        """A task's requests, shared with arms whose tokenizer, context and system message are the same."""
+        options = self.options
+        system = (target.system if options.system is None else options.system) or None
+        system, dropped = (system, None) if templated else (None, system)
+        place = (f"{_tokenizer_key(lm.tokenizer)}/{templated}/{system}", lm.context, task.name)
+        if place not in self.prepared:
+            if dropped:
+                self.console.warn(f"task {task.name}: without the chat template there is no system message either")
+            self.prepared[place] = prepare(
+                task,
+                lm,
+                templated=templated,
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                seed=options.seed,
+                score_rest=options.score_rest,
+                warn=self.console.warn,
+                system=system,
+                cluster=options.cluster,
+            )
+        return self.prepared[place]
 
     def _loader(self, target: Target) -> Callable[[], Any]:
         return lambda: load_model(target.spec, target.config, device=self.device)
@@ -104,10 +125,14 @@ class Session:
         weights = self.weights[target.spec]
         sampled = prepared.sampled or bool(options.samples and prepared.generates)
         key = _key(weights, prepared, options if sampled else None, target.config.precision, options.max_new_tokens)
-        existing = [path.parent for path in target.parent.glob(f"*@{key}/{SUMMARY}")]
-        if existing:
-            self.console.say(f"{name}, {target.title}: known, {existing[0]}")
-            return existing[0]
+        for known in (path.parent for path in target.parent.glob(f"*@{key}/{SUMMARY}")):
+            try:
+                read_result(known)
+            except UserError as error:
+                self.console.warn(f"{name}, {target.title}: {error}; it is evaluated again")
+            else:
+                self.console.say(f"{name}, {target.title}: known, {known}")
+                return known
         if key not in self.written:
             draws = (options.samples or 1) if sampled else 1
             self.written[key] = self._generate(target, lm, prepared, draws)
@@ -133,16 +158,16 @@ class Session:
             lm.meter = meter
             for draw in range(draws):
                 lm.draw = draw
-                result = _evaluate(lm, prepared, options.seed)
+                result = evaluate(lm, prepared, options.seed)
                 results.append(result["results"][task.task.task_name])
-                rows += rows_of(result["samples"][task.task.task_name], draw)
+                rows += rows_of(result["samples"][task.task.task_name], draw, prepared.cluster)
         scores = figures(rows, results)
         numeric = [name for name in metric_names(rows) if name in scores and rows[0][name] == rows[0][name]]
         if not numeric:
             raise ConfigError(
                 f"task {task.name} has no metric with a value for each item; such tasks are not supported"
             )
-        rows += not_scored_rows(task.task, prepared.skipped)
+        rows += not_scored_rows(task.task, prepared.skipped, prepared.cluster)
         seconds = self.console.clock() - began
         self.console.say(f"{task.name}, {target.title}: {total} requests in {duration(seconds)}")
         better = task.task.higher_is_better().get(numeric[0].partition(",")[0], True)
@@ -160,7 +185,10 @@ class Session:
             "task_content": prepared.content,
             "num_fewshot": prepared.few_shot,
             "fewshot_seed": prepared.fewshot_seed,
+            "fewshot_as_multiturn": MULTITURN,
             "generation": None if prepared.decoding is None else asdict(prepared.decoding),
+            "system": prepared.system,
+            "cluster": prepared.cluster,
             "chat_template": lm.tokenizer.chat_template if prepared.templated else None,
             "limit": options.limit,
             "max_new_tokens": options.max_new_tokens,
@@ -182,29 +210,6 @@ def _machine() -> dict[str, Any]:
     return environment()
 
 
-def _evaluate(lm: HarnessModel, prepared: Prepared, seed: int) -> Any:
-    """lm-eval's own evaluate on requests that are built already; its bootstrap, at 15 s a metric, stays off."""
-    from lm_eval import evaluator
-
-    task, name = prepared.task.task, prepared.task.task.task_name
-
-    def already_built(**_: Any) -> None:
-        for instance in prepared.instances:
-            instance.resps, instance.filtered_resps = [], {}
-        task._instances = prepared.instances
-
-    task.build_all_requests = already_built
-    try:
-        with quiet(seed):
-            count = max(instance.doc_id for instance in prepared.instances) + 1
-            chosen = {"limit": count} if prepared.indices is None else {"samples": {name: prepared.indices}}
-            return evaluator.evaluate(
-                lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=prepared.templated, **chosen
-            )
-    finally:
-        del task.build_all_requests
-
-
 def _key(weights: str, prepared: Prepared, sampling: Options | None, precision: str, max_new_tokens: int | None) -> str:
     """What a result is known by: equal keys, equal results. The requests in `digest` hold template, shots and limit."""
     parts = {
@@ -213,6 +218,8 @@ def _key(weights: str, prepared: Prepared, sampling: Options | None, precision: 
         "precision": precision,
         "task": prepared.digest,
         "templated": prepared.templated,
+        "system": prepared.system,
+        "cluster": prepared.cluster,
         "max_new_tokens": max_new_tokens,
         "sampling": [sampling.samples, sampling.temperature, sampling.seed] if sampling else None,
     }

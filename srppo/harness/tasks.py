@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srppo.errors import DataError, SrppoError
+from srppo.errors import DataError
 from srppo.harness import ifeval
-from srppo.harness.restate import restate
+from srppo.harness.problems import Problems, together
+from srppo.harness.restate import restate, restating
 from srppo.harness.shipped import FOLDER, SHORTCUTS, SUITES, local_config, local_file
 from srppo.hub import offline_when_unreachable
 
@@ -47,8 +48,9 @@ def load_tasks(
     include_path: Sequence[Path],
     score_rest: bool,
     say: Callable[[str], None],
+    problems: Problems | None = None,
 ) -> list[Loaded]:
-    """Every task with its data. Raises DataError, in one line, for the first that cannot be had."""
+    """Every task with its data. Raises DataError, in one line, for all that cannot be had, or adds it to `problems`."""
     for folder in include_path:
         if not folder.is_dir():
             raise DataError(f"--include-path {folder} is not a folder; give the folder that holds your YAML tasks")
@@ -61,7 +63,11 @@ def load_tasks(
             f"--data {data} holds nothing for {', '.join(name for name, _ in names)}: it is read for ifeval "
             "(prompt, instruction_id_list, kwargs) and gsm8k (question, answer)"
         )
-    found = [each for name, suite in names for each in library.load(name, suite, files.get(name), score_rest)]
+    found: list[Loaded] = []
+    with together(problems) as met:
+        for name, suite in names:
+            with met.gathered():
+                found += library.load(name, suite, files.get(name), score_rest, met)
     repeated = [each.name for i, each in enumerate(found) if each.name in {other.name for other in found[:i]}]
     if repeated:
         raise DataError(f"task {repeated[0]} is asked for twice, alone and in a group; name it once")
@@ -83,26 +89,24 @@ class _Library:
         """Whether the user's own YAML defines it."""
         return name in self.users.task_index or name.endswith((".yaml", ".yml"))
 
-    def load(self, name: str, suite: str | None, file: Path | None, score_rest: bool) -> list[Loaded]:
-        """The task, or the tasks of a group or tag."""
+    def load(
+        self, name: str, suite: str | None, file: Path | None, score_rest: bool, problems: Problems
+    ) -> list[Loaded]:
+        """The task, or the tasks of a group or tag. What its checkers lack is gathered: its data may be missing too."""
         spec, config = self._spec(name)
         checked = name == "ifeval" or ifeval.is_ifeval(config)
         if checked:
-            _check_ifeval(score_rest)
+            with problems.gathered():
+                _check_ifeval(score_rest)
         if (path := config.get("dataset_path")) in ("json", "csv", "parquet", "text"):
             _check_files(name, path, config)
         import datasets
         import huggingface_hub.constants
 
-        with offline_when_unreachable(datasets.config, huggingface_hub.constants):
-            try:
-                random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `quiet` restores
-                with ifeval.checkers_importable():
-                    built = self.manager.load([self._local(spec, name, file) if file else spec])
-            except SrppoError:
-                raise
-            except Exception as error:  # lm-eval and datasets raise nearly everything; see restate
-                raise DataError(restate(name, error, config)) from error
+        away = offline_when_unreachable(datasets.config, huggingface_hub.constants)
+        with away, restating(name, config), ifeval.checkers_importable():
+            random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `quiet` restores
+            built = self.manager.load([self._local(spec, name, file) if file else spec])
         member_of = {child: group for group, children in built.get("group_map", {}).items() for child in children}
         names = list(built["tasks"])
         for task in built["tasks"].values():

@@ -12,6 +12,7 @@ from srppo.arms import ORDER, problem_of, stages_by_arm
 from srppo.checkpoint import storing, write_atomic
 from srppo.compare import compare
 from srppo.console import Console
+from srppo.destination import check_destination
 from srppo.errors import DataError, UserError
 from srppo.report.comparison_files import to_csv, to_json, to_markdown
 from srppo.report.comparison_table import WIDTH, comparison_table
@@ -39,6 +40,8 @@ def compare_command(
     files = [out] if out and out.suffix in WRITERS else [out / f"comparison{end}" for end in WRITERS] if out else []
     if out and out.suffix and out.suffix not in WRITERS:
         raise UserError(f"--out {out}: it ends in {', '.join(WRITERS)}, or is a folder that gets all three")
+    for path in files:
+        check_destination(path.parent, file=path)
     arms, notes = arms_of(paths, metric)
     found = compare(select(arms, task, decoding), alpha=alpha)
     console.print(comparison_table(found))
