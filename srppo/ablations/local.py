@@ -26,7 +26,8 @@ from srppo.errors import Diverged, Interrupted, RecordError, StorageError, UserE
 HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
 GRACE_S = 30.0  # for children to save after a stop was asked for
 STOPS = (signal.SIGINT, signal.SIGTERM)
-PAUSE_S = 0.1  # between looks at record, clock and table; the end of a stage is seen at once
+PAUSE_S = 0.1  # between looks at record, clock and table; the end of a stage is seen at once,
+SHORT_S = 0.01  # or, where it is not told, looked for so often
 ELSEWHERE_S = 1.0  # between looks at stages that other workers hold
 RETRY_S = 1.0  # before the second try of a stage that failed, twice as much before each further one
 
@@ -39,7 +40,7 @@ class _Child:
     pid: int
     slot: int
     log: Path
-    end: int  # of a pipe that hangs up when the process ends
+    end: int | None  # a descriptor that can be read once the process has ended, where the system has such
     began: float = field(default_factory=time.monotonic)
 
 
@@ -94,10 +95,11 @@ class Worker:
 
     def _wait(self) -> None:
         """Until a stage ends, at most PAUSE_S."""
-        ends = select.poll()
-        for child in self._children.values():
-            ends.register(child.end, 0)  # a hang-up is always told
-        ends.poll(1000 * PAUSE_S)
+        ends = [child.end for child in self._children.values()]
+        if None in ends:
+            time.sleep(SHORT_S)
+        else:
+            select.select(ends, (), (), PAUSE_S)
 
     # ---- starting
 
@@ -152,14 +154,11 @@ class Worker:
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # one that comes before the child can hear it waits
-        end, held = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(end)  # and holds the other one to its end
             _child(task, self.ledger, self.execute, log, parent, self.gpus[slot : slot + 1])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        os.close(held)
-        self._children[task.key] = _Child(task, pid, slot, log, end)
+        self._children[task.key] = _Child(task, pid, slot, log, _end_of(pid))
 
     # ---- ends
 
@@ -225,7 +224,8 @@ class Worker:
     def _forget(self, key: str) -> int:
         """Wait for a child that has ended, or is about to; its status as the system gives it."""
         child = self._children.pop(key)
-        os.close(child.end)
+        if child.end is not None:
+            os.close(child.end)
         return os.waitpid(child.pid, 0)[1]
 
 
@@ -296,6 +296,13 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _end_of(pid: int) -> int | None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # an old kernel, or a Python built on one
+            return os.pidfd_open(pid)
+    return None
 
 
 def _ended(pid: int) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.live import LiveTable
-from srppo.ablations.local import GRACE_S, INTERRUPTED, STORAGE, Execute, Worker, last_line, try_task
+from srppo.ablations.local import GRACE_S, INTERRUPTED, SHORT_S, STORAGE, Execute, Worker, last_line, try_task
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import Watch
 from srppo.console import Console
@@ -34,7 +34,6 @@ try:
 except ImportError:
     raise ConfigError("--engine ray needs Ray: pip install -c constraints.txt 'srppo[ray]'") from None
 
-SHORT_S = 0.01
 LOOK_S = 0.1  # between looks at what has ended
 CHECK_S = 60.0  # for a node to say whether it sees the record
 CONNECT_S = 10.0
