@@ -21,7 +21,7 @@ from srppo.ablations.plan import PARENTS, Task
 from srppo.ablations.progress import Watch
 from srppo.ablations.run import LEAST_TIMEOUT_S, load_sweep
 from srppo.cli_ablate import SMALL
-from srppo.config import load_recipe
+from srppo.config import build_recipe, load_recipe, with_overrides
 from srppo.console import Console
 from srppo.records import read_lines
 from srppo.store import Run
@@ -91,11 +91,12 @@ def test_a_finished_sweep_is_shown_and_nothing_is_run_again(swept: Swept) -> Non
 def test_a_worker_that_joins_has_the_sweeps_own_time_limit(swept: Swept, tmp_path: Path) -> None:
     _, ledger = load_sweep(swept.folder)
     assert ledger.timeout_s and ledger.timeout_s >= LEAST_TIMEOUT_S
-    other = Run.open(tmp_path / "other", {**ledger.run.spec, "seeds": [0]})
-    Ledger(other, 3).limit(0.01)
+    endless = with_overrides(build_recipe(ledger.run.spec["recipe"]), {"sft.steps": 100_000}).model_dump(mode="json")
+    other = Run.open(tmp_path / "other", {**ledger.run.spec, "seeds": [0], "recipe": endless})
+    Ledger(other, 3).limit(0.5)
     done = swept.cli("worker", other.path, "--plain", "--slots", "1")
     assert "3 of 3 stages failed or diverged" in done.error(code=1)
-    assert "timed out after 0.01 s" in done.err
+    assert "timed out after 0.5 s" in done.err
 
 
 def test_arms_of_a_seed_share_sft_prompts_and_sampling_seeds(swept: Swept) -> None:
