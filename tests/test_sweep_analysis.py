@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep
 from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan, Task
+from srppo.ablations.progress import stage_seconds
 from srppo.ablations.spec import every
 from srppo.config import Recipe, canonical_json
 from srppo.errors import DataError
@@ -156,3 +160,21 @@ def test_all_training_on_the_way_to_a_cell_is_paid_once(tmp_path: Path) -> None:
     assert [cell.flops for cell in found.cells] == [1000, 1110, 1101]
     assert [cell.figures.get("ess") for cell in found.cells] == [None, 4.5, None]
     assert {row["arm"]: row.get("ess") for row in found.rows} == {"SFT": None, "resampling": 4.5, "best-of-n": None}
+
+
+def test_the_seconds_of_a_stage_survive_copying(tmp_path: Path) -> None:
+    """Of two folders united, one's interrupted attempt may be younger than the other's commit; copies are new files."""
+    stage = Run.open(tmp_path, {"sweep": "x"}).stage("no-op", {})
+    assert stage_seconds(stage) is None  # not committed
+    with stage.attempt() as attempt:
+        attempt.commit("ok", {})
+    shutil.rmtree(stage.path / "attempts")
+    committed = datetime.fromisoformat((stage.result() or {})["time"])
+    for number, before_s in enumerate((120, 20, -1000), start=1):
+        folder = stage.path / "attempts" / f"{number}-somewhere"
+        folder.mkdir(parents=True)
+        time = (committed - timedelta(seconds=before_s)).isoformat()
+        (folder / "events.jsonl").write_text(canonical_json({"time": time}) + "\n")
+        (folder / "metrics.jsonl").write_text("")
+        os.utime(folder / "metrics.jsonl", (2**32, 2**32))  # long after
+    assert stage_seconds(stage) == pytest.approx(100 + 20)

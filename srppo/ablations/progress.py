@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from srppo.ablations.ledger import Ledger, State, Status
@@ -97,19 +98,21 @@ def stage_seconds(stage: Stage) -> float | None:
     result = stage.result()
     if result is None or "time" not in result:
         return None
+    committed = datetime.fromisoformat(result["time"]).timestamp()
     spans = []
     for folder in stage.attempts():
         events = read_lines(folder / "events.jsonl")
         times = [datetime.fromisoformat(event["time"]).timestamp() for event in events if "time" in event]
-        if not times:  # killed before its first word
+        if not times or min(times) > committed:  # killed before its first word; or of another folder, united by copying
             continue
         rows = folder / "metrics.jsonl"
-        last = max(times + ([rows.stat().st_mtime] if rows.exists() else []))
-        spans.append([min(times), last])
+        spans.append((min(times), max(times + ([rows.stat().st_mtime] if rows.exists() else []))))
     if not spans:
         return None
-    spans[-1][1] = datetime.fromisoformat(result["time"]).timestamp()
-    return sum(end - start for start, end in spans)
+    spans.sort()
+    # A copied file has the time of copying: no attempt lasted beyond the next one's start.
+    ends = [min(end, start) for (_, end), (start, _) in pairwise(spans)] + [committed]
+    return sum(end - start for (start, _), end in zip(spans, ends, strict=True))
 
 
 def _joined(statuses: Sequence[Status]) -> Status:

@@ -93,9 +93,19 @@ def peak_sentence(peak: Peak) -> str:
     """`SRPPO is highest at beta 0.25 (0.710); at 0.125 lower by 0.050 [0.020, 0.080]: overshoots; ...`"""
     where = f" ({peak.where})" if peak.where else ""
     edge = ", an end of the axis" if len(peak.drops) < 2 else ""
-    ends = [f"at {value:g} lower by {_drop(drop)}: {_ending(peak, value, drop)}" for value, drop in peak.drops]
-    top = f"{peak.what}{where} is highest at {peak.axis} {peak.at:g} ({number(peak.height)}){edge}"
+    ends = [
+        f"at {short_number(value)} lower by {_drop(drop)}: {_ending(peak, value, drop)}" for value, drop in peak.drops
+    ]
+    top = f"{peak.what}{where} is highest at {peak.axis} {short_number(peak.at)} ({number(peak.height)}){edge}"
     return "; ".join([top, *ends])
+
+
+def short_number(value: float) -> str:
+    """3,541,760 as 3.54M; small numbers as they are."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e5, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:g}"
 
 
 def _drop(drop: Estimate) -> str:
