@@ -2,8 +2,8 @@
 
     model      `rollout.generate` on the very batches of token ids that the harness decodes: padding, forward passes,
                the next token, greedy or drawn. No text. This is the model's own time.
-               Sampled, transformers draws, which is dearer than the harness's own way: the share added may then be below
-               0 and hides what stands beside the decoding (`spans`); only the greedy share compares like with like.
+               Sampled, transformers draws, which is dearer than the harness's own way: the share added may then be
+               below 0 and hides what stands beside the decoding (`spans`); greedy compares like with like.
     plain      `evaluate.answer_items`, as in training: template, encode, generate, decode, compare
     harness    what `srppo eval` does: load the tasks, build and check the requests, look up the key, generate, score
                with intervals, write the results
