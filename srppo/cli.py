@@ -227,7 +227,7 @@ def bench_eval(
         list[str] | None, typer.Option(help="Embedded base: xs, s, l (repeatable). (default: all)")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="For each base and decoding. (default: as 10 s hold, at least 3)")
+        int | None, typer.Option(min=1, help="For each base and decoding. (default: as 8 s hold, at least 3)")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended.")] = Path(
         "runs/bench-eval/eval.jsonl"

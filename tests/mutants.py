@@ -1120,6 +1120,20 @@ EVALUATION = [
         f"{UNLIKE}test_options_that_ask_otherwise_are_refused",
     ),
     Mutant(
+        "eval: batches by the memory that is free",
+        "harness/batches.py",
+        "psutil.virtual_memory().total",
+        "psutil.virtual_memory().available",
+        f"{EVAL}test_batches_are_the_same_whatever_memory_is_free_and_are_recorded",
+    ),
+    Mutant(
+        "eval: time left counts the reading of prompts as writing",
+        "harness/progress.py",
+        "        if not self._start:",
+        "        if False:",
+        "test_harness_progress.py::test_time_left_before_the_first_batch_is_a_bound_from_the_tokens_after_the_first",
+    ),
+    Mutant(
         "comparison: with and without a template",
         "matching.py",
         'settings["templated"] = settings["chat_template"] is not None',
