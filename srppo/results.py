@@ -184,13 +184,13 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _item_id(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
     """Legible, and the same for the same question in any run: task, start of the prompt, and a hash of all of it."""
-    name = _question_name(row["task"], row["prompt"], row["answer"])
+    name = question_name(row["task"], row["prompt"], row["answer"])
     copies = sum(name == each or each.startswith(f"{name} (") for each in taken) if name in taken else 0
     return f"{name} ({copies + 1})" if copies else name
 
 
 @lru_cache(maxsize=100_000)  # a sweep reads the same questions hundreds of times
-def _question_name(task: str, prompt: str, answer: str) -> str:
+def question_name(task: str, prompt: str, answer: str) -> str:
     text = json.dumps([task, prompt, answer])
     return f"{task}: {prompt[:40]} #{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -30,6 +30,7 @@ LAYERS = [
     ["arms"],
     ["results"],
     ["matching"],
+    ["choice"],
     ["compare"],
     ["kernels.types", "kernels.precision", "kernels.checks", "kernels.reference", "kernels.cpu", "kernels.triton_*"],
     ["kernels", "advantage", "losses"],
@@ -60,7 +61,7 @@ NO_TORCH = [
     *["ablations.__init__", "ablations.spec", "ablations.sweeps", "ablations.options", "ablations.plan"],
     *["ablations.ledger", "ablations.progress", "ablations.live", "ablations.analysis", "ablations.estimate"],
     *["ablations.local"],
-    *["arms", "results", "matching", "verdicts", "compare", "significance", "environment", "identity"],
+    *["arms", "results", "matching", "choice", "verdicts", "compare", "significance", "environment", "identity"],
     *["config", "store", "lease", "records", "checkpoint", "stats", "console", "report"],
 ]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
