@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from srppo.stats import Estimate, item_interval
+from srppo.stats import Estimate, item_interval, ratio_interval
 
 UNITS = "units"
 Row = dict[str, Any]
@@ -87,7 +87,7 @@ def figures(rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _interval(rows: Sequence[Row], column: str) -> Estimate | None:
-    """Over items, each the mean of its samples; a share of units is a ratio of sums, resampled by item."""
+    """Over items, each the mean of its samples; a share of units is a ratio of sums, items being the units."""
     values: dict[str, list[float]] = defaultdict(list)
     units: dict[str, float] = {}
     for row in rows:
@@ -97,11 +97,10 @@ def _interval(rows: Sequence[Row], column: str) -> Estimate | None:
         return None
     shares = np.array([sum(each) / len(each) for each in values.values()])
     weights = np.array(list(units.values()))
+    limits = (0.0, 1.0) if shares.min() >= 0 and shares.max() <= 1 else None
     if (weights == 1).all():
-        return item_interval(shares)
-    drawn = np.random.default_rng(0).multinomial(len(shares), np.full(len(shares), 1 / len(shares)), size=4000)
-    low, high = np.quantile(drawn @ (shares * weights) / (drawn @ weights), [0.025, 0.975])
-    return Estimate(float(shares @ weights / weights.sum()), float(low), float(high), len(shares))
+        return item_interval(shares, limits=limits)
+    return ratio_interval(shares * weights, weights, limits=limits)
 
 
 def not_scored_rows(task: Any, skipped: Mapping[int, str]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def captions(result: ForecastResult) -> list[str]:
     return [
         f"Rows such as `sft 0.5` are the optimum with that anchor and beta, from {result.samples} samples of the SFT "
         f"model a prompt; * is the recipe's own. Means over {result.prompts} prompts with 95% intervals over prompts; "
-        "nats a response, tokens; accuracy: exact match, sampled at temperature 1 (PPO: the rollout temperature).",
+        "nats a response, tokens; [-, -]: not known, as of one prompt; accuracy: exact match, sampled at temperature 1 "
+        "(PPO: the rollout temperature).",
         f"ESS: effective samples a prompt, harmonic mean over prompts. {CANNOT}: {RULE}.",
         *result.notes,
     ]
@@ -196,7 +198,7 @@ def _verdict(result: ForecastResult) -> list[str]:
         return [
             f"The reward fails: its optimum is less accurate than SFT, by {gain}. A better optimiser would not help."
         ]
-    if better.low <= 0:
+    if not better.low > 0:
         return [f"Cannot tell whether the reward helps: its optimum against SFT is {gain} in accuracy."]
     line = f"The reward points the right way: its optimum beats SFT by {gain} in accuracy. "
     if left.low > 0:
@@ -211,4 +213,5 @@ def _accuracy(point: Point) -> str:
 
 
 def _percent(share: Estimate) -> str:
-    return f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]"
+    bounds = f"{share.low:.0%}, {share.high:.0%}" if math.isfinite(share.low) else "-, -"
+    return f"{share.mean:.0%} [{bounds}]"
