@@ -156,7 +156,8 @@ class Point:
     """One policy: an optimum (anchor, beta) or a measured one. Means over prompts with 95% intervals; nats, tokens.
 
     ess: effective sample sizes over prompts, median and harmonic mean. answered False: the rule (MIN_ESS) does not
-    admit the figures; about `needed` samples a prompt would. accuracy None: no answers known. by_group: accuracy.
+    admit the figures; about `needed` samples a prompt would. arm, step: of a PPO checkpoint. accuracy None: no answers
+    known. by_group: accuracy.
     """
 
     name: str
@@ -172,15 +173,18 @@ class Point:
     needed: int = 0
     anchor: str = ""
     beta: float = 0.0
+    arm: str = ""
     step: int | None = None
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A checkpoint against the optimum of its own objective: share of the objective's gain over SFT (None: no gain to
-    speak of), and paired differences of accuracy (empty without answers)."""
+    """A checkpoint against the optimum of its own objective (anchor, beta): share of the objective's gain over SFT
+    (None: no gain to speak of), and paired differences of accuracy (empty without answers)."""
 
     name: str
+    anchor: str
+    beta: float
     share: Estimate | None
     differences: Mapping[str, Estimate]
 
@@ -208,7 +212,15 @@ def point_of(
     )
 
 
-def reached_of(name: str, arm: PerPrompt, sft: PerPrompt, best: PerPrompt, ours_Q: NDArray[np.bool_]) -> Reached:
+def reached_of(
+    name: str,
+    objective: tuple[str, float],
+    arm: PerPrompt,
+    sft: PerPrompt,
+    best: PerPrompt,
+    ours_Q: NDArray[np.bool_],
+) -> Reached:
+    """objective: the (anchor, beta) that `best` is the optimum of."""
     parts = (values.objective_Q[ours_Q] for values in (arm, sft, best))
     share = share_reached(*parts) if enough(best.ess_Q[ours_Q]) else None
     differences: dict[str, Estimate] = {}
@@ -219,4 +231,4 @@ def reached_of(name: str, arm: PerPrompt, sft: PerPrompt, best: PerPrompt, ours_
             "optimum - PPO": best.right_Q - arm.right_Q,
         }
         differences = {words: over_prompts(values[ours_Q], GAP) for words, values in pairs.items()}
-    return Reached(name, share, differences)
+    return Reached(name, *objective, share, differences)

@@ -160,7 +160,7 @@ def _of_run(run: Run, metric: str | None) -> list[TaskResult]:
 def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
     """What the pipeline measured at a stage's kept step: one task for each group of items."""
     folder = stage.path / "eval" / f"kept-{decoding}"
-    config = _flat(stage.identity["config"])
+    config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}
     for row in read_lines(folder / "samples.jsonl"):
@@ -174,11 +174,11 @@ def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResu
     ]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 
@@ -234,5 +234,5 @@ def _result(
         path=folder,
         higher_is_better=bool(summary.get("higher_is_better", True)),
         not_scored=reasons,
-        settings=_flat({key: value for key, value in summary.items() if key != "metrics"}),
+        settings=dotted({key: value for key, value in summary.items() if key != "metrics"}),
     )

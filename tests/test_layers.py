@@ -45,7 +45,7 @@ LAYERS = [
     ["base_answers", "sft", "ppo"],
     ["baselines", "evaluate", "export"],
     ["pair", "pieces", "extrapolation"],
-    ["questions"],
+    ["questions", "ppo_arms"],
     ["draws"],
     ["resampling"],
     ["world.build", "pipeline", "harness", "score", "forecast"],
