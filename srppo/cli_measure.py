@@ -135,6 +135,7 @@ def score(
 ) -> None:
     """Look inside the reward: each token coloured by its log-ratio, and whether the reward is right."""
     from srppo.console import Console
+    from srppo.report.places import page_folder
     from srppo.report.score_page import report_score
     from srppo.score import score_command
     from srppo.settings import pick_device
@@ -155,7 +156,7 @@ def score(
         device=pick_device(device),
         console=console,
     )
-    report_score(result, out or Path("runs/score"), console, top=top, bottom=bottom)
+    report_score(result, out or page_folder("score", run, result.sft, seed), console, top=top, bottom=bottom)
 
 
 def forecast(
@@ -181,6 +182,7 @@ def forecast(
     from srppo import forecast as module
     from srppo.console import Console
     from srppo.report.forecast_page import report_forecast
+    from srppo.report.places import page_folder
     from srppo.settings import pick_device
 
     console = Console()
@@ -198,7 +200,7 @@ def forecast(
         device=pick_device(device),
         console=console,
     )
-    report_forecast(result, out or Path("runs/forecast"), console)
+    report_forecast(result, out or page_folder("forecast", run, result.sft, seed), console)
 
 
 def report(

@@ -106,6 +106,8 @@ def test_all_seeds_before_few_and_all_items_before_few() -> None:
         name: [sampled(name, 0, samples=2), sampled(name, 1, samples=2), sampled(name, 0, samples=4)] for name in "AB"
     }
     assert [each.settings["samples"] for each in made_alike(arms)[0]["A"]] == [2, 2]
+    arms["B"] += [sampled("B", seed, samples=8) for seed in range(5)]
+    assert [each.settings["samples"] for each in made_alike(arms)[0]["B"]] == [2, 2], "A has none of 8 samples"
     arms = {name: [sampled(name, 0, samples=2, count=9), sampled(name, 0, samples=4)] for name in "AB"}
     assert [each.settings["samples"] for each in made_alike(arms)[0]["B"]] == [4]
 

@@ -103,6 +103,18 @@ def test_whether_a_reward_is_right(name: str, prompts: int, least: float, monkey
     assert coverage(f"{name}, {prompts} prompts", truth, found) >= least
 
 
+def test_few_prompts_have_wider_intervals_than_their_bootstrap() -> None:
+    """Five prompts: t(4) and 5/4 of the variance, against the same draws; equal ones give none."""
+    score, right, prompt = responses(np.random.default_rng(27), 5, 1.0)
+    found = over_prompts(auc, list(score), list(right), list(prompt), (-9.0, 9.0))
+    generator, rows = np.random.default_rng(0), [np.flatnonzero(prompt == i) for i in range(5)]
+    drawn = [np.concatenate([rows[i] for i in generator.integers(5, size=5)]) for _ in range(1000)]
+    low, high = np.nanquantile([auc(score[each], right[each]) for each in drawn], [0.025, 0.975])
+    widened = scipy_stats.t.ppf(0.975, 4) / scipy_stats.norm.ppf(0.975) * (5 / 4) ** 0.5
+    assert found.high - found.low == pytest.approx(widened * (high - low)) and found.n == 5
+    assert np.isnan(over_prompts(auc, [1.0, 2.0] * 4, [0.0, 1.0] * 4, [0, 0, 1, 1, 2, 2, 3, 3]).low)
+
+
 @pytest.mark.parametrize(("prompts", "least"), [(10, 0.91), (60, 0.93)])
 def test_share_of_what_the_objective_allows(prompts: int, least: float) -> None:
     """PPO gains 0.6 of the optimum's gain on average; both vary by prompt and are measured with noise."""

@@ -49,7 +49,7 @@ def test_the_page_says_what_the_terminal_says(result: ForecastResult, tmp_path: 
     for name in ("frontier.png", "frontier.svg", "forecast.json", "forecast.html"):
         assert f"forecast:{tmp_path / name}" in printed and (tmp_path / name).exists()
     page = offline_page(tmp_path / "forecast.html")
-    assert page.seen.count("svg") == 1 and page.seen.count("table") == 2
+    assert page.seen.count("svg") == 2 and page.seen.count("table") == 2
     for sentence in (*sentences(result), "A note.", HOSTILE, "Effective samples (ESS)", "sft 0.5*"):
         assert sentence in page.text
     for point in (result.start, *result.checkpoints, *(p for p in result.points if p.answered)):

@@ -28,8 +28,8 @@ def frontier_plot(result: ForecastResult, path: Path) -> list[Path]:
     """Reward and accuracy of optima and checkpoints against KL to SFT, and what training measured; .png and .svg."""
     keys = [("reward", "reward, nats a response")]
     keys += [("accuracy", "accuracy, sampled")] if result.start.accuracy else []
-    measured = any(_development(row) is not None for rows in result.training.values() for row in rows)
-    keys += [("development", "accuracy in training, greedy")] if measured else []
+    counts = [sum(_development(row) is not None for row in rows) for rows in result.training.values()]
+    keys += [("development", "accuracy in training, greedy")] if max(counts, default=0) > 1 else []
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(keys), squeeze=False)[0]
