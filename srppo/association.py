@@ -1,6 +1,6 @@
 """Does a number go with another, or with being right? AUC and rank correlation, prompts as the unit. No torch.
 
-Responses to one prompt are not independent, so intervals resample prompts, each with all its responses.
+Responses to one prompt are not independent, so intervals are over prompts, each with all its responses.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats as scipy_stats
 from scipy.stats import rankdata
 
-from srppo.stats import Estimate
+from srppo.stats import Estimate, ratio_interval, within
 
 DRAWS = 1000
 Floats = NDArray[np.float64]
@@ -35,20 +36,31 @@ def rank_correlation(x: Floats, y: Floats) -> float:
 
 
 def over_prompts(
-    statistic: Callable[[Floats, Floats], float], x: Sequence[float], y: Sequence[float], prompts: Sequence[Hashable]
+    statistic: Callable[[Floats, Floats], float],
+    x: Sequence[float],
+    y: Sequence[float],
+    prompts: Sequence[Hashable],
+    limits: tuple[float, float] = (-1.0, 1.0),
 ) -> Estimate:
-    """A statistic of (x, y) with a 95% percentile bootstrap over prompts; n counts prompts.
+    """A statistic of (x, y) with a 95% interval over prompts; n counts prompts.
 
-    The interval is NaN with fewer than 2 prompts: one prompt says nothing of others.
+    A percentile bootstrap, widened about the value as t(n - 1) is wider than what few units resampled vary by, and cut
+    to `limits`. NaN bounds with fewer than 2 prompts, and where resampling changes nothing: that is no certainty.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     rows = _rows_by(prompts)
     generator = np.random.default_rng(0)
-    value, draws = statistic(a, b), []
-    for _ in range(DRAWS if len(rows) > 1 and np.isfinite(value) else 0):
-        chosen = np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))])
-        draws.append(statistic(a[chosen], b[chosen]))
-    return Estimate(value, *_bounds(draws), len(rows))
+    value, n = statistic(a, b), len(rows)
+    drawn = []
+    for _ in range(DRAWS if n > 1 and np.isfinite(value) else 0):
+        chosen = np.concatenate([rows[i] for i in generator.integers(n, size=n)])
+        drawn.append(statistic(a[chosen], b[chosen]))
+    finite = np.array([draw for draw in drawn if np.isfinite(draw)])
+    if len(finite) < 2 or np.ptp(finite) < 1e-12:
+        return Estimate(value, float("nan"), float("nan"), n)
+    scale = scipy_stats.t.ppf(0.975, n - 1) / scipy_stats.norm.ppf(0.975) * np.sqrt(n / (n - 1))
+    low, high = value + scale * (np.quantile(finite, [0.025, 0.975]) - value)
+    return within(Estimate(value, float(low), float(high), n), limits)
 
 
 def auc_within(score: Sequence[float], right: Sequence[float], prompts: Sequence[Hashable]) -> Estimate:
@@ -57,17 +69,13 @@ def auc_within(score: Sequence[float], right: Sequence[float], prompts: Sequence
     sum over prompts of (pairs ordered rightly) / sum of pairs; n counts prompts with a right and a wrong response.
     """
     a, b = np.asarray(score, dtype=float), np.asarray(right, dtype=float)
-    counts = []
+    pairs, ordered = [], []
     for chosen in _rows_by(prompts):
-        pairs = b[chosen].sum() * (1 - b[chosen]).sum()
-        if pairs > 0:
-            counts.append((auc(a[chosen], b[chosen]) * pairs, pairs))
-    if not counts:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    table, n = np.array(counts), len(counts)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS) @ table
-    draws = list(drawn[:, 0] / drawn[:, 1]) if n > 1 else []
-    return Estimate(float(table[:, 0].sum() / table[:, 1].sum()), *_bounds(draws), n)
+        count = b[chosen].sum() * (1 - b[chosen]).sum()
+        if count > 0:
+            pairs.append(count)
+            ordered.append(auc(a[chosen], b[chosen]) * count)
+    return ratio_interval(ordered, pairs, limits=(0.0, 1.0), draws=DRAWS)
 
 
 def _rows_by(prompts: Sequence[Hashable]) -> list[NDArray[np.int64]]:
@@ -75,11 +83,3 @@ def _rows_by(prompts: Sequence[Hashable]) -> list[NDArray[np.int64]]:
     for i, prompt in enumerate(prompts):
         found.setdefault(prompt, []).append(i)
     return [np.array(rows) for rows in found.values()]
-
-
-def _bounds(draws: Sequence[float]) -> tuple[float, float]:
-    finite = [draw for draw in draws if np.isfinite(draw)]
-    if len(finite) < 2:
-        return float("nan"), float("nan")
-    low, high = np.quantile(finite, [0.025, 0.975])
-    return float(low), float(high)

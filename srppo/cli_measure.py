@@ -152,13 +152,14 @@ def score(
 ) -> None:
     """Look inside the reward: each token coloured by its log-ratio, and whether the reward is right."""
     from srppo.console import Console
-    from srppo.destination import check_destination
+    from srppo.place import check_place
+    from srppo.report.places import RUNS, page_folder
     from srppo.report.score_page import report_score
     from srppo.score import score_command
     from srppo.settings import pick_device
 
-    console, folder = Console(), out or Path("runs/score")
-    check_destination(folder)
+    console = Console()
+    check_place(out or RUNS)
     result = score_command(
         run,
         sft=sft,
@@ -174,7 +175,7 @@ def score(
         device=pick_device(device),
         console=console,
     )
-    report_score(result, folder, console, top=top, bottom=bottom)
+    report_score(result, out or page_folder("score", run, result.sft, seed), console, top=top, bottom=bottom)
 
 
 def forecast(
@@ -199,12 +200,13 @@ def forecast(
     """What the objective itself can give, before any PPO: its optimum's reward, KL, length and accuracy over beta."""
     from srppo import forecast as module
     from srppo.console import Console
-    from srppo.destination import check_destination
+    from srppo.place import check_place
     from srppo.report.forecast_page import report_forecast
+    from srppo.report.places import RUNS, page_folder
     from srppo.settings import pick_device
 
-    console, folder = Console(), out or Path("runs/forecast")
-    check_destination(folder)
+    console = Console()
+    check_place(out or RUNS)
     result = module.forecast_command(
         run,
         sft=sft,
@@ -219,7 +221,7 @@ def forecast(
         device=pick_device(device),
         console=console,
     )
-    report_forecast(result, folder, console)
+    report_forecast(result, out or page_folder("forecast", run, result.sft, seed), console)
 
 
 def report(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from srppo.choice import made_alike, without_repeats
 from srppo.errors import DataError
 from srppo.matching import Paired, by_seed, pair
 from srppo.results import DECODINGS, TaskResult
@@ -73,8 +74,10 @@ def compare(arms: Mapping[str, Sequence[TaskResult]], *, alpha: float = 0.05) ->
     if not 0 < alpha < 1:
         raise DataError(f"alpha {alpha} is not between 0 and 1; 0.05 is usual")
     baseline, *models = arms
-    tables = {name: _by_task(results) for name, results in arms.items()}
-    notes: list[str] = []
+    once, repeated = without_repeats(arms)
+    alike, ways = made_alike(once)
+    tables = {name: _by_task(results) for name, results in alike.items()}
+    notes = [*repeated, *ways]
     differences: list[Difference] = []
     aggregates: list[Aggregate] = []
     for decoding in DECODINGS:

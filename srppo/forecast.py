@@ -7,7 +7,7 @@ reward's (PPO is at the optimum, and the optimum is no better).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from srppo.config import RewardConfig
 from srppo.console import Console, duration
 from srppo.draws import rewarded
 from srppo.errors import ConfigError, UserError
-from srppo.loop import load_weights
 from srppo.models import LanguageModel
 from srppo.optimum import (
     Draws,
@@ -31,8 +30,8 @@ from srppo.optimum import (
     reached_of,
 )
 from srppo.pair import Pair, load_pair
+from srppo.ppo_arms import PpoArm, ppo_arms
 from srppo.questions import Question, load_questions, sample
-from srppo.store import Stage
 
 PROMPTS = 120
 SAMPLES, PPO_SAMPLES = 256, 16  # a prompt: of the SFT model, of each checkpoint
@@ -41,7 +40,9 @@ PPO_GROUPS = ("demonstrated", "prompted")  # embedded groups that PPO prompts co
 
 @dataclass(frozen=True)
 class ForecastResult:
-    """Everything the tables, plots and sentences are made of. `training`: rows of metrics.jsonl of the run's PPO."""
+    """Everything the tables, plots and sentences are made of. `training`: by PPO stage, rows of metrics.jsonl.
+
+    checkpoints: every step of every PPO stage whose weights are left. reached: of those, the ones with an optimum."""
 
     sft: str
     base: str
@@ -53,13 +54,17 @@ class ForecastResult:
     start: Point
     checkpoints: tuple[Point, ...] = ()
     reached: tuple[Reached, ...] = ()
-    training: tuple[Mapping[str, Any], ...] = ()
+    training: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     @property
     def own(self) -> Point | None:
         """The optimum of the recipe's own objective."""
-        return next((p for p in self.points if (p.anchor, p.beta) == (self.anchor, self.beta)), None)
+        return self.optimum_of(self.anchor, self.beta)
+
+    def optimum_of(self, anchor: str, beta: float) -> Point | None:
+        """The optimum of an objective; None where it was not forecast."""
+        return next((point for point in self.points if (point.anchor, point.beta) == (anchor, beta)), None)
 
 
 def forecast_command(
@@ -84,9 +89,9 @@ def forecast_command(
     """
     _check_options(samples, betas, anchors)
     pair = load_pair(run, sft=sft, base=base, seed=seed, device=device)
-    stages = pair.ppo_stages() if checkpoints else []
-    config = RewardConfig.model_validate(stages[-1].identity["config"]["reward"]) if stages else pair.recipe.reward
-    notes = _notes(pair, config)
+    arms, set_aside = _arms(pair) if checkpoints else ([], [])
+    config = _objective(pair, arms)
+    notes = [*_notes(pair, config), *set_aside]
     if pair.stage is not None:
         notes.append(f"Training seed {pair.recipe.seed} alone: the intervals say nothing of other seeds.")
     questions = load_questions(pair, prompts, limit, console)
@@ -95,17 +100,19 @@ def forecast_command(
     ours_Q = _seen_by_ppo(groups, notes)
     points = [
         point_of(optimum(draws, a, b), groups, ours_Q, f"{a} {b:g}", anchor=a, beta=b, k=samples)
-        for a, b in _grid(config, betas, anchors)
+        for a, b in _grid(config, [arm.config for arm in arms], betas, anchors)
     ]
-    sft_Q = measured(draws, config.anchor, config.beta)
-    best_Q = optimum(draws, config.anchor, config.beta) if config.beta else None
-    arms, reached = [], []
-    for name, step, policy in _checkpoints(pair, stages):
-        theirs = _draw(pair, policy, questions, PPO_SAMPLES, config, console, name)
-        arm_Q = measured(theirs, config.anchor, config.beta)
-        arms.append(point_of(arm_Q, groups, ours_Q, name, step=step))
-        if best_Q is not None:
-            reached.append(reached_of(name, arm_Q, sft_Q, best_Q, ours_Q))
+    measured_arms, reached = [], []
+    for arm in arms:
+        objective = (arm.config.anchor, arm.config.beta or 0.0)
+        sft_Q = measured(draws, *objective)
+        best_Q = optimum(draws, *objective) if arm.config.beta else None
+        for step, which, policy in arm.checkpoints(pair):
+            name = f"{arm.name}, step {step}" + (f" ({which})" if which else "")
+            arm_Q = measured(_draw(pair, policy, questions, PPO_SAMPLES, arm.config, console, name), *objective)
+            measured_arms.append(point_of(arm_Q, groups, ours_Q, name, arm=arm.name, step=step))
+            if best_Q is not None:
+                reached.append(reached_of(name, objective, arm_Q, sft_Q, best_Q, ours_Q))
     return ForecastResult(
         pair.sft_name,
         pair.base_name,
@@ -114,10 +121,10 @@ def forecast_command(
         samples,
         int(ours_Q.sum()),
         tuple(points),
-        point_of(sft_Q, groups, ours_Q, "SFT"),
-        tuple(arms),
+        point_of(measured(draws, config.anchor, config.beta), groups, ours_Q, "SFT"),
+        tuple(measured_arms),
         tuple(reached),
-        tuple(row for stage in stages[-1:] for row in stage.metrics() if "kl_sft" in row),
+        {arm.name: arm.rows for arm in arms if arm.rows},
         tuple(notes),
     )
 
@@ -144,11 +151,36 @@ def _seen_by_ppo(groups: np.ndarray, notes: list[str]) -> np.ndarray:
     return ours_Q
 
 
-def _grid(config: RewardConfig, betas: Sequence[float], anchors: Sequence[str]) -> list[tuple[str, float]]:
-    """(anchor, beta) to forecast; the recipe's own is always among them."""
+def _grid(
+    config: RewardConfig, others: Sequence[RewardConfig], betas: Sequence[float], anchors: Sequence[str]
+) -> list[tuple[str, float]]:
+    """(anchor, beta) to forecast; the recipe's own and those of the PPO stages are always among them."""
     grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(config.beta))]
-    own = (config.anchor, config.beta)
-    return grid if not config.beta or own in grid else [*grid, own]
+    own = [(each.anchor, each.beta) for each in (config, *others) if each.beta]
+    return list(dict.fromkeys([*grid, *own]))
+
+
+def _arms(pair: Pair) -> tuple[list[PpoArm], list[str]]:
+    """PPO stages with the recipe's reward, or else the last one's; notes on the others, other training seeds too."""
+    arms, notes = ppo_arms(pair, pair.recipe.reward)
+    if not arms:
+        arms, notes = ppo_arms(pair, None)
+    seeds = [
+        s.identity["config"]["seed"] for s in (pair.run.stages() if pair.run else []) if s.identity["kind"] == "ppo"
+    ]
+    rest = sorted({*seeds} - {arm.stage.identity["config"]["seed"] for arm in arms})
+    if rest:
+        notes.append(
+            f"PPO of training seeds {', '.join(map(str, rest))} started from other SFT models, which have frontiers of "
+            "their own: --seed."
+        )
+    return arms, notes
+
+
+def _objective(pair: Pair, arms: Sequence[PpoArm]) -> RewardConfig:
+    """The recipe's reward where a PPO stage has it, or there is none; else that of the last stage."""
+    configs = [arm.config for arm in arms]
+    return pair.recipe.reward if not configs or pair.recipe.reward in configs else configs[-1]
 
 
 def _notes(pair: Pair, config: RewardConfig) -> list[str]:
@@ -163,18 +195,6 @@ def _notes(pair: Pair, config: RewardConfig) -> list[str]:
     if pair.recipe.ppo.gamma < 1:
         notes.append(f"ppo.gamma = {pair.recipe.ppo.gamma:g} discounts; the optimum shown is for gamma 1")
     return notes
-
-
-def _checkpoints(pair: Pair, stages: Sequence[Stage]) -> Iterator[tuple[str, int, LanguageModel]]:
-    """(name, step, model) of the last PPO stage's kept step, and of its last step where that is another and saved."""
-    for stage in stages[-1:]:
-        figures = (stage.result() or {})["figures"]
-        kept, last = figures["kept_step"], figures["steps"]
-        yield f"PPO, step {kept} (kept)", kept, pair.load(str(stage.path / "model"))
-        if last != kept and last in stage.checkpoint_steps():
-            policy = pair.load(str(stage.path / "model"))
-            load_weights(policy.model, stage.checkpoint(last) / "policy.safetensors")
-            yield f"PPO, step {last} (last)", last, policy
 
 
 def _draw(

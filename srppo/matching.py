@@ -120,12 +120,12 @@ def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:
 
 def _made_alike(results: Sequence[TaskResult]) -> tuple[str, ...]:
     """What a reader should know of how results were made. Raises DataError where they cannot be compared."""
-    every = [_comparable(result) for result in results]
+    every = [comparable(result) for result in results]
     first = every[0]
     for result, settings in zip(results, every, strict=True):
         unlike = [key for key in DECISIVE if key in first and key in settings and first[key] != settings[key]]
         if unlike:
-            what = "; ".join(f"{DECISIVE[key][0]}: {_said(first[key])} and {_said(settings[key])}" for key in unlike)
+            what = "; ".join(f"{DECISIVE[key][0]}: {said(first[key])} and {said(settings[key])}" for key in unlike)
             ways = " and ".join(dict.fromkeys(DECISIVE[key][1] for key in unlike))
             raise DataError(
                 f"{result.task}: {results[0].path} and {result.path} were made in ways that cannot be compared "
@@ -136,7 +136,7 @@ def _made_alike(results: Sequence[TaskResult]) -> tuple[str, ...]:
 
 def _harmless(every: Sequence[Mapping[str, Any]]) -> list[str]:
     """Notes on settings that differ and do not forbid to compare."""
-    values = {key: list(dict.fromkeys(_said(each[key]) for each in every if key in each)) for key in HARMLESS}
+    values = {key: list(dict.fromkeys(said(each[key]) for each in every if key in each)) for key in HARMLESS}
     differ = [f"{HARMLESS[key]} ({', '.join(found)})" for key, found in values.items() if len(found) > 1]
     notes = [f"results differ in {', '.join(differ)}; the questions are the same"] if differ else []
     if len({each["chat_template"] for each in every if each.get("templated")}) > 1:
@@ -151,7 +151,7 @@ def _unrecorded(results: Sequence[TaskResult], every: Sequence[Mapping[str, Any]
     return [f"{lacking[0]} does not record all of its settings: move it away and evaluate again"] if lacking else []
 
 
-def _comparable(result: TaskResult) -> dict[str, Any]:
+def comparable(result: TaskResult) -> dict[str, Any]:
     """A result's settings, with whether there was a chat template beside its text, and all further keys as one."""
     settings = dict(result.settings)
     if "chat_template" in settings:
@@ -162,7 +162,7 @@ def _comparable(result: TaskResult) -> dict[str, Any]:
     return settings
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """A setting in few characters."""
     text = {None: "none", True: "yes", False: "no"}[value] if isinstance(value, bool | None) else str(value)
     return text if len(text) <= 24 else f"{text[:12]}..."

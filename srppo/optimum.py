@@ -11,7 +11,7 @@ r' is the reward as the recipe has it (clips and limits included). E* is self-no
 log mean w. Both are biased by O(1/K) for K samples: the jackknife over a prompt's samples takes that term out. The
 plug-in KL, sum W log(K W) with W = w / sum w, equals E*[log w] - log Z without the jackknife, and is low where ESS is.
 
-Arrays are QK: Q prompts, K samples each. Prompts are the unit: intervals resample them.
+Arrays are QK: Q prompts, K samples each. Prompts are the unit of all intervals.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from srppo.stats import Estimate, crossed_interval
+from srppo.stats import Estimate, item_interval, ratio_interval
 
 MIN_ESS = 10.0
 """The rule: an answer needs an effective sample size of 10, as the harmonic mean over prompts, since errors of a mean
 over prompts go with the mean of 1/ESS. With normal log-weights and a KL of up to 3 nats the jackknife then leaves a
 bias of at most 9% of the KL, 5% of the reward and 2% of the objective (the plug-in: 18%, 11%, 6%), all low; heavier
 tails leave more."""
-RATIO_DRAWS = 4000
+SHARE, GAP = (0.0, 1.0), (-1.0, 1.0)  # what an accuracy and a difference of two cannot leave
 Floats = NDArray[np.float64]
 
 
@@ -130,23 +130,20 @@ def samples_needed(ess_Q: Floats, samples: int) -> int:
     return int(np.ceil(samples * MIN_ESS / effective(ess_Q) / 10) * 10)
 
 
-def over_prompts(values_Q: Floats) -> Estimate:
-    """Mean over prompts with a 95% percentile bootstrap over prompts."""
-    return crossed_interval(values_Q[None, :])
+def over_prompts(values_Q: Floats, limits: tuple[float, float] | None = None) -> Estimate:
+    """Mean over prompts with a 95% interval over prompts (`item_interval`); NaN bounds for one without limits."""
+    return item_interval(values_Q, limits=limits)
 
 
-def share_reached(policy_Q: Floats, start_Q: Floats, best_Q: Floats) -> Estimate | None:
-    """mean(policy - start) / mean(best - start) of the objective, prompts resampled jointly.
+def share_reached(policy_Q: Floats, start_Q: Floats, best_Q: Floats, *, draws: int = 4000) -> Estimate | None:
+    """mean(policy - start) / mean(best - start) of the objective, prompts being the units of both.
 
     None where the 95% interval of the denominator reaches 0: the objective allows no gain that could be told from none.
     """
-    gain_Q2 = np.stack([policy_Q - start_Q, best_Q - start_Q], axis=1)
-    n = len(gain_Q2)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RATIO_DRAWS) @ gain_Q2 / n
-    if np.quantile(drawn[:, 1], 0.025) <= 0:
+    gain_Q = best_Q - start_Q
+    if not item_interval(gain_Q, limits=None, draws=draws).low > 0:
         return None
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return Estimate(float(gain_Q2[:, 0].mean() / gain_Q2[:, 1].mean()), float(low), float(high), n)
+    return ratio_interval(policy_Q - start_Q, gain_Q, draws=draws)
 
 
 def beta_grid(own: float | None, others: Sequence[float] = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)) -> list[float]:
@@ -159,7 +156,8 @@ class Point:
     """One policy: an optimum (anchor, beta) or a measured one. Means over prompts with 95% intervals; nats, tokens.
 
     ess: effective sample sizes over prompts, median and harmonic mean. answered False: the rule (MIN_ESS) does not
-    admit the figures; about `needed` samples a prompt would. accuracy None: no answers known. by_group: accuracy.
+    admit the figures; about `needed` samples a prompt would. arm, step: of a PPO checkpoint. accuracy None: no answers
+    known. by_group: accuracy.
     """
 
     name: str
@@ -175,15 +173,18 @@ class Point:
     needed: int = 0
     anchor: str = ""
     beta: float = 0.0
+    arm: str = ""
     step: int | None = None
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A checkpoint against the optimum of its own objective: share of the objective's gain over SFT (None: no gain to
-    speak of), and paired differences of accuracy (empty without answers)."""
+    """A checkpoint against the optimum of its own objective (anchor, beta): share of the objective's gain over SFT
+    (None: no gain to speak of), and paired differences of accuracy (empty without answers)."""
 
     name: str
+    anchor: str
+    beta: float
     share: Estimate | None
     differences: Mapping[str, Estimate]
 
@@ -200,8 +201,10 @@ def point_of(
         over_prompts(values.kl_anchor_Q[ours_Q]),
         over_prompts(values.objective_Q[ours_Q]),
         over_prompts(values.length_Q[ours_Q]),
-        accuracy=None if right_Q is None else over_prompts(right_Q[ours_Q]),
-        by_group={} if right_Q is None else {g: over_prompts(right_Q[groups == g]) for g in dict.fromkeys(groups)},
+        accuracy=None if right_Q is None else over_prompts(right_Q[ours_Q], SHARE),
+        by_group={}
+        if right_Q is None
+        else {g: over_prompts(right_Q[groups == g], SHARE) for g in dict.fromkeys(groups)},
         ess=(float(np.median(ess_Q)), effective(ess_Q)),
         answered=enough(ess_Q) if k else True,
         needed=samples_needed(ess_Q, k) if k else 0,
@@ -209,7 +212,15 @@ def point_of(
     )
 
 
-def reached_of(name: str, arm: PerPrompt, sft: PerPrompt, best: PerPrompt, ours_Q: NDArray[np.bool_]) -> Reached:
+def reached_of(
+    name: str,
+    objective: tuple[str, float],
+    arm: PerPrompt,
+    sft: PerPrompt,
+    best: PerPrompt,
+    ours_Q: NDArray[np.bool_],
+) -> Reached:
+    """objective: the (anchor, beta) that `best` is the optimum of."""
     parts = (values.objective_Q[ours_Q] for values in (arm, sft, best))
     share = share_reached(*parts) if enough(best.ess_Q[ours_Q]) else None
     differences: dict[str, Estimate] = {}
@@ -219,5 +230,5 @@ def reached_of(name: str, arm: PerPrompt, sft: PerPrompt, best: PerPrompt, ours_
             "PPO - SFT": arm.right_Q - sft.right_Q,
             "optimum - PPO": best.right_Q - arm.right_Q,
         }
-        differences = {words: over_prompts(values[ours_Q]) for words, values in pairs.items()}
-    return Reached(name, share, differences)
+        differences = {words: over_prompts(values[ours_Q], GAP) for words, values in pairs.items()}
+    return Reached(name, *objective, share, differences)

@@ -56,11 +56,18 @@ class Pair:
         return min(context_length(self.sft), context_length(self.base))
 
     def ppo_stages(self) -> list[Stage]:
-        """The finished PPO stages that started from this SFT stage."""
+        """The PPO stages of every arm and training seed that started from this SFT model, finished or not, by seed.
+
+        A given SFT model is one for all training seeds, each of which measured it in a stage of its own.
+        """
         if self.run is None or self.stage is None:
             return []
-        ours = [s for s in self.run.stages() if s.identity["kind"] == "ppo" and self.stage.id in s.identity["parents"]]
-        return [stage for stage in ours if stage.done]
+        kind, origin = self.stage.identity["kind"], self.stage.identity["parents"]
+        stages = self.run.stages()
+        given = [s for s in stages if kind == "given-sft" == s.identity["kind"] and s.identity["parents"] == origin]
+        same = {self.stage.id, *(stage.id for stage in given)}
+        ours = [s for s in stages if s.identity["kind"] == "ppo" and same & {*s.identity["parents"]}]
+        return sorted(ours, key=lambda stage: int(stage.identity["config"]["seed"]))
 
     def load(self, spec: str) -> LanguageModel:
         """A third model under the same settings, on the same device."""

@@ -160,7 +160,7 @@ def _of_run(run: Run, metric: str | None) -> list[TaskResult]:
 def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
     """What the pipeline measured at a stage's kept step: one task for each group of items."""
     folder = stage.path / "eval" / f"kept-{decoding}"
-    config = _flat(stage.identity["config"])
+    config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}
     for row in read_lines(folder / "samples.jsonl"):
@@ -174,23 +174,23 @@ def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResu
     ]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 
 def _item_id(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
     """Legible, and the same for the same question in any run: task, start of the prompt, and a hash of all of it."""
-    name = _question_name(row["task"], row["prompt"], row["answer"])
+    name = question_name(row["task"], row["prompt"], row["answer"])
     copies = sum(name == each or each.startswith(f"{name} (") for each in taken) if name in taken else 0
     return f"{name} ({copies + 1})" if copies else name
 
 
 @lru_cache(maxsize=100_000)  # a sweep reads the same questions hundreds of times
-def _question_name(task: str, prompt: str, answer: str) -> str:
+def question_name(task: str, prompt: str, answer: str) -> str:
     text = json.dumps([task, prompt, answer])
     return f"{task}: {prompt[:40]} #{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -234,5 +234,5 @@ def _result(
         path=folder,
         higher_is_better=bool(summary.get("higher_is_better", True)),
         not_scored=reasons,
-        settings=_flat({key: value for key, value in summary.items() if key != "metrics"}),
+        settings=dotted({key: value for key, value in summary.items() if key != "metrics"}),
     )

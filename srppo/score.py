@@ -224,7 +224,7 @@ def findings_of(scored: Sequence[Scored]) -> dict[str, Estimate]:
     known = [each for each in scored if each.correct is not None]
     if known:
         right = [float(bool(each.correct)) for each in known]
-        found["accuracy"] = _mean(known, lambda each: float(bool(each.correct)))
+        found["accuracy"] = _mean(known, lambda each: float(bool(each.correct)), (0.0, 1.0))
         found["AUC"] = _with_reward(auc, known, right)
         found["AUC within a prompt"] = auc_within([e.reward for e in known], right, [e.prompt for e in known])
         found["rank correlation"] = _with_reward(rank_correlation, known, right)
@@ -234,12 +234,15 @@ def findings_of(scored: Sequence[Scored]) -> dict[str, Estimate]:
 def _with_reward(
     statistic: Callable[[Floats, Floats], float], scored: Sequence[Scored], values: Sequence[float]
 ) -> Estimate:
-    return over_prompts(statistic, [each.reward for each in scored], values, [each.prompt for each in scored])
+    prompts, limits = [each.prompt for each in scored], ((0.0, 1.0) if statistic is auc else (-1.0, 1.0))
+    return over_prompts(statistic, [each.reward for each in scored], values, prompts, limits)
 
 
-def _mean(scored: Sequence[Scored], of: Callable[[Scored], float]) -> Estimate:
+def _mean(
+    scored: Sequence[Scored], of: Callable[[Scored], float], limits: tuple[float, float] | None = None
+) -> Estimate:
     by_prompt: dict[str, list[float]] = defaultdict(list)
     for each in scored:
         by_prompt[each.prompt].append(of(each))
     means = [sum(values) / len(values) for values in by_prompt.values()]
-    return item_interval(means) if len(means) > 1 else Estimate(means[0], math.nan, math.nan, 1)
+    return item_interval(means, limits=limits)

@@ -36,16 +36,49 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     return Estimate(share, low if successes else 0.0, high if successes < n else 1.0, n)
 
 
-def item_interval(values_by_item: ArrayLike, *, seed: int = 0, draws: int = 4000, confidence: float = 0.95) -> Estimate:
-    """Mean over items with a percentile bootstrap over items; Wilson where every item is 0 or 1.
+def item_interval(
+    values_by_item: ArrayLike,
+    *,
+    limits: tuple[float, float] | None = (0.0, 1.0),
+    seed: int = 0,
+    draws: int = 4000,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Mean over items with `calibrated_interval`, cut to `limits`; Wilson for shares where every item is 0 or 1.
 
     `values_by_item`: one number an item, such as the share of its samples that were right (samples of an item are not
-    independent; the item is the unit).
+    independent; the item is the unit). limits: what the values cannot leave; None where there is nothing such, and then
+    a single item, or items that are all equal, have NaN bounds.
     """
     values = np.asarray(values_by_item, dtype=float)
-    if values.size == 0 or np.isin(values, (0.0, 1.0)).all():
+    if values.size == 0 or (limits == (0.0, 1.0) and np.isin(values, (0.0, 1.0)).all()):
         return wilson(int(values.sum()), values.size, confidence)
-    return crossed_interval(values[None, :], seed=seed, draws=draws, confidence=confidence)
+    return within(
+        calibrated_interval(values[None, :], limits=limits, seed=seed, draws=draws, confidence=confidence), limits
+    )
+
+
+def within(estimate: Estimate, limits: tuple[float, float] | None) -> Estimate:
+    """An interval cut where no value can lie; NaN bounds stay."""
+    if limits is None:
+        return estimate
+    low, high = np.maximum(estimate.low, limits[0]), np.minimum(estimate.high, limits[1])
+    return estimate._replace(low=float(low), high=float(high))
+
+
+def ratio_interval(
+    numerators: ArrayLike, denominators: ArrayLike, *, limits: tuple[float, float] | None = None, draws: int = 4000
+) -> Estimate:
+    """sum(numerators) / sum(denominators) over independent units, with a 95% interval; n counts units.
+
+    `item_interval` of the linearised ratio R: unit i has the value R + (a_i - R b_i) / mean(b) (Cochran 1977, ch. 6).
+    """
+    a, b = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    if a.size == 0:
+        return wilson(0, 0)
+    ratio = a.sum() / b.sum()
+    values = ratio + (a - ratio * b) / b.mean()
+    return within(calibrated_interval(values[None, :], limits=limits, draws=draws), limits)
 
 
 def crossed_interval(
@@ -53,7 +86,8 @@ def crossed_interval(
 ) -> Estimate:
     """Mean of a (training seeds, items) array; seeds and items are resampled crossed, one draw of items for all seeds.
 
-    With one seed this is the bootstrap over items alone and says nothing of other seeds. n counts items.
+    The shape of `calibrated_interval`, which is what users are shown: this one alone covers too little where seeds or
+    items are few. With one seed this is the bootstrap over items alone and says nothing of other seeds. n counts items.
     """
     values = np.asarray(values_by_seed_item, dtype=float)
     seeds, items = values.shape

@@ -118,7 +118,7 @@ def test_a_place_that_cannot_be_written(command: str, tmp_path: Path, monkeypatc
         for place in places[: 2 if can_all else 3]:
             done = CliRunner().invoke(cli.app, [command, *argument, "--out", str(place)])
             assert isinstance(done.exception, UserError), done.exception
-            assert f"cannot write to {place}" in str(done.exception) and "give --out" in str(done.exception)
+            assert str(place) in str(done.exception) and "give --out another folder" in str(done.exception)
     finally:
         closed.chmod(stat.S_IRWXU)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "closed"], "nothing is left behind"

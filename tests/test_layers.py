@@ -15,7 +15,6 @@ LAYERS = [
     [
         "types",
         "edits",
-        "destination",
         "checkpoint",
         "records",
         "hub",
@@ -31,6 +30,7 @@ LAYERS = [
     ["arms"],
     ["results"],
     ["matching"],
+    ["choice"],
     ["compare"],
     ["kernels.types", "kernels.precision", "kernels.checks", "kernels.reference", "kernels.cpu", "kernels.triton_*"],
     ["kernels", "advantage", "losses"],
@@ -45,7 +45,7 @@ LAYERS = [
     ["base_answers", "sft", "ppo"],
     ["baselines", "evaluate", "export"],
     ["pair", "pieces", "extrapolation"],
-    ["questions"],
+    ["questions", "ppo_arms"],
     ["draws"],
     ["resampling"],
     ["world.build", "pipeline", "harness", "score", "forecast"],
@@ -61,7 +61,7 @@ NO_TORCH = [
     *["ablations.__init__", "ablations.spec", "ablations.sweeps", "ablations.options", "ablations.plan"],
     *["ablations.ledger", "ablations.progress", "ablations.live", "ablations.analysis", "ablations.estimate"],
     *["ablations.local", "ablations.trends", "ablations.scale"],
-    *["arms", "results", "matching", "verdicts", "compare", "significance", "environment", "identity"],
+    *["arms", "results", "matching", "choice", "verdicts", "compare", "significance", "environment", "identity"],
     *["config", "store", "lease", "place", "records", "checkpoint", "stats", "console", "report"],
 ]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}

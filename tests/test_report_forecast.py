@@ -32,11 +32,11 @@ def result() -> ForecastResult:
         )
 
     itself = measured(many, "sft", 0.5)
-    arm = replace(point_of(itself, groups, ours, "PPO, step 3 (kept)"), step=3)
-    reached = reached_of("PPO, step 3 (kept)", itself, itself, optimum(many, "sft", 0.5), ours)
+    arm = replace(point_of(itself, groups, ours, "PPO, step 3 (kept)"), arm="PPO", step=3)
+    reached = reached_of("PPO, step 3 (kept)", ("sft", 0.5), itself, itself, optimum(many, "sft", 0.5), ours)
     points = (point("sft", 1.0), point("sft", 0.5), point("sft", 0.02), point("base", 1.0))
     start = point_of(itself, groups, ours, "SFT")
-    training = ({"kl_sft": 0.1, "reward": 0.2}, {"kl_sft": 0.2, "reward": 0.4})
+    training = {"PPO": ({"kl_sft": 0.1, "reward": 0.2}, {"kl_sft": 0.2, "reward": 0.4, "dev/accuracy": 0.5})}
     names = (HOSTILE, "base", "sft", 0.5, 200, 40)
     return ForecastResult(*names, points, start, (arm,), (reached,), training, ("A note.",))
 
@@ -49,7 +49,7 @@ def test_the_page_says_what_the_terminal_says(result: ForecastResult, tmp_path: 
     for name in ("frontier.png", "frontier.svg", "forecast.json", "forecast.html"):
         assert f"forecast:{tmp_path / name}" in printed and (tmp_path / name).exists()
     page = offline_page(tmp_path / "forecast.html")
-    assert page.seen.count("svg") == 1 and page.seen.count("table") == 2
+    assert page.seen.count("svg") == 2 and page.seen.count("table") == 2
     for sentence in (*sentences(result), "A note.", HOSTILE, "Effective samples (ESS)", "sft 0.5*"):
         assert sentence in page.text
     for point in (result.start, *result.checkpoints, *(p for p in result.points if p.answered)):
@@ -74,7 +74,7 @@ def test_one_group_and_no_answers_are_left_out(result: ForecastResult, tmp_path:
 
     reached = tuple(replace(each, differences={}) for each in result.reached)
     plain = replace(result, start=bare(result.start), points=tuple(map(bare, result.points)), reached=reached)
-    plain = replace(plain, checkpoints=tuple(map(bare, result.checkpoints)), training=(), notes=())
+    plain = replace(plain, checkpoints=tuple(map(bare, result.checkpoints)), training={}, notes=())
     report_forecast(plain, tmp_path, Console(plain=True, file=io.StringIO()))
     page = offline_page(tmp_path / "forecast.html")
     assert "Accuracy by group" not in page.text and "Notes" not in page.text and page.seen.count("table") == 1

@@ -17,6 +17,7 @@ from srppo.stats import (
     interquartile_mean,
     iqm_difference,
     item_interval,
+    ratio_interval,
     wilson,
 )
 
@@ -43,12 +44,30 @@ def test_items_without_variance_keep_a_width() -> None:
     assert math.isnan(item_interval([]).mean)
 
 
-def test_one_seed_is_the_bootstrap_over_items() -> None:
-    values = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=200)
+def test_items_that_agree_are_no_certainty() -> None:
+    """Thirty items at one half: up to Wilson's bound at 0 of 30 of them may differ; without limits nothing is known."""
+    share = wilson(0, 30).high
+    assert item_interval([0.5] * 30)[:3] == pytest.approx((0.5, 0.5 - share / 2, 0.5 + share / 2))
+    assert item_interval([0.5])[:3] == pytest.approx((0.5, 0.5 - wilson(0, 1).high / 2, 0.5 + wilson(0, 1).high / 2))
+    assert math.isnan(item_interval([0.5] * 30, limits=None).low)
+    assert math.isnan(item_interval([0.0, 0.0], limits=None).low), "rewards of 0 are no failures to count"
+
+
+def test_one_seed_is_of_t_width_over_items() -> None:
+    values = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=20)
     estimate = item_interval(values)
-    error = values.std() / math.sqrt(len(values))
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    half = scipy_stats.t.ppf(0.975, 19) * scipy_stats.sem(values)
+    assert estimate.high - estimate.low == pytest.approx(2 * half)
     assert estimate == item_interval(values), "the same draws every time"
+
+
+def test_ratios_are_those_of_sums() -> None:
+    """By hand: 6 of 9; with equal denominators the mean of the numerators."""
+    found = ratio_interval([1.0, 5.0], [2.0, 7.0])
+    assert found.mean == pytest.approx(6 / 9) and found.n == 2
+    values = np.random.default_rng(1).random(30)
+    assert ratio_interval(3 * values, np.full(30, 3.0))[:3] == pytest.approx(item_interval(values)[:3])
+    assert ratio_interval([], []).n == 0 and ratio_interval([2.0, 3.0], [2.0, 3.0], limits=(0, 1)).high == 1
 
 
 def test_seeds_widen_the_interval() -> None:

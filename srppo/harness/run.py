@@ -11,7 +11,6 @@ from rich.table import Table
 from srppo.checkpoint import write_atomic
 from srppo.config import canonical_json
 from srppo.console import Console
-from srppo.destination import check_destination
 from srppo.errors import ConfigError
 from srppo.harness.problems import Problems
 from srppo.harness.quiet import quiet
@@ -19,6 +18,7 @@ from srppo.harness.session import Options, Session
 from srppo.harness.targets import Target, find_targets
 from srppo.harness.tasks import load_tasks, wanted
 from srppo.models import check_weights
+from srppo.place import check_place
 from srppo.records import plain, read_json
 from srppo.results import SAMPLES, SUMMARY
 
@@ -95,7 +95,7 @@ def _problems_of(targets: Sequence[Target]) -> Problems:
     problems = Problems()
     for target in targets:
         with problems.gathered():
-            check_destination(target.parent)
+            check_place(target.parent)
         with problems.gathered():
             check_weights(target.spec, target.config)
     return problems

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from srppo.stats import Estimate, item_interval
+from srppo.stats import Estimate, item_interval, ratio_interval
 
 UNITS, CLUSTER = "units", "cluster"
 Row = dict[str, Any]
@@ -94,7 +94,7 @@ def figures(rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> dict[s
 
 def _interval(rows: Sequence[Row], column: str) -> Estimate | None:
     """Over items, each the mean of its samples, or over clusters of items. A share of units, and a mean over clusters
-    of unequal size, is a ratio of sums, resampled by item or by cluster. n counts items.
+    of unequal size, is a ratio of sums, whose units are items or clusters. n counts items.
     """
     values: dict[str, list[float]] = defaultdict(list)
     units: dict[str, float] = {}
@@ -107,13 +107,12 @@ def _interval(rows: Sequence[Row], column: str) -> Estimate | None:
         return None
     shares = np.array([sum(each) / len(each) for each in values.values()])
     weights = np.array(list(units.values()))
+    limits = (0.0, 1.0) if shares.min() >= 0 and shares.max() <= 1 else None
     if (weights == 1).all() and len(set(places.values())) == len(places):
-        return item_interval(shares)
+        return item_interval(shares, limits=limits)
     _, members = np.unique(list(places.values()), return_inverse=True)
     sums, sizes = np.bincount(members, weights=shares * weights), np.bincount(members, weights=weights)
-    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=4000)
-    low, high = np.quantile(drawn @ sums / (drawn @ sizes), [0.025, 0.975])
-    return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high), len(shares))
+    return ratio_interval(sums, sizes, limits=limits)._replace(n=len(shares))
 
 
 def not_scored_rows(task: Any, skipped: Mapping[int, str], cluster: str | None = None) -> list[Row]:

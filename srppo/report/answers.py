@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from srppo.arms import problem_of, stages_by_arm
 from srppo.report.figures import DECODINGS
-from srppo.stats import Estimate, calibrated_interval
+from srppo.stats import Estimate, calibrated_interval, within
 from srppo.store import Run, Stage
 
 Verdicts = Sequence[Mapping[str, Any]]  # rows of samples.jsonl, an item each: see evaluate.Verdict
@@ -137,5 +137,4 @@ def cells(
 
 def interval(values_by_seed_item: NDArray[np.float64], limits: tuple[float, float], draws: int = 4000) -> Estimate:
     """`calibrated_interval`, cut where no value can lie; `draws` decide its shape, not its width."""
-    found = calibrated_interval(values_by_seed_item, limits=limits, draws=draws)
-    return found._replace(low=max(found.low, limits[0]), high=min(found.high, limits[1]))
+    return within(calibrated_interval(values_by_seed_item, limits=limits, draws=draws), limits)

@@ -12,8 +12,8 @@ from srppo.arms import ORDER, problem_of, stages_by_arm
 from srppo.checkpoint import storing, write_atomic
 from srppo.compare import compare
 from srppo.console import Console
-from srppo.destination import check_destination
 from srppo.errors import DataError, UserError
+from srppo.place import check_place
 from srppo.report.comparison_files import to_csv, to_json, to_markdown
 from srppo.report.comparison_table import WIDTH, comparison_table
 from srppo.results import TaskResult, read_results
@@ -41,7 +41,9 @@ def compare_command(
     if out and out.suffix and out.suffix not in WRITERS:
         raise UserError(f"--out {out}: it ends in {', '.join(WRITERS)}, or is a folder that gets all three")
     for path in files:
-        check_destination(path.parent, file=path)
+        check_place(path.parent)
+        if path.is_dir():
+            raise UserError(f"--out {path} is a folder; give a file's name, or a folder without such an ending")
     arms, notes = arms_of(paths, metric)
     found = compare(select(arms, task, decoding), alpha=alpha)
     console.print(comparison_table(found))

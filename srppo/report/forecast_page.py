@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from srppo.report.terminal import Narrow
 
 if TYPE_CHECKING:
     from srppo.forecast import ForecastResult
-    from srppo.optimum import Point
+    from srppo.optimum import Point, Reached
     from srppo.stats import Estimate
 
 CANNOT = "cannot say"
@@ -79,7 +80,8 @@ def captions(result: ForecastResult) -> list[str]:
     return [
         f"Rows such as `sft 0.5` are the optimum with that anchor and beta, from {result.samples} samples of the SFT "
         f"model a prompt; * is the recipe's own. Means over {result.prompts} prompts with 95% intervals over prompts; "
-        "nats a response, tokens; accuracy: exact match, sampled at temperature 1 (PPO: the rollout temperature).",
+        "nats a response, tokens; [-, -]: no interval, as of one prompt or of equal ones; accuracy: exact match, "
+        "sampled at temperature 1 (PPO: the rollout temperature).",
         f"ESS: effective samples a prompt, harmonic mean over prompts. {CANNOT}: {RULE}.",
         *result.notes,
     ]
@@ -139,7 +141,7 @@ def _table(title: str) -> Table:
 
 def _name(point: Point, result: ForecastResult) -> Text:
     if point.step is not None:
-        return Text(f"PPO {point.step}")
+        return Text(f"PPO {point.step}" if point.arm == "PPO" else point.name)
     return Text(f"{point.anchor} {point.beta:g}{'*' if point is result.own else ''}" if point.anchor else "SFT")
 
 
@@ -168,21 +170,32 @@ def sentences(result: ForecastResult) -> list[str]:
             f"Cannot say what the recipe's objective ({objective}) allows: {result.samples} samples a prompt are worth "
             f"{own.ess[1]:.1f} effective ones, {RULE}. {advice}"
         ]
-    lines = []
-    scores = f", and that objective's optimum scores {_accuracy(own)}" if own.accuracy else ""
-    for reached, point in zip(result.reached, result.checkpoints, strict=True):
-        theirs = f" (SFT {_accuracy(result.start)}, PPO {_accuracy(point)})" if own.accuracy else ""
-        if reached.share is None:
-            lines.append(f"{reached.name}: its objective ({objective}) allows no gain over SFT that could be measured.")
-            continue
-        lines.append(
-            f"{reached.name} reached {_percent(reached.share)} of what its own objective allows (reward - beta KL "
-            f"over SFT's; {objective}){scores}{theirs}."
-        )
+    lines = [_reached_line(reached, result) for reached in result.reached]
+    scores = _scores(own)
     if not result.checkpoints:
         gain = estimate_text(own.objective)
         lines.append(f"The optimum of the recipe's objective ({objective}) has reward - beta KL {gain}{scores}.")
     return lines + _verdict(result)
+
+
+def _scores(best: Point) -> str:
+    return f", and that objective's optimum scores {_accuracy(best)}" if best.accuracy else ""
+
+
+def _reached_line(reached: Reached, result: ForecastResult) -> str:
+    """How much of its own objective a checkpoint reached."""
+    objective = f"anchor {reached.anchor}, beta {reached.beta:g}"
+    best = result.optimum_of(reached.anchor, reached.beta)
+    if best is None or not best.answered:
+        return f"{reached.name}: cannot say what its objective ({objective}) allows; ESS is too small."
+    if reached.share is None:
+        return f"{reached.name}: its objective ({objective}) allows no gain over SFT that could be measured."
+    point = next(point for point in result.checkpoints if point.name == reached.name)
+    theirs = f" (SFT {_accuracy(result.start)}, PPO {_accuracy(point)})" if best.accuracy else ""
+    return (
+        f"{reached.name} reached {_percent(reached.share)} of what its own objective allows (reward - beta KL over "
+        f"SFT's; {objective}){_scores(best)}{theirs}."
+    )
 
 
 def _verdict(result: ForecastResult) -> list[str]:
@@ -196,7 +209,7 @@ def _verdict(result: ForecastResult) -> list[str]:
         return [
             f"The reward fails: its optimum is less accurate than SFT, by {gain}. A better optimiser would not help."
         ]
-    if better.low <= 0:
+    if not better.low > 0:
         return [f"Cannot tell whether the reward helps: its optimum against SFT is {gain} in accuracy."]
     line = f"The reward points the right way: its optimum beats SFT by {gain} in accuracy. "
     if left.low > 0:
@@ -211,4 +224,5 @@ def _accuracy(point: Point) -> str:
 
 
 def _percent(share: Estimate) -> str:
-    return f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]"
+    bounds = f"{share.low:.0%}, {share.high:.0%}" if math.isfinite(share.low) else "-, -"
+    return f"{share.mean:.0%} [{bounds}]"

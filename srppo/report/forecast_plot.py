@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from srppo.optimum import Point
     from srppo.stats import Estimate
 
-FRONTIER, TRAINING, SFT_COLOUR, BASE_COLOUR = "#0072b2", "#e69f00", "#7f7f7f", "#009e73"
-CHECKPOINTS = ("#d55e00", "#cc79a7")
+FRONTIER, SFT_COLOUR, BASE_COLOUR = "#0072b2", "#7f7f7f", "#009e73"
+SEEN = ("demonstrated", "prompted")  # groups that PPO prompts come from
+ARMS = ("#d55e00", "#cc79a7", "#e69f00", "#56b4e9")  # PPO stages; they take turns
 
 
 def frontier_plot(result: ForecastResult, path: Path) -> list[Path]:
-    """Reward and accuracy of optima and checkpoints against KL to SFT; .png and .svg."""
+    """Reward and accuracy of optima and checkpoints against KL to SFT, and what training measured; .png and .svg."""
     keys = [("reward", "reward, nats a response")]
     keys += [("accuracy", "accuracy, sampled")] if result.start.accuracy else []
+    counts = [sum(_development(row) is not None for row in rows) for rows in result.training.values()]
+    keys += [("development", "accuracy in training, greedy")] if max(counts, default=0) > 1 else []
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(keys), squeeze=False)[0]
@@ -33,13 +37,28 @@ def frontier_plot(result: ForecastResult, path: Path) -> list[Path]:
             _panel(axis, key, result)
             axis.set_title(title)
             axis.set_xlabel("KL to SFT, nats a response")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=3, handlelength=1.6)
+        entries = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend([*entries.values()], [*entries], loc="outside lower left", ncols=2, handlelength=1.6)
 
-    return save_figure(draw, path, height=4.4)
+    return save_figure(draw, path, height=4.4 + 0.2 * len(result.training))
 
 
 def _panel(axis: Axes, key: str, result: ForecastResult) -> None:
+    names = dict.fromkeys([*(point.arm for point in result.checkpoints), *result.training])
+    colours = dict(zip(names, cycle(ARMS), strict=False))
+    if key != "development":
+        _optima(axis, key, result)
+        _whiskers(axis, key, [result.start], "D", SFT_COLOUR, "SFT")
+    for name, colour in colours.items():
+        if key != "accuracy":
+            _training(axis, key, name, result.training.get(name, ()), colour)
+        points = [point for point in result.checkpoints if point.arm == name and key != "development"]
+        for i, point in enumerate(points):
+            _whiskers(axis, key, [point], "D", colour, f"{name}, checkpoints (step beside)" if i == 0 else "_")
+            _beside(axis, key, point, f"{point.step}" + (" kept" if point.name.endswith("(kept)") else ""))
+
+
+def _optima(axis: Axes, key: str, result: ForecastResult) -> None:
     for anchor, colour, style in (("sft", FRONTIER, "o-"), ("base", BASE_COLOUR, "s:")):
         points = [p for p in result.points if p.anchor == anchor and p.answered]
         points.sort(key=lambda p: -p.beta)
@@ -48,12 +67,21 @@ def _panel(axis: Axes, key: str, result: ForecastResult) -> None:
             _whiskers(axis, key, points, style, colour, label, small=True)
         for point in points if anchor == result.anchor else []:
             _beside(axis, key, point, f"{point.beta:g}" + (" *" if point is result.own else ""))
-    if key == "reward" and result.training:
-        x, y = ([float(row[name]) for row in result.training] for name in ("kl_sft", "reward"))
-        axis.plot(x, y, ".-", color=TRAINING, lw=1, ms=4, label="PPO in training, every step (its own prompts)")
-    _whiskers(axis, key, [result.start], "D", SFT_COLOUR, "SFT")
-    for point, colour in zip(result.checkpoints, CHECKPOINTS, strict=False):
-        _whiskers(axis, key, [point], "D", colour, point.name)
+
+
+def _training(axis: Axes, key: str, name: str, rows: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """What training measured by step: the reward of its own rollouts, or greedy accuracy on development items."""
+    of = _development if key == "development" else lambda row: row["reward"]
+    points = [(row["kl_sft"], value) for row in rows if (value := of(row)) is not None]
+    if points:
+        x, y = zip(*points, strict=True)
+        axis.plot(x, y, ".-", color=colour, lw=0.9, ms=4, alpha=0.7, label=f"{name}, as measured in training, by step")
+
+
+def _development(row: Mapping[str, Any]) -> float | None:
+    """Mean of the groups that PPO sees, or over all items where no group is named so; None where none was measured."""
+    values = [float(row[f"dev/{group}"]) for group in SEEN if f"dev/{group}" in row]
+    return sum(values) / len(values) if values else row.get("dev/accuracy")
 
 
 def _whiskers(

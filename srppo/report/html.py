@@ -25,7 +25,7 @@ font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;
 vertical-align:top}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
-thead th{color:var(--soft);font-weight:600}
+thead th{color:var(--soft);font-weight:600;white-space:normal}
 .facts td:last-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
 figure{margin:1rem 0}figure .wide{margin:0 0 .3rem}svg{width:100%;height:auto;min-width:700px}
 svg text{font-family:inherit!important}
@@ -35,7 +35,10 @@ svg text{font-family:inherit!important}
 .answers div{background:var(--wash);border-radius:6px;padding:.5rem .6rem}
 pre{margin:.2rem 0 0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:.85rem/1.45 ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
-@media(max-width:640px){th:first-child,td:first-child{white-space:normal;min-width:5.6rem;max-width:5.6rem}
+.narrow{display:none}.narrow svg{min-width:0}
+@media(max-width:640px){.narrow{display:block}.wide.roomy{display:none}
+th:first-child,td:first-child{white-space:normal;min-width:6.8rem;max-width:6.8rem;overflow-wrap:anywhere;hyphens:auto;
+border-bottom:0;box-shadow:inset 0 -1px var(--line)}
 th{white-space:normal}body{padding:.8rem}table{font-size:.85rem}.facts td:first-child{min-width:0}}
 details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}
 details>pre{background:var(--wash);padding:.7rem;border-radius:6px}
@@ -77,17 +80,27 @@ def _flat(value: Any) -> str:
 
 
 def inline_plot(caption: str, svg: Path | str, number: int) -> str:
-    """An SVG of plots.py inlined: without its prolog, in the page's colours, its ids kept apart from other plots'."""
-    text = svg.read_text(encoding="utf-8") if isinstance(svg, Path) else svg
+    """An SVG of plots.py inlined: without its prolog, in the page's colours, its ids kept apart from other plots'.
+
+    Of a file that has one for phones beside it (`plots.narrow_of`) both are in the page, which shows one of them.
+    """
+    wide = svg if isinstance(svg, str) else svg.read_text(encoding="utf-8")
+    narrow = None if isinstance(svg, str) else svg.with_name(f"{svg.stem}-narrow.svg")
+    kind = "wide roomy" if narrow and narrow.exists() else "wide"
+    plots = f'<div class="{kind}">{_inline(caption, wide, f"p{number}")}</div>'
+    if narrow and narrow.exists():
+        plots += f'<div class="narrow">{_inline(caption, narrow.read_text(encoding="utf-8"), f"n{number}")}</div>'
+    return f'<figure>{plots}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
+
+
+def _inline(caption: str, text: str, prefix: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'\bid="', f'id="p{number}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#p{number}-", text)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", text)
     for colour, name in ((INK, "--ink"), (GRID, "--line"), (PAPER, "--paper")):
         text = text.replace(colour, f"var({name})")
-    label = f'<svg role="img" aria-label="{escape(caption)}"'
-    text = text.replace("<svg", label, 1)
-    return f'<figure><div class="wide">{text}</div><figcaption class="soft">{escape(caption)}</figcaption></figure>'
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
 
 
 def bullets(title: str, lines: Sequence[str], kind: str) -> str:

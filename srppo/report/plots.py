@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srppo.report.figures import GROUP_WORDS, ArmFigures, decodings_of, groups_of
 from srppo.style import GRID, INK, PAPER, STYLE
@@ -40,7 +41,7 @@ OTHER_COLOURS = (
     "#d55e00",
     "#7f7f7f",
 )
-WIDTH_INCHES = 10.0
+WIDTH_INCHES, NARROW_INCHES = 10.0, 4.6
 MOST_TASKS = 24  # drawn in a group; the table holds all
 TaskFigures = Mapping[str, Mapping[tuple[str, str, str], "Estimate"]]
 
@@ -172,20 +173,66 @@ def _short(name: str) -> str:
 
 
 def save_figure(draw: Callable[[Figure], None], path: Path, *, height: float) -> list[Path]:
-    """Draw and write `path` as .png and .svg, in the common style; `height` in inches. Returns both."""
+    """Draw and write `path` as .png and .svg, in the common style; `height` in inches. Returns both.
+
+    Beside them `path`-narrow.svg, for phones: the same panels one below the other (`html.inline_plot` takes both).
+    """
     import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(draw, WIDTH_INCHES, height)
+        png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+        figure.savefig(png, dpi=160)
+        figure.savefig(svg, metadata={"Date": None})
+        narrow = _figure(draw, NARROW_INCHES, height)
+        _stack(narrow, height)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="constrained_layout not applied")
+            try:
+                narrow.savefig(narrow_of(svg), metadata={"Date": None})
+            except UserWarning:  # names too long for it: phones get the wide one
+                narrow_of(svg).unlink(missing_ok=True)
+    return [png, svg]
+
+
+def narrow_of(svg: Path) -> Path:
+    """Where the plot for phones lies."""
+    return svg.with_name(f"{svg.stem}-narrow.svg")
+
+
+def _figure(draw: Callable[[Figure], None], width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06), facecolor=PAPER
-        )
-        FigureCanvasAgg(figure)
-        draw(figure)
-        png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-        figure.savefig(png, dpi=160)
-        figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    draw(figure)
+    return figure
+
+
+def _stack(figure: Figure, height: float) -> None:
+    """Panels one below the other, each about as tall as it was, with ticks and names of its own; legends above, in one
+    column."""
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    rows = {spec.rowspan.start for axis in shown if (spec := axis.get_subplotspec())}
+    grid = figure.add_gridspec(len(shown), 1)
+    for place, axis in enumerate(shown):
+        axis.set_subplotspec(grid[place])
+        axis.tick_params(labelleft=True, labelbottom=True)
+        if not axis.get_ylabel() and axis.get_shared_y_axes().joined(axis, shown[0]):
+            axis.set_ylabel(shown[0].get_ylabel())
+    for axis in figure.axes:
+        if not axis.get_visible():
+            axis.remove()
+    drawn = {label: line for axis in shown for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    entries = 0
+    for legend in list(figure.legends):
+        labels = [text.get_text() for text in legend.get_texts()]
+        handles: list[Any] = [drawn.get(name) or own for name, own in zip(labels, legend.legend_handles, strict=True)]
+        legend.remove()
+        figure.legend(handles, labels, loc="outside upper left", handlelength=1.6)
+        entries += len(labels)
+    figure.set_size_inches(NARROW_INCHES, len(shown) * (height / len(rows) + 0.2) + 0.2 * entries)

@@ -11,6 +11,7 @@ from srppo.console import Console
 from srppo.report.accuracy import PAIRS, arms_of, differences_of, rows_of_run
 from srppo.report.answers import arm_rows, left_out
 from srppo.report.attempts import environment_of_run, missing_of_run
+from srppo.report.evaluated import evaluated_of, evaluated_part, evaluated_table
 from srppo.report.run_page import write_report
 from srppo.report.run_parts import accuracy_figure, length_part, task_part, training_parts
 from srppo.report.samples import CHOICE, samples_of
@@ -31,6 +32,10 @@ def report_run(folder: Path, console: Console) -> None:
     console.print(arms_table(arms))
     if pairs:
         console.print(differences_table(pairs, caption=PAIRS))
+    evaluated, unread = evaluated_of(folder)
+    missing += unread
+    if evaluated:
+        console.print(evaluated_table(evaluated))
     page = write_report(
         out / "index.html",
         title=f"srppo: {folder.name}",
@@ -38,7 +43,12 @@ def report_run(folder: Path, console: Console) -> None:
         differences=pairs,
         differences_caption=PAIRS,
         results=accuracy_figure(arms, out),
-        parts=[task_part(rows, out), *training_parts(curves_of_run(run), out), length_part(rows, out)],
+        parts=[
+            task_part(rows, out),
+            evaluated_part(evaluated),
+            *training_parts(curves_of_run(run), out),
+            length_part(rows, out),
+        ],
         samples=samples_of(rows),
         samples_caption=CHOICE,
         recipe_toml=to_toml(build_recipe({**run.spec["recipe"], "seed": seeds[0]})),

@@ -45,7 +45,7 @@ STYLE_TOKENS = f"""
 font:1rem/1.75 ui-monospace,Menlo,"DejaVu Sans Mono",monospace}}
 .legend .t{{padding:.1rem .45rem;color:var(--ink)}}.head{{display:flex;gap:.2rem 1rem;flex-wrap:wrap}}
 .sample details{{margin:.3rem 0 0}}.sample summary{{font-weight:400;font-size:.9rem;color:var(--soft)}}
-.sample .wide{{margin:.3rem 0}}.sample th:first-child,.sample td:first-child{{background:none}}
+.sample .wide{{margin:.3rem 0}}.sample th:first-child,.sample td:first-child{{background:none;box-shadow:none}}
 """
 
 
@@ -158,7 +158,7 @@ def score_plots(result: ScoreResult, path: Path) -> list[Path]:
             rows = [each for each in result.responses if each.correct is value]
             place = {None: 0.0, True: -0.15, False: 0.15}[value]
             x = [len(each.tokens) + place for each in rows]
-            axes[0].plot(x, [e.reward for e in rows], ".", color=colour, ms=5, alpha=0.5, label=label)
+            axes[0].plot(x, [e.reward for e in rows], ".", color=colour, ms=5, alpha=0.7, label=label)
         axes[0].set_title("reward, nats, against length")
         axes[0].set_xlabel("length, tokens")
         if known:

@@ -122,8 +122,7 @@ def finding_lines(result: ScoreResult) -> list[str]:
         "rank correlation": "rank correlation of reward with being right",
     }
     lines = [
-        f"{words[name]}: {estimate_text(estimate) if math.isfinite(estimate.low) else f'{estimate.mean:.2f}'}"
-        f" (n = {estimate.n} prompts)"
+        f"{words[name]}: {estimate_text(estimate)} (n = {estimate.n} prompts)"
         for name, estimate in result.findings.items()
     ]
     return [*lines, "95% intervals over prompts; AUC 0.5: the reward does not tell right from wrong."]
