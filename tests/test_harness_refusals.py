@@ -236,7 +236,7 @@ def test_all_problems_of_all_tasks_are_said_together(model: Path, tmp_path: Path
     (broken / "model.safetensors").write_bytes(b"none")
     line = refused(broken, tmp_path / "afile", "away,good,long,split", include_path=[tasks])
     begins = (
-        "5 problems: (1) cannot write",
+        f"5 problems: (1) {tmp_path / 'afile'} is a file",
         "(2) model",
         "(3) task away",
         "(4) task split",
