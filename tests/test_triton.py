@@ -28,8 +28,10 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def run_cases(keyword: str, **environment: str) -> None:
-    output = run("-m", "pytest", str(CASES), "-k", keyword, "-p", "no:cacheprovider", "-p", "no:xdist", **environment)
+def run_cases(keyword: str, file: Path = CASES, **environment: str) -> None:
+    output = run(
+        "-m", "pytest", str(file), "-k", keyword, "-p", "no:cacheprovider", "-p", "no:xdist", "-v", **environment
+    )
     assert " passed" in output and "failed" not in output
 
 
@@ -37,6 +39,15 @@ def run_cases(keyword: str, **environment: str) -> None:
 @pytest.mark.parametrize("keyword", ["logits", "linear", "not logits and not linear"])
 def test_interpreted(keyword):
     run_cases(keyword, TRITON_INTERPRET="1")
+
+
+PROMISES = "out_of_range or impossible or do_not_fit or no_rows"
+
+
+@needs_triton
+def test_what_the_dispatch_point_promises_holds_interpreted():
+    """The very tests of the other implementations, but for those that take the interpreter minutes."""
+    run_cases(f"triton and ({PROMISES})", CASES.with_name("test_kernels.py"), TRITON_INTERPRET="1")
 
 
 @needs_triton
