@@ -1,4 +1,4 @@
-"""The README's lines and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/kl-... runs/...`.
+"""The README's lines and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a kl-steps=runs/b`.
 
 Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the README says what that says.
 """
@@ -18,6 +18,8 @@ from srppo.report.sweep_answer import answer
 from srppo.report.sweep_words import trend_lines
 from srppo.store import Stage
 
+EXTRA = {"kl-steps": "kl --axis reward.anchor=sft --axis reward.beta=0.125,0.25,0.5 --axis ppo.steps=5,10,20,40"}
+"""Sweeps that are no shipped one at its defaults: NAME=FOLDER names them, and this follows `srppo ablate`."""
 ROOT = Path(__file__).parent.parent
 COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png", "differences.png")
 
@@ -36,31 +38,32 @@ def copy_results(folder: Path, name: str, stages: Mapping[str, Stage]) -> None:
     (target / "environment.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
 
 
-def said(folder: Path) -> tuple[str, str]:
-    """(name, what the README says of a sweep)."""
+def said(argument: str) -> tuple[str, str]:
+    """(name, what the README says of a sweep); the argument is FOLDER or NAME=FOLDER."""
+    given, _, place = argument.rpartition("=")
+    folder = Path(place)
     plan, ledger = load_sweep(folder)
-    stages = stages_of(plan, ledger)
-    copy_results(folder, plan.sweep.name, stages)
+    name, stages = given or plan.sweep.name, stages_of(plan, ledger)
+    copy_results(folder, name, stages)
     result = analyse(plan, ledger)
     trends = "; ".join(line for line in trend_lines(result) if " minus " in line)
     slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
     lines = [answer(result), *slopes, spent_line(stages)]
-    name = plan.sweep.name
     where = f"results/sweeps/{name}"
     files = {"Cells": "cells.csv", "differences": "differences.csv", "slopes": "trends.csv", "figure": "accuracy.png"}
     links = [f"[{word}]({where}/{file})" for word, file in files.items() if (ROOT / where / file).exists()]
     picture = f"{', '.join(links)}."
-    return name, f"**`srppo ablate {name}`**: {' '.join(lines)} {picture}"
+    return name, f"**`srppo ablate {EXTRA.get(name, name)}`**: {' '.join(lines)} {picture}"
 
 
-def main(folders: list[Path]) -> None:
+def main(arguments: list[str]) -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, words in map(said, folders):
+    for name, words in map(said, arguments):
         block = f"<!-- sweep {name} -->\n- {words}\n<!-- end -->"
         text = re.sub(rf"<!-- sweep {name} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL)
     readme.write_text(text)
 
 
 if __name__ == "__main__":
-    main([Path(each) for each in sys.argv[1:]])
+    main(sys.argv[1:])
