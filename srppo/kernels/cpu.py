@@ -148,6 +148,7 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform, with_entropy
     sum_N, weighted_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N), torch.zeros_like(max_N)
     columns = min(COLUMNS, len(head.weight_VD))
     z_buffer = wide_ND.new_empty(len(wide_ND) * columns)  # used by every chunk: the allocator keeps nothing
+    p_buffer = torch.empty_like(z_buffer if with_entropy else z_buffer[:0])
     weight_buffer = wide_ND.new_empty(columns * wide_ND.shape[1] if head.weight_VD.dtype != dtype else 0)
     with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head)):
         for start in range(0, len(head.weight_VD), COLUMNS):
@@ -168,10 +169,13 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform, with_entropy
             factor_N = (max_N - shift_N).exp()
             z_NC -= shift_N[:, None]
             if with_entropy:
+                z_NC.clamp_(min=torch.finfo(dtype).min)  # exp of it is 0, as of -inf, and 0 times it no NaN
+                p_NC = torch.exp(z_NC, out=p_buffer[: z_NC.numel()].view_as(z_NC))
                 moved_N = torch.where(sum_N > 0, sum_N * (max_N - shift_N), 0.0)
-                terms_NC = torch.where(z_NC == -torch.inf, 0.0, z_NC) * z_NC.exp()
-                weighted_N = factor_N * (weighted_N + moved_N) + terms_NC.sum(dim=1)
-            sum_N = sum_N * factor_N + z_NC.exp_().sum(dim=1)
+                weighted_N = factor_N * (weighted_N + moved_N) + z_NC.mul_(p_NC).sum(dim=1)
+            else:
+                p_NC = z_NC.exp_()
+            sum_N = sum_N * factor_N + p_NC.sum(dim=1)
             max_N = next_N
     log_sum_N = sum_N.log()
     entropy_N = (log_sum_N - weighted_N / sum_N)[:rows] if with_entropy else None
