@@ -85,9 +85,10 @@ def ended(driver: int) -> bool:
 
 
 def stages_of(driver: int) -> list[int]:
-    """Processes that a driver has forked."""
+    """Stages that a driver has forked: leaders of sessions, unlike the trial of the data that it makes at its start."""
     try:
-        return [int(pid) for pid in Path(f"/proc/{driver}/task/{driver}/children").read_text().split()]
+        children = [int(pid) for pid in Path(f"/proc/{driver}/task/{driver}/children").read_text().split()]
+        return [pid for pid in children if os.getsid(pid) == pid]
     except OSError:
         return []
 
