@@ -130,7 +130,9 @@ def test_an_interval_is_over_clusters() -> None:
     alone = [{key: value for key, value in row.items() if key != "cluster"} for row in rows]
     wide, narrow = (figures(each, [{"acc,none": 0.5}])["acc"] for each in (rows, alone))
     assert wide["n"] == narrow["n"] == 50 and wide["value"] == 0.5
-    assert 2.2 < (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"]) < 3.2
+    half = 2.262 * (0.25 / 9) ** 0.5  # t of 9 degrees, and the variance of ten clusters that are 0 or 1
+    assert (wide["low"], wide["high"]) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
+    assert narrow["high"] - narrow["low"] < (wide["high"] - wide["low"]) / 5**0.5
 
 
 def test_another_system_message_is_told(models: tuple[Path, Path], tasks: Path, tmp_path: Path) -> None:
