@@ -40,12 +40,9 @@ def environment() -> dict[str, Any]:
 
 
 def _kernels() -> str | None:
-    """How the CPU's log-prob kernels are built; known where torch is loaded."""
-    if "torch" not in sys.modules:
-        return None
-    from srppo.kernels import native
-
-    return native.load().note
+    """How the CPU's log-prob kernels are built; known where they are loaded."""
+    native = sys.modules.get("srppo.kernels.native")
+    return native.load().note if native else None
 
 
 @cache  # of a process, and of those it forks: what is installed later is not what runs

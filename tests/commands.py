@@ -22,7 +22,7 @@ ENVIRONMENT = {
 }
 SERVER = """
 import json, os, signal, sys
-import srppo.pipeline, srppo.report.record, srppo.environment, srppo.trackers, srppo.cli
+import srppo.stages.run, srppo.report.record, srppo.environment, srppo.training.trackers, srppo.cli.app
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 for line in sys.stdin:
     job = json.loads(line)
@@ -36,7 +36,7 @@ for line in sys.stdin:
         sys.argv = ["srppo", *job["argv"]]
         code = 1
         try:
-            exec(job["argv"][1], {}) if job["argv"][:1] == ["-c"] else srppo.cli.main()
+            exec(job["argv"][1], {}) if job["argv"][:1] == ["-c"] else srppo.cli.app.main()
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1

@@ -12,7 +12,7 @@ import yaml
 from worlds import byte_llama, byte_tokenizer, save_model, write_rows
 
 from srppo.console import Console
-from srppo.harness.run import evaluate_command
+from srppo.evaluation.harness.run import evaluate_command
 
 WORDS = ["cab", "abc", "bca", "acb", "bac", "cba", "aab", "bbc", "cca", "abb", "bcc", "caa", "aca", "bab"]
 

@@ -1,6 +1,6 @@
 """Every key of a recipe changes the outcome of a run, and changes nothing upstream of where it belongs.
 
-A run is `srppo.pipeline` on a one-layer model, in this process. What it leaves behind falls into four parts, in the
+A run is `srppo.stages.run` on a one-layer model, in this process. What it leaves behind falls into four parts, in the
 order in which they are made: the token ids, what SFT did, what PPO did, and what was measured (`worlds.PARTS`). A case
 names the first part that its key changes: that one must differ, those before it must be the same to the bit.
 """
@@ -21,12 +21,12 @@ import torch
 import worlds
 from worlds import PARTS, Outcome, World, run_world
 
-import srppo.models
+import srppo.models.language_model
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
-from srppo.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
-from srppo.pipeline import Pipeline
+from srppo.stages.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
+from srppo.stages.run import Pipeline
 
 Setting = Callable[[World], Any]
 
@@ -245,14 +245,14 @@ def test_the_baseline_can_show_what_the_cases_ask_of_it(run: Runner) -> None:
 def largest_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of the passes through a body that are differentiated, filled while models run."""
     rows: list[int] = []
-    original = srppo.models.body_hidden
+    original = srppo.models.language_model.body_hidden
 
     def counted(body: Any, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
         if torch.is_grad_enabled():
             rows.append(len(inputs["input_ids"]))
         return original(body, inputs, precision)
 
-    monkeypatch.setattr(srppo.models, "body_hidden", counted)
+    monkeypatch.setattr(srppo.models.language_model, "body_hidden", counted)
     return rows
 
 

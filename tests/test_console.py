@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 
 from srppo.console import Console, StageView, duration, figure, percent, rate, sparkline
 from srppo.errors import ConfigError
-from srppo.trackers import trackers
+from srppo.training.trackers import trackers
 
 
 def ppo_row(step: int, **more: Any) -> dict[str, Any]:
@@ -212,7 +212,8 @@ def test_number_forms() -> None:
 
 
 def test_console_and_trackers_import_no_torch() -> None:
-    code = "import sys, srppo.console, srppo.trackers; assert not {'torch', 'accelerate', 'numpy'} & set(sys.modules)"
+    code = "import sys, srppo.console, srppo.training.trackers\n"
+    code += "assert not {'torch', 'accelerate', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

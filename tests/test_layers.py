@@ -1,4 +1,4 @@
-"""A module imports only from strictly lower layers (design section 2), read from the syntax tree."""
+"""A package imports only from rows above its own (docs/architecture.md), read from the syntax tree."""
 
 from __future__ import annotations
 
@@ -8,90 +8,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "srppo"
-# Finer than the design's table where modules of one of its layers build on each other; later rows import earlier ones.
 LAYERS = [
-    ["errors"],
-    ["config"],
-    [
-        "types",
-        "edits",
-        "checkpoint",
-        "records",
-        "hub",
-        "masked",
-        "console",
-        "trackers",
-        "world",
-        "style",
-    ],
-    ["stats", "significance", "identity"],
-    ["lease", "place", "verdicts", "association", "optimum"],
-    ["store"],
-    ["arms"],
-    ["results"],
-    ["matching"],
-    ["choice"],
-    ["compare"],
-    ["kernels.types", "kernels.precision", "kernels.checks", "kernels.reference", "kernels.cpu", "kernels.triton_*"],
-    ["kernels", "advantage", "losses"],
-    ["environment"],
-    ["sources", "overlap", "chat", "models", "settings"],
-    ["formats", "memo"],
-    ["rows"],
-    ["noise", "mixing"],
-    ["account"],
-    ["data"],
-    ["reward", "rollout", "loop"],
-    ["base_answers", "sft", "ppo"],
-    ["baselines", "evaluate", "export"],
-    ["pair", "pieces", "extrapolation"],
-    ["questions", "ppo_arms"],
-    ["draws"],
-    ["resampling"],
-    ["world.build", "pipeline", "harness", "score", "forecast"],
-    ["methods"],
-    ["ablations"],
-    ["bench"],
-    ["report"],
-    ["cli_measure", "cli_ablate"],
-    ["cli"],
-    ["__main__"],
+    "root",
+    "statistics",
+    "record",
+    "kernels",
+    "world",
+    "data",
+    "models",
+    "training",
+    "evaluation",
+    "analysis",
+    "stages",
+    "ablations",
+    "report",
+    "bench",
+    "cli",
 ]
-NO_TORCH = [
-    *["ablations.__init__", "ablations.spec", "ablations.sweeps", "ablations.options", "ablations.plan"],
-    *["ablations.ledger", "ablations.progress", "ablations.live", "ablations.analysis", "ablations.estimate"],
-    *["ablations.local", "ablations.trends", "ablations.scale"],
-    *["arms", "results", "matching", "choice", "verdicts", "compare", "significance", "environment", "identity"],
-    *["config", "store", "lease", "place", "records", "checkpoint", "stats", "console", "report"],
-]
+"""One row a package; later rows import earlier ones, never the other way."""
+AT_THE_ROOT = {"__init__", "__main__", "config", "console", "environment", "errors"}
+NO_TORCH = ["config", "console", "environment", "errors", "statistics", "record", "report", "ablations.spec"]
+NO_TORCH += ["ablations.sweeps", "ablations.options", "ablations.plan", "ablations.ledger", "ablations.progress"]
+NO_TORCH += ["ablations.analysis", "ablations.local", "evaluation.results", "evaluation.pairing"]
+NO_TORCH += ["evaluation.comparison", "stages.kinds"]
+HEAVY = ("torch", "transformers")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 
 
-def layer_of(module: str) -> int:
-    """The layer of the longest listed name that covers a module."""
-    parts = module.removesuffix(".__init__").split(".")
-    for length in range(len(parts), 0, -1):
-        name = ".".join(parts[:length])
-        for layer, names in enumerate(LAYERS):
-            if name in names or (length == 2 and any(n.endswith("*") and name.startswith(n[:-1]) for n in names)):
-                return layer
-    raise AssertionError(f"srppo.{module} is in no layer: add it to the design's table and to LAYERS")
+def row_of(module: str) -> int:
+    """The row of a module's package; `__main__` is the command line's."""
+    if module == "__main__":
+        return len(LAYERS)
+    package = module.split(".")[0] if "." in module else "root"
+    assert package in LAYERS, f"srppo/{package} is in no row: add it to docs/architecture.md and to LAYERS"
+    return LAYERS.index(package)
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """(imported module, whether at module level) for every import outside TYPE_CHECKING blocks."""
+    """(imported module, whether at module level) for every import, those under TYPE_CHECKING included."""
     tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
     top = {id(node) for node in tree.body}
     found = []
     for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -102,40 +60,40 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-def target(name: str) -> str:
-    """The module of this package that an import names: `srppo.world.items` as it is, a package as its __init__."""
-    name = name.removeprefix("srppo").removeprefix(".")
-    return name if name in MODULES else f"{name}.__init__".removeprefix(".")
+def ours(module: str) -> set[str]:
+    """The modules of this package that a module imports, a package as its `__init__`."""
+    names = [name.removeprefix("srppo").removeprefix(".") for name, _ in imports(MODULES[module]) if is_ours(name)]
+    return {name if name in MODULES else f"{name}.__init__".removeprefix(".") for name in names}
+
+
+def is_ours(name: str) -> bool:
+    return name == "srppo" or name.startswith("srppo.")
+
+
+def test_the_root_holds_what_every_package_needs_and_no_more() -> None:
+    assert {module for module in MODULES if "." not in module} == AT_THE_ROOT
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_down(module: str) -> None:
-    if module == "__init__":
+    if module == "__init__":  # the public names, each imported when it is asked for
         return
-    package = module.split(".")[0] if "." in module else None
-    for name, _ in imports(MODULES[module]):
-        if name != "srppo" and not name.startswith("srppo."):
-            continue
-        imported = target(name)
-        same_package = package is not None and imported.split(".")[0] == package
-        if same_package:
-            continue
-        assert layer_of(imported) < layer_of(module), f"srppo.{module} imports srppo.{imported}"
+    package = module.split(".")[0] if "." in module else "root"
+    for imported in ours(module):
+        same = imported.split(".")[0] == package or (package == "root" and "." not in imported)
+        assert same or row_of(imported) < row_of(module), f"srppo.{module} imports srppo.{imported}"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_light_modules_import_no_torch(module: str) -> None:
     if not any(module == name or module.startswith(f"{name}.") for name in NO_TORCH):
         return
-    heavy = [name for name, _ in imports(MODULES[module]) if name.split(".")[0] in ("torch", "transformers")]
+    heavy = [name for name, _ in imports(MODULES[module]) if name.split(".")[0] in HEAVY]
     assert not heavy, f"srppo.{module} imports {heavy}"
 
 
 def test_no_import_cycles() -> None:
-    graph = {
-        module: {target(name) for name, _ in imports(path) if name.startswith("srppo.")} & MODULES.keys()
-        for module, path in MODULES.items()
-    }
+    graph = {module: ours(module) & MODULES.keys() - {"__init__"} for module in MODULES if module != "__init__"}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:

@@ -25,8 +25,9 @@ def test_a_list_that_has_rotted_is_named(tmp_path: Path) -> None:
         (tmp_path / "srppo" / mutant.file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "srppo" / mutant.file).write_text("")
         for node in mutant.tests.split():
-            (tmp_path / "tests").mkdir(exist_ok=True)
-            (tmp_path / "tests" / node.partition("::")[0]).write_text("")
+            file = tmp_path / "tests" / node.partition("::")[0]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
     wrong = mutants.problems(tmp_path)
     assert len(wrong) >= 2 * len(mutants.MUTANTS)
     assert f"{mutants.MUTANTS[0].name}: its text is 0 times in {mutants.MUTANTS[0].file}" in wrong

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from srppo.config import load_recipe
 from srppo.console import Console
-from srppo.pipeline import Pipeline, run_train
+from srppo.stages.run import Pipeline, run_train
 from srppo.world import base_path
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from srppo.config import Recipe, build_recipe
 from srppo.console import Console
-from srppo.loop import Workbench
-from srppo.models import LanguageModel
-from srppo.store import Run
+from srppo.models.language_model import LanguageModel
+from srppo.record.store import Run
+from srppo.training.loop import Workbench
 
 VOCAB, LIMIT, EOS = 5, 3, 0  # pad = EOS on purpose: masks must come from lengths
 PROMPTS = [(1, 2, 3), (4,)]  # ragged, so that one is left-padded

@@ -58,11 +58,11 @@ def serve() -> None:
     import matplotlib
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import srppo.cli
+    import srppo.cli.app
     import srppo.environment
-    import srppo.pipeline
     import srppo.report.record
-    import srppo.trackers  # noqa: F401
+    import srppo.stages.run
+    import srppo.training.trackers  # noqa: F401
 
     matplotlib.use("agg")
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
@@ -91,8 +91,8 @@ def serve() -> None:
 
 def live(order: dict[str, Any]) -> None:
     """One life: `srppo train` with the order's arguments; does not return."""
-    import srppo.checkpoint
-    import srppo.cli
+    import srppo.cli.app
+    import srppo.record.files
     import srppo.report.record
 
     code: Any = 70
@@ -104,18 +104,18 @@ def live(order: dict[str, Any]) -> None:
         os.environ.update(order["env"])
         srppo.report.record.report_run = lambda *_: None  # reads a finished record, and takes longer than the run
         if order["points"]:
-            plain = srppo.checkpoint._durable
+            plain = srppo.record.files._durable
 
             def noted(op: str, path: Path) -> None:
                 with open(order["points"], "a") as file:
                     file.write(f"{op} {path}\n")
                 plain(op, path)
 
-            srppo.checkpoint._durable = noted
+            srppo.record.files._durable = noted
         if order["file_limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"], order["file_limit"]))
         sys.argv = ["srppo", "train", order["recipe"], "--out", order["out"], "--plain", "--device", "cpu"]
-        srppo.cli.main()
+        srppo.cli.app.main()
         code = 0
     except SystemExit as end:
         code = end.code
@@ -266,7 +266,7 @@ def bits(folder: Path) -> dict[str, str]:
     import torch
 
     from srppo.config import canonical_json
-    from srppo.store import Run
+    from srppo.record.store import Run
 
     found: dict[str, str] = {}
     for stage in Run.load(folder).stages():
@@ -334,7 +334,7 @@ def logged(folder: Path, kind: str) -> int:
 
 def place(folder: Path) -> str:
     """Where a run stands, in words: stages done, and how far the one begun has come."""
-    from srppo.store import Run
+    from srppo.record.store import Run
 
     if not (folder / "sweep.json").exists():
         return "before the record"

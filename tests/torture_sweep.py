@@ -32,12 +32,12 @@ from srppo.ablations.analysis import analyse
 from srppo.ablations.options import build_sweep, read_options
 from srppo.ablations.run import Launch, forgive, load_sweep, work_command
 from srppo.ablations.spec import Sweep
-from srppo.cli_ablate import SMALL
+from srppo.cli.sweep import SMALL
 from srppo.config import canonical_json, load_recipe
 from srppo.console import Console
-from srppo.lease import _process_start
-from srppo.records import plain, read_lines
-from srppo.store import Run
+from srppo.record.json import plain, read_lines
+from srppo.record.lease import _process_start
+from srppo.record.store import Run
 from srppo.world.items import items
 
 LIMIT_S = 300.0  # beyond it a driver hangs

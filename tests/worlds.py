@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from srppo.config import Recipe, build_recipe, canonical_json, load_recipe, to_toml, with_overrides
 from srppo.console import Console
 from srppo.errors import Diverged
-from srppo.pipeline import Pipeline, run_sft, run_train
+from srppo.stages.run import Pipeline, run_sft, run_train
 
 EOS, PAD, VOCAB = 256, 257, 258
 LIKELY = {" ": 5.5, "a": 6.0, "b": 5.0, "c": 4.5}  # logits above those of other bytes

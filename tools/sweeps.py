@@ -12,11 +12,11 @@ from pathlib import Path
 
 from srppo.ablations.analysis import analyse
 from srppo.ablations.run import load_sweep
+from srppo.record.store import Stage
 from srppo.report.attempts import environment_of
 from srppo.report.sweep import spent_line, stages_of
 from srppo.report.sweep_answer import answer
 from srppo.report.sweep_words import trend_lines
-from srppo.store import Stage
 
 EXTRA = {"kl-steps": "kl --axis reward.anchor=sft --axis reward.beta=0.125,0.25,0.5 --axis ppo.steps=5,10,20,40"}
 """Sweeps that are no shipped one at its defaults: NAME=FOLDER names them, and this follows `srppo ablate`."""

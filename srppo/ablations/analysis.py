@@ -20,10 +20,10 @@ from srppo.ablations.progress import Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison
 from srppo.ablations.trends import DRAWS, Metric, Peak, Scores, Trend, peaks, trends
 from srppo.errors import DataError
-from srppo.results import DECODINGS, TaskResult, own_tests
-from srppo.significance import detectable, holm, seeds_needed, sign_flip
-from srppo.stats import Estimate, calibrated_interval, crossed_error, interquartile_mean
-from srppo.store import Stage
+from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
+from srppo.record.store import Stage
+from srppo.statistics.intervals import Estimate, calibrated_interval, crossed_error, interquartile_mean
+from srppo.statistics.tests import detectable, holm, seeds_needed, sign_flip
 
 
 @dataclass(frozen=True)

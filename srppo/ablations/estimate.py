@@ -10,7 +10,7 @@ from srppo.ablations.options import test_items
 from srppo.ablations.pace import Pace
 from srppo.ablations.plan import Plan, Task
 from srppo.config import Recipe
-from srppo.significance import detectable, seeds_needed
+from srppo.statistics.tests import detectable, seeds_needed
 
 SEED_SD, ITEM_SD, REST_SD = 0.06, 0.30, 0.45
 """Of a paired difference of accuracies: between seeds, between items, and within both; what ten seeds of `srppo demo`

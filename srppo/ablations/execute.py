@@ -9,10 +9,10 @@ from srppo.ablations.plan import Task
 from srppo.ablations.warm import Warm
 from srppo.console import Console
 from srppo.environment import environment
-from srppo.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
-from srppo.models import load_tokenizer
-from srppo.pipeline import Pipeline
-from srppo.store import Stage
+from srppo.models.language_model import load_tokenizer
+from srppo.record.store import Stage
+from srppo.stages.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
+from srppo.stages.run import Pipeline
 
 Execute = Callable[[Task, Ledger], None]
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srppo.ablations.plan import Task
-from srppo.checkpoint import storing, write_atomic
 from srppo.config import canonical_json
-from srppo.lease import now
-from srppo.records import read_json, read_lines
-from srppo.store import Run, Stage
+from srppo.record.files import storing, write_atomic
+from srppo.record.json import read_json, read_lines
+from srppo.record.lease import now
+from srppo.record.store import Run, Stage
 
 Status = Literal["waiting", "running", "done", "failed", "diverged"]
 

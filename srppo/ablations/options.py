@@ -16,7 +16,7 @@ from srppo.ablations.spec import Arm, Cell, Sweep
 from srppo.ablations.sweeps import ARMS, SWEEPS, Options
 from srppo.config import Recipe, is_embedded, parse_override, parse_value
 from srppo.errors import ConfigError
-from srppo.results import DECODINGS
+from srppo.evaluation.results import DECODINGS
 from srppo.world.items import items
 
 

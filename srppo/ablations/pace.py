@@ -47,9 +47,9 @@ def check_data(recipes: Sequence[Recipe], device: str, tasks: Sequence[Task] = (
     Raises UserError for the first that cannot be used."""
 
     def check() -> dict[str, Any]:
-        from srppo.extrapolation import check_decodable
-        from srppo.pipeline import Pipeline
-        from srppo.resampling import check_ranks, check_resamples
+        from srppo.stages.extrapolation import check_decodable
+        from srppo.stages.resampling import check_ranks, check_resamples
+        from srppo.stages.run import Pipeline
 
         checks = {"decoded": check_decodable, "resampled": check_resamples, "best-of-n": check_ranks}
         for task in tasks:
@@ -91,11 +91,11 @@ def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:
-    from srppo.evaluate import Development, answer_items, load_items
-    from srppo.loop import Workbench
-    from srppo.pipeline import Pipeline
-    from srppo.ppo import train_ppo
-    from srppo.sft import train_sft
+    from srppo.evaluation.development import Development, answer_items, load_items
+    from srppo.stages.run import Pipeline
+    from srppo.training.loop import Workbench
+    from srppo.training.ppo import train_ppo
+    from srppo.training.sft import train_sft
 
     quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0})
     with TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from typing import Any
 
 from srppo.ablations.spec import Arm, Cell, Sweep
 from srppo.config import Recipe, canonical_json
-from srppo.identity import stage_settings
+from srppo.stages.kinds import stage_settings
 
 PARENTS: Mapping[str, tuple[str, ...]] = {
     "base": (),

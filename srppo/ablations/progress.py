@@ -13,8 +13,8 @@ from typing import Any
 from srppo.ablations.ledger import Ledger, State, Status
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.spec import Cell
-from srppo.records import read_lines
-from srppo.store import Stage
+from srppo.record.json import read_lines
+from srppo.record.store import Stage
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import Watch
 from srppo.console import Console
 from srppo.errors import ConfigError, RecordError
-from srppo.store import Run
+from srppo.record.store import Run
 
 try:
     import ray

@@ -18,12 +18,12 @@ from srppo.ablations.plan import Plan
 from srppo.ablations.progress import Watch, counts
 from srppo.ablations.spec import Sweep, label
 from srppo.ablations.sweeps import Options
-from srppo.arms import is_sweep
 from srppo.config import CODE_EPOCH, canonical_json, is_embedded
 from srppo.console import Console, duration
 from srppo.errors import ConfigError, RecordError, RunError
-from srppo.place import check_place
-from srppo.store import Run
+from srppo.record.arms import is_sweep
+from srppo.record.folder import check_place
+from srppo.record.store import Run
 
 if TYPE_CHECKING:
     from srppo.ablations.estimate import Estimate

@@ -16,10 +16,10 @@ from srppo.ablations.estimate import Estimate
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import Watch, counts
-from srppo.checkpoint import storing, write_atomic
 from srppo.config import is_embedded
 from srppo.console import Console
 from srppo.errors import ConfigError, RunError
+from srppo.record.files import storing, write_atomic
 
 SLACK, STEP_MIN, MOST_MIN = (
     2,

@@ -10,7 +10,7 @@ from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe
 from srppo.errors import ConfigError
-from srppo.significance import EXACT_FLIPS
+from srppo.statistics.tests import EXACT_FLIPS
 
 BASE, SFT, SRPPO = Arm("base", "base"), Arm("SFT", "sft"), Arm("SRPPO", "ppo")
 LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 1 / 4, 1 / 16))

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srppo.ablations.spec import Cell, Sweep
-from srppo.results import TaskResult
-from srppo.stats import Estimate, calibrated_interval
+from srppo.evaluation.results import TaskResult
+from srppo.statistics.intervals import Estimate, calibrated_interval
 
 DRAWS = 1000  # only the shape of an interval hangs on them, not its width
 Metric = tuple[str, str]  # group of items, decoding

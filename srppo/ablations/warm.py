@@ -15,16 +15,15 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from srppo.ablations.plan import Task
-from srppo.chat import stop_ids
-from srppo.config import ModelConfig, Recipe, with_overrides
-from srppo.data import asks_base, ensure_chat_template, prepare
+from srppo.config import ModelConfig, Recipe, resolved, with_overrides
+from srppo.data.chat import stop_ids
+from srppo.data.memo import Memo, stamps
+from srppo.data.prepare import asks_base, ensure_chat_template, prepare
+from srppo.data.sources import files_of
 from srppo.environment import commit_of_source, package_versions
-from srppo.evaluate import load_items
+from srppo.evaluation.development import load_items
 from srppo.kernels.native import compiler_version
-from srppo.memo import Memo, stamps
-from srppo.models import declared, import_model, load_tokenizer, resolve
-from srppo.settings import resolved
-from srppo.sources import files_of
+from srppo.models.language_model import declared, import_model, load_tokenizer, resolve
 
 MOST_BYTES = 1 << 24  # of data files: larger ones would keep the worker from its stages for long
 

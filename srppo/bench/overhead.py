@@ -25,22 +25,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-import srppo.harness.model
-import srppo.harness.session
+import srppo.evaluation.harness.model
+import srppo.evaluation.harness.session
 from srppo.bench.spans import Spans
-from srppo.chat import ensure_chat_template, stop_ids
-from srppo.config import ModelConfig, load_recipe
+from srppo.config import ModelConfig, load_recipe, resolved
 from srppo.console import Console
-from srppo.evaluate import answer_items, load_items
-from srppo.harness.decode import Decoding
-from srppo.harness.model import HarnessModel
-from srppo.harness.quiet import quiet
-from srppo.harness.session import Options, Session
-from srppo.harness.targets import find_targets
-from srppo.harness.tasks import load_tasks, wanted
-from srppo.models import LanguageModel, load_model, load_tokenizer
-from srppo.rollout import generate
-from srppo.settings import resolved
+from srppo.data.chat import ensure_chat_template, stop_ids
+from srppo.evaluation.development import answer_items, load_items
+from srppo.evaluation.harness.decode import Decoding
+from srppo.evaluation.harness.model import HarnessModel
+from srppo.evaluation.harness.quiet import quiet
+from srppo.evaluation.harness.session import Options, Session
+from srppo.evaluation.harness.targets import find_targets
+from srppo.evaluation.harness.tasks import load_tasks, wanted
+from srppo.models.language_model import LanguageModel, load_model, load_tokenizer
+from srppo.training.rollout import generate
 
 SECONDS, FEWEST = 8.0, 3
 WAYS = ("model", "plain", "harness")
@@ -165,13 +164,13 @@ def _parts(harness: Callable[[], Any]) -> dict[str, float]:
         spans.wrap(HarnessModel, "apply_chat_template", "template")
         spans.wrap(HarnessModel, "encode_all", "encoding")
         spans.wrap(Task, "build_all_requests", "requests")
-        spans.wrap(srppo.harness.model, "decode", "decoding")
+        spans.wrap(srppo.evaluation.harness.model, "decode", "decoding")
         spans.wrap(HarnessModel, "generate_until", "texts")
         spans.wrap(evaluator, "evaluate", "scoring")
         for name in ("rows_of", "figures"):
-            spans.wrap(srppo.harness.session, name, "figures")
+            spans.wrap(srppo.evaluation.harness.session, name, "figures")
         for name in ("fingerprint", "write_result"):
-            spans.wrap(srppo.harness.session, name, "record")
+            spans.wrap(srppo.evaluation.harness.session, name, "record")
         with spans.span("rest"):
             harness()
     finally:
@@ -182,7 +181,7 @@ def _parts(harness: Callable[[], Any]) -> dict[str, float]:
 @contextmanager
 def _loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within, the session finds its tokenizer loaded already."""
-    session = srppo.harness.session
+    session = srppo.evaluation.harness.session
     vars(session)["load_tokenizer"] = lambda *_: tokenizer
     try:
         yield
@@ -193,7 +192,7 @@ def _loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 @contextmanager
 def _recorded(batches: list[tuple[Sequence[Sequence[int]], Decoding]]) -> Iterator[None]:
     """Within, every batch that the harness decodes is noted."""
-    module = srppo.harness.model
+    module = srppo.evaluation.harness.model
     plain = module.decode
 
     def decode(

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-import srppo.pipeline
+import srppo.stages.run
 from srppo.ablations.execute import execute
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.local import Worker
@@ -48,8 +48,8 @@ from srppo.bench.spans import Spans
 from srppo.config import Recipe
 from srppo.console import Console
 from srppo.errors import RunError
-from srppo.pipeline import Pipeline
-from srppo.store import Attempt, Run
+from srppo.record.store import Attempt, Run
+from srppo.stages.run import Pipeline
 
 SCHEMA = 2
 MOST_MS, MOST_SHARE = 60.0, 0.03  # the bars: 1,000 no-op stages a minute and worker; harness to training
@@ -100,7 +100,7 @@ class SweepRow:
 def wrap_stage(spans: Spans) -> None:
     """Time what the table above names, in a process that ends soon: it is never undone."""
     for train in ("train_sft", "train_ppo"):
-        spans.wrap(srppo.pipeline, train, "training")
+        spans.wrap(srppo.stages.run, train, "training")
     spans.wrap(Pipeline, "measure", "measuring")
     spans.wrap(Pipeline, "__post_init__", "data")
     spans.wrap(Pipeline, "load", "models")

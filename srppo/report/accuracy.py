@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from srppo.arms import CHOSEN, EQUAL, stages_by_arm
+from srppo.record.arms import CHOSEN, EQUAL, stages_by_arm
+from srppo.record.store import Run
 from srppo.report.answers import (
     GAP,
     SHARE,
@@ -25,8 +26,7 @@ from srppo.report.answers import (
 )
 from srppo.report.attempts import environment_of, seconds_of
 from srppo.report.figures import DECODINGS, ArmFigures
-from srppo.stats import Estimate
-from srppo.store import Run
+from srppo.statistics.intervals import Estimate
 
 PAIRS = (
     "Same items and seeds. SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: "

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from srppo.arms import CHOSEN, EQUAL, problem_of, stages_by_arm
-from srppo.checkpoint import damage
 from srppo.errors import RecordError
-from srppo.records import read_json
+from srppo.record.arms import CHOSEN, EQUAL, problem_of, stages_by_arm
+from srppo.record.files import damage
+from srppo.record.json import read_json
+from srppo.record.store import Run, Stage
 from srppo.report.answers import answers_file, figures_of, seed_of
 from srppo.report.figures import DECODINGS
-from srppo.store import Run, Stage
 
 NEVER_RUN = {
     "base": "the base was not measured",

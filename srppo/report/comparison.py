@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.constrain import Constrain
 from rich.text import Text
 
-from srppo.arms import ORDER, problem_of, stages_by_arm
-from srppo.checkpoint import storing, write_atomic
-from srppo.compare import compare
 from srppo.console import Console
 from srppo.errors import DataError, UserError
-from srppo.place import check_place
+from srppo.evaluation.comparison import compare
+from srppo.evaluation.results import TaskResult, read_results
+from srppo.record.arms import ORDER, problem_of, stages_by_arm
+from srppo.record.files import storing, write_atomic
+from srppo.record.folder import check_place
+from srppo.record.store import Run
 from srppo.report.comparison_files import to_csv, to_json, to_markdown
 from srppo.report.comparison_table import WIDTH, comparison_table
-from srppo.results import TaskResult, read_results
-from srppo.store import Run
 
 WRITERS = {".md": to_markdown, ".csv": to_csv, ".json": to_json}
 

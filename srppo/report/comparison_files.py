@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from srppo.compare import Aggregate, Comparison
-from srppo.records import plain
+from srppo.evaluation.comparison import Aggregate, Comparison
+from srppo.evaluation.verdicts import Difference, number, p_text, signed
+from srppo.record.json import plain
 from srppo.report.comparison_table import aggregate_sentence, average, captions, remarks
-from srppo.stats import Estimate
-from srppo.verdicts import Difference, number, p_text, signed
+from srppo.statistics.intervals import Estimate
 
 SCHEMA_VERSION = 1
 COLUMNS = (

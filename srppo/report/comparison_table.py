@@ -8,10 +8,10 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from srppo.compare import Aggregate, Comparison
-from srppo.significance import seeds_needed
-from srppo.stats import Estimate
-from srppo.verdicts import Difference, number, p_text, signed
+from srppo.evaluation.comparison import Aggregate, Comparison
+from srppo.evaluation.verdicts import Difference, number, p_text, signed
+from srppo.statistics.intervals import Estimate
+from srppo.statistics.tests import seeds_needed
 
 WIDTH = 80
 COLOURS = {"better": "green", "worse": "red", "cannot tell": ""}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from srppo.report.figures import GROUP_WORDS
 from srppo.report.plots import arm_colours, save_figure
+from srppo.report.style import INK
 from srppo.report.training import Line, SeedRows, is_number, over_seeds
-from srppo.style import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from srppo.errors import SrppoError
+from srppo.evaluation.results import TaskResult, read_results
 from srppo.report.figures import estimate_text, interval_words
 from srppo.report.html import html_table, soft_text
 from srppo.report.run_parts import Part
 from srppo.report.terminal import Narrow
-from srppo.results import TaskResult, read_results
-from srppo.stats import Estimate, calibrated_interval, item_interval, within
+from srppo.statistics.intervals import Estimate, calibrated_interval, item_interval, within
 
 TITLE = "Tasks of srppo eval"
 

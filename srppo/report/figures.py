@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from srppo.stats import Estimate
+    from srppo.statistics.intervals import Estimate
 
 GROUP_WORDS = {
     "demonstrated": "in-domain",

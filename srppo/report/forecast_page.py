@@ -12,20 +12,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from srppo.checkpoint import write_atomic
+from srppo.analysis.optimum import MIN_ESS
 from srppo.config import canonical_json
 from srppo.console import Console
-from srppo.optimum import MIN_ESS
-from srppo.records import plain
+from srppo.record.files import write_atomic
+from srppo.record.json import plain
 from srppo.report.figures import estimate_text, number_text
 from srppo.report.forecast_plot import frontier_plot
 from srppo.report.html import bullets, html_table, inline_plot, page, section, soft_text
 from srppo.report.terminal import Narrow
 
 if TYPE_CHECKING:
-    from srppo.forecast import ForecastResult
-    from srppo.optimum import Point, Reached
-    from srppo.stats import Estimate
+    from srppo.analysis.forecast import ForecastResult
+    from srppo.analysis.optimum import Point, Reached
+    from srppo.statistics.intervals import Estimate
 
 CANNOT = "cannot say"
 RULE = f"too few to answer, which takes {MIN_ESS:g}"

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srppo.report.plots import save_figure
-from srppo.style import INK, PAPER
+from srppo.report.style import INK, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from srppo.forecast import ForecastResult
-    from srppo.optimum import Point
-    from srppo.stats import Estimate
+    from srppo.analysis.forecast import ForecastResult
+    from srppo.analysis.optimum import Point
+    from srppo.statistics.intervals import Estimate
 
 FRONTIER, SFT_COLOUR, BASE_COLOUR = "#0072b2", "#7f7f7f", "#009e73"
 SEEN = ("demonstrated", "prompted")  # groups that PPO prompts come from

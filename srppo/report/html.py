@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from srppo.style import GRID, INK, PAPER
+from srppo.report.style import GRID, INK, PAPER
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#24292f;--soft:#57606a;--line:#d8dee4;--wash:#f6f8fa;--bad:#b42318;

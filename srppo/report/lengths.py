@@ -13,8 +13,8 @@ import numpy as np
 
 from srppo.report.answers import SHARE, ArmRow, cells, interval
 from srppo.report.plots import arm_colours, save_figure
-from srppo.stats import Estimate
-from srppo.style import INK
+from srppo.report.style import INK
+from srppo.statistics.intervals import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srppo.report.figures import GROUP_WORDS, ArmFigures, decodings_of, groups_of
-from srppo.style import GRID, INK, PAPER, STYLE
+from srppo.report.style import GRID, INK, PAPER, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from srppo.stats import Estimate
+    from srppo.statistics.intervals import Estimate
 
 # Okabe and Ito's colours, told apart also without red-green vision.
 ARM_COLOURS = {

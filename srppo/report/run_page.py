@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from srppo.checkpoint import write_atomic
+from srppo.record.files import write_atomic
 from srppo.report.figures import (
     GROUP_MEANING,
     ArmFigures,

@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srppo.checkpoint import write_atomic
 from srppo.config import canonical_json
 from srppo.console import Console
-from srppo.records import plain
+from srppo.record.files import write_atomic
+from srppo.record.json import plain
 from srppo.report.html import STYLE, bullets, html_table, inline_plot, section, soft_text
 from srppo.report.plots import save_figure
 from srppo.report.score_text import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from srppo.score import Scored, ScoreResult, Token
+    from srppo.analysis.score import Scored, ScoreResult, Token
 
 MOST_SHOWN = 200  # responses on the page; the JSON holds all
 UP_DOT, WRONG_DOT = "#0072b2", "#d55e00"

@@ -13,7 +13,7 @@ from rich.text import Text
 from srppo.report.figures import estimate_text
 
 if TYPE_CHECKING:
-    from srppo.score import Scored, ScoreResult, Token
+    from srppo.analysis.score import Scored, ScoreResult, Token
 
 UP, DOWN = (86, 180, 233), (230, 159, 0)  # Okabe and Ito's sky blue and orange: told apart in any colour vision
 SMALLEST_SCALE = 0.1  # nats; below it everything is neutral

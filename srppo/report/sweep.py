@@ -12,15 +12,15 @@ from srppo.ablations.plan import Plan
 from srppo.ablations.progress import stage_seconds
 from srppo.ablations.run import TRIES
 from srppo.ablations.spec import Sweep
-from srppo.checkpoint import write_atomic
 from srppo.console import Console
+from srppo.record.files import write_atomic
+from srppo.record.store import Run, Stage
 from srppo.report.attempts import environment_of
 from srppo.report.sweep_files import write_files
 from srppo.report.sweep_page import sweep_page
 from srppo.report.sweep_plots import differences_plot, sweep_plot
 from srppo.report.sweep_terminal import sweep_text
 from srppo.report.sweep_words import hours_line
-from srppo.store import Run, Stage
 
 
 def report_sweep(folder: Path, console: Console) -> Path:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from srppo.ablations.analysis import SweepResult, Tested
 from srppo.ablations.spec import Comparison
+from srppo.evaluation.verdicts import number, p_text
 from srppo.report.sweep_layout import Pair, joined, metric_words, primary_metric, tested_by_pair, varying
 from srppo.report.sweep_words import NO_RESULT, count_range
-from srppo.significance import seeds_needed
-from srppo.verdicts import number, p_text
+from srppo.statistics.tests import seeds_needed
 
 VERDICTS = ("better", "worse", "cannot tell", NO_RESULT)
 

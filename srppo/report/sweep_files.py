@@ -11,12 +11,12 @@ from typing import Any
 
 from srppo.ablations.analysis import CellResult, SweepResult
 from srppo.ablations.spec import label
-from srppo.checkpoint import storing, write_atomic
 from srppo.config import canonical_json
-from srppo.records import plain
+from srppo.record.files import storing, write_atomic
+from srppo.record.json import plain
 from srppo.report.sweep_latex import to_latex
 from srppo.report.sweep_layout import metrics_of, primary_metric
-from srppo.stats import Estimate
+from srppo.statistics.intervals import Estimate
 
 Row = Mapping[str, Any]
 STATUSES = ("done", "failed", "diverged", "running", "waiting")

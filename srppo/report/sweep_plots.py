@@ -13,6 +13,7 @@ from srppo.ablations.spec import Ablation, Cell
 from srppo.console import rate
 from srppo.report.figures import GROUP_WORDS
 from srppo.report.plots import arm_colours, save_figure
+from srppo.report.style import GRID, INK, PAPER
 from srppo.report.sweep_layout import (
     axis_words,
     is_log,
@@ -25,13 +26,12 @@ from srppo.report.sweep_layout import (
     primary_metric,
     tested_by_pair,
 )
-from srppo.style import GRID, INK, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from srppo.stats import Estimate
+    from srppo.statistics.intervals import Estimate
 
 LABEL_CHARACTERS = 30
 MOST_GROUPS = 3  # panels side by side; the tables hold all groups

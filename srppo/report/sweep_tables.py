@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from srppo.ablations.analysis import CellResult, Metric, SweepResult, Tested
 from srppo.ablations.spec import Cell
+from srppo.evaluation.verdicts import number, p_text, signed
 from srppo.report.figures import GROUP_WORDS, estimate_text, number_text, teraflops
 from srppo.report.sweep_layout import (
     cell_label,
@@ -20,8 +21,7 @@ from srppo.report.sweep_layout import (
     tested_by_pair,
 )
 from srppo.report.sweep_words import NO_RESULT, direction, per, slope_text
-from srppo.stats import Estimate
-from srppo.verdicts import number, p_text, signed
+from srppo.statistics.intervals import Estimate
 
 Table = tuple[list[str], list[list[str]]]
 FIGURES: tuple[tuple[str, str, str], ...] = (

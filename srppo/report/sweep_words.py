@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from srppo.ablations.analysis import CellResult, SweepResult
 from srppo.ablations.trends import Peak, Trend
+from srppo.evaluation.verdicts import number, signed
 from srppo.report.figures import INTERVAL, number_text
 from srppo.report.sweep_layout import (
     axis_words,
@@ -15,8 +16,7 @@ from srppo.report.sweep_layout import (
     metric_words,
     primary_metric,
 )
-from srppo.stats import Estimate
-from srppo.verdicts import number, signed
+from srppo.statistics.intervals import Estimate
 
 NO_RESULT = "no result"
 LOST, LEFT = ("failed", "diverged"), ("waiting", "running")

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
-from srppo.arms import EQUAL, stages_by_arm
+from srppo.record.arms import EQUAL, stages_by_arm
+from srppo.record.store import Run, Stage
 from srppo.report.answers import figures_of, seed_of
-from srppo.store import Run, Stage
 
 Rows = Sequence[Mapping[str, Any]]
 LONGER = "longer SFT"

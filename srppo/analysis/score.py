@@ -1,0 +1,248 @@
+"""A look inside the reward: which tokens carry it, which responses it likes, and whether it is right.
+
+    r(x, y) = sum_t [log pi_sft(y_t|x,y_<t) - log pi_base(y_t|x,y_<t)]        nats, at temperature 1
+
+as in `reward.py`, unclipped and without the recipe's variants: this is what the two models say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from srppo.analysis.pieces import pieces
+from srppo.analysis.questions import Question, as_generated, load_questions, read_jsonl, sample, turns_of
+from srppo.console import Console
+from srppo.data.chat import encode_demonstration
+from srppo.data.types import Demonstration
+from srppo.errors import DataError, UserError
+from srppo.models.pair import Pair, load_pair
+from srppo.statistics.association import Floats, auc, auc_within, over_prompts, rank_correlation
+from srppo.statistics.intervals import Estimate, item_interval
+from srppo.training.reward import OFF_SUPPORT_NATS, reward_diagnostics, reward_warnings
+from srppo.training.rollout import score_log_ratio
+
+SCORE_BATCH = 64  # rows of one forward pass
+SAMPLES = 4  # fresh ones a prompt
+FEWEST = 20  # responses from which diagnostics over all of them mean something
+
+
+class Token(NamedTuple):
+    """One token: its text ("" where it holds only part of a character), log-ratio and base log-prob in nats."""
+
+    text: str
+    log_ratio: float
+    base_logprob: float
+    special: bool = False
+
+    @property
+    def off_support(self) -> bool:
+        """Whether the base gives it less than e^OFF_SUPPORT_NATS."""
+        return self.base_logprob < OFF_SUPPORT_NATS
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A response with its tokens. Their texts, special ones aside, join to `response` exactly."""
+
+    prompt: str
+    response: str
+    tokens: tuple[Token, ...]
+    ended: bool
+    answer: str | None = None
+    correct: bool | None = None
+    group: str = "all"
+
+    @property
+    def reward(self) -> float:
+        """The coherent reward, nats."""
+        return sum(token.log_ratio for token in self.tokens)
+
+    @property
+    def per_token(self) -> float:
+        """Nats a token."""
+        return self.reward / max(len(self.tokens), 1)
+
+    @property
+    def base_logprob(self) -> float:
+        """log pi_base(y|x), nats."""
+        return sum(token.base_logprob for token in self.tokens)
+
+    def carriers(self, most: int = 5) -> list[tuple[int, float]]:
+        """(place, share of sum |log-ratio|) of the tokens that carry the reward, the largest first."""
+        total = sum(abs(token.log_ratio) for token in self.tokens) or 1.0
+        order = sorted(range(len(self.tokens)), key=lambda i: -abs(self.tokens[i].log_ratio))
+        return [(i, abs(self.tokens[i].log_ratio) / total) for i in order[:most]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a token is [text, log-ratio, base log-prob]."""
+        sums = {"reward": self.reward, "per_token": self.per_token, "base_logprob": self.base_logprob}
+        kept = ("prompt", "response", "ended", "answer", "correct", "group")
+        tokens = [[token.text, token.log_ratio, token.base_logprob] for token in self.tokens]
+        return {**{name: getattr(self, name) for name in kept}, **sums, "tokens": tokens}
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scored responses with what is known of the reward over all of them. `findings`: see `findings_of`."""
+
+    responses: tuple[Scored, ...]
+    sft: str
+    base: str
+    origin: str
+    findings: dict[str, Estimate] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def score_command(
+    run: Path | None = None,
+    *,
+    sft: str | None = None,
+    base: str | None = None,
+    seed: int | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    answer: str | None = None,
+    file: Path | None = None,
+    prompts: Path | None = None,
+    samples: int = SAMPLES,
+    limit: int | None = None,
+    device: str = "cpu",
+    console: Console,
+) -> ScoreResult:
+    """Score one response (`prompt`, `response`), those of a JSONL `file` (prompt, response, and may hold answer, group,
+    ended), or `samples` fresh ones of the SFT model to each prompt of `prompts` (default: the development items)."""
+    if (prompt is None) != (response is None):
+        raise UserError("give both a prompt and a response, a --file of them, or neither for fresh samples")
+    if sum(given is not None for given in (prompt, file, prompts)) > 1:
+        raise UserError("give one of a prompt with its response, --file, or --prompts")
+    pair = load_pair(run, sft=sft, base=base, seed=seed, device=device)
+    if prompt is not None:
+        rows = [given_row(pair, {"prompt": prompt, "response": response, "answer": answer}, "the response")]
+        origin = "given on the command line"
+    elif file is not None:
+        rows = [given_row(pair, row, place) for place, row in read_jsonl(file)]
+        origin = f"given in {file.name}"
+    else:
+        questions = load_questions(pair, prompts, limit, console)
+        drawn = sample(pair, pair.sft, questions, samples, purpose="score")
+        rows = [(question, ids) for question, each in zip(questions, drawn, strict=True) for ids in each]
+        origin = f"sampled from the SFT model at temperature 1, {samples} a prompt"
+    if not rows:
+        raise DataError(f"{file} has no rows; a line holds prompt and response")
+    scored, warnings = score_rows(pair, rows)
+    return ScoreResult(tuple(scored), pair.sft_name, pair.base_name, origin, findings_of(scored), tuple(warnings))
+
+
+def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Question, tuple[int, ...]]:
+    """A row with `prompt` and `response` as token ids, by the template as in SFT: EOS at the end, unless `ended` is
+    false. Raises DataError where it cannot be encoded or does not fit the context."""
+    turns, response = turns_of(row, place), row.get("response")
+    if not isinstance(response, str):
+        raise DataError(f"{place}: response is no text; a row holds prompt and response")
+    system = pair.recipe.data.system
+    demonstration = Demonstration(turns, response, place)
+    room = pair.context + 1  # one more, so that a cut shows
+    encoded = encode_demonstration(
+        pair.tokenizer, demonstration, system=system, max_tokens=room, max_prompt_tokens=pair.context, stop=pair.stops
+    )
+    if isinstance(encoded, str):
+        raise DataError(f"{place}: {encoded}")
+    if len(encoded.ids) > pair.context:
+        raise DataError(f"{place}: prompt and response are longer than the models' context of {pair.context} tokens")
+    prompt_ids, ids = encoded.ids[: encoded.prompt_tokens], encoded.ids[encoded.prompt_tokens :]
+    if row.get("ended") is False:
+        ids = ids[:-1]
+    answer = row.get("answer")
+    asked = Question(
+        turns[-1].content, prompt_ids, None if answer is None else str(answer), str(row.get("group", "all"))
+    )
+    return asked, ids
+
+
+def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> tuple[list[Scored], list[str]]:
+    """(scored responses in the order of rows, warnings about the reward over all of them)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids) + len(rows[i][1]))
+    found: list[Scored | None] = [None] * len(rows)
+    terms, base_terms = [], []
+    for start in range(0, len(rows), SCORE_BATCH):
+        chunk = order[start : start + SCORE_BATCH]
+        batch = as_generated(pair, [rows[i][0].ids for i in chunk], [rows[i][1] for i in chunk])
+        ratio = score_log_ratio(pair.sft, pair.base, batch, micro_batch=SCORE_BATCH)
+        for i, ratios_T, bases_T in zip(chunk, ratio.log_ratio_BT.cpu(), ratio.base_logprobs_BT.cpu(), strict=True):
+            n = len(rows[i][1])
+            terms.append(ratios_T[:n])
+            base_terms.append(bases_T[:n])
+            found[i] = _scored(pair, *rows[i], ratios_T[:n].tolist(), bases_T[:n].tolist())
+    scored = [each for each in found if each is not None]
+    return scored, _warnings(terms, base_terms) if len(rows) >= FEWEST else []
+
+
+def _scored(
+    pair: Pair, question: Question, ids: Sequence[int], log_ratios: Sequence[float], base_logprobs: Sequence[float]
+) -> Scored:
+    special = {*pair.tokenizer.all_special_ids, *pair.stops}
+    texts = pieces(pair.tokenizer, ids, special)
+    tokens = tuple(
+        Token(text, ratio, logprob, each in special)
+        for text, ratio, logprob, each in zip(texts, log_ratios, base_logprobs, ids, strict=True)
+    )
+    response = "".join(token.text for token in tokens if not token.special)
+    ended = bool(ids) and ids[-1] in pair.stops
+    right = question.is_right(response)
+    return Scored(question.text, response, tokens, ended, question.answer, right, question.group)
+
+
+def _warnings(terms: Sequence[Tensor], base_terms: Sequence[Tensor]) -> list[str]:
+    log_ratio_BT, base_BT = (pad_sequence(list(rows), batch_first=True) for rows in (terms, base_terms))
+    lengths_B = torch.tensor([len(row) for row in terms])
+    mask_BT = torch.arange(log_ratio_BT.shape[1]) < lengths_B.unsqueeze(1)
+    return reward_warnings(reward_diagnostics(log_ratio_BT, base_BT, log_ratio_BT.sum(dim=1), mask_BT))
+
+
+def findings_of(scored: Sequence[Scored]) -> dict[str, Estimate]:
+    """What can be said over all responses, 95% intervals over prompts; keys are left out where there is nothing.
+
+    `reward`, `length`: means over prompts. `length correlation`: Spearman, reward with tokens. Where answers are known:
+    `accuracy`, `AUC` over all responses, `AUC within a prompt`, and `rank correlation` of reward with being right.
+    """
+    found = {
+        "reward": _mean(scored, lambda each: each.reward),
+        "per token": _mean(scored, lambda each: each.per_token),
+        "length": _mean(scored, lambda each: float(len(each.tokens))),
+    }
+    lengths = [float(len(each.tokens)) for each in scored]
+    found["length correlation"] = _with_reward(rank_correlation, scored, lengths)
+    known = [each for each in scored if each.correct is not None]
+    if known:
+        right = [float(bool(each.correct)) for each in known]
+        found["accuracy"] = _mean(known, lambda each: float(bool(each.correct)), (0.0, 1.0))
+        found["AUC"] = _with_reward(auc, known, right)
+        found["AUC within a prompt"] = auc_within([e.reward for e in known], right, [e.prompt for e in known])
+        found["rank correlation"] = _with_reward(rank_correlation, known, right)
+    return {name: estimate for name, estimate in found.items() if estimate.n and math.isfinite(estimate.mean)}
+
+
+def _with_reward(
+    statistic: Callable[[Floats, Floats], float], scored: Sequence[Scored], values: Sequence[float]
+) -> Estimate:
+    prompts, limits = [each.prompt for each in scored], ((0.0, 1.0) if statistic is auc else (-1.0, 1.0))
+    return over_prompts(statistic, [each.reward for each in scored], values, prompts, limits)
+
+
+def _mean(
+    scored: Sequence[Scored], of: Callable[[Scored], float], limits: tuple[float, float] | None = None
+) -> Estimate:
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for each in scored:
+        by_prompt[each.prompt].append(of(each))
+    means = [sum(values) / len(values) for values in by_prompt.values()]
+    return item_interval(means, limits=limits)

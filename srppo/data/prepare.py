@@ -1,0 +1,302 @@
+"""Rows to token ids: templates, the loss boundary, order, held-out rows, and the account of what was used.
+
+`prepare` is the one call of the stages. Reading is in `formats.py`, order in `rows.py`, noise in `noise.py`, the choice
+of PPO prompts in `mixing.py`, the likeness of prompts in `overlap.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from srppo.config import DataConfig
+from srppo.data.chat import encode_demonstrations, encode_prompts, ensure_chat_template, stop_ids
+from srppo.data.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
+from srppo.data.memo import Kept, Memo, stamps_of
+from srppo.data.noise import Ask, Noise, add_noise
+from srppo.data.overlap import Overlap, measure_overlap, without_overlap
+from srppo.data.prompts import Chosen, EncodePrompts, choose_prompts
+from srppo.data.report import DataReport, Part
+from srppo.data.rows import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
+from srppo.data.types import Demonstration, EncodedDemonstration, Prompt
+from srppo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DataReport",
+    "Loaded",
+    "Overlap",
+    "Part",
+    "PreparedData",
+    "Sample",
+    "Unused",
+    "load_demonstrations",
+    "load_prompts",
+    "measure_overlap",
+    "permute",
+    "prepare",
+    "prompt_text",
+    "row_id",
+    "split_held_out",
+    "without_overlap",
+]
+
+Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
+"""(prompts as token ids, seed) to what the base says to each."""
+EncodeDemonstrations = Callable[[Sequence[Demonstration]], Sequence[EncodedDemonstration | str]]
+_Taught = Encoded[Demonstration, EncodedDemonstration]
+_NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything the stages train on, in training order.
+
+    `prompt_texts` are the users' words of `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds,
+    before any noise; `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]` are those of either.
+    """
+
+    demonstrations: list[EncodedDemonstration]
+    held_out: list[EncodedDemonstration]
+    prompts: list[tuple[int, ...]]
+    prompt_texts: list[str]
+    sha: str
+    report: DataReport
+    manifest: dict[str, Any]
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    context_length: int,
+    *,
+    max_new_tokens: int = 1,
+    stop: Sequence[int] | None = None,
+    sample: Sample | None = None,
+    memo: Memo | None = None,
+) -> PreparedData:
+    """Load, order, split, size, add noise, choose prompts and encode. A tokenizer without chat template is given ours.
+
+    `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
+    Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
+    changes answers of the rows that are trained on, never those held out. `sample` is needed by data.noise =
+    "base-answers" alone. `memo` keeps rows and token ids for other settings, and the outcome for the same ones, unless
+    the base had a part in it.
+
+    Raises:
+        DataError: nothing to read or use, or fewer rows than asked for.
+        ModelError: no EOS token. ConfigError: no room for a prompt in the context.
+    """
+    stops = tuple(stop) if stop else tuple(stop_ids(tokenizer))
+    given = ensure_chat_template(tokenizer)
+    notes = ("the tokenizer has no chat template and was given ours, Q: ... A: ...",) if given else ()
+    how = _Encoding(tokenizer, str(tokenizer.chat_template), config.system, stops, context_length, max_new_tokens)
+    read = _read("all", (*config.demonstrations, *config.prompts))
+    decides = None if read is None or asks_base(config) else (read, config.model_dump_json(), how, notes)
+    kept = (memo or Memo(1)).of(seed)
+    return kept.value(decides, lambda: _prepare(config, seed, how, sample, kept, notes))
+
+
+def asks_base(config: DataConfig) -> bool:
+    """Whether wrong answers are sampled from the base, which takes the model itself."""
+    return config.noise == "base-answers" and config.noise_rate > 0
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What decides the token ids of a row, beside the recipe's limits: the same tokenizer, with the same template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    system: str | None
+    stops: tuple[int, ...]
+    context: int
+    max_new_tokens: int
+
+
+def _prepare(
+    config: DataConfig, seed: int, how: _Encoding, sample: Sample | None, kept: Kept, notes: tuple[str, ...]
+) -> PreparedData:
+    limits = _limits(config, how.context, how.max_new_tokens)
+    encode, encode_asked = _encoders(how, limits, kept)
+    ask = partial(_ask, sample, encode_asked) if sample else None
+    loaded = kept.value(
+        _read("demonstrations", config.demonstrations), lambda: load_demonstrations(config.demonstrations, seed=seed)
+    )
+    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, list(how.stops))
+    questions = kept.value(
+        _read("prompts", config.prompts),
+        lambda: load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS,
+    )
+    asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
+    notes = (*limits.notes, *notes, *([asked.note] if asked.note else []))
+
+    texts = [prompt_text(row) for row in asked.rows]
+    overlap = measure_overlap([prompt_text(row) for row in train.rows], texts)
+    pair = overlap.first and f"{asked.rows[overlap.first[0]].source} and {train.rows[overlap.first[1]].source}"
+    report = DataReport(demonstrations, prompts, overlap, pair, noise, notes)
+    sha = hashlib.sha256(f"{loaded.sha} {questions.sha}".encode()).hexdigest()
+    manifest = {
+        "sha256": sha,
+        "seed": seed,
+        "demonstrations": _manifest(loaded, seed, train=train.rows, held_out=held.rows) | {"noise": noise.as_dict()},
+        "prompts": _manifest(questions, seed, used=asked.rows),
+        "report": report.as_dict(),
+    }
+    return PreparedData(train.ids, held.ids, asked.ids, texts, sha, report, manifest)
+
+
+def _read(what: str, sources: Sequence[str]) -> Hashable | None:
+    """A key for what is read from some sources; None where nothing cheap tells whether it is still the same."""
+    found = stamps_of(sources)
+    return None if found is None else (what, found)
+
+
+class _Limits(NamedTuple):
+    """Tokens allowed: prompt and answer, a demonstration's prompt, a PPO prompt; and what to say about them."""
+
+    tokens: int
+    prompt: int
+    ppo_prompt: int
+    notes: list[str]
+
+
+def _encoders(how: _Encoding, limits: _Limits, kept: Kept) -> tuple[EncodeDemonstrations, EncodePrompts]:
+    """For demonstrations and for PPO's prompts, each remembering what it has encoded."""
+    taught = partial(
+        encode_demonstrations,
+        how.tokenizer,
+        system=how.system,
+        max_tokens=limits.tokens,
+        max_prompt_tokens=limits.prompt,
+        stop=how.stops,
+    )
+    asked = partial(encode_prompts, how.tokenizer, system=how.system, max_prompt_tokens=limits.ppo_prompt)
+    return (
+        kept.rows(("taught", how, limits.tokens, limits.prompt), taught),
+        kept.rows(("asked", how, limits.ppo_prompt), asked),
+    )
+
+
+def _limits(config: DataConfig, context: int, max_new_tokens: int) -> _Limits:
+    notes = []
+    max_tokens = min(config.max_tokens, context)
+    if max_tokens < config.max_tokens:
+        notes.append(f"data.max_tokens lowered from {config.max_tokens:,} to {max_tokens:,}, the model's context")
+    most_ppo = min(config.max_prompt_tokens, context - max_new_tokens)
+    if most_ppo < 1:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in the model's context of "
+            f"{context} tokens; lower it to at most {context - 1}"
+        )
+    if most_ppo < config.max_prompt_tokens:
+        notes.append(
+            f"data.max_prompt_tokens lowered from {config.max_prompt_tokens:,} to {most_ppo:,} for PPO prompts, so "
+            f"that {max_new_tokens:,} new tokens fit the model's context of {context:,}"
+        )
+    return _Limits(max_tokens, min(config.max_prompt_tokens, max_tokens - 1), most_ppo, notes)
+
+
+# ---- demonstrations
+
+
+def _demonstrations(
+    loaded: Loaded[Demonstration],
+    config: DataConfig,
+    seed: int,
+    encode: EncodeDemonstrations,
+    ask: Ask | None,
+    stops: list[int],
+) -> tuple[_Taught, _Taught, Noise, Part]:
+    """(to train on, held out, noise, account); the rows stay as they were read, the ids to train on have the noise."""
+    train_pool, held_pool = split_held_out(permute(loaded.rows, seed), config.held_out, seed)
+    train, held = encoded(train_pool, encode, config.size), encoded(held_pool, encode, None)
+    unused = _unused(loaded, [*train.refused, *held.refused])
+    _refuse_shortfall("data.size", config.size, "demonstrations to train on", len(train.rows), unused)
+    noise = add_noise(
+        train.rows,
+        config.noise,
+        config.noise_rate,
+        seed,
+        encode=lambda row, answer: encode([replace(row, answer=answer)])[0],
+        ask=ask,
+    )
+    train = replace(train, ids=noise.applied(train.ids))
+    cut = _cut(loaded, stops, train, held)
+    return train, held, noise, Part("demonstrations", loaded.opened, unused, len(train.rows), len(held.rows), cut)
+
+
+def _ask(sample: Sample, encode: EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
+    """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
+    asked = iter(encode([Prompt(row.prompt, row.source) for row in rows if row.prompt]))
+    ids = [next(asked) if row.prompt else "plain text" for row in rows]
+    said = iter(sample([prompt for prompt in ids if not isinstance(prompt, str)], seed))
+    return [None if isinstance(prompt, str) else next(said) for prompt in ids]
+
+
+def _cut(loaded: Loaded[Demonstration], stops: list[int], *parts: _Taught) -> Unused | None:
+    """Answers without EOS, and the first of them in the files."""
+    place = {row.source: position for position, row in enumerate(loaded.rows)}
+    pairs = [pair for part in parts for pair in zip(part.rows, part.ids, strict=True)]
+    cut = [row.source for row, ids in pairs if ids.ids[-1] not in stops]
+    return Unused(len(cut), min(cut, key=place.__getitem__)) if cut else None
+
+
+# ---- prompts
+
+
+def _prompts(
+    questions: Loaded[Prompt],
+    config: DataConfig,
+    seed: int,
+    usable: Sequence[Demonstration],
+    used: Sequence[Demonstration],
+    encode: EncodePrompts,
+) -> tuple[Chosen, Part]:
+    """PPO's prompts, and the account of those that were read."""
+    asked = choose_prompts(config, usable, used, questions.rows, permute(questions.rows, seed), encode)
+    unused = _unused(questions, asked.drawn.refused, asked.unused)
+    found = len(asked.drawn.rows)
+    if not asked.own.rows:
+        _refuse_shortfall("data.prompts_size", config.prompts_size, "prompts", found, unused)
+    return asked, Part("prompts", questions.opened, unused, found, 0, None)
+
+
+# ---- both
+
+
+def _unused(
+    loaded: Loaded[Any], refused: list[tuple[str, str]], first: Mapping[str, Unused] | None = None
+) -> dict[str, Unused]:
+    """Rows left out by reason: unusable ones, those of `first`, and those that could not be encoded."""
+    place = {row.source: position for position, row in enumerate(loaded.rows)}
+    unused = {**loaded.unused, **(first or {})}
+    for reason, source in sorted(refused, key=lambda pair: place[pair[1]]):
+        unused[reason] = unused.get(reason, Unused(0, source)).one_more()
+    return unused
+
+
+def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, unused: dict[str, Unused]) -> None:
+    """Raise DataError where fewer rows can be used than were asked for, or none of those that are unusable."""
+    why = f" (not used: {reasons(unused)})" if unused else ""
+    if size is not None and usable < size:
+        raise DataError(f"{key} asks for {size:,} {what}, but only {usable:,} can be used{why}; lower it or add data")
+    if not usable and unused:
+        raise DataError(f"no {what} can be used{why}")
+
+
+def _manifest(loaded: Loaded[Any], seed: int, **groups: list[Any]) -> dict[str, Any]:
+    permutation = permute(range(len(loaded.rows)), seed)
+    return {
+        "sources": [vars(part) for part in loaded.opened],
+        "rows": len(loaded.rows),
+        "sha256": loaded.sha,
+        "permutation": listed(permutation),
+        **{name: listed([row_id(row) for row in rows]) for name, rows in groups.items()},
+    }

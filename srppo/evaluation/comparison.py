@@ -1,0 +1,203 @@
+"""Whether one model is better than another: results in, paired differences, tests and plain words out. No torch.
+
+Every other model minus the baseline, task by task and decoding by decoding. A difference counts as shown when its p,
+corrected by Holm over the tasks and models of a decoding, is at most alpha and its interval excludes 0: the sign-flip
+test over seeds speaks of these items, the interval of other items too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srppo.errors import DataError
+from srppo.evaluation.choice import made_alike, without_repeats
+from srppo.evaluation.pairing import Paired, by_seed, pair
+from srppo.evaluation.results import DECODINGS, TaskResult
+from srppo.evaluation.verdicts import Difference, Verdict, sentence
+from srppo.statistics.intervals import (
+    IqmDifference,
+    calibrated_interval,
+    cluster_values,
+    constant_bound,
+    crossed_error,
+    iqm_difference,
+)
+from srppo.statistics.tests import PValue, detectable, holm, mcnemar, seeds_needed, sign_flip
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Interquartile means over tasks (and seeds) of two models under one decoding."""
+
+    baseline: str
+    model: str
+    decoding: str
+    tasks: tuple[str, ...]
+    seeds: int
+    iqm: IqmDifference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences and aggregates, and what was not compared."""
+
+    baseline: str
+    models: tuple[str, ...]
+    alpha: float
+    differences: tuple[Difference, ...]
+    aggregates: tuple[Aggregate, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A difference to be: what is compared, the paired scores, and their p-value."""
+
+    baseline: str
+    model: str
+    first: TaskResult
+    paired: Paired
+    tested: PValue
+
+
+def compare(arms: Mapping[str, Sequence[TaskResult]], *, alpha: float = 0.05) -> Comparison:
+    """Compare every arm with the first. Raises DataError where nothing can be paired."""
+    if len(arms) < 2:
+        raise DataError(
+            f"only {next(iter(arms), 'nothing')} to compare; give another model, or a run with several arms"
+        )
+    if not 0 < alpha < 1:
+        raise DataError(f"alpha {alpha} is not between 0 and 1; 0.05 is usual")
+    baseline, *models = arms
+    once, repeated = without_repeats(arms)
+    alike, ways = made_alike(once)
+    tables = {name: _by_task(results) for name, results in alike.items()}
+    notes = [*repeated, *ways]
+    differences: list[Difference] = []
+    aggregates: list[Aggregate] = []
+    for decoding in DECODINGS:
+        family: list[_Case] = []
+        for model in models:
+            cases = _cases(tables, baseline, model, decoding, notes)
+            aggregates += _aggregate(cases, decoding, alpha, notes)
+            family += cases
+        corrected = holm([case.tested.p for case in family])
+        differences += [_difference(case, p, len(family), alpha) for case, p in zip(family, corrected, strict=True)]
+    notes = list(dict.fromkeys(notes))
+    if not differences:
+        raise DataError(f"nothing to compare: {'; '.join(notes)}")
+    return Comparison(baseline, tuple(models), alpha, tuple(differences), tuple(aggregates), tuple(notes))
+
+
+def _by_task(results: Sequence[TaskResult]) -> dict[tuple[str, str], list[TaskResult]]:
+    found: dict[tuple[str, str], list[TaskResult]] = {}
+    for result in results:
+        found.setdefault((result.task, result.decoding), []).append(result)
+    return found
+
+
+def _cases(
+    tables: Mapping[str, Mapping[tuple[str, str], Sequence[TaskResult]]],
+    baseline: str,
+    model: str,
+    decoding: str,
+    notes: list[str],
+) -> list[_Case]:
+    """The tasks that two models share under one decoding, paired and tested; the others go into the notes."""
+    cases = []
+    for task, own in dict.fromkeys(key for name in (baseline, model) for key in tables[name]):
+        if own != decoding:
+            continue
+        missing = [name for name in (baseline, model) if (task, decoding) not in tables[name]]
+        if missing:
+            notes.append(f"{task} ({decoding}) is not compared: {missing[0]} has no result on it")
+            continue
+        (before, said), (after, also) = (by_seed(tables[name][task, decoding]) for name in (baseline, model))
+        notes += [*said, *also]
+        paired = pair(before, after, (baseline, model))
+        cases.append(_Case(baseline, model, next(iter(before.values())), paired, _test(paired)))
+    return cases
+
+
+def _test(paired: Paired) -> PValue:
+    """Several seeds: sign-flip over their means. One: McNemar for 0/1 scores, else permutation of items or clusters."""
+    gaps = paired.model - paired.baseline
+    if len(paired.seeds) > 1:
+        tested = sign_flip(gaps.mean(axis=1))
+        return tested._replace(name=f"{tested.name} over seeds")
+    if paired.clusters is None and paired.binary:
+        return mcnemar(paired.baseline[0], paired.model[0])
+    places = {name: i for i, name in enumerate(dict.fromkeys(paired.clusters or range(gaps.shape[1])))}
+    sums = np.bincount([places[name] for name in paired.clusters or range(gaps.shape[1])], weights=gaps[0])
+    tested = sign_flip(sums)
+    return tested._replace(name=f"paired permutation of {'clusters' if paired.clusters else 'items'}, {tested.name}")
+
+
+def _aggregate(cases: Sequence[_Case], decoding: str, alpha: float, notes: list[str]) -> list[Aggregate]:
+    """The IQM over the tasks whose scores can be averaged: shares, of which more is better, under the same seeds."""
+    fit = [case for case in cases if case.paired.limits and case.first.higher_is_better]
+    seeds = [seed for seed in fit[0].paired.seeds if all(seed in case.paired.seeds for case in fit)] if fit else []
+    if len(cases) < 2:
+        return []
+    if len(fit) < 2 or not seeds:
+        why = "tasks have no seed in common" if len(fit) > 1 else "scores are not shares of which more is better"
+        notes.append(f"no aggregate over tasks ({decoding}, {cases[0].model}): {why}")
+        return []
+    rows = [[case.paired.seeds.index(seed) for seed in seeds] for case in fit]
+    iqm = iqm_difference(
+        [case.paired.baseline[own] for case, own in zip(fit, rows, strict=True)],
+        [case.paired.model[own] for case, own in zip(fit, rows, strict=True)],
+        [case.paired.clusters for case in fit],
+        draws=max(500, min(2000, 8_000_000 // max(case.paired.model.shape[1] for case in fit))),
+        confidence=1 - alpha,
+    )
+    return [Aggregate(fit[0].baseline, fit[0].model, decoding, tuple(c.first.task for c in fit), len(seeds), iqm)]
+
+
+def _difference(case: _Case, p_holm: float, comparisons: int, alpha: float) -> Difference:
+    paired, first = case.paired, case.first
+    gaps = paired.model - paired.baseline
+    draws = max(500, min(4000, 8_000_000 // gaps.shape[1]))  # only the interval's shape hangs on them
+    interval = calibrated_interval(gaps, paired.clusters, limits=paired.limits, draws=draws, confidence=1 - alpha)
+    shown = p_holm <= alpha and (interval.low > 0 or interval.high < 0)
+    verdict: Verdict = "cannot tell"
+    if shown:
+        verdict = "better" if (interval.mean > 0) == first.higher_is_better else "worse"
+    reach = case.tested.n >= seeds_needed(alpha, comparisons)
+    found = Difference(
+        baseline=case.baseline,
+        model=case.model,
+        task=first.task,
+        decoding=first.decoding,
+        metric=first.metric,
+        group=first.group,
+        seeds=paired.seeds,
+        clusters=len(set(paired.clusters)) if paired.clusters else None,
+        baseline_mean=float(paired.baseline.mean()),
+        model_mean=float(paired.model.mean()),
+        difference=interval,
+        p=case.tested.p,
+        test=case.tested.name,
+        p_holm=p_holm,
+        comparisons=comparisons,
+        detectable=_detectable(paired, gaps, alpha) if reach else math.inf,
+        verdict=verdict,
+        sentence="",
+        left_out=paired.left_out,
+        notes=paired.notes,
+    )
+    return replace(found, sentence=sentence(found, alpha))
+
+
+def _detectable(paired: Paired, gaps: NDArray[np.float64], alpha: float) -> float:
+    """At 80% power before correction; where no item differs, as if as many did as Wilson's bound still allows."""
+    units = cluster_values(gaps, paired.clusters)
+    error, df = crossed_error(units)
+    if not error > 1e-12:
+        error = math.sqrt(constant_bound(units.shape[1]) / units.shape[1]) if paired.limits else math.nan
+    return detectable(error, df, alpha=alpha)

@@ -1,0 +1,253 @@
+"""Exact-match accuracy on items with known answers, and the NLL of held-out answers."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from srppo.config import Recipe, derive_seed
+from srppo.data.chat import encode_prompts
+from srppo.data.types import EncodedDemonstration, Message, Prompt
+from srppo.errors import DataError
+from srppo.models.language_model import LanguageModel, forward_flops
+from srppo.statistics.intervals import Estimate, item_interval
+from srppo.training.batch import answer_nll_sum, training_flops
+from srppo.training.rollout import Generated, generate
+
+GROUPS = ("demonstrated", "prompted", "unseen")  # in-domain; seen by PPO only; out-of-domain
+EVAL_BATCH = 300
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """A question with one right answer; right means equal after stripping spaces."""
+
+    prompt: str
+    answer: str
+    task: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model wrote for an item: each sample's text, whether it is right and ended by EOS, and its tokens."""
+
+    prompt: str
+    answer: str
+    task: str
+    group: str
+    responses: tuple[str, ...]
+    correct: tuple[bool, ...]
+    ended: tuple[bool, ...]
+    tokens: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+    """One response to an item; tokens: its length, EOS included."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+def load_items(recipe: Recipe, split: str) -> list[EvalItem]:
+    """Items of one split (`dev` or `test`): the user's file, or the embedded ones where the data are embedded, or none.
+
+    A row of the file holds prompt and answer, and may hold task, group and split (default: every second row is dev).
+    """
+    if recipe.eval.items is not None:
+        return _read_items(Path(recipe.eval.items), split)
+    if recipe.data.demonstrations != ("embedded",):
+        return []
+    from srppo.world.items import items
+
+    return [EvalItem(i.prompt, i.answer, i.task, i.group) for group in GROUPS for i in items(group, split)]
+
+
+def _read_items(path: Path, split: str) -> list[EvalItem]:
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"eval.items {path} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            own_split = row.get("split", "dev" if number % 2 else "test")
+            group = str(row.get("group", "items"))
+            item = EvalItem(row["prompt"], str(row["answer"]), str(row.get("task", group)), group)
+            if not isinstance(item.prompt, str) or own_split not in ("dev", "test"):
+                raise TypeError(f"prompt {item.prompt!r}, split {own_split!r}; a prompt is text, a split dev or test")
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}:{number}: not an item ({error}); a line is a JSON object with prompt and answer, and may have "
+                "task, group and split"
+            ) from None
+        if own_split == split:
+            found.append(item)
+    if not found:
+        raise DataError(f"eval.items {path} has no rows of split {split!r}; mark rows with split: dev or test")
+    return found
+
+
+def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], recipe: Recipe) -> list[Sequence[int]]:
+    """Token ids of each item's prompt, up to where the answer begins. Raises DataError for one that cannot be used."""
+    found = encode_prompts(
+        tokenizer,
+        [Prompt((Message("user", item.prompt),), "eval") for item in items],
+        system=recipe.data.system,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+    )
+    prompts: list[Sequence[int]] = []
+    for item, ids in zip(items, found, strict=True):
+        if isinstance(ids, str):
+            raise DataError(f"evaluation item {item.prompt[:60]!r} cannot be used: {ids}")
+        prompts.append(ids)
+    return prompts
+
+
+def verdict_of(item: EvalItem, answers: Sequence[Answer]) -> Verdict:
+    """What was written for an item, each answer right where it equals the known one."""
+    return Verdict(
+        **vars(item),
+        responses=tuple(answer.text for answer in answers),
+        correct=tuple(answer.text.strip() == item.answer.strip() for answer in answers),
+        ended=tuple(answer.ended for answer in answers),
+        tokens=tuple(answer.tokens for answer in answers),
+    )
+
+
+@torch.no_grad()
+def answer_items(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[EvalItem],
+    recipe: Recipe,
+    *,
+    samples: int | None,
+    stops: Sequence[int],
+    decode: Callable[..., Generated] = generate,
+) -> list[Verdict]:
+    """Let a model answer: greedily (samples None) or `samples` times at temperature 1.
+
+    Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them. `decode` takes what
+    `rollout.generate` takes.
+    """
+    pad = int(tokenizer.pad_token_id)
+    prompts = encode_items(tokenizer, items, recipe)
+    answers: list[list[Answer]] = [[] for _ in items]
+    for draw in range(samples or 1):
+        for start in range(0, len(items), EVAL_BATCH):
+            generated = decode(
+                model,
+                prompts[start : start + EVAL_BATCH],
+                stop_ids=stops,
+                pad_id=pad,
+                max_new_tokens=recipe.rollout.max_new_tokens,
+                seed=derive_seed(recipe.seed, "eval", draw * len(items) + start),
+                greedy=samples is None,
+            )
+            written = generated.responses()
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            for i, (text, ended) in enumerate(zip(texts, generated.ended_B.tolist(), strict=True)):
+                answers[start + i].append(Answer(text, ended, len(written[i])))
+    return [verdict_of(item, given) for item, given in zip(items, answers, strict=True)]
+
+
+def answer_flops(model: LanguageModel, prompts: Sequence[Sequence[int]], verdicts: Sequence[Verdict]) -> int:
+    """Counted operations of writing all the answers of some items, whose prompts are given as token ids."""
+    pairs = [(len(ids), n) for ids, verdict in zip(prompts, verdicts, strict=True) for n in verdict.tokens]
+    return forward_flops(model, torch.tensor([p + n for p, n in pairs]), sum(n for _, n in pairs))
+
+
+def accuracy_by_group(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    """Mean accuracy of each group, 95% interval over items; a sampled item counts by its share of right samples."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    for verdict in verdicts:
+        shares[verdict.group].append(sum(verdict.correct) / len(verdict.correct))
+    return {group: item_interval(values) for group, values in shares.items()}
+
+
+def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, micro_batch: int) -> float:
+    """Mean NLL of the answers, nats a token, over all answer tokens."""
+    total, tokens = 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    with torch.no_grad():
+        for start in range(0, len(ordered), micro_batch):
+            nll, count = answer_nll_sum(model, ordered[start : start + micro_batch], pad_id=0)
+            total, tokens = total + float(nll), tokens + count
+    return total / max(tokens, 1)
+
+
+class Development:
+    """Measures a model during training: greedy accuracy on development items, and held-out answer NLL.
+
+    The score that picks the kept step is one rule for every arm: accuracy on the demonstrated group (on all items where
+    no group has that name), or minus the NLL with eval.metric = "nll". Where nothing can be measured, the last step is
+    kept.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Sequence[EncodedDemonstration],
+        stops: Sequence[int],
+    ) -> None:
+        self.recipe, self.tokenizer, self.held_out, self.stops = recipe, tokenizer, held_out, stops
+        self.items = load_items(recipe, "dev")
+        if recipe.eval.limit is not None:
+            self.items = _spread(self.items, recipe.eval.limit)
+            self.held_out = _spread(self.held_out, recipe.eval.limit)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether there is anything to choose a step by."""
+        return bool(self.items if self.recipe.eval.metric == "accuracy" else self.held_out)
+
+    def measure(self, model: LanguageModel) -> tuple[dict[str, Any], float | None]:
+        """(metrics to log, score); score None: there is nothing to choose by."""
+        return self.rated(model, self.answers(model))
+
+    def answers(self, model: LanguageModel) -> list[Verdict]:
+        """Greedy answers to the development items."""
+        return answer_items(model, self.tokenizer, self.items, self.recipe, samples=None, stops=self.stops)
+
+    def flops(self, model: LanguageModel, verdicts: Sequence[Verdict]) -> int:
+        """Counted operations of one measurement."""
+        prompts = encode_items(self.tokenizer, self.items, self.recipe)
+        scored = training_flops(model, self.held_out) // 3  # forward alone
+        return answer_flops(model, prompts, verdicts) + scored
+
+    def rated(self, model: LanguageModel, verdicts: Sequence[Verdict]) -> tuple[dict[str, Any], float | None]:
+        """`measure` with the answers given."""
+        row: dict[str, Any] = {}
+        score = None
+        if self.held_out:
+            row["dev/nll"] = answer_nll(model, self.held_out, micro_batch=self.recipe.sft.micro_batch)
+            if self.recipe.eval.metric == "nll":
+                score = -row["dev/nll"]
+        if self.items:
+            row |= {f"dev/{group}": estimate.mean for group, estimate in accuracy_by_group(verdicts).items()}
+            row["dev/accuracy"] = sum(v.correct[0] for v in verdicts) / len(verdicts)
+            if self.recipe.eval.metric == "accuracy":
+                score = row.get("dev/demonstrated", row["dev/accuracy"])
+        return row, score
+
+
+def _spread(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` items, evenly over the list, so that every task keeps its share."""
+    if limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]

@@ -1,0 +1,160 @@
+"""`srppo eval`: check everything, look up what is known, evaluate the rest, write each result at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from srppo.config import canonical_json
+from srppo.console import Console
+from srppo.errors import ConfigError
+from srppo.evaluation.harness.problems import Problems
+from srppo.evaluation.harness.quiet import quiet
+from srppo.evaluation.harness.session import Options, Session
+from srppo.evaluation.harness.targets import Target, find_targets
+from srppo.evaluation.harness.tasks import load_tasks, wanted
+from srppo.evaluation.results import SAMPLES, SUMMARY
+from srppo.models.language_model import check_weights
+from srppo.record.files import write_atomic
+from srppo.record.folder import check_place
+from srppo.record.json import plain, read_json
+
+NAMED = 10  # reasons for prompts not scored that are printed; every prompt is in the file beside the result
+
+
+def evaluate_command(
+    model: str | None,
+    *,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    data: Path | None = None,
+    include_path: Sequence[Path] = (),
+    num_fewshot: int | None = None,
+    chat_template: bool | None = None,
+    samples: int | None = None,
+    temperature: float = 1.0,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    score_rest: bool = False,
+    system: str | None = None,
+    cluster: str | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Evaluate a model, or every arm of a run, and print a table; returns the folders of the results.
+
+    samples: so many a prompt at `temperature`; None: decode as each task says. chat_template None: the tokenizer's own
+    if it has one, ours for our models and for the embedded suite. system: a system message, by default that with which
+    a run was trained, "" for none. cluster: the items' field that says which belong together, by default as the task's
+    metadata says. Raises a UserError, before anything is generated,
+    for whatever cannot be loaded, scored or fitted into the context.
+    """
+    console = console or Console()
+    options = Options(
+        samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest, system, cluster
+    )
+    _check_numbers(options, batch_size)
+    targets = find_targets(model, out, console.say)
+    if model is None:
+        console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
+    problems = _problems_of(targets)
+    with quiet(seed):
+        loaded = load_tasks(
+            wanted(tasks, suite),
+            data=data,
+            include_path=include_path,
+            score_rest=score_rest,
+            say=console.say,
+            problems=problems,
+        )
+        session = Session(options, batch_size, device, console)
+        plan = []
+        for target in targets:
+            with problems.gathered():
+                plan.append((target, *session.prepare(target, loaded, problems)))
+            problems.raise_any()  # of one arm: the other arms have the same
+        found = []
+        for target, lm, prepared in plan:
+            found += [session.evaluate(target, lm, each) for each in prepared]
+            lm.release()
+    console.print(_table(found))
+    _say_not_scored(console, found)
+    folders = list(dict.fromkeys(str(path.parent) for path in found))
+    console.print(f"results: {folders[0]}{f' and {len(folders) - 1} more such folders' if folders[1:] else ''}")
+    return found
+
+
+def _problems_of(targets: Sequence[Target]) -> Problems:
+    """Weights of any arm that are not whole, and places of results that cannot be written."""
+    problems = Problems()
+    for target in targets:
+        with problems.gathered():
+            check_place(target.parent)
+        with problems.gathered():
+            check_weights(target.spec, target.config)
+    return problems
+
+
+def _check_numbers(options: Options, rows: int | None) -> None:
+    floors = {
+        "samples": 1,
+        "limit": 1,
+        "max_new_tokens": 1,
+        "num_fewshot": 0,
+        "seed": 0,
+    }
+    for name, least in floors.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    if rows is not None and rows < 1:
+        raise ConfigError(f"--batch-size {rows}: it must be at least 1, or left out to fit the memory")
+    if not options.temperature > 0:
+        raise ConfigError(f"--temperature {options.temperature}: it must be above 0; leave out --samples for greedy")
+
+
+def _table(found: Sequence[Path]) -> Table:
+    """A row a task and model, with a line for each metric."""
+    summaries = [read_json(path / SUMMARY) for path in found]
+    table = Table(title="Scores with 95% intervals over items", title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("model", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for heading in ("score", "interval", "items"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for summary in summaries:
+        figures = sorted(summary["metrics"].items(), key=lambda pair: pair[0] != summary["metric"])
+        seed = "" if summary["seed"] is None else f", seed {summary['seed']}"
+        decoding = "" if summary["decoding"] == "greedy" else f", {summary['samples']} samples"
+        table.add_row(
+            summary["task"],
+            f"{summary['model']}{seed}{decoding}",
+            "\n".join(name for name, _ in figures),
+            "\n".join(f"{each['value']:.3f}" for _, each in figures),
+            "\n".join("" if each["low"] is None else f"{each['low']:.3f} {each['high']:.3f}" for _, each in figures),
+            f"{summary['items'] - summary['not_scored']}",
+        )
+    return table
+
+
+def _say_not_scored(console: Console, found: Sequence[Path]) -> None:
+    """How many prompts were left out, by reason; all of them stand in a file beside the result."""
+    import pyarrow.parquet as pq
+
+    for path in found:
+        if read_json(path / SUMMARY)["not_scored"]:
+            rows = [row for row in pq.read_table(path / SAMPLES).to_pylist() if row.get("not_scored")]
+            console.print(f"{path.name}: {len(rows)} prompts not scored (left out, not counted as failed):")
+            for reason, count in Counter(row["not_scored"] for row in rows).most_common(NAMED):
+                first = next(row for row in rows if row["not_scored"] == reason)
+                console.print(f"  {count}: {reason}; such as {first['item'][:8]} {first['prompt'][:40]!r}")
+            listed = path.with_name(f"{path.name}.not-scored.jsonl")
+            lines = ({"item": row["item"], "reason": row["not_scored"], "prompt": row["prompt"]} for row in rows)
+            write_atomic(listed, "".join(canonical_json(plain(line)) + "\n" for line in lines))
+            console.print(f"  all of them: {listed}")

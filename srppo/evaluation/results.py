@@ -1,0 +1,238 @@
+"""Evaluation results on disk: a model's scores on the items of one task. No torch.
+
+    PARENT/<task>@<key>/    summary.json (model, task, decoding, metric, seed, key, group and more), samples.parquet
+                            (a row a sample: item, sample, prompt, response, a float column a metric, and where they
+                            apply cluster and not_scored, the reason), manifest.json (checksums of both)
+
+A run's own test answers (stages/<id>/eval/kept-greedy and kept-sampled) read as tasks named by their group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from srppo.config import canonical_json
+from srppo.errors import DataError, RecordError
+from srppo.record.arms import one_run, stages_by_arm
+from srppo.record.files import MANIFEST, damage, replace_folder, storing
+from srppo.record.json import plain, read_json, read_lines, revive
+from srppo.record.store import Run, Stage
+
+DECODINGS = ("greedy", "sampled")
+SUMMARY, SAMPLES = "summary.json", "samples.parquet"
+_OWN = {"max_new_tokens": "rollout.max_new_tokens", "data.system": "data.system", "precision": "precision"}
+"""What decides a run's own test answers beside model and items: names in a stage's identity, and in `settings`."""
+_NEEDED = ("model", "task", "decoding", "metric", "seed", "key", "group")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One model's scores on the items of one task, of one training seed.
+
+    decoding: greedy or sampled. metric: the name of what `scores` hold. seed: the arm's training seed, None where
+    unknown. items: ids, unique within the task. scores: one an item, the mean over its samples, in the metric's own
+    unit (a share for accuracies); NaN where any sample was not scored, with the reason in not_scored. clusters: the
+    cluster of each item, None where items are independent. group: such as in-domain or out-of-domain. settings: how it
+    was made, as far as that is recorded, with dotted names (`matching` says which of them must be equal).
+    """
+
+    model: str
+    task: str
+    decoding: str
+    metric: str
+    seed: int | None
+    items: tuple[str, ...]
+    scores: tuple[float, ...]
+    clusters: tuple[str, ...] | None
+    group: str | None
+    path: Path
+    higher_is_better: bool = True
+    not_scored: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_result(parent: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Path:
+    """Write parent/<task>@<key> whole, aside and then renamed, and return it; characters unfit for names become _.
+
+    Raises DataError for a summary or samples that `read_result` could not read, StorageError when the disk refuses.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(parent) / (re.sub(r"[^\w.+-]", "_", str(summary.get("task"))) + f"@{summary.get('key')}")
+    rows = [dict(row) for row in samples]
+    _result(folder, dict(summary), rows, None)
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # from_pylist keeps those of the first row only
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+
+    def write(aside: Path) -> None:
+        (aside / SUMMARY).write_text(canonical_json(plain(summary)), encoding="utf-8")
+        pq.write_table(table, aside / SAMPLES)
+
+    with storing(folder):
+        try:
+            replace_folder(folder, f"{uuid.uuid4().hex}x", write)
+        except OSError:
+            if damage(folder) is not None:  # else another process has just written the same key
+                raise
+    return folder
+
+
+def read_result(folder: Path, metric: str | None = None) -> TaskResult:
+    """The result in one folder; `metric` picks another column of its samples than the primary one.
+
+    Raises RecordError for a folder that holds none or a damaged one, DataError for a metric it does not have.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    summary = revive(read_json(folder / SUMMARY))
+    if (folder / MANIFEST).exists() and (reason := damage(folder)):
+        raise RecordError(f"{folder} is damaged: {reason}; evaluate again")
+    try:
+        rows = pq.read_table(folder / SAMPLES).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RecordError(f"{folder / SAMPLES} cannot be read ({error}); evaluate again") from None
+    return _result(folder, summary, rows, metric)
+
+
+def read_results(path: Path, metric: str | None = None) -> list[TaskResult]:
+    """Every result in a result folder, in a folder of them, or in a run (then a model an arm, a result a seed).
+
+    Stages that are not finished well are left out (`arms.problem_of` says why). Raises RecordError when there is
+    nothing, or something damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RecordError(f"{path} does not exist; give a run, or a folder that srppo eval wrote")
+    if (path / SUMMARY).exists():
+        return [read_result(path, metric)]
+    if (path / "sweep.json").exists():
+        found = _of_run(one_run(path), metric)
+        missing = "has no evaluated stage yet; finish the run, or evaluate it: srppo eval"
+    else:
+        found = _read(path, metric)
+        missing = f"holds no evaluation result (no {SUMMARY}); give a run, or a folder that srppo eval wrote"
+    if not found:
+        raise RecordError(f"{path} {missing if metric is None else f'has no result with the metric {metric!r}'}")
+    return found
+
+
+class _NoMetric(DataError):
+    """A result without the metric that was asked for."""
+
+
+def _read(path: Path, metric: str | None) -> list[TaskResult]:
+    """Results in a folder or one level below it, by name; work in progress and those without the metric left out."""
+    found = []
+    for summary in sorted({*path.glob(f"*@*/{SUMMARY}"), *path.glob(f"*/*@*/{SUMMARY}")}):
+        if not any(part.startswith(".") for part in summary.relative_to(path).parts):
+            with suppress(_NoMetric):
+                found.append(read_result(summary.parent, metric))
+    return found
+
+
+def _of_run(run: Run, metric: str | None) -> list[TaskResult]:
+    found = []
+    for arm, stages in stages_by_arm(run).items():
+        for stage in stages:
+            if not stage.done:
+                continue
+            seed = int(stage.identity["config"]["seed"])
+            own = [result for decoding in DECODINGS for result in own_tests(stage, arm, seed, decoding)]
+            if metric is not None:
+                own = [result for result in own if result.metric == metric]
+            found += own + [replace(each, model=arm, seed=seed) for each in _read(stage.path / "eval", metric)]
+    return found
+
+
+def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
+    """What the pipeline measured at a stage's kept step: one task for each group of items."""
+    folder = stage.path / "eval" / f"kept-{decoding}"
+    config = dotted(stage.identity["config"])
+    settings = {name: config[key] for key, name in _OWN.items() if key in config}
+    by_group: dict[str, dict[str, float]] = {}
+    for row in read_lines(folder / "samples.jsonl"):
+        scores = by_group.setdefault(row["group"], {})
+        scores[_item_id(row, scores)] = sum(row["correct"]) / len(row["correct"])
+    return [
+        TaskResult(
+            arm, group, decoding, "accuracy", seed, tuple(s), tuple(s.values()), None, group, folder, settings=settings
+        )
+        for group, s in by_group.items()
+    ]
+
+
+def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _item_id(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
+    """Legible, and the same for the same question in any run: task, start of the prompt, and a hash of all of it."""
+    name = question_name(row["task"], row["prompt"], row["answer"])
+    copies = sum(name == each or each.startswith(f"{name} (") for each in taken) if name in taken else 0
+    return f"{name} ({copies + 1})" if copies else name
+
+
+@lru_cache(maxsize=100_000)  # a sweep reads the same questions hundreds of times
+def question_name(task: str, prompt: str, answer: str) -> str:
+    text = json.dumps([task, prompt, answer])
+    return f"{task}: {prompt[:40]} #{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _result(
+    folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: str | None
+) -> TaskResult:
+    """Rows of samples to scores of items. Raises DataError, in one line, for what is missing or contradicts itself."""
+    if missing := [key for key in _NEEDED if key not in summary]:
+        raise DataError(f"{folder}: the summary has no {', '.join(missing)}; it needs {', '.join(_NEEDED)}")
+    if summary["decoding"] not in DECODINGS:
+        raise DataError(f"{folder}: decoding {summary['decoding']!r}; it is {' or '.join(DECODINGS)}")
+    name = metric or str(summary["metric"])
+    if not rows or not any(row.get(name) is not None or row.get("not_scored") for row in rows):
+        others = sorted({key for row in rows for key, value in row.items() if isinstance(value, float)})
+        raise _NoMetric(f"{folder}: no sample has the metric {name!r}; there are: {', '.join(others) or 'none'}")
+    values: dict[str, list[float]] = {}
+    clusters: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for row in rows:
+        item = str(row["item"])
+        value = math.nan if row.get("not_scored") or row.get(name) is None else float(row[name])
+        if math.isnan(value):
+            reasons.setdefault(item, str(row.get("not_scored") or f"no {name}"))
+        values.setdefault(item, []).append(value)
+        if row.get("cluster") is not None and clusters.setdefault(item, str(row["cluster"])) != str(row["cluster"]):
+            raise DataError(f"{folder}: item {item!r} is in clusters {clusters[item]!r} and {row['cluster']!r}")
+    if clusters and len(clusters) < len(values):
+        lone = next(item for item in values if item not in clusters)
+        raise DataError(f"{folder}: item {lone!r} has no cluster, others have; give every item one, or none")
+    return TaskResult(
+        model=str(summary["model"]),
+        task=str(summary["task"]),
+        decoding=str(summary["decoding"]),
+        metric=name,
+        seed=None if summary["seed"] is None else int(summary["seed"]),
+        items=tuple(values),
+        scores=tuple(sum(each) / len(each) for each in values.values()),
+        clusters=tuple(clusters[item] for item in values) if clusters else None,
+        group=None if summary["group"] is None else str(summary["group"]),
+        path=folder,
+        higher_is_better=bool(summary.get("higher_is_better", True)),
+        not_scored=reasons,
+        settings=dotted({key: value for key, value in summary.items() if key != "metrics"}),
+    )

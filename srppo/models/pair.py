@@ -1,0 +1,130 @@
+"""The two models whose difference is the reward, from a run or by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from srppo.config import Recipe, build_recipe, resolved
+from srppo.data.chat import ensure_chat_template, stop_ids
+from srppo.errors import RecordError, UserError
+from srppo.models.language_model import (
+    LanguageModel,
+    check_same_tokens,
+    check_same_vocabulary,
+    context_length,
+    load_model,
+    load_tokenizer,
+)
+from srppo.record.arms import is_sweep, one_run
+from srppo.record.store import Run, Stage
+
+
+@dataclass(frozen=True)
+class Pair:
+    """SFT model and base, with the tokenizer and the recipe that say how a prompt is put and where an answer ends.
+
+    `stage` is the SFT stage of a run, None where the models were given by path.
+    """
+
+    sft: LanguageModel
+    base: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    sft_name: str
+    base_name: str
+    run: Run | None = None
+    stage: Stage | None = None
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Token ids that end a response."""
+        return stop_ids(self.tokenizer, self.sft.model.generation_config)
+
+    @property
+    def pad_id(self) -> int:
+        """The padding id; masks never look at it."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer that both models take."""
+        return min(context_length(self.sft), context_length(self.base))
+
+    def ppo_stages(self) -> list[Stage]:
+        """The PPO stages of every arm and training seed that started from this SFT model, finished or not, by seed.
+
+        A given SFT model is one for all training seeds, each of which measured it in a stage of its own.
+        """
+        if self.run is None or self.stage is None:
+            return []
+        kind, origin = self.stage.identity["kind"], self.stage.identity["parents"]
+        stages = self.run.stages()
+        given = [s for s in stages if kind == "given-sft" == s.identity["kind"] and s.identity["parents"] == origin]
+        same = {self.stage.id, *(stage.id for stage in given)}
+        ours = [s for s in stages if s.identity["kind"] == "ppo" and same & {*s.identity["parents"]}]
+        return sorted(ours, key=lambda stage: int(stage.identity["config"]["seed"]))
+
+    def load(self, spec: str) -> LanguageModel:
+        """A third model under the same settings, on the same device."""
+        return load_model(spec, self.recipe.model, device=str(self.sft.device))
+
+
+def load_pair(
+    run: Path | None = None,
+    *,
+    sft: str | None = None,
+    base: str | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+) -> Pair:
+    """The pair of a run folder (its SFT model of one seed, the first by default, and its recipe's base), or two models.
+
+    With neither, the newest run below `runs/` that has a finished SFT model. Raises UserError saying what to give.
+    """
+    if run is not None and (sft or base):
+        raise UserError("give a run folder or --sft and --base, not both")
+    if (sft is None) != (base is None):
+        raise UserError("the reward is log pi_sft - log pi_base: give both --sft and --base, or a run folder")
+    if sft is not None and base is not None:
+        recipe = build_recipe({"model": {"base": base, "sft": sft}})
+        return _load(recipe, sft, device)
+    found = one_run(run if run is not None else _newest())
+    stage = _sft_stage(found, seed)
+    recipe = build_recipe({**found.spec["recipe"], "seed": stage.identity["config"]["seed"]})
+    path = str(stage.path / "model") if stage.identity["kind"] == "sft" else str(recipe.model.sft)
+    return replace(_load(resolved(recipe), path, device), run=found, stage=stage)
+
+
+def _load(recipe: Recipe, sft: str, device: str) -> Pair:
+    tokenizer = load_tokenizer(sft, recipe.model)
+    check_same_tokens(load_tokenizer(recipe.model.base, recipe.model), tokenizer)
+    ensure_chat_template(tokenizer)
+    models = [load_model(spec, recipe.model, device=device) for spec in (sft, recipe.model.base)]
+    check_same_vocabulary(models[1].model, models[0].model)
+    return Pair(models[0], models[1], tokenizer, recipe, sft, recipe.model.base)
+
+
+def _newest() -> Path:
+    runs = sorted(Path("runs").glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in runs:
+        found = Run.load(path.parent)
+        if not is_sweep(found.spec) and any(_is_sft(stage) for stage in found.stages()):
+            return path.parent
+    raise UserError("no run with a finished SFT model below runs/; give a run folder, or --sft and --base")
+
+
+def _is_sft(stage: Stage) -> bool:
+    return stage.identity["kind"] in ("sft", "given-sft") and stage.done
+
+
+def _sft_stage(run: Run, seed: int | None) -> Stage:
+    stages = {stage.identity["config"]["seed"]: stage for stage in run.stages() if _is_sft(stage)}
+    if not stages:
+        raise RecordError(f"{run.path} has no finished SFT model; finish the run, or give --sft and --base")
+    if seed is not None and seed not in stages:
+        raise UserError(f"{run.path} has no finished SFT model of seed {seed}; it has {sorted(stages)}")
+    return stages[min(stages) if seed is None else seed]

@@ -1,0 +1,238 @@
+"""What every trained stage shares: resume, log, measure, keep one step, checkpoint, stop. Knows nothing of losses.
+
+A stage is a sequence of steps 1..total. Every random choice is a function of (root seed, purpose, step), so the state
+of a run is its weights, optimizers and counters: a resumed run repeats the uninterrupted one bit for bit on one CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from srppo.console import Console
+from srppo.errors import Diverged, Interrupted
+from srppo.models.language_model import LanguageModel
+from srppo.record.store import Attempt, Stage
+
+Row = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """What accelerate's trackers (TensorBoard, W&B) offer."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> Any: ...
+
+    def finish(self) -> None: ...
+
+
+class TrainState:
+    """Everything a checkpoint holds: named modules (safetensors), named optimizers and plain counters (trainer.pt)."""
+
+    def __init__(
+        self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], counters: dict[str, Any]
+    ) -> None:
+        self.modules, self.optimizers, self.counters = modules, optimizers, counters
+
+    def save(self, folder: Path) -> None:
+        """Write into an empty folder."""
+        for name, module in self.modules.items():
+            save_file(_own_tensors(module), folder / f"{name}.safetensors")
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        # The random state is saved although nothing here draws from it: a model with sampling in its forward would.
+        state = {"optimizers": optimizers, "counters": self.counters, "torch_rng": torch.get_rng_state()}
+        torch.save(state, folder / "trainer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, in place."""
+        for name, module in self.modules.items():
+            load_weights(module, folder / f"{name}.safetensors")
+        state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.counters.update(state["counters"])
+        torch.set_rng_state(state["torch_rng"])
+
+
+def load_weights(module: nn.Module, file: Path) -> None:
+    """Copy saved weights into a module of the same architecture."""
+    saved, own = load_file(file), _own_tensors(module, contiguous=False)
+    for name, tensor in own.items():
+        tensor.data.copy_(saved[name])
+
+
+def _own_tensors(module: nn.Module, contiguous: bool = True) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, tied weights once."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().contiguous() if contiguous else tensor
+    return tensors
+
+
+def lr_factor(schedule: str, warmup: float, step: int, total: int) -> float:
+    """Share of the peak learning rate at step 1..total: linear warm-up over the first share, then the schedule."""
+    ramp = math.ceil(warmup * total)
+    if step <= ramp:
+        return step / ramp
+    if schedule == "constant":
+        return 1.0
+    done = (step - ramp - 1) / max(total - ramp, 1)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(module: nn.Module, max_norm: float, step: int) -> float:
+    """Clip the global gradient norm and return it as it was; Diverged when it is not finite."""
+    norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+    if not math.isfinite(norm):
+        raise Diverged(
+            f"step {step}: the gradient norm is {norm}; lower the learning rate, or clip the reward's tokens"
+        )
+    return norm
+
+
+class Measure(Protocol):
+    """What looks at a model on development items during training."""
+
+    def measure(self, model: LanguageModel) -> tuple[Row, float | None]:
+        """(figures to log, the score by which the best step is kept; None where nothing ranks)."""
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Where one attempt at a stage writes, and what it is watched through."""
+
+    stage: Stage
+    attempt: Attempt
+    tokenizer: PreTrainedTokenizerBase
+    console: Console
+    name: str
+    trackers: tuple[Tracker, ...] = ()
+
+
+class Session:
+    """One attempt at a stage: drives its steps through the record on disk."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        state: TrainState,
+        *,
+        total: int,
+        measure_at: Callable[[int], bool],
+        measure: Callable[[], tuple[Row, float | None]],
+        keep: str,
+        checkpoint_every: int,
+        measure_start: bool = True,
+    ) -> None:
+        self.bench, self.state, self.total, self.keep = bench, state, total, keep
+        self.measure_at, self.measure, self.checkpoint_every = measure_at, measure, checkpoint_every
+        self.measure_start = measure_start
+        state.counters.setdefault("kept_step", 0)
+        state.counters.setdefault("kept_score", -math.inf)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that remain after the newest whole checkpoint; step 0, the start, is only measured."""
+        found = self.bench.attempt.resume(on_torn=self._torn)
+        if found:
+            self.state.load(found[1])
+            self.bench.console.say(f"{self.bench.name}: resumed from step {found[0]}")
+        start = found[0] if found else 0
+        self.bench.attempt.log_event("training", start=start, total=self.total)  # how far it is, for whoever watches
+        with self.bench.console.stage(self.bench.name, self.total) as self.view, stop_on_signal() as stopped:
+            if not found and self.measure_start:
+                self._log({"step": 0, **self.measure()[0]})
+            for step in range(start + 1, self.total + 1):
+                yield step
+                if stopped.is_set():
+                    if step < self.total:  # the last one has been saved
+                        self.checkpoint(step)
+                    raise Interrupted(
+                        f"stopped at step {step} of {self.total}; the state is saved: run the same command to go on"
+                    )
+
+    def end_step(self, step: int, row: Row, timing: Mapping[str, float]) -> None:
+        """Log a step; measure, and keep it if it is the best so far (ties go to the earlier); checkpoint when due."""
+        for name, number in row.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise Diverged(f"step {step}: {name} is {number}; lower the learning rate, or clip the reward's tokens")
+        counters, improved = self.state.counters, False
+        if step == self.total or self.measure_at(step):
+            measured, score = self.measure()
+            row = {**row, **measured}
+            if self.keep == "last" or score is None:
+                counters["kept_step"], counters["kept_score"] = step, -math.inf if score is None else score
+            elif score > counters["kept_score"]:
+                counters["kept_step"], counters["kept_score"], improved = step, score, True
+        self._log({"step": step, **row, "timing": dict(timing)})
+        if improved or step % self.checkpoint_every == 0 or step == self.total:
+            self.checkpoint(step)
+
+    def checkpoint(self, step: int) -> None:
+        """Write the whole state; the two newest and the kept step stay on disk."""
+        self.bench.attempt.save_checkpoint(step, self.state.save, keep={self.state.counters["kept_step"]})
+
+    def _log(self, row: Row) -> None:
+        self.bench.attempt.log_metrics(row)
+        self.view.update(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        for tracker in self.bench.trackers:
+            tracker.log(numbers, step=row["step"])
+
+    def _torn(self, path: Path, reason: str) -> None:
+        self.bench.console.warn(f"checkpoint {path.name} is damaged ({reason}); an older whole one is used")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask for a stop at the end of the step; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    """Seconds between calls, by name; time is reported beside the metrics and never enters them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,339 @@
+"""Stage 2: PPO on prompts without answers, from the SFT model, with the coherent reward. One linear loop:
+
+    1. sample a response y to each prompt x from the policy
+    2. score it: old log-probs, values, log pi_sft, log pi_base
+    3. reward r = log pi_sft(y|x) - log pi_base(y|x) at EOS, minus beta KL to the anchor, over a running deviation
+    4. advantages by GAE, returns, whitening; or leave-one-out (ppo.advantage = "rloo"), which has no critic
+    5. several passes of clipped policy and value updates
+
+Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (design section 1): beta of order 1, not
+the 0.01-0.05 usual with reward models.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srppo.config import PpoConfig, Recipe, derive_seed
+from srppo.errors import Diverged
+from srppo.models.language_model import LanguageModel, ValueModel, forward_flops
+from srppo.training.advantage import gae, rloo, whiten, whitening_std
+from srppo.training.batch import RolloutBatch
+from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
+from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
+from srppo.training.masked import masked_mean
+from srppo.training.reward import Rewards, RunningStd, compute_rewards, reward_diagnostics, reward_warnings
+from srppo.training.rollout import LogRatio, generate, micro_slices, prompt_schedule, score_log_ratio, to_batch
+
+ROLLOUTS_LOGGED = 16  # responses a step that are written down
+ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first steps of a zero head wild
+
+
+@dataclass(frozen=True)
+class Learners:
+    """The two trained models with their optimizers; without a critic (RLOO), value and value_optimizer are None."""
+
+    policy: LanguageModel
+    value: ValueModel | None
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer | None
+
+    @classmethod
+    def start(cls, policy: LanguageModel, config: PpoConfig) -> Learners:
+        """The critic starts as a copy of the policy's body, which is the SFT model's, under a zero head."""
+        policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS)
+        if config.advantage == "rloo":
+            return cls(policy, None, policy_optimizer, None)
+        value = ValueModel(policy)
+        return cls(
+            policy,
+            value,
+            policy_optimizer,
+            torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
+        )
+
+    def state(self, counters: dict[str, Any]) -> TrainState:
+        """What a checkpoint holds of them, beside counters."""
+        modules = {"policy": self.policy.model, "value": self.value}
+        optimizers = {"policy": self.policy_optimizer, "value": self.value_optimizer}
+        return TrainState(
+            {name: module for name, module in modules.items() if module is not None},
+            {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None},
+            counters,
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the updates of one step aim at; BT fp32, 0 where masked. kl_scale: from nats to units of the advantages."""
+
+    batch: RolloutBatch
+    loss_mask_BT: Tensor
+    advantages_BT: Tensor
+    returns_BT: Tensor
+    anchor_logprobs_BT: Tensor
+    kl_scale: float
+
+
+def train_ppo(
+    recipe: Recipe,
+    bench: Workbench,
+    policy: LanguageModel,
+    sft_policy: LanguageModel,
+    base_policy: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    development: Measure,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+) -> Session:
+    """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
+    config, rollout = recipe.ppo, recipe.rollout
+    learners = Learners.start(policy, config)
+    running = RunningStd()
+    state = learners.state({"flops": 0, "running": running.state_dict()})
+    session = Session(
+        bench,
+        state,
+        total=config.steps,
+        measure_at=lambda step: recipe.eval.every > 0 and step % recipe.eval.every == 0,
+        measure=lambda: development.measure(policy),
+        keep=recipe.eval.keep,
+        checkpoint_every=config.checkpoint_every,
+    )
+    for step in session.steps():
+        watch = Stopwatch()
+        running.load_state_dict(state.counters["running"])
+        # 1. Rollouts: prompts and random numbers are functions of the step alone.
+        chosen = prompt_schedule(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
+        generated = generate(
+            policy,
+            [prompts[i] for i in chosen],
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            seed=derive_seed(recipe.seed, "rollout", step),
+        )
+        watch.lap("generate_s")
+        # 2. Scores, all from the same path as training.
+        batch = to_batch(
+            generated, policy, learners.value, micro_batch=config.micro_batch, temperature=rollout.temperature
+        )
+        scores = score_log_ratio(sft_policy, base_policy, batch, micro_batch=config.micro_batch)
+        # 3. Rewards.
+        rewards = compute_rewards(
+            recipe.reward,
+            log_ratio_BT=scores.log_ratio_BT,
+            sft_logprobs_BT=scores.sft_logprobs_BT,
+            base_logprobs_BT=scores.base_logprobs_BT,
+            policy_logprobs_BT=batch.old_logprobs_BT,
+            mask_BT=batch.response_mask_BT,
+            ended_B=batch.ended_B,
+            running=running,
+            seed=derive_seed(recipe.seed, "shuffle", step),
+        )
+        watch.lap("score_s")
+        # 4. Advantages, 5. updates.
+        anchor_BT = scores.sft_logprobs_BT if recipe.reward.anchor == "sft" else scores.base_logprobs_BT
+        targets = make_targets(recipe, batch, rewards, anchor_BT)
+        row = rollout_metrics(batch, rewards, scores)
+        if learners.value is not None:
+            returns_BT, mask_BT = targets.returns_BT, batch.response_mask_BT
+            row["explained_variance"] = explained_variance(batch.old_values_BT, returns_BT, mask_BT)
+        stop_if_diverged(row["kl_sft"], config.max_kl, step)
+        factor = lr_factor(config.schedule, config.warmup, step, config.steps)
+        set_lr(learners.policy_optimizer, config.lr * factor)
+        if learners.value_optimizer is not None:
+            set_lr(learners.value_optimizer, config.value_lr * factor)
+        row |= update(recipe, learners, targets, step)
+        watch.lap("update_s")
+        state.counters["flops"] += step_flops(
+            learners,
+            batch,
+            updates=(row.pop("minibatches"), config.minibatches),
+            critic_only=step <= config.critic_warmup,
+        )
+        state.counters["running"] = running.state_dict()
+        row |= {"lr": config.lr * factor, "flops": state.counters["flops"]}
+        for warning in reward_warnings(row):
+            bench.console.warn(warning)
+        log_rollouts(bench, step, [prompts[i] for i in chosen], generated.responses(), rewards.score_B.tolist())
+        seconds = sum(watch.seconds.values())
+        session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds})
+    return session
+
+
+def stop_if_diverged(kl_sft: float, limit: float, step: int) -> None:
+    """Raise Diverged where the KL to the SFT model, nats a response, is beyond the limit."""
+    if kl_sft > limit:
+        raise Diverged(
+            f"step {step}: KL to the SFT model is {kl_sft:.1f} nats a response, beyond ppo.max_kl = {limit:g}; "
+            "raise reward.beta, lower ppo.lr, or set reward.token_clip"
+        )
+
+
+def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
+    """Advantages (whitened over what is trained on) and returns of a batch.
+
+    RLOO's baseline takes in the rollouts that are left out of the loss: they are responses to the prompt all the same.
+    """
+    loss_mask_BT = batch.response_mask_BT & rewards.trained_B.unsqueeze(1)
+    if recipe.ppo.advantage == "rloo":
+        advantages_BT = rloo(rewards.rewards_BT, batch.response_mask_BT, per_prompt=recipe.rollout.per_prompt)
+    else:
+        advantages_BT = gae(
+            rewards.rewards_BT, batch.old_values_BT, batch.response_mask_BT, gamma=recipe.ppo.gamma, lam=recipe.ppo.lam
+        )
+    returns_BT = advantages_BT + batch.old_values_BT
+    kl_scale = 1.0 / rewards.scale
+    if recipe.ppo.whiten:
+        kl_scale /= float(whitening_std(advantages_BT, loss_mask_BT))
+        advantages_BT = whiten(advantages_BT, loss_mask_BT)
+    return Targets(batch, loss_mask_BT, advantages_BT, returns_BT, anchor_logprobs_BT, kl_scale)
+
+
+def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> dict[str, Any]:
+    """Passes of minibatch updates over one batch; returns metrics averaged over the `minibatches` done.
+
+    Once KL(old || new) a token exceeds ppo.target_kl, nothing further is done with this batch.
+    """
+    config = recipe.ppo
+    sums: Counter[str] = Counter()
+    count = 0
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "minibatches", step * config.epochs + epoch))
+        order = torch.randperm(len(targets.batch.ended_B), generator=generator)
+        for indices in order.tensor_split(config.minibatches):
+            metrics = minibatch_update(recipe, learners, targets, indices.sort().values, step)
+            sums.update(metrics)
+            count += 1
+            if moved_too_far(metrics["approx_kl"], config):
+                return {**{name: number / count for name, number in sums.items()}, "minibatches": count}
+    return {**{name: number / count for name, number in sums.items()}, "minibatches": count}
+
+
+def moved_too_far(approx_kl: float, config: PpoConfig) -> bool:
+    """KL early stop: whether KL(old || new) a token is beyond ppo.target_kl."""
+    return config.target_kl is not None and approx_kl > config.target_kl
+
+
+def minibatch_update(
+    recipe: Recipe, learners: Learners, targets: Targets, indices: Tensor, step: int
+) -> dict[str, float]:
+    """One optimizer step of policy and critic over the rollouts at `indices`, in micro-batches.
+
+    During the critic's warm-up the policy stands still; once the policy has moved too far, neither takes the step.
+    """
+    config, count = recipe.ppo, int(targets.loss_mask_BT[indices].sum())
+    trains_policy = step > config.critic_warmup
+    learners.policy_optimizer.zero_grad(set_to_none=True)
+    if learners.value_optimizer is not None:
+        learners.value_optimizer.zero_grad(set_to_none=True)
+    names = ("policy_loss", "value_loss", "clip_share", "value_clip_share", "approx_kl")
+    metrics = {name: 0.0 for name in names if learners.value is not None or not name.startswith("value")}
+    if count == 0:  # every rollout of the minibatch was left out by reward.at_limit = "drop"
+        return metrics
+    for part in micro_slices(len(indices), config.micro_batch):
+        chosen = indices[part]
+        rows = targets.batch.rows(chosen)
+        width = rows.response_mask_BT.shape[1]
+        mask_BT, advantages_BT, returns_BT, anchor_BT = (
+            x[chosen][:, :width]
+            for x in (targets.loss_mask_BT, targets.advantages_BT, targets.returns_BT, targets.anchor_logprobs_BT)
+        )
+        if trains_policy:
+            logprobs_BT = learners.policy.response_logprobs(
+                rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature
+            ).logprobs_N
+            policy = clipped_policy_loss(
+                logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
+            )
+            loss = policy.loss
+            if recipe.reward.kl != "k1":
+                penalty = kl_penalty(logprobs_BT, anchor_BT, mask_BT, form=recipe.reward.kl, token_count=count)
+                loss = loss + recipe.reward.beta * targets.kl_scale * penalty
+            loss.backward()
+            metrics["policy_loss"] += float(policy.loss.detach())
+            metrics["clip_share"] += float(policy.clip_share)
+            metrics["approx_kl"] += float(policy.approx_kl)
+        if learners.value is not None:
+            values_BT = learners.value.response_values(rows.tokens_BS, rows.attention_mask_BS, width)
+            critic = clipped_value_loss(
+                values_BT, rows.old_values_BT, returns_BT, mask_BT, clip=config.value_clip, token_count=count
+            )
+            critic.loss.backward()
+            metrics["value_loss"] += float(critic.loss.detach())
+            metrics["value_clip_share"] += float(critic.clip_share)
+    if moved_too_far(metrics["approx_kl"], config):
+        return metrics
+    return metrics | optimizer_steps(learners, config, step, trains_policy=trains_policy)
+
+
+def optimizer_steps(learners: Learners, config: PpoConfig, step: int, *, trains_policy: bool) -> dict[str, float]:
+    """Clip the gradients and step; the norms as they were before."""
+    norms = {}
+    if learners.value is not None and learners.value_optimizer is not None:
+        norms["value_grad_norm"] = clip_gradients(learners.value, config.max_grad_norm, step)
+        learners.value_optimizer.step()
+    if trains_policy:
+        norms["grad_norm"] = clip_gradients(learners.policy, config.max_grad_norm, step)
+        learners.policy_optimizer.step()
+    return norms
+
+
+def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: LogRatio) -> dict[str, Any]:
+    """What a batch of rollouts says before any update. KL: k1 over the sampled responses, nats a response.
+
+    The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token.
+    """
+    mask_BT, lengths_B = batch.response_mask_BT, batch.lengths_B().float()
+    return {
+        "reward": float(rewards.score_B.mean()),
+        "reward_per_token": float(rewards.score_B.sum() / lengths_B.sum()),
+        "kl_sft": float((batch.old_logprobs_BT - scores.sft_logprobs_BT).sum(dim=1).mean()),
+        "kl_base": float((batch.old_logprobs_BT - scores.base_logprobs_BT).sum(dim=1).mean()),
+        "length": float(lengths_B.mean()),
+        "ended": float(batch.ended_B.float().mean()),
+        "entropy": float(-masked_mean(batch.old_logprobs_BT, mask_BT)),
+        "scale": rewards.scale,
+        **reward_diagnostics(scores.log_ratio_BT, scores.base_logprobs_BT, rewards.score_B, mask_BT),
+    }
+
+
+def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, int], critic_only: bool) -> int:
+    """Counted operations of one step: sampling, scoring by policy, SFT model, base and critic, and the updates.
+
+    updates: minibatches done, and how many make a pass.
+    """
+    lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
+    policy = forward_flops(learners.policy, lengths_B, head_tokens)
+    value = 0 if learners.value is None else forward_flops(learners.value, lengths_B, head_tokens)
+    trained = value if critic_only else policy + value
+    return 4 * policy + value + 3 * trained * updates[0] // updates[1]
+
+
+def log_rollouts(
+    bench: Workbench,
+    step: int,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    scores: Sequence[float],
+) -> None:
+    """Write the first few rollouts of a step, as text, to the attempt's rollouts.jsonl."""
+    for prompt, response, score in list(zip(prompts, responses, scores, strict=True))[:ROLLOUTS_LOGGED]:
+        bench.attempt.log_rollout(
+            {
+                "step": step,
+                "prompt": bench.tokenizer.decode(list(prompt)),
+                "response": bench.tokenizer.decode(list(response)),
+                "tokens": len(response),
+                "reward": score,
+            }
+        )

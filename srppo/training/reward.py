@@ -1,0 +1,235 @@
+"""The coherent reward: the SFT model's gain over its base, and every part of it that can be varied.
+
+    r(x, y) = log pi_sft(y|x) - log pi_base(y|x) = sum_t [log pi_sft(y_t|.) - log pi_base(y_t|.)]
+
+(SRPPO, arXiv 2510.21090). Log-probs enter at temperature 1, whatever the sampling temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from srppo.config import RewardConfig
+from srppo.training.losses import k1
+from srppo.training.masked import masked_sum
+
+
+def coherent_reward(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The sum of the log-ratio over the counted tokens of each response; B, nats. 0 for an empty row."""
+    return masked_sum(log_ratio_BT, mask_BT, dim=1)
+
+
+def place_reward(log_ratio_BT: Tensor, mask_BT: Tensor, *, at: Literal["eos", "token"]) -> Tensor:
+    """BT: each term at its own token, or their sum at the last counted token of the row; 0 where masked.
+
+    The last counted token is found from the mask, never from a token id, so the reward cannot land on padding.
+    """
+    terms_BT = log_ratio_BT.masked_fill(~mask_BT, 0.0)
+    if at == "token":
+        return terms_BT
+    if at != "eos":
+        raise ValueError(f"placement {at!r} is none of eos, token")
+    return torch.where(
+        last_token(mask_BT), coherent_reward(log_ratio_BT, mask_BT).unsqueeze(1), torch.zeros_like(terms_BT)
+    )
+
+
+def last_token(mask_BT: Tensor) -> Tensor:
+    """BT bool, True at the last counted token of each row that has one; mask_BT marks prefixes."""
+    positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    return positions_T == (mask_BT.sum(dim=1, keepdim=True) - 1)
+
+
+STD_FLOOR = 1e-6  # nats; below it there is only rounding, which must not be blown up to order 1
+
+
+class RunningStd:
+    """Standard deviation (divisor n) of every number seen, by Chan's update; part of the checkpoint.
+
+    1.0 until two numbers that differ by more than rounding were seen. Cumulative rather than forgetting: at the optimum
+    of the KL-regularised objective reward - beta KL is constant, and a forgetful deviation would blow the remaining
+    noise up.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.sum_sq = 0, 0.0, 0.0
+
+    def update(self, x_B: Tensor) -> None:
+        """Take in a batch of numbers; an empty one changes nothing."""
+        n = x_B.numel()
+        if n == 0:
+            return
+        x_B = x_B.detach().double()
+        mean = float(x_B.mean())
+        delta = mean - self.mean
+        total = self.count + n
+        self.sum_sq += float(((x_B - mean) ** 2).sum()) + delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """The deviation so far."""
+        std = math.sqrt(self.sum_sq / self.count) if self.count > 1 else 0.0
+        return std if std > STD_FLOOR else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """count, mean, sum_sq."""
+        return {"count": self.count, "mean": self.mean, "sum_sq": self.sum_sq}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """The inverse of state_dict."""
+        self.count, self.mean, self.sum_sq = int(state["count"]), float(state["mean"]), float(state["sum_sq"])
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the optimiser sees, and what a person reads.
+
+    rewards_BT      scaled reward - beta KL (k1), as GAE takes it
+    score_B         the reward of each response before KL and scale, nats
+    trained_B       bool, False for rollouts left out of the loss
+    scale           the deviation everything was divided by
+    """
+
+    rewards_BT: Tensor
+    score_B: Tensor
+    trained_B: Tensor
+    scale: float
+
+
+def compute_rewards(
+    config: RewardConfig,
+    *,
+    log_ratio_BT: Tensor,
+    sft_logprobs_BT: Tensor,
+    base_logprobs_BT: Tensor,
+    policy_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    ended_B: Tensor,
+    running: RunningStd,
+    seed: int,
+) -> Rewards:
+    """The reward of each token of a batch of rollouts, by `config`; updates `running` with this batch first.
+
+    All log-probs in nats, BT fp32; `log_ratio_BT` is their difference taken before rounding; `policy_logprobs_BT` are
+    the behaviour log-probs (at the sampling temperature: they are those of the distribution being optimised). `seed`
+    orders the shuffled kind.
+    """
+    terms_BT = reward_terms(config, log_ratio_BT, sft_logprobs_BT, base_logprobs_BT, mask_BT, seed)
+    if config.at_limit == "zero":
+        terms_BT = terms_BT.masked_fill(~ended_B.unsqueeze(1), 0.0)
+    rewards_BT = place_reward(terms_BT, mask_BT, at=config.placement)
+    penalised_BT = last_token(mask_BT) & ~ended_B.unsqueeze(1)
+    rewards_BT = rewards_BT - config.limit_penalty * penalised_BT
+    score_B = rewards_BT.sum(dim=1)
+    trained_B = ended_B.clone() if config.at_limit == "drop" else torch.ones_like(ended_B)
+    if config.kl == "k1":
+        anchor_BT = sft_logprobs_BT if config.anchor == "sft" else base_logprobs_BT
+        rewards_BT = rewards_BT - config.beta * k1(policy_logprobs_BT, anchor_BT, mask_BT)
+    if config.scale:
+        running.update(rewards_BT.sum(dim=1)[trained_B])
+    scale = running.std if config.scale else 1.0
+    return Rewards(rewards_BT / scale, score_B, trained_B, scale)
+
+
+def reward_terms(
+    config: RewardConfig,
+    log_ratio_BT: Tensor,
+    sft_logprobs_BT: Tensor,
+    base_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    seed: int,
+) -> Tensor:
+    """The per-token terms of the reward after its clips and length normalisation; BT, 0 where masked."""
+    ratio_BT = {
+        "ratio": log_ratio_BT,
+        "shuffled": log_ratio_BT,
+        "sft": sft_logprobs_BT,
+        "base": -base_logprobs_BT,
+        "zero": torch.zeros_like(sft_logprobs_BT),
+    }[config.kind].masked_fill(~mask_BT, 0.0)
+    if config.token_clip is not None:
+        ratio_BT = ratio_BT.clamp(-config.token_clip, config.token_clip)
+    lengths_B1 = mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    if config.length_norm:
+        ratio_BT = ratio_BT / lengths_B1
+    if config.kind == "shuffled":
+        # Another rollout's sum, spread evenly: the same rewards over the batch, with no relation to the response.
+        other_B = coherent_reward(ratio_BT, mask_BT)[derangement(len(mask_BT), seed).to(mask_BT.device)]
+        ratio_BT = (other_B.unsqueeze(1) / lengths_B1).expand_as(ratio_BT).masked_fill(~mask_BT, 0.0)
+    if config.clip is not None:
+        total_B1 = coherent_reward(ratio_BT, mask_BT).unsqueeze(1)
+        shrink_B1 = (config.clip / total_B1.abs().clamp(min=1e-12)).clamp(max=1.0)
+        ratio_BT = ratio_BT * shrink_B1
+    return ratio_BT
+
+
+def derangement(n: int, seed: int) -> Tensor:
+    """A seeded permutation of n >= 2 without fixed points: one random cycle through all."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    result = torch.empty_like(order)
+    result[order] = order.roll(1)
+    return result
+
+
+OFF_SUPPORT_NATS = -16.0  # a token the base gives less than 1e-7 is off its support
+
+
+def reward_diagnostics(
+    log_ratio_BT: Tensor, base_logprobs_BT: Tensor, score_B: Tensor, mask_BT: Tensor
+) -> dict[str, float]:
+    """Signs that the reward is read off the base's support, or prefers length.
+
+    reward_top1pct: share of sum |log ratio| carried by the top 1% tokens. base_logprob_p01, _p50: quantiles of the
+    base's log-prob of sampled tokens, nats. off_support: share of tokens below OFF_SUPPORT_NATS. length_correlation:
+    Pearson, of reward with length over the batch, 0 where either is constant.
+    """
+    terms_N, base_N = log_ratio_BT[mask_BT].abs(), base_logprobs_BT[mask_BT]
+    top = max(len(terms_N) // 100, 1)
+    total = float(terms_N.sum())
+    lengths_B = mask_BT.sum(dim=1).float()
+    return {
+        "reward_top1pct": float(terms_N.topk(top).values.sum()) / total if total > 0 else 0.0,
+        "base_logprob_p01": float(base_N.quantile(0.01)),
+        "base_logprob_p50": float(base_N.quantile(0.5)),
+        "off_support": float((base_N < OFF_SUPPORT_NATS).float().mean()),
+        "length_correlation": _correlation(score_B.float(), lengths_B),
+    }
+
+
+def _correlation(x_B: Tensor, y_B: Tensor) -> float:
+    x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
+    norm = float(x_B.norm() * y_B.norm())
+    return float(x_B @ y_B) / norm if norm > 0 else 0.0
+
+
+def reward_warnings(row: dict[str, Any]) -> list[str]:
+    """What a person should do about a batch's diagnostics; the texts do not vary, so each is shown once a run."""
+    warnings = []
+    if row["off_support"] > 0.25:
+        warnings.append(
+            "more than a quarter of the sampled tokens are off the base's support (it gives them less than 1e-7): this "
+            "base does not know such text at all, and the reward pays for every token: use a base that does"
+        )
+    elif row["off_support"] > 0.01:
+        warnings.append(
+            "more than 1% of the sampled tokens are off the base's support (it gives them less than 1e-7), where the "
+            "ratio explodes: set reward.token_clip (5 is a start), or use a base that knows the template and its EOS"
+        )
+    if row["reward_top1pct"] > 0.5:
+        warnings.append(
+            "the top 1% of tokens carry more than half of the reward: read them in rollouts.jsonl, and set "
+            "reward.token_clip"
+        )
+    if abs(row["length_correlation"]) > 0.8:
+        warnings.append(
+            "reward and length correlate beyond 0.8: the reward may be paying for length; watch the length, and "
+            "try reward.length_norm=true"
+        )
+    return warnings

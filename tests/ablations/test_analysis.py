@@ -1,0 +1,181 @@
+"""What a sweep's record says, on records made by hand: pairing, the family, what was chosen, and what it all cost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep
+from srppo.ablations.analysis import SweepResult, analyse
+from srppo.ablations.ledger import Ledger
+from srppo.ablations.plan import Plan, Task
+from srppo.ablations.progress import stage_seconds
+from srppo.ablations.spec import every
+from srppo.config import Recipe, canonical_json
+from srppo.errors import DataError
+from srppo.record.store import Run
+
+ITEMS = 10
+SFT, SRPPO = Arm("SFT", "sft"), Arm("SRPPO", "ppo")
+LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 0.5, 0.25))
+
+
+def sweep_of(*sizes: int, arms: tuple[Arm, ...] = (SFT, SRPPO), seeds: int = 3) -> Sweep:
+    points = tuple(Ablation(str(size), {"data.size": size}, {"size": size}) for size in sizes)
+    family = every(points, "SRPPO", "SFT") if SRPPO in arms else ()
+    analysis = Analysis("unseen", "greedy", family, "size", "log2")
+    return Sweep("trial", "Well?", Recipe(), ("size",), points, arms, tuple(range(seeds)), analysis)
+
+
+def analysed(
+    folder: Path,
+    sweep: Sweep,
+    right: Callable[[Task], int | None],
+    figures: Callable[[Task], Mapping[str, Any]] = lambda task: {},
+    item: Callable[[Task], str] = lambda task: "item",
+) -> SweepResult:
+    """The analysis of a record in which each task has answered its first `right` items (None: it is not done)."""
+    plan, run = Plan(sweep), Run.open(folder, sweep.as_spec())
+    ledger = Ledger(run, 3)
+    for task in plan.tasks.values():
+        count = right(task)
+        if count is None:
+            continue
+        rows = [
+            {"prompt": f"{item(task)} {i}", "answer": "a", "task": "t", "group": "unseen", "correct": [i < count]}
+            for i in range(ITEMS)
+        ]
+        stage = run.stage(task.kind, {"seed": task.recipe.seed, "task": task.key})
+        ledger.link(task, stage)
+        with stage.attempt() as attempt:
+            text = "".join(canonical_json(row) + "\n" for row in rows)
+            attempt.publish("eval/kept-greedy", partial(_write, text))
+            attempt.commit("ok", {"flops": 0, **figures(task)})
+    return analyse(plan, ledger)
+
+
+def _write(text: str, folder: Path) -> None:
+    (folder / "samples.jsonl").write_text(text)
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    """SRPPO is one item better at each of the seeds that both have; seeds differ by more than that."""
+
+    def right(task: Task) -> int | None:
+        seed = task.recipe.seed
+        return 2 * seed if task.kind == "sft" else 2 * seed + 1 if seed else None
+
+    (found,) = analysed(tmp_path / "run", sweep_of(8, seeds=4), right).differences
+    assert found.seeds == (1, 2, 3) and found.difference.mean == pytest.approx(0.1)
+    assert found.p == 2 / 8, "the gap has one sign in all three"
+
+
+def test_the_family_does_not_shrink_with_what_is_missing(tmp_path: Path) -> None:
+    """p is below 0.05 at two of three points, and the correction is over three; that settles the verdicts."""
+
+    def right(task: Task) -> int | None:
+        return 1 if task.kind == "sft" else 9 if task.recipe.data.size != 32 else None
+
+    found = analysed(tmp_path / "run", sweep_of(8, 16, 32, seeds=6), right).differences
+    assert [each.comparison.model.point for each in found] == ["8", "16"]
+    for each in found:
+        assert each.p == 2 / 64 and each.p_holm == 3 * 2 / 64 and each.difference.low > 0
+        assert each.verdict == "cannot tell"
+
+
+def test_other_items_are_not_paired(tmp_path: Path) -> None:
+    def analyse_with(name: str) -> SweepResult:
+        item: Callable[[Task], str] = lambda task: name if task.kind == "ppo" else "item"  # noqa: E731
+        return analysed(tmp_path / name, sweep_of(8), lambda task: 3, item=item)
+
+    assert len(analyse_with("item").differences) == 1
+    with pytest.raises(DataError, match="answers other items than"):
+        analyse_with("another")
+
+
+def test_a_slope_is_least_squares_per_doubling(tmp_path: Path) -> None:
+    """2, 3 and 7 of 10 right at 4, 8 and 32 rows: sum(dx dy) / sum(dx dx) = 0.8 / (14 / 3)."""
+    right = {4: 2, 8: 3, 32: 7}
+    sweep = sweep_of(*right, arms=(SFT,), seeds=2)
+    (found,) = analysed(tmp_path / "run", sweep, lambda task: right[task.recipe.data.size or 0]).trends
+    assert found.slope.mean == pytest.approx(0.8 / (14 / 3)) and (found.what, found.points, found.seeds) == (
+        "SFT",
+        3,
+        2,
+    )
+
+
+def longer(folder: Path, scores: Mapping[float, float], done: tuple[float, ...] = LONGER.shares) -> SweepResult:
+    """Longer SFT of three lengths with these scores on development items; the test items like the longest best."""
+
+    def right(task: Task) -> int | None:
+        return 1 if task.share is None else None if task.share not in done else round(8 * task.share)
+
+    def figures(task: Task) -> dict[str, Any]:
+        if task.share is None:
+            return {"flops": 100, "steps": 3}
+        mean = round(8 * task.share) / ITEMS
+        test = {"test": {"unseen": {"greedy": {"mean": mean}}}}
+        return {"flops": 40 * task.share, "score": scores[task.share], "steps": round(8 * task.share), **test}
+
+    return analysed(folder, sweep_of(8, arms=(SFT, LONGER), seeds=1), right, figures)
+
+
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [({1.0: 0.2, 0.5: 0.7, 0.25: 0.4}, 0.5), ({1.0: 0.7, 0.5: 0.2, 0.25: 0.7}, 0.25)],
+    ids=["best", "tie: the shorter"],
+)
+def test_development_items_choose_the_length_of_longer_sft(
+    tmp_path: Path, scores: dict[float, float], share: float
+) -> None:
+    cell = longer(tmp_path / "run", scores).cell(Cell("8", LONGER.name))
+    assert cell.accuracy["unseen", "greedy"].mean == pytest.approx(round(8 * share) / ITEMS)
+    assert cell.flops == 40 * share, "it starts from the base: neither SFT nor PPO is paid for"
+    assert cell.selection_flops == 40 * (1.75 - share)
+
+
+def test_a_choice_waits_for_all_its_candidates(tmp_path: Path) -> None:
+    cell = longer(tmp_path / "run", {1.0: 0.2, 0.5: 0.7, 0.25: 0.4}, done=(1.0, 0.5)).cell(Cell("8", LONGER.name))
+    assert cell.seeds == () and not cell.accuracy
+
+
+def test_all_training_on_the_way_to_a_cell_is_paid_once(tmp_path: Path) -> None:
+    """SFT, its samples, and what weighs them; effective samples are the harmonic mean, in cells and in rows."""
+    paid = {"sft": 1000, "samples": 100, "resampled": 10, "best-of-n": 1}
+
+    def figures(task: Task) -> dict[str, Any]:
+        ess = {"ess": {"harmonic": 4.5, "median": 7.0}} if task.kind == "resampled" else {}
+        return {"flops": paid[task.kind], **ess}
+
+    arms = (SFT, Arm("resampling", "resampled"), Arm("best-of-n", "best-of-n"))
+    found = analysed(tmp_path / "run", sweep_of(8, arms=arms), lambda task: 3, figures)
+    assert [cell.flops for cell in found.cells] == [1000, 1110, 1101]
+    assert [cell.figures.get("ess") for cell in found.cells] == [None, 4.5, None]
+    assert {row["arm"]: row.get("ess") for row in found.rows} == {"SFT": None, "resampling": 4.5, "best-of-n": None}
+
+
+def test_the_seconds_of_a_stage_survive_copying(tmp_path: Path) -> None:
+    """Of two folders united, one's interrupted attempt may be younger than the other's commit; copies are new files."""
+    stage = Run.open(tmp_path, {"sweep": "x"}).stage("no-op", {})
+    assert stage_seconds(stage) is None  # not committed
+    with stage.attempt() as attempt:
+        attempt.commit("ok", {})
+    shutil.rmtree(stage.path / "attempts")
+    committed = datetime.fromisoformat((stage.result() or {})["time"])
+    for number, before_s in enumerate((120, 20, -1000), start=1):
+        folder = stage.path / "attempts" / f"{number}-somewhere"
+        folder.mkdir(parents=True)
+        time = (committed - timedelta(seconds=before_s)).isoformat()
+        (folder / "events.jsonl").write_text(canonical_json({"time": time}) + "\n")
+        (folder / "metrics.jsonl").write_text("")
+        written = 2**32 if number == 1 else committed.timestamp() - 10  # the first is a copy: new, whatever it holds
+        os.utime(folder / "metrics.jsonl", (written, written))
+    assert stage_seconds(stage) == pytest.approx(100 + 20)

@@ -1,0 +1,148 @@
+"""Mutants of `srppo/ablations`; the runner is tests/mutants.py."""
+
+from __future__ import annotations
+
+from mutant_lists import Mutant
+
+MUTANTS = [
+    Mutant(
+        "samples: drawn for each who chooses",
+        "ablations/plan.py",
+        '"resampled": ("samples",),',
+        '"resampled": ("sft",),',
+        "ablations/test_spec.py::test_what_a_point_leaves_alone_is_run_once",
+    ),
+    Mutant(
+        "sweep: seeds are not paired",
+        "ablations/analysis.py",
+        "{s: baseline[s] for s in seeds}], metric)",
+        "{s: baseline[s] for s in reversed(seeds)}], metric)",
+        "ablations/test_analysis.py::test_differences_are_paired_by_seed",
+    ),
+    Mutant(
+        "sweep: baseline minus model",
+        "ablations/analysis.py",
+        "return after - before, seeds",
+        "return before - after, seeds",
+        "ablations/test_analysis.py::test_differences_are_paired_by_seed",
+    ),
+    Mutant(
+        "sweep: the family shrinks",
+        "ablations/analysis.py",
+        "holm([*flips, *[1.0] * (len(pairs) - len(usable))])",
+        "holm(flips)",
+        "ablations/test_analysis.py::test_the_family_does_not_shrink_with_what_is_missing",
+    ),
+    Mutant(
+        "sweep: verdicts before correction",
+        "ablations/analysis.py",
+        "if p_holm <= alpha and",
+        "if p <= alpha and",
+        "ablations/test_analysis.py::test_the_family_does_not_shrink_with_what_is_missing",
+    ),
+    Mutant(
+        "sweep: items are not compared",
+        "ablations/analysis.py",
+        "if result.items != items:",
+        "if len(result.items) != len(items):",
+        "ablations/test_analysis.py::test_other_items_are_not_paired",
+    ),
+    Mutant(
+        "sweep: chosen by test items",
+        "ablations/analysis.py",
+        'score = figures.get("score")',
+        'score = figures.get("test", {}).get("unseen", {}).get("greedy", {}).get("mean")',
+        "ablations/test_analysis.py::test_development_items_choose_the_length_of_longer_sft",
+    ),
+    Mutant(
+        "sweep: the longer at a tie",
+        "ablations/analysis.py",
+        '-float(figures.get("steps") or 0))',
+        'float(figures.get("steps") or 0))',
+        "ablations/test_analysis.py::test_development_items_choose_the_length_of_longer_sft",
+    ),
+    Mutant(
+        "sweep: longer SFT pays for PPO",
+        "ablations/analysis.py",
+        'if task.kind != "longer-sft" else []',
+        'if task.kind != "longer" else []',
+        "ablations/test_analysis.py::test_development_items_choose_the_length_of_longer_sft",
+    ),
+    Mutant(
+        "sweep: what is chosen is dropped too",
+        "ablations/analysis.py",
+        "_flops(stage) for stage in candidates if stage.id != chosen.id)",
+        "_flops(stage) for stage in candidates)",
+        "ablations/test_analysis.py::test_development_items_choose_the_length_of_longer_sft",
+    ),
+    Mutant(
+        "sweep: a choice of some candidates",
+        "ablations/analysis.py",
+        'if all(states[key].status == "done" for key in keys):',
+        'if any(states[key].status == "done" for key in keys):',
+        "ablations/test_analysis.py::test_a_choice_waits_for_all_its_candidates",
+    ),
+    Mutant(
+        "sweep: only the parents are paid",
+        "ablations/analysis.py",
+        "(plan.tasks[key], *_ancestors(plan, plan.tasks[key]))",
+        "(plan.tasks[key],)",
+        "ablations/test_analysis.py::test_all_training_on_the_way_to_a_cell_is_paid_once",
+    ),
+    Mutant(
+        "sweep: the parents are free",
+        "ablations/analysis.py",
+        "(plan.tasks[key], *_ancestors(plan, plan.tasks[key]))",
+        "_ancestors(plan, plan.tasks[key])",
+        "ablations/test_analysis.py::test_all_training_on_the_way_to_a_cell_is_paid_once",
+    ),
+    Mutant(
+        "sweep: the median ESS",
+        "ablations/analysis.py",
+        'figures["ess"]["harmonic"]',
+        'figures["ess"]["median"]',
+        "ablations/test_analysis.py::test_all_training_on_the_way_to_a_cell_is_paid_once",
+    ),
+    Mutant(
+        "sweep: slopes of the wrong scale",
+        "ablations/trends.py",
+        "((xs - xs.mean()) ** 2).sum()",
+        "((xs - xs.mean()) ** 2).mean()",
+        "ablations/test_analysis.py::test_a_slope_is_least_squares_per_doubling",
+    ),
+    Mutant(
+        "sweep: slopes per unit, not per doubling",
+        "ablations/trends.py",
+        'math.log2(x) if scale == "log2" else x for',
+        "x for",
+        "ablations/test_analysis.py::test_a_slope_is_least_squares_per_doubling",
+    ),
+    Mutant(
+        "sweep: peaks at the least mean",
+        "ablations/trends.py",
+        "at = max(values, key",
+        "at = min(values, key",
+        "report/test_sweep.py::test_where_an_arm_peaks_and_what_its_ends_lack",
+    ),
+    Mutant(
+        "sweep: ends minus the peak",
+        "ablations/trends.py",
+        "values[at] - values[x]",
+        "values[x] - values[at]",
+        "report/test_sweep.py::test_where_an_arm_peaks_and_what_its_ends_lack",
+    ),
+    Mutant(
+        "sweep: every model is a line of its own",
+        "ablations/spec.py",
+        "if key != axis and not _one_to_one(self.points, key, axis)]",
+        "if key != axis]",
+        "report/test_sweep.py::test_models_are_named_and_their_sizes_are_the_axis",
+    ),
+    Mutant(
+        "sweep: a failed stage is tried again at once",
+        "ablations/local.py",
+        "time.monotonic() + RETRY_S * 2 ** (failed - 1)",
+        "0.0",
+        "ablations/test_local.py::test_a_failed_stage_is_tried_again_after_a_while_and_others_go_on_meanwhile",
+    ),
+]

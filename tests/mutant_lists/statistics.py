@@ -1,0 +1,141 @@
+"""Mutants of `srppo/statistics`; the runner is tests/mutants.py."""
+
+from __future__ import annotations
+
+from mutant_lists import Mutant
+
+MUTANTS = [
+    Mutant(
+        "comparison: np.abs(sums) >= observed))",
+        "statistics/tests.py",
+        "np.abs(sums) >= observed))",
+        "np.abs(sums) > observed + 1e-6))",
+        "statistics/test_intervals.py::test_sign_flip_is_scipys_paired_permutation_test",
+    ),
+    Mutant(
+        "comparison: abs(float(values.sum())) - 1e-9 * float(",
+        "statistics/tests.py",
+        "abs(float(values.sum())) - 1e-9 * float(moving.sum())",
+        "float(values.sum()) - 1e-9 * float(moving.sum())",
+        "statistics/test_intervals.py::test_sign_flip_is_scipys_paired_permutation_test",
+    ),
+    Mutant(
+        "comparison: (reached + 1) / (draws + 1)",
+        "statistics/tests.py",
+        "(reached + 1) / (draws + 1)",
+        "reached / draws",
+        "statistics/test_intervals.py::test_sign_flip_edges",
+    ),
+    Mutant(
+        "comparison: (len(p_values) - rank) * p_values[i]",
+        "statistics/tests.py",
+        "(len(p_values) - rank) * p_values[i]",
+        "len(p_values) * p_values[i]",
+        "statistics/test_intervals.py::test_holm_golden",
+    ),
+    Mutant(
+        "comparison: largest = max(largest, (len",
+        "statistics/tests.py",
+        "largest = max(largest, (len",
+        "largest = max(0, (len",
+        "statistics/test_intervals.py::test_holm_golden",
+    ),
+    Mutant(
+        "comparison: quantile(1 - alpha / 2)",
+        "statistics/tests.py",
+        "quantile(1 - alpha / 2)",
+        "quantile(1 - alpha)",
+        "statistics/test_intervals.py::test_detectable_differences",
+    ),
+    Mutant(
+        "comparison: squares[0] + squares[1] - squares[2]",
+        "statistics/intervals.py",
+        "squares[0] + squares[1] - squares[2]",
+        "squares[0] + squares[1]",
+        "statistics/test_intervals.py::test_crossed_error_by_hand",
+    ),
+    Mutant(
+        "comparison: float(scipy_stats.t.ppf((1 + confidence)",
+        "statistics/intervals.py",
+        "float(scipy_stats.t.ppf((1 + confidence) / 2, df)) * error / (plain",
+        "1.96 * error / (plain",
+        "statistics/test_intervals.py::test_one_seed_is_a_t_interval_for_well_behaved_items",
+    ),
+    Mutant(
+        "comparison: places[name] for name in clusters], (val",
+        "statistics/intervals.py",
+        "places[name] for name in clusters], (values - means).T",
+        "places[name] for name in clusters], values.T",
+        "statistics/test_intervals.py::test_cluster_values_are_the_ratio_estimator",
+    ),
+    Mutant(
+        "comparison: np.take_along_axis(values, drawn, axis=1",
+        "statistics/intervals.py",
+        "np.take_along_axis(values, drawn, axis=1)",
+        "values",
+        "statistics/test_intervals.py::test_interquartile_means",
+    ),
+    Mutant(
+        "comparison: units = float(values.mean()), cluster_va",
+        "statistics/intervals.py",
+        "units = float(values.mean()), cluster_values(values, clusters)",
+        "units = float(values.mean()), values",
+        "statistics/test_intervals.py::test_cluster_values_are_the_ratio_estimator",
+    ),
+    Mutant(
+        "intervals: items by bootstrap alone",
+        "statistics/intervals.py",
+        "        calibrated_interval(values[None, :], limits=limits, seed=seed, draws=draws,",
+        "        crossed_interval(values[None, :], seed=seed, draws=draws,",
+        "statistics/test_coverage.py::test_items_of_four_samples statistics/test_intervals.py::test_items_that_agree_are_no_certainty",
+    ),
+    Mutant(
+        "intervals: AUC by bootstrap alone",
+        "statistics/association.py",
+        "scale * (np.quantile",
+        "(np.quantile",
+        "statistics/test_coverage.py::test_few_prompts_have_wider_intervals_than_their_bootstrap",
+    ),
+    Mutant(
+        "association: ties by place",
+        "statistics/association.py",
+        "rankdata(score)[right > 0]",
+        'rankdata(score, method="ordinal")[right > 0]',
+        "analysis/test_score.py::test_auc_and_rank_correlation_against_scipy",
+    ),
+    Mutant(
+        "association: AUC of the wrong",
+        "statistics/association.py",
+        "rankdata(score)[right > 0]",
+        "rankdata(-score)[right > 0]",
+        "analysis/test_score.py::test_auc_and_rank_correlation_against_scipy",
+    ),
+    Mutant(
+        "association: rank correlation's sign",
+        "statistics/association.py",
+        "return float(a @ b) / norm",
+        "return -float(a @ b) / norm",
+        "analysis/test_score.py::test_auc_and_rank_correlation_against_scipy",
+    ),
+    Mutant(
+        "association: values for ranks",
+        "statistics/association.py",
+        "a, b = rankdata(x), rankdata(y)",
+        "a, b = np.array(x), np.array(y)",
+        "analysis/test_score.py::test_auc_and_rank_correlation_against_scipy",
+    ),
+    Mutant(
+        "association: AUC across prompts",
+        "statistics/association.py",
+        "    for chosen in _rows_by(prompts):\n        count",
+        "    for chosen in [np.arange(len(a))]:\n        count",
+        "analysis/test_score.py::test_auc_within_a_prompt_by_hand",
+    ),
+    Mutant(
+        "association: responses resampled, not prompts",
+        "statistics/association.py",
+        "    rows = _rows_by(prompts)\n",
+        "    rows = [np.array([i]) for i in range(len(prompts))]\n",
+        "analysis/test_score.py::test_intervals_take_a_prompts_responses_together",
+    ),
+]

@@ -1,0 +1,474 @@
+"""The wiring of the trainer, against plain loops: what enters the reward, one optimizer step, schedules, a resumed run.
+
+The maths alone is in test_goldens.py and test_properties.py, the fixed point of it all in test_oracle.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import EOS, LIMIT, PROMPTS, Bench, NoDevelopment, base_and_sft, tiny_recipe
+from torch import Tensor
+from worlds import make_world, run_world
+
+import srppo.training.ppo
+from srppo.config import Recipe, RewardConfig
+from srppo.data.types import EncodedDemonstration
+from srppo.models.language_model import LanguageModel, ValueModel
+from srppo.record.store import Run
+from srppo.training.batch import RolloutBatch, answer_nll_sum
+from srppo.training.loop import TrainState, clip_gradients, lr_factor
+from srppo.training.ppo import Learners, Targets, make_targets, minibatch_update, train_ppo
+from srppo.training.reward import Rewards, RunningStd, compute_rewards
+from srppo.training.rollout import generate, to_batch
+from srppo.training.sft import epoch_rows, train_sft
+
+LENGTHS = (4, 1, 3, 2)
+MASK_BT = torch.arange(4) < torch.tensor(LENGTHS)[:, None]
+ENDED_B = torch.tensor([False, True, True, True])
+
+
+def ragged_logprobs(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.rand(4, 4, generator=generator).mul(3).masked_fill(~MASK_BT, 0.0)
+
+
+def rewards_of(running: RunningStd, **config: Any) -> Rewards:
+    return compute_rewards(
+        RewardConfig(**config),
+        log_ratio_BT=ragged_logprobs(1) - ragged_logprobs(2),
+        sft_logprobs_BT=ragged_logprobs(1),
+        base_logprobs_BT=ragged_logprobs(2),
+        policy_logprobs_BT=ragged_logprobs(3),
+        mask_BT=MASK_BT,
+        ended_B=ENDED_B,
+        running=running,
+        seed=0,
+    )
+
+
+# ---- rewards
+
+
+@pytest.mark.parametrize("anchor", ["sft", "base"])
+@pytest.mark.parametrize("placement", ["eos", "token"])
+def test_rewards_by_hand(anchor: str, placement: str) -> None:
+    """Reward minus beta KL of each token, in nats; then the same numbers over one deviation, KL and all."""
+    sft, base, policy = (ragged_logprobs(seed).tolist() for seed in (1, 2, 3))
+    reference = sft if anchor == "sft" else base
+    beta, expected, scores = 0.5, torch.zeros(4, 4), []
+    for b, length in enumerate(LENGTHS):
+        terms = [sft[b][t] - base[b][t] for t in range(length)]
+        scores.append(sum(terms))
+        for t in range(length):
+            expected[b, t] = terms[t] if placement == "token" else sum(terms) if t == length - 1 else 0.0
+            expected[b, t] -= beta * (policy[b][t] - reference[b][t])
+    plain = rewards_of(RunningStd(), anchor=anchor, placement=placement, beta=beta, scale=False)
+    assert plain.scale == 1.0 and plain.trained_B.all()
+    torch.testing.assert_close(plain.rewards_BT, expected)
+    torch.testing.assert_close(plain.score_B, torch.tensor(scores))
+    running = RunningStd()
+    scaled = rewards_of(running, anchor=anchor, placement=placement, beta=beta)
+    deviation = float(expected.double().sum(1).std(correction=0))
+    assert scaled.scale == pytest.approx(deviation, rel=1e-6) and scaled.scale != pytest.approx(1.0, rel=0.01)
+    torch.testing.assert_close(scaled.rewards_BT, expected / deviation)
+    assert torch.equal(scaled.score_B, plain.score_B) and running.count == 4
+
+
+def test_a_kl_in_the_loss_is_not_in_the_reward() -> None:
+    plain = rewards_of(RunningStd(), kl="k2", beta=0.5, scale=False)
+    torch.testing.assert_close(plain.rewards_BT.sum(1), plain.score_B)
+
+
+def test_the_rule_for_rollouts_at_the_limit() -> None:
+    kept = rewards_of(RunningStd(), scale=False, beta=0.0)
+    zero = rewards_of(RunningStd(), scale=False, beta=0.0, at_limit="zero")
+    assert zero.score_B[0] == 0 and torch.equal(zero.score_B[1:], kept.score_B[1:])
+    fined = rewards_of(RunningStd(), scale=False, beta=0.0, limit_penalty=2.0)
+    torch.testing.assert_close(kept.score_B - fined.score_B, torch.tensor([2.0, 0.0, 0.0, 0.0]))
+    assert fined.rewards_BT[0, 3] == kept.rewards_BT[0, 3] - 2  # at its last token
+    running = RunningStd()
+    dropped = rewards_of(running, beta=0.0, at_limit="drop")
+    assert dropped.trained_B.tolist() == ENDED_B.tolist() and running.count == 3
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_targets_by_hand(whitened: bool) -> None:
+    """Advantages whitened over what is trained on, returns not; a KL in the loss goes into the same units."""
+    values_BT = ragged_logprobs(5)
+    tokens_BS = torch.ones(4, 5, dtype=torch.int64)
+    batch = RolloutBatch(
+        tokens_BS, torch.cat([torch.ones(4, 1).bool(), MASK_BT], 1), MASK_BT, ragged_logprobs(3), values_BT, ENDED_B
+    )
+    rewards = Rewards(ragged_logprobs(6), torch.zeros(4), ENDED_B, 2.5)
+    recipe = tiny_recipe(ppo={"gamma": 0.9, "lam": 0.8, "whiten": whitened}, reward={"kl": "k2"})
+    targets = make_targets(recipe, batch, rewards, ragged_logprobs(1))
+    advantages = torch.zeros(4, 4)
+    for b, length in enumerate(LENGTHS):
+        after, later = 0.0, 0.0
+        for t in reversed(range(length)):
+            later = float(rewards.rewards_BT[b, t]) + 0.9 * after - float(values_BT[b, t]) + 0.9 * 0.8 * later
+            advantages[b, t], after = later, float(values_BT[b, t])
+    torch.testing.assert_close(targets.returns_BT, advantages + values_BT)
+    trained = [float(advantages[b, t]) for b in (1, 2, 3) for t in range(LENGTHS[b])]
+    mean = sum(trained) / len(trained)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in trained) / len(trained))
+    assert targets.loss_mask_BT.tolist() == (MASK_BT & ENDED_B[:, None]).tolist()
+    assert targets.kl_scale == pytest.approx(1 / 2.5 / (deviation if whitened else 1), rel=1e-5)
+    if whitened:
+        advantages = (advantages - mean) / deviation
+    torch.testing.assert_close(targets.advantages_BT[targets.loss_mask_BT], advantages[targets.loss_mask_BT])
+
+
+# ---- what train_ppo hands to what
+
+
+@torch.no_grad()
+def own_logprobs(lm: LanguageModel, batch: RolloutBatch, temperature: float) -> Tensor:
+    """From the model's own logits, row by row, without padding."""
+    result = torch.zeros(batch.response_mask_BT.shape)
+    for i, (prompt, response) in enumerate(texts(batch)):
+        logits = lm.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        result[i, : len(response)] = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+    return result
+
+
+def texts(batch: RolloutBatch) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) token ids of each row."""
+    split = batch.prompt_width
+    return [
+        (row[:split][mask[:split]].tolist(), row[split:][mask[split:]].tolist())
+        for row, mask in zip(batch.tokens_BS, batch.attention_mask_BS, strict=True)
+    ]
+
+
+def run_ppo(recipe: Recipe, folder: Path, development: Any = None) -> tuple[LanguageModel, Any]:
+    """(policy, session) after train_ppo from the tiny SFT model."""
+    torch.set_num_threads(1)
+    base, sft = base_and_sft()
+    policy = LanguageModel(copy.deepcopy(sft.model))
+    with Bench(folder, recipe) as bench:
+        session = train_ppo(
+            recipe, bench, policy, sft, base, PROMPTS, development or NoDevelopment(), stop_ids=[EOS], pad_id=EOS
+        )
+    return policy, session
+
+
+@pytest.mark.parametrize("anchor", ["sft", "base"])
+def test_rewards_are_taken_at_temperature_1_and_kl_from_the_anchor(
+    anchor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def watch_rewards(config: RewardConfig, **inputs: Any) -> Rewards:
+        seen.append(dict(inputs))
+        return compute_rewards(config, **inputs)
+
+    def watch_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
+        seen[-1] |= {"batch": batch, "anchor": anchor_logprobs_BT}
+        return make_targets(recipe, batch, rewards, anchor_logprobs_BT)
+
+    monkeypatch.setattr(srppo.training.ppo, "compute_rewards", watch_rewards)
+    monkeypatch.setattr(srppo.training.ppo, "make_targets", watch_targets)
+    recipe = tiny_recipe(
+        rollout={"batch": 12, "temperature": 0.6}, reward={"anchor": anchor, "kl": "k2"}, ppo={"steps": 1}
+    )
+    run_ppo(recipe, tmp_path)
+    base, sft = base_and_sft()
+    (step,) = seen
+    expected = {
+        "sft_logprobs_BT": own_logprobs(sft, step["batch"], 1.0),
+        "base_logprobs_BT": own_logprobs(base, step["batch"], 1.0),
+        "policy_logprobs_BT": own_logprobs(sft, step["batch"], 0.6),  # the policy starts as the SFT model
+    }
+    for name, logprobs_BT in expected.items():
+        torch.testing.assert_close(step[name], logprobs_BT, atol=1e-5, rtol=0)
+    assert torch.equal(step["anchor"], step[f"{anchor}_logprobs_BT"])
+    assert step["mask_BT"].sum() == sum(len(response) for _, response in texts(step["batch"]))
+    assert not torch.allclose(expected["sft_logprobs_BT"], expected["base_logprobs_BT"], atol=1e-2)
+
+
+def test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand(tmp_path: Path) -> None:
+    recipe = tiny_recipe(rollout={"batch": 16}, ppo={"steps": 2, "epochs": 1})
+    torch.set_num_threads(1)
+    base, sft = base_and_sft()
+    before = [copy.deepcopy(lm.model.state_dict()) for lm in (base, sft)]
+    policy = LanguageModel(copy.deepcopy(sft.model))
+    with Bench(tmp_path, recipe) as bench:
+        session = train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+    for lm, weights in zip((base, sft), before, strict=True):
+        assert all(torch.equal(weight, weights[name]) for name, weight in lm.model.state_dict().items())
+    for name, weight in policy.model.named_parameters():
+        assert not torch.equal(weight, before[1][name]), f"policy: {name} stands still"
+    value = session.state.modules["value"]
+    for name, weight in value.named_parameters():
+        assert not torch.equal(weight, ValueModel(sft).state_dict()[name]), f"critic: {name} stands still"
+
+
+# ---- one optimizer step
+
+
+def a_minibatch() -> tuple[Learners, Targets]:
+    """A policy that has moved since it sampled, a critic with a head, random targets; one rollout is left out."""
+    torch.set_num_threads(1)
+    base, policy = base_and_sft()
+    value = ValueModel(policy)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(value.head.weight)
+    prompts = [*PROMPTS, (2,), (1, 1)] * 3
+    generated = generate(policy, prompts, stop_ids=[EOS], pad_id=EOS, max_new_tokens=LIMIT, temperature=0.8, seed=1)
+    batch = to_batch(generated, policy, value, micro_batch=5, temperature=0.8)
+    assert len(set(batch.lengths_B().tolist())) == 3
+    for weight in [*policy.parameters(), *value.parameters()]:
+        weight.data += 0.05 * torch.randn_like(weight)
+    mask_BT = batch.response_mask_BT.clone()
+    mask_BT[2] = False
+    advantages_BT, returns_BT = (torch.randn(mask_BT.shape).masked_fill(~mask_BT, 0.0) for _ in range(2))
+    anchor_BT = own_logprobs(base, batch, 1.0)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (policy, value)]
+    return Learners(policy, value, *optimizers), Targets(batch, mask_BT, advantages_BT, returns_BT, anchor_BT, 0.37)
+
+
+def losses_by_hand(learners: Learners, targets: Targets, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(surrogate, k2, critic) loss of a minibatch, token by token on unpadded rows; clips at 0.1."""
+    surrogate, k2, critic, count = 0.0, 0.0, 0.0, 0
+    batch = targets.batch
+    for i in rows:
+        prompt, response = texts(batch)[i]
+        logits = learners.policy.model(input_ids=torch.tensor([prompt + response])).logits[0] / 0.8
+        hidden = learners.value.body(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+        gap: Tensor | float = 0.0  # of the whole response: k2 squares the sum
+        for t, token in enumerate(response):
+            if targets.loss_mask_BT[i, t]:
+                new = logits[len(prompt) - 1 + t].log_softmax(-1)[token]
+                ratio, advantage = (new - batch.old_logprobs_BT[i, t]).exp(), targets.advantages_BT[i, t]
+                surrogate = surrogate - torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
+                gap = gap + new - targets.anchor_logprobs_BT[i, t]
+                value = learners.value.head(hidden[len(prompt) - 1 + t])[0]
+                old, target = batch.old_values_BT[i, t], targets.returns_BT[i, t]
+                near = old + (value - old).clamp(-0.1, 0.1)
+                critic = critic + 0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)
+                count += 1
+        k2 = k2 + 0.5 * gap**2
+    assert isinstance(surrogate, Tensor) and isinstance(k2, Tensor) and isinstance(critic, Tensor)
+    return surrogate / count, k2 / count, critic / count
+
+
+def small_step(**ppo: Any) -> Recipe:
+    """Micro-batches of 4 with unequal numbers of tokens, beta 0.7 in the loss."""
+    return tiny_recipe(
+        rollout={"batch": 12, "temperature": 0.8},
+        reward={"kl": "k2", "beta": 0.7},
+        ppo={"micro_batch": 4, "clip": 0.1, "value_clip": 0.1, "max_grad_norm": 1e6, **ppo},
+    )
+
+
+def test_one_optimizer_step_by_hand() -> None:
+    learners, targets = a_minibatch()
+    rows = torch.tensor([0, 1, 2, 3, 4, 6, 7, 9, 10])
+    metrics = minibatch_update(small_step(), learners, targets, rows, step=1)
+    ours = [[w.grad.clone() for w in m.parameters()] for m in (learners.policy, learners.value)]
+    surrogate, k2, critic = losses_by_hand(learners, targets, rows.tolist())
+    assert metrics["policy_loss"] == pytest.approx(float(surrogate.detach()), abs=1e-5)
+    assert metrics["value_loss"] == pytest.approx(float(critic.detach()), abs=1e-5)
+    assert 0 < metrics["clip_share"] < 1 and 0 < metrics["value_clip_share"] < 1 and metrics["approx_kl"] > 0
+    theirs = [
+        torch.autograd.grad(surrogate + 0.7 * 0.37 * k2, list(learners.policy.parameters())),
+        torch.autograd.grad(critic, list(learners.value.parameters())),
+    ]
+    for our, their in zip(ours, theirs, strict=True):
+        for a, b in zip(our, their, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_clipped_to_the_norm_and_reported_as_they_were() -> None:
+    learners, targets = a_minibatch()
+    rows = torch.arange(12)
+    free = minibatch_update(small_step(), learners, targets, rows, step=1)
+    before = [torch.cat([w.grad.flatten() for w in m.parameters()]) for m in (learners.policy, learners.value)]
+    clipped = minibatch_update(small_step(max_grad_norm=0.01), learners, targets, rows, step=1)
+    for model, whole, name in zip(
+        (learners.policy, learners.value), before, ("grad_norm", "value_grad_norm"), strict=True
+    ):
+        assert free[name] == clipped[name] == pytest.approx(float(whole.norm()), rel=1e-5) and free[name] > 0.01
+        now = torch.cat([w.grad.flatten() for w in model.parameters()])
+        assert float(now.norm()) == pytest.approx(0.01, rel=1e-3)
+        torch.testing.assert_close(now / now.norm(), whole / whole.norm(), atol=1e-5, rtol=1e-3)
+
+
+def test_the_policy_stands_still_while_the_critic_warms_up() -> None:
+    learners, targets = a_minibatch()
+    recipe = small_step(critic_warmup=3)
+    for step, trained in ((3, False), (4, True)):
+        metrics = minibatch_update(recipe, learners, targets, torch.arange(12), step)
+        assert (learners.policy.model.lm_head.weight.grad is not None) == trained == ("grad_norm" in metrics)
+        assert learners.value.head.weight.grad is not None
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.full((1, 2), math.inf)
+    with pytest.raises(srppo.training.ppo.Diverged, match="step 7: the gradient norm is"):
+        clip_gradients(model, 1.0, 7)
+
+
+# ---- SFT
+
+
+def demonstrations() -> list[EncodedDemonstration]:
+    ids = [(1, 2, 3, 4, EOS), (2, 2, EOS), (4, 3, 2, 1, 2, 3, EOS), (3, 1, EOS), (1, EOS)]
+    return [EncodedDemonstration(row, n) for row, n in zip(ids, (3, 1, 2, 0, 1), strict=True)]
+
+
+def nll_by_hand(lm: LanguageModel, row: EncodedDemonstration) -> list[Tensor]:
+    """Of each answer token, EOS included; nothing predicts the first token of all."""
+    logprobs = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+    return [-logprobs[t - 1, row.ids[t]] for t in range(max(row.prompt_tokens, 1), len(row.ids))]
+
+
+def test_the_sft_loss_counts_answers_with_eos_and_nothing_else() -> None:
+    _, lm = base_and_sft()
+    rows = demonstrations()
+    by_hand = [nll for row in rows for nll in nll_by_hand(lm, row)]
+    total, count = answer_nll_sum(lm, rows, pad_id=EOS)
+    assert count == len(by_hand) == 2 + 2 + 5 + 2 + 1
+    torch.testing.assert_close(total, torch.stack(by_hand).sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_sft_step_is_a_mean_over_all_answer_tokens_whatever_the_micro_batch(tmp_path: Path) -> None:
+    """One full-batch step of AdamW: equal weights from micro-batches of 2 and of all, and the loss by hand."""
+    torch.set_num_threads(1)
+    rows, weights = demonstrations(), []
+    for size in (2, 5):
+        _, lm = base_and_sft()
+        expected = torch.stack([nll for row in rows for nll in nll_by_hand(lm, row)]).mean()
+        settings = {"batch": 5, "micro_batch": size, "lr": 1e-2, "warmup": 0.0}
+        recipe = tiny_recipe(sft={**settings, "schedule": "constant", "max_grad_norm": 1e6})
+        with Bench(tmp_path / str(size), recipe) as bench:
+            train_sft(recipe, bench, lm, rows, NoDevelopment(), pad_id=EOS)
+            (_, first) = bench.stage.metrics()
+        assert first["loss"] == pytest.approx(float(expected.detach()), abs=1e-5) and first["lr"] == 1e-2
+        weights.append(torch.cat([w.detach().flatten() for w in lm.parameters()]))
+        gradient = torch.autograd.grad
+        _, start = base_and_sft()
+        loss = torch.stack([nll for row in rows for nll in nll_by_hand(start, row)]).mean()
+        norm = torch.cat([g.flatten() for g in gradient(loss, list(start.parameters()))]).norm()
+        assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+
+
+def test_sft_epochs_take_each_row_once_in_a_seeded_order_each() -> None:
+    rows = demonstrations()
+    epochs = [[row for step in range(3 * e + 1, 3 * e + 4) for row in epoch_rows(rows, 2, step, 0)] for e in range(4)]
+    assert all(sorted(epoch, key=rows.index) == rows for epoch in epochs)
+    assert len({tuple(rows.index(row) for row in epoch) for epoch in epochs}) > 1
+    assert any(epoch_rows(rows, 5, 1, seed) != epoch_rows(rows, 5, 1, 0) for seed in (1, 2, 3))
+
+
+# ---- schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1, 1]),
+        ("constant", 0.5, [1 / 3, 2 / 3, 1, 1, 1]),
+        ("linear", 0.0, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", 0.2, [1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", 0.4, [0.5, 1, 1, 0.75, 0.25]),
+        ("linear", 1.0, [0.2, 0.4, 0.6, 0.8, 1]),
+    ],
+)
+def test_learning_rates_by_hand(schedule: str, warmup: float, expected: list[float]) -> None:
+    assert [lr_factor(schedule, warmup, step, 5) for step in range(1, 6)] == pytest.approx(expected)
+
+
+def test_training_follows_the_schedule(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        rollout={"batch": 4}, ppo={"steps": 5, "epochs": 1, "lr": 1e-3, "schedule": "linear", "warmup": 0.2}
+    )
+    _, session = run_ppo(recipe, tmp_path)
+    rows = session.bench.stage.metrics()
+    assert [row["lr"] for row in rows[1:]] == pytest.approx([1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    lrs = [optimizer.param_groups[0]["lr"] for optimizer in session.state.optimizers.values()]
+    assert lrs == pytest.approx([2.5e-4, 0.25 * recipe.ppo.value_lr])
+
+
+# ---- the kept step
+
+
+def test_the_kept_step_is_measured_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    recipe = make_world(tmp_path / "world").recipe({"eval.metric": "nll", "ppo.steps": 3, "ppo.lr": 0.05})
+    run_world(recipe, tmp_path / "run")
+    (stage,) = [s for s in Run.load(tmp_path / "run").stages() if s.identity["kind"] == "ppo"]
+    figures, rows = (stage.result() or {})["figures"], {row["step"]: row for row in stage.metrics()}
+    kept, total = figures["kept_step"], figures["steps"]
+    assert 0 < kept < total and rows[kept]["dev/nll"] == min(row["dev/nll"] for s, row in rows.items() if s)
+    assert (
+        figures["held_out_nll"] == rows[kept]["dev/nll"] and figures["last"]["held_out_nll"] == rows[total]["dev/nll"]
+    )
+    exported, saved = (
+        load_file(path)
+        for path in (stage.path / "model/model.safetensors", stage.checkpoint(kept) / "policy.safetensors")
+    )
+    assert exported.keys() == saved.keys() and all(torch.equal(exported[name], saved[name]) for name in saved)
+
+
+# ---- a resumed run, in one process
+
+
+class Scores:
+    """Development scores that are best at steps 1 and 2; once, the measurement of step 3 fails."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.step = fails, -1
+
+    def measure(self, model: LanguageModel) -> tuple[dict[str, float], float]:
+        self.step += 1
+        if self.fails and self.step == 3:
+            raise RuntimeError("a bug")
+        return {}, -max(self.step - 2.0, 0.0)
+
+
+def state_of(state: TrainState, folder: Path) -> tuple[list[bytes], Any]:
+    folder.mkdir()
+    state.save(folder)
+    weights = [(folder / f"{name}.safetensors").read_bytes() for name in ("policy", "value")]
+    return weights, torch.load(folder / "trainer.pt", weights_only=True)
+
+
+def test_a_resumed_run_ends_with_the_same_state(tmp_path: Path) -> None:
+    """Weights, both optimizers, flops, running deviation, and the kept step (the first of two as good), on disk too."""
+    recipe = tiny_recipe(
+        rollout={"batch": 8}, ppo={"steps": 5, "checkpoint_every": 2, "minibatches": 2}, eval={"every": 1}
+    )
+    _, whole = run_ppo(recipe, tmp_path / "whole", Scores(fails=False))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_ppo(recipe, tmp_path / "again", Scores(fails=True))
+    later = Scores(fails=False)
+    later.step = 2
+    _, resumed = run_ppo(recipe, tmp_path / "again", later)
+    weights, trainer = state_of(whole.state, tmp_path / "a")
+    other_weights, other = state_of(resumed.state, tmp_path / "b")
+    assert weights == other_weights
+    assert trainer["counters"] == other["counters"]
+    assert trainer["counters"]["kept_step"] == 1 and trainer["counters"]["running"]["count"] == 40
+    assert whole.bench.stage.checkpoint_steps() == resumed.bench.stage.checkpoint_steps() == [1, 4, 5]
+    for name in ("policy", "value"):
+        one, two = (t["optimizers"][name] for t in (trainer, other))
+        assert one["param_groups"] == two["param_groups"]
+        for index, moments in one["state"].items():
+            for key, tensor in moments.items():
+                assert torch.equal(tensor, two["state"][index][key]), (name, index, key)
+    rows = [
+        [{k: v for k, v in row.items() if k != "timing"} for row in s.bench.stage.metrics()] for s in (whole, resumed)
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(6))

@@ -1,0 +1,304 @@
+"""Sampling: the policy's own distribution, masks from lengths, and log-probs that training repeats to 1e-5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import scipy.stats
+import tiny
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+import srppo.training.ppo
+from srppo.models.language_model import LanguageModel, ValueModel
+from srppo.training.batch import RolloutBatch, left_pad
+from srppo.training.losses import PolicyLoss, clipped_policy_loss
+from srppo.training.rollout import Generated, generate, micro_slices, prompt_schedule, score_logprobs, to_batch
+
+VOCAB, EOS, LIMIT = 12, 0, 6
+PROMPTS = [(3, 4, 5, 6, 7), (8,), (9, 0, 10), (0, 0), (1, 2, 3, 4)] * 4  # ragged; EOS inside prompts
+
+
+def policy(seed: int = 0, *, eos: float = 0.0, precision: str = "fp32") -> LanguageModel:
+    """A random model over 12 tokens; `eos` nats are added to the logit of EOS at every place."""
+    model = tiny.tiny_llama(seed, vocab=VOCAB, scale=0.4)
+    model.get_input_embeddings().weight.data[:, 0] = 1.0  # a constant dimension, for the head to favour EOS by
+    model.lm_head.weight.data[:, 0] = 0.0
+    model.lm_head.weight.data[EOS, 0] = eos / 5.0
+    return LanguageModel(model, precision=precision)
+
+
+def sample(lm: LanguageModel, prompts: Sequence[Sequence[int]] = PROMPTS, **changes: Any) -> Generated:
+    arguments = {"stop_ids": [EOS], "pad_id": EOS, "max_new_tokens": LIMIT, "seed": 1, **changes}
+    return generate(lm, prompts, **arguments)
+
+
+@torch.no_grad()
+def own_logprobs(lm: LanguageModel, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
+    """From the model's own logits on the unpadded row."""
+    logits = lm.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+# ---- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_behaviour_logprobs_are_the_models_own_at_the_sampling_temperature(temperature: float) -> None:
+    lm = policy(eos=1.0)
+    generated = sample(lm, temperature=temperature)
+    batch = to_batch(generated, lm, ValueModel(lm), micro_batch=3, temperature=temperature)
+    at_one = score_logprobs(lm, batch, micro_batch=7)
+    lengths = set()
+    for i, (prompt, response) in enumerate(zip(PROMPTS, generated.responses(), strict=True)):
+        lengths.add(len(response))
+        for got, at in ((batch.old_logprobs_BT, temperature), (at_one, 1.0)):  # the reward's are always at 1
+            expected = own_logprobs(lm, prompt, response, at)
+            torch.testing.assert_close(got[i, : len(response)], expected, atol=1e-5, rtol=0)
+            assert (got[i, len(response) :] == 0).all()
+    assert len(lengths) >= 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_repeats_the_old_logprobs_on_any_slice(precision: str) -> None:
+    """Rows cut to their own width and padding, as minibatches take them: new and old log-probs are the same."""
+    lm = policy(eos=1.0, precision=precision)
+    batch = to_batch(sample(lm), lm, ValueModel(lm), micro_batch=6, temperature=1.0)
+    widths = set()
+    order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(0))
+    for index in [*order.split(4), slice(1, 2), slice(3, 4), slice(0, 20)]:
+        rows = batch.rows(index)
+        width = rows.response_mask_BT.shape[1]
+        widths.add(rows.tokens_BS.shape[1])
+        new = lm.response_logprobs(rows.tokens_BS, rows.attention_mask_BS, width).logprobs_N
+        tolerance = 1e-5 if precision == "fp32" else 0.05  # 16-bit matrix products round differently by shape
+        torch.testing.assert_close(new, rows.old_logprobs_BT, atol=tolerance, rtol=0)
+    assert len(widths) >= 3
+
+
+def test_in_train_ppo_old_and_new_agree_on_the_first_minibatch_of_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watched(new_BT: Tensor, old_BT: Tensor, *rest: Any, **named: Any) -> PolicyLoss:
+        seen.append((new_BT.numel(), float((new_BT - old_BT).detach().abs().max())))
+        return clipped_policy_loss(new_BT, old_BT, *rest, **named)
+
+    monkeypatch.setattr(srppo.training.ppo, "clipped_policy_loss", watched)
+    recipe = tiny.tiny_recipe(
+        rollout={"batch": 24, "temperature": 0.8, "max_new_tokens": LIMIT},
+        ppo={"steps": 3, "epochs": 2, "minibatches": 3, "micro_batch": 5, "lr": 1e-2},
+    )
+    base, sft = policy(0), policy(1)
+    with tiny.Bench(tmp_path, recipe) as bench:
+        srppo.training.ppo.train_ppo(
+            recipe, bench, policy(1), sft, base, PROMPTS[:5], tiny.NoDevelopment(), stop_ids=[EOS], pad_id=EOS
+        )
+    per_step = 2 * 3 * 2  # passes, minibatches of 8 rows, micro-batches of at most 5
+    assert len(seen) == 3 * per_step
+    for start in range(0, len(seen), per_step):
+        first, later = seen[start : start + 2], seen[start + 2 : start + per_step]
+        assert max(gap for _, gap in first) < 1e-5
+        assert min(gap for _, gap in later) > 1e-4  # the policy has moved, so agreement above is no accident
+
+
+# ---- masks
+
+
+def lengths_by_hand(rows: Tensor, stops: Sequence[int]) -> list[tuple[int, bool]]:
+    """(length with the stop token, whether it ended) of each row."""
+    found = []
+    for row in rows.tolist():
+        place = next((i for i, token in enumerate(row) if token in stops), None)
+        found.append((len(row), False) if place is None else (place + 1, True))
+    return found
+
+
+@pytest.mark.parametrize("pad", [EOS, 5, VOCAB - 1])
+def test_masks_come_from_lengths_whatever_the_padding(pad: int) -> None:
+    """Pad may equal EOS, or a token that the policy likes to write."""
+    lm = policy(eos=0.5)
+    generated = sample(lm, PROMPTS * 3, pad_id=pad)
+    width = generated.response_mask_BT.shape[1]
+    expected = lengths_by_hand(generated.tokens_BS[:, -width:], [EOS])
+    assert generated.response_mask_BT.sum(1).tolist() == [length for length, _ in expected]
+    assert generated.ended_B.tolist() == [ended for _, ended in expected]
+    assert 0 < sum(generated.ended_B.tolist()) < len(expected)
+    for i, (length, _) in enumerate(expected):
+        assert generated.response_mask_BT[i, :length].all() and not generated.response_mask_BT[i, length:].any()
+        assert (generated.tokens_BS[i, -width:][length:] == pad).all()
+    if pad not in (EOS,):
+        assert any(pad in response for response in generated.responses())  # written, and counted
+    for prompt, row, mask in zip(PROMPTS * 3, generated.tokens_BS, generated.attention_mask_BS, strict=True):
+        assert row[:-width][mask[:-width]].tolist() == list(prompt)
+
+
+def test_padding_does_not_change_the_samples() -> None:
+    """The same seed and prompts with another pad token: other padding, the same responses."""
+    lm = policy(eos=0.5)
+    assert sample(lm, pad_id=EOS).responses() == sample(lm, pad_id=7).responses()
+
+
+def test_responses_that_end_at_once() -> None:
+    lm = policy(eos=60.0)
+    generated = sample(lm)
+    assert generated.responses() == [[EOS]] * len(PROMPTS)
+    assert generated.response_mask_BT.shape == (20, 1) and generated.ended_B.all()
+    batch = to_batch(generated, lm, ValueModel(lm), micro_batch=8, temperature=1.0)
+    assert batch.old_logprobs_BT.abs().max() < 1e-3 and batch.lengths_B().tolist() == [1] * 20
+    assert batch.rows(slice(0, 1)).tokens_BS.shape == (1, 6)
+
+
+def test_responses_that_never_end() -> None:
+    generated = sample(policy(eos=-60.0))
+    assert not generated.ended_B.any() and generated.response_mask_BT.all()
+    assert {len(response) for response in generated.responses()} == {LIMIT}
+
+
+def test_a_response_ended_by_its_last_allowed_token_has_ended() -> None:
+    lm = policy(eos=1.0)
+    generated = sample(lm, PROMPTS * 10, max_new_tokens=1)
+    assert generated.ended_B.tolist() == [response == [EOS] for response in generated.responses()]
+    assert 0 < generated.ended_B.sum() < 200
+
+
+def test_any_of_several_stop_tokens_ends_a_response_and_counts() -> None:
+    stops = [EOS, 4, 9]
+    generated = sample(policy(eos=0.5), PROMPTS * 3, stop_ids=stops, pad_id=4)
+    ends = set()
+    for response, ended in zip(generated.responses(), generated.ended_B.tolist(), strict=True):
+        assert ended == (response[-1] in stops) and not any(token in stops for token in response[:-1])
+        ends.add(response[-1])
+    after = generated.tokens_BS[:, -generated.response_mask_BT.shape[1] :][~generated.response_mask_BT]
+    assert (after == 4).all()  # sampling stopped there, too
+    assert ends >= set(stops)
+
+
+def test_left_pad() -> None:
+    tokens_BP, mask_BP = left_pad([[1, 2, 3], [0], []], 0)
+    assert tokens_BP.tolist() == [[1, 2, 3], [0, 0, 0], [0, 0, 0]] and tokens_BP.dtype == torch.int64
+    assert mask_BP.tolist() == [[True] * 3, [False, False, True], [False] * 3]
+
+
+def test_micro_slices_cover_each_row_once() -> None:
+    for count in (1, 5, 6, 7):
+        assert [i for part in micro_slices(count, 3) for i in range(count)[part]] == list(range(count))
+        assert all(part.stop - part.start <= 3 for part in micro_slices(count, 3))
+
+
+# ---- the sampled distribution
+
+
+OWN_SETTINGS = GenerationConfig(
+    do_sample=True,
+    top_k=1,
+    top_p=0.1,
+    temperature=0.05,
+    repetition_penalty=9.0,
+    no_repeat_ngram_size=1,
+    suppress_tokens=[1, 2],
+    min_new_tokens=4,
+    eos_token_id=7,
+    max_length=3,
+    num_beams=2,
+)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_softmax_whatever_the_model_was_shipped_with(temperature: float) -> None:
+    """A chi-square test of 4000 first tokens; a top-k of 50, a penalty or a wrong temperature would not pass it."""
+    lm = policy(eos=1.0)
+    lm.model.generation_config = OWN_SETTINGS
+    prompt = (3, 4, 5)
+    generated = sample(lm, [prompt] * 4000, max_new_tokens=1, temperature=temperature)
+    counts = numpy.bincount([response[0] for response in generated.responses()], minlength=VOCAB)
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+    expected = (logits / temperature).softmax(-1).numpy() * 4000
+    assert expected.min() > 5 and scipy.stats.chisquare(counts, expected * 4000 / expected.sum()).pvalue > 0.01
+    wrong = (logits * 1.3 / temperature).softmax(-1).numpy() * 4000
+    assert scipy.stats.chisquare(counts, wrong * 4000 / wrong.sum()).pvalue < 1e-6  # the test has power
+
+
+def test_a_models_own_settings_change_no_response_and_are_put_back() -> None:
+    plain, shipped = policy(eos=0.5), policy(eos=0.5)
+    shipped.model.generation_config = OWN_SETTINGS
+    for greedy in (False, True):
+        assert sample(plain, greedy=greedy).responses() == sample(shipped, greedy=greedy).responses()
+    assert shipped.model.generation_config is OWN_SETTINGS
+
+    def broken(**_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    shipped.model.generate = broken
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(shipped)
+    assert shipped.model.generation_config is OWN_SETTINGS
+
+
+def test_all_of_a_large_vocabulary_can_be_sampled() -> None:
+    """transformers samples from the top 50 unless told otherwise."""
+    lm = LanguageModel(tiny.tiny_llama(0, vocab=200, scale=0.02))
+    generated = generate(lm, [(3,)] * 4000, stop_ids=[EOS], pad_id=EOS, max_new_tokens=1, seed=0)
+    assert len({response[0] for response in generated.responses()}) == 200
+
+
+def test_greedy_takes_the_likeliest_token() -> None:
+    lm = policy(eos=0.5)
+    generated = sample(lm, greedy=True)
+    for prompt, response in zip(PROMPTS, generated.responses(), strict=True):
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == response
+
+
+def test_seeds_decide_the_samples_and_nothing_else_does() -> None:
+    lm = policy(eos=0.5)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = sample(lm, seed=3).responses()
+    assert torch.equal(torch.get_rng_state(), before)  # the global state is left as it was
+    torch.manual_seed(6)
+    assert sample(lm, seed=3).responses() == first != sample(lm, seed=4).responses()
+
+
+# ---- prompts of a step
+
+
+@pytest.mark.parametrize(("count", "batch"), [(7, 3), (5, 5), (3, 8), (1, 2), (10, 4)])
+def test_each_prompt_comes_once_a_pass(count: int, batch: int) -> None:
+    stream = [i for step in range(20) for i in prompt_schedule(count, batch, step, seed=0)]
+    assert len(stream) == 20 * batch
+    passes = [stream[start : start + count] for start in range(0, len(stream) - count + 1, count)]
+    assert all(sorted(one) == list(range(count)) for one in passes)
+    if count > 3:
+        assert len({tuple(one) for one in passes}) > 1  # each pass in its own order
+
+
+def test_the_schedule_is_a_function_of_step_and_seed_alone() -> None:
+    late = prompt_schedule(50, 8, 40, seed=1)
+    torch.manual_seed(123)
+    [prompt_schedule(50, 8, step, seed=1) for step in range(40)]
+    assert prompt_schedule(50, 8, 40, seed=1) == late
+    assert prompt_schedule(50, 8, 0, seed=1) != prompt_schedule(50, 8, 0, seed=2)
+
+
+def test_a_rollout_batch_keeps_what_was_generated() -> None:
+    lm = policy(eos=0.5)
+    generated = sample(lm)
+    value = ValueModel(lm)
+    torch.nn.init.normal_(value.head.weight)
+    batch = to_batch(generated, lm, value, micro_batch=3, temperature=1.0)
+    assert isinstance(batch, RolloutBatch)
+    for name in ("tokens_BS", "attention_mask_BS", "response_mask_BT", "ended_B"):
+        assert torch.equal(getattr(batch, name), getattr(generated, name))
+    width = batch.response_mask_BT.shape[1]
+    whole = value.response_values(batch.tokens_BS, batch.attention_mask_BS, width)
+    torch.testing.assert_close(batch.old_values_BT, whole, atol=1e-5, rtol=0)
+    assert not batch.old_logprobs_BT.requires_grad and not batch.old_values_BT.requires_grad
