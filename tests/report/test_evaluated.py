@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pages import offline_page
-from test_report_runs import finish, new_run
+from tests.report.test_run_page import finish, new_run
 
 from srppo.console import Console
 from srppo.evaluation.results import write_result

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pages import offline_page
-from test_forecast import draws
+from tests.analysis.test_forecast import draws
 
 from srppo.analysis.forecast import ForecastResult
 from srppo.analysis.optimum import Point, measured, optimum, point_of, reached_of
