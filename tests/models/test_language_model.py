@@ -36,16 +36,11 @@ from srppo.data.chat import CHAT_TEMPLATE, ensure_chat_template
 from srppo.errors import ModelError
 from srppo.kernels import linear_logprob_diff
 from srppo.models.export import export_model, model_card
-from srppo.models.language_model import (
-    Head,
-    LanguageModel,
-    ValueModel,
-    check_same_vocabulary,
-    fingerprint,
-    forward_flops,
-    load_model,
-    load_tokenizer,
-)
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import Head, LanguageModel
+from srppo.models.loading import fingerprint, load_model, load_tokenizer
+from srppo.models.pair import check_same_vocabulary
+from srppo.models.value_model import ValueModel
 from srppo.training.rollout import response_log_ratio
 
 VOCAB, EOS = 40, 0  # pad = EOS: nothing may look at ids

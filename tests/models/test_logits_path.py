@@ -15,7 +15,8 @@ from worlds import World, make_world
 import srppo.models.language_model
 from srppo.console import Console
 from srppo.errors import ModelError
-from srppo.models.language_model import Head, LanguageModel, ValueModel
+from srppo.models.language_model import Head, LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.stages.run import Pipeline, run_train
 
 

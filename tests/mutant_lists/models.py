@@ -21,7 +21,7 @@ MUTANTS = [
     ),
     Mutant(
         "models: values off by one",
-        "models/language_model.py",
+        "models/value_model.py",
         "body_hidden(self.body, inputs, self.precision)[:, -response_width - 1 : -1]",
         "body_hidden(self.body, inputs, self.precision)[:, -response_width:]",
         "models/test_language_model.py::test_the_critic_sees_the_state_before_each_token",
@@ -42,21 +42,21 @@ MUTANTS = [
     ),
     Mutant(
         "critic: shares the policy's weights",
-        "models/language_model.py",
+        "models/value_model.py",
         "copy.deepcopy(start.model.base_model)",
         "start.model.base_model",
         "models/test_language_model.py::test_the_critic_starts_at_zero_and_shares_nothing",
     ),
     Mutant(
         "critic: head not zero",
-        "models/language_model.py",
+        "models/value_model.py",
         "nn.init.zeros_(self.head.weight)",
         "nn.init.normal_(self.head.weight)",
         "models/test_language_model.py::test_the_critic_starts_at_zero_and_shares_nothing",
     ),
     Mutant(
         "models: 16-bit master weights",
-        "models/language_model.py",
+        "models/loading.py",
         "            dtype=torch.float32,\n",
         '            dtype="auto",\n',
         "models/test_language_model.py::test_a_bf16_checkpoint_is_loaded_as_fp32",
