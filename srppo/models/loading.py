@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -46,7 +48,20 @@ def resolve(spec: str) -> str:
     return spec
 
 
-hf_logging.disable_progress_bar()  # loading and saving print bars that would tear the live panel
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Within, loading and saving draw no bars, which would tear the live panel; then all is as it was."""
+    shown, hub_hidden = hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    with warnings.catch_warnings(action="ignore"):  # of a variable that decides instead (HF_HUB_DISABLE_PROGRESS_BARS)
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            if shown:
+                hf_logging.enable_progress_bar()
+            if hub_hidden:
+                disable_progress_bars()
 
 
 @contextmanager
@@ -54,7 +69,7 @@ def _one_line(what: str, spec: str) -> Iterator[None]:
     """Restate what from_pretrained raises in one line. Without a route to the hub a name is looked up in the cache."""
     names_the_hub = "/" in spec and not Path(spec).exists()
     try:
-        with offline_when_unreachable(constants) if names_the_hub else nullcontext():
+        with no_bars(), offline_when_unreachable(constants) if names_the_hub else nullcontext():
             yield
     except Exception as error:  # safetensors and tokenizers have errors of their own, down to plain Exception
         text = " ".join(str(error).split())
