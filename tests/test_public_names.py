@@ -52,8 +52,8 @@ def test_a_type_checker_sees_the_same_names() -> None:
 
 
 def test_a_name_that_is_not_there_is_told_with_those_that_are() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'train_dpo'; it exports .*train_ppo"):
-        srppo.train_dpo
+    with pytest.raises(AttributeError, match=r"no attribute .train_dpo.; it exports .*train_ppo"):
+        _ = srppo.train_dpo
     assert not hasattr(srppo, "__path_") and getattr(srppo, "nothing", 3) == 3
 
 
@@ -103,13 +103,13 @@ def settings():
             torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(),
             torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
             torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark,
-            backends.cudnn.deterministic, backends.cudnn.allow_tf32, backends.mkldnn.enabled, str(torch._tensor_str.PRINT_OPTS),
-            str(torch.get_default_device()), torch.is_anomaly_enabled(),
+            backends.cudnn.deterministic, backends.cudnn.allow_tf32, backends.mkldnn.enabled,
+            str(torch._tensor_str.PRINT_OPTS), str(torch.get_default_device()), torch.is_anomaly_enabled(),
             backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         ),
         "transformers": (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()),
         "hub": huggingface_hub.utils.are_progress_bars_disabled(),
-        "datasets": (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled(), datasets.is_caching_enabled()),
+        "datasets": (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()),
         "matplotlib": (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)),
         "directory": os.getcwd(),
     }}
