@@ -62,6 +62,11 @@ class LanguageModel(nn.Module):
         """Where the weights are."""
         return self.model.device
 
+    @property
+    def config(self) -> Any:
+        """The configuration of the text part, which a model of text and images nests in its own."""
+        return self.model.config.get_text_config()
+
     def response_logprobs(
         self,
         tokens_BS: Tensor,
@@ -161,23 +166,24 @@ def unflatten(x_N: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.zeros(mask_BT.shape, dtype=x_N.dtype, device=x_N.device).masked_scatter(mask_BT, x_N)
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def _switch_dropout_off(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, rate in list(vars(module).items()):  # attention keeps its rate as a number
             if "dropout" in name and isinstance(rate, float):
                 setattr(module, name, 0.0)
+    config = model.config.get_text_config()
     for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     model.eval()
 
 
 @torch.no_grad()
 def _find_head(lm: LanguageModel) -> Head:
     """Read scale and softcap from the config and prove them: our logits must equal the model's on left-padded input."""
-    config, model = lm.model.config, lm.model
+    config, model = lm.config, lm.model
     output = model.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         return Head(linear=False)

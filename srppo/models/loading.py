@@ -169,21 +169,22 @@ def fingerprint(spec: str, config: ModelConfig) -> str:
 
 
 def context_length(model: LanguageModel) -> int:
-    """Positions the model was made for."""
-    return _positions(model.model.config)
+    """Positions the model was made for; 2^20 where its configuration names none (ALiBi, recurrence)."""
+    return _positions(model.config)
 
 
 def _positions(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    named = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return int(next(filter(None, named), 1 << 20))
 
 
 def declared(spec: str) -> tuple[int, GenerationConfig]:
     """(context length, generation config) of a local model as its folder says, without its weights."""
     config = AutoConfig.from_pretrained(resolve(spec))
     try:
-        return _positions(config), GenerationConfig.from_pretrained(resolve(spec))
+        return _positions(config.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
     except OSError:  # there is no such file
-        return _positions(config), GenerationConfig.from_model_config(config)
+        return _positions(config.get_text_config()), GenerationConfig.from_model_config(config)
 
 
 def import_model(spec: str) -> None:
