@@ -22,6 +22,7 @@ import worlds
 from worlds import PARTS, Outcome, World, run_world
 
 import srppo.models.language_model
+import srppo.models.value_model
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
@@ -252,7 +253,8 @@ def largest_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             rows.append(len(inputs["input_ids"]))
         return original(body, inputs, precision)
 
-    monkeypatch.setattr(srppo.models.language_model, "body_hidden", counted)
+    for module in (srppo.models.language_model, srppo.models.value_model):
+        monkeypatch.setattr(module, "body_hidden", counted)
     return rows
 
 

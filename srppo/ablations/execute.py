@@ -9,7 +9,7 @@ from srppo.ablations.plan import Task
 from srppo.ablations.warm import Warm
 from srppo.console import Console
 from srppo.environment import environment
-from srppo.models.language_model import load_tokenizer
+from srppo.models.loading import load_tokenizer
 from srppo.record.store import Stage
 from srppo.stages.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
 from srppo.stages.run import Pipeline

@@ -23,7 +23,7 @@ from srppo.data.sources import files_of
 from srppo.environment import commit_of_source, package_versions
 from srppo.evaluation.development import load_items
 from srppo.kernels.native import compiler_version
-from srppo.models.language_model import declared, import_model, load_tokenizer, resolve
+from srppo.models.loading import declared, import_model, load_tokenizer, resolve
 
 MOST_BYTES = 1 << 24  # of data files: larger ones would keep the worker from its stages for long
 

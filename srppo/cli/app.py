@@ -274,7 +274,7 @@ def _train(
     if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with stopping_at_once():
-        from srppo.models.device import pick_device
+        from srppo.models.loading import pick_device
         from srppo.report.record import report_run
         from srppo.stages.run import Pipeline, run_sft, run_train  # torch comes with this
         from srppo.training.trackers import trackers

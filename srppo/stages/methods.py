@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from srppo.evaluation.development import Answer, Verdict, answer_flops, encode_items, verdict_of
-from srppo.models.language_model import check_same_vocabulary
-from srppo.models.pair import Pair
+from srppo.models.pair import Pair, check_same_vocabulary
 from srppo.record.store import Attempt, Stage
 from srppo.stages.extrapolation import check_decodable, choose_alpha, generate_decoded
 from srppo.stages.resampling import (

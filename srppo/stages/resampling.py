@@ -24,7 +24,8 @@ from srppo.analysis.samples import distinct, rewarded
 from srppo.config import RewardConfig, derive_seed
 from srppo.errors import ConfigError
 from srppo.evaluation.development import Answer, EvalItem, encode_items
-from srppo.models.language_model import LanguageModel, forward_flops
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair
 
 _ARRAYS, _TEXTS = "draws.npz", "answers.json.gz"

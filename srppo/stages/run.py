@@ -34,16 +34,9 @@ from srppo.evaluation.development import (
     load_items,
 )
 from srppo.models.export import export_model, model_card
-from srppo.models.language_model import (
-    LanguageModel,
-    check_same_tokens,
-    check_same_vocabulary,
-    context_length,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import context_length, fingerprint, load_model, load_tokenizer, resolve
+from srppo.models.pair import check_same_tokens, check_same_vocabulary
 from srppo.record.files import write_atomic
 from srppo.record.store import Attempt, Run, Stage
 from srppo.stages.base_answers import sample_texts

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from srppo.data.types import EncodedDemonstration
-from srppo.models.language_model import LanguageModel, forward_flops
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from srppo.config import PpoConfig, Recipe, derive_seed
 from srppo.errors import Diverged
-from srppo.models.language_model import LanguageModel, ValueModel, forward_flops
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.training.advantage import gae, rloo, whiten, whitening_std
 from srppo.training.batch import RolloutBatch
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr

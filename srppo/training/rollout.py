@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 
 from srppo.config import derive_seed
 from srppo.kernels import linear_logprob_diff, logprob_diff
-from srppo.models.language_model import LanguageModel, ValueModel, unflatten
+from srppo.models.language_model import LanguageModel, unflatten
+from srppo.models.value_model import ValueModel
 from srppo.training.batch import RolloutBatch, left_pad
 
 

@@ -30,7 +30,10 @@ from srppo.config import Recipe, RewardConfig, build_recipe, with_overrides
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError, RecordError
 from srppo.evaluation.development import Answer
-from srppo.models.language_model import LanguageModel, ValueModel, forward_flops, load_model
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import load_model
+from srppo.models.value_model import ValueModel
 from srppo.record.arms import METHODS, stages_by_arm
 from srppo.record.store import Stage, stage_id
 from srppo.stages.extrapolation import (

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import srppo.training.ppo
-from srppo.models.language_model import LanguageModel, ValueModel
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.training.batch import RolloutBatch, left_pad
 from srppo.training.losses import PolicyLoss, clipped_policy_loss
 from srppo.training.rollout import Generated, generate, micro_slices, prompt_schedule, score_logprobs, to_batch

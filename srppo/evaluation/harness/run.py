@@ -17,7 +17,7 @@ from srppo.evaluation.harness.session import Options, Session
 from srppo.evaluation.harness.targets import Target, find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
 from srppo.evaluation.results import SAMPLES, SUMMARY
-from srppo.models.language_model import check_weights
+from srppo.models.loading import check_weights
 from srppo.record.files import write_atomic
 from srppo.record.folder import check_place
 from srppo.record.json import plain, read_json

@@ -26,7 +26,7 @@ from srppo.evaluation.harness.scores import Row, figures, metric_names, not_scor
 from srppo.evaluation.harness.targets import Target
 from srppo.evaluation.harness.tasks import Loaded
 from srppo.evaluation.results import SUMMARY, read_result, write_result
-from srppo.models.language_model import fingerprint, load_model, load_tokenizer, resolve
+from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolve
 
 EPOCH = 2  # raised when the same request would get another response or score
 
