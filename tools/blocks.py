@@ -1,4 +1,4 @@
-"""Blocks of README.md and docs/ that a command's figures fill: `<!-- from: COMMAND -->`, the figures, `<!-- end -->`."""
+"""Blocks of README.md and docs/ that a command fills: `<!-- from: COMMAND -->`, its figures, `<!-- end -->`."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table of docs/kernels.md from benchmark rows: `python tools/kernel_table.py results/kernel-cpu.jsonl "COMMAND"`."""
+"""The table of docs/kernels.md from rows: `python tools/kernel_table.py results/kernel-cpu.jsonl "COMMAND"`."""
 
 import json
 import sys
