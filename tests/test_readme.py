@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -186,6 +189,27 @@ def test_every_block_of_figures_names_its_command(page: str) -> None:
         assert f"\nCommand: `{command}`.\n" in block, f"{page}: the block of {command} does not say so"
     outside = "".join([FROM.split(text)[0], *(after for _, _, after in blocks)])
     assert "![" not in outside, f"{page}: a picture stands in no block, so nothing says what made it"
+
+
+@pytest.mark.parametrize(("page", "decoding"), [("README.md", "greedy"), ("sweeps.md", "sampled")])
+def test_the_demos_table_is_that_of_its_rows(page: str, decoding: str) -> None:
+    """The means; intervals come from every answer, which the repository does not hold."""
+    found: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+    rows = [json.loads(line) for line in (ROOT / "results" / "demo-10-seeds.jsonl").read_text().splitlines()]
+    for row in sorted(rows, key=lambda row: row["which"]):  # kept, then last, where that is another step
+        if row["decoding"] == decoding:
+            ours = {"kept": ("SRPPO, best on dev", "SRPPO, last step"), "last": ("SRPPO, last step",)}[row["which"]]
+            for arm in ours if row["arm"] == "SRPPO" else (row["arm"],):
+                found[arm, row["group"]][row["seed"]] = row["accuracy"]
+    block = PAGES[page].partition("<!-- from: srppo demo --seeds 10 -->")[2].partition(END)[0]
+    header, _, *lines = [re.split(r" *\| *", line)[1:-1] for line in block.splitlines() if line.startswith("|")]
+    groups = [re.sub(r".*\((\w+)\)", r"\1", words) for words in header[1:]]
+    table = {(line[0], group): cell for line in lines for group, cell in zip(groups, line[1:], strict=True)}
+    measured = {place: cell for place, cell in table.items() if " minus " not in place[0]}
+    assert header[0] == decoding and measured.keys() == found.keys()
+    assert {place: cell.split()[0] for place, cell in measured.items()} == {
+        place: f"{mean(seeds.values()):.2f}" for place, seeds in found.items()
+    }
 
 
 @pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
