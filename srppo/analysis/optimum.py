@@ -1,7 +1,7 @@
 """The closed-form optimum of the KL-regularised objective, estimated from samples of pi_sft. Numbers only, no torch.
 
     objective    J(pi) = E_pi[r'] - beta KL(pi || pi_anchor)
-    optimum      pi* = pi_anchor exp(r'/beta) / Z = pi_sft w / Z          (design section 1)
+    optimum      pi* = pi_anchor exp(r'/beta) / Z = pi_sft w / Z          (docs/method.md)
     log w        = r'/beta                  anchor sft
                  = r'/beta - r              anchor base, r = log pi_sft - log pi_base; with r' = r: r (1/beta - 1)
     J(pi*)       = beta log Z,  Z = E_sft[w]

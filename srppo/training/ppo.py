@@ -6,7 +6,7 @@
     4. advantages by GAE, returns, whitening; or leave-one-out (ppo.advantage = "rloo"), which has no critic
     5. several passes of clipped policy and value updates
 
-Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (design section 1): beta of order 1, not
+Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (docs/method.md): beta of order 1, not
 the 0.01-0.05 usual with reward models.
 """
 

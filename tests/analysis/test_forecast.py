@@ -1,4 +1,4 @@
-"""The forecast against enumeration, where pi* and every expectation under it are exact (design section 1)."""
+"""The forecast against enumeration, where pi* and every expectation under it are exact (docs/method.md)."""
 
 from __future__ import annotations
 
