@@ -137,14 +137,14 @@ def work(
 ) -> None:
     """Run what is left, here."""
     from srppo.ablations.execute import execute  # torch comes with this
-    from srppo.ablations.local import Worker
+    from srppo.ablations.local import Worker, run_apart
     from srppo.ablations.warm import Warm
 
     warm = Warm(slots + 1)  # each slot may be at another seed, and one comes next
     watch = Watch(plan, ledger)
     table = LiveTable(plan, watch, console, slots)
     with table.shown():
-        Worker(
+        worker = Worker(
             plan.tasks,
             ledger,
             partial(execute, device=device, warm=warm),
@@ -154,7 +154,8 @@ def work(
             gpus=gpus,
             on_change=table,
             on_event=console.warn,
-        ).run()
+        )
+        run_apart(worker)
     console.say(table.summary())
 
 
