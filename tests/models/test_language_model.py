@@ -46,6 +46,7 @@ from srppo.models.language_model import (
     load_model,
     load_tokenizer,
 )
+from srppo.models.pair import load_pair
 from srppo.training.rollout import response_log_ratio
 
 VOCAB, EOS = 40, 0  # pad = EOS: nothing may look at ids
@@ -132,13 +133,13 @@ def own_logprobs(model: PreTrainedModel, prompt: list[int], answer: list[int], t
 def test_logprobs_are_the_models_own_under_ragged_padding(name: str, temperature: float) -> None:
     lm = make(name)
     tokens_BS, mask_BS, width, rows = ragged()
-    got = lm.response_logprobs(tokens_BS, mask_BS, width, temperature=temperature, with_entropy=True)
-    assert got.logprobs_N.dtype == torch.float32 and got.entropy_N is not None
+    got = lm.response_logprobs(tokens_BS, mask_BS, width, temperature=temperature)
+    assert got.dtype == torch.float32
     for i, (prompt, answer) in enumerate(rows):
         expected = own_logprobs(lm.model, prompt, answer, temperature)
-        torch.testing.assert_close(got.logprobs_N[i, : len(answer)], expected, atol=1e-5, rtol=0)
-        assert (got.logprobs_N[i, len(answer) :] == 0).all() and (got.entropy_N[i, len(answer) :] == 0).all()
-    assert float(got.logprobs_N.detach()[mask_BS[:, -width:]].std()) > 0.5  # or scale and cap could not show
+        torch.testing.assert_close(got[i, : len(answer)], expected, atol=1e-5, rtol=0)
+        assert (got[i, len(answer) :] == 0).all()
+    assert float(got.detach()[mask_BS[:, -width:]].std()) > 0.5  # or scale and cap could not show
 
 
 @pytest.mark.parametrize(
@@ -178,13 +179,69 @@ def test_an_unknown_head_is_noticed_and_its_own_logits_are_used() -> None:
     tokens_BS, mask_BS, width, rows = ragged()
     for parameter in model.parameters():
         parameter.grad = None
-    got = lm.response_logprobs(tokens_BS, mask_BS, width, with_entropy=True)
+    got = lm.response_logprobs(tokens_BS, mask_BS, width)
     for i, (prompt, answer) in enumerate(rows):
-        torch.testing.assert_close(
-            got.logprobs_N[i, : len(answer)], own_logprobs(model, prompt, answer), atol=1e-5, rtol=0
-        )
-    got.logprobs_N.sum().backward()
+        torch.testing.assert_close(got[i, : len(answer)], own_logprobs(model, prompt, answer), atol=1e-5, rtol=0)
+    got.sum().backward()
     assert model.lm_head.weight.grad is not None and model.lm_head.weight.grad.abs().sum() > 0
+
+
+class Louder(LlamaForCausalLM):
+    """A head whose config does not tell that it is 1% louder."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.01
+        return output
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def test_a_head_is_checked_by_the_size_of_its_logits(size: float) -> None:
+    """An absolute tolerance would let the small odd head pass, and call the plain large one odd."""
+    torch.manual_seed(0)
+    odd, plain = Louder(CONFIGS["llama"]()), LlamaForCausalLM(CONFIGS["llama"]())
+    for model in (odd, plain):
+        model.lm_head.weight.data.normal_(0, size)
+    assert not LanguageModel(odd).head.linear and LanguageModel(plain).head.linear
+
+
+@pytest.mark.parametrize("name", ["llama", "phi bias", "gemma2 softcap", "bf16", "odd"])
+def test_ids_beyond_the_tokenizer_are_in_no_softmax(name: str) -> None:
+    """A head with rows that the tokenizer has no ids for gives the log-probs of one without them."""
+    precision = "bf16" if name == "bf16" else "fp32"
+    lm = make("llama" if name in ("bf16", "odd") else name, precision=precision)
+    lm.vocab_size = VOCAB - 7
+    if name == "odd":
+        lm.head = Head(linear=False)
+    head = lm.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[VOCAB - 7 :] = 9 * torch.cat([head.weight[:4], -head.weight[:3]])  # they would take much of it
+        head.weight.copy_(head.weight.bfloat16().float())
+    tokens_BS, mask_BS, width, rows = ragged()
+    tokens_BS = tokens_BS.clamp(max=VOCAB - 8)
+    got_BT, moved = lm.response_logprobs(tokens_BS, mask_BS, width), 0.0
+    for i, (prompt, answer) in enumerate(rows):
+        prompt, answer = ([min(token, VOCAB - 8) for token in part] for part in (prompt, answer))
+        logits = lm.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        kept, whole = (
+            x.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0] for x in (logits[:, : VOCAB - 7], logits)
+        )
+        torch.testing.assert_close(got_BT[i, : len(answer)], kept, atol=0.1 if name == "bf16" else 1e-5, rtol=0)
+        moved = max(moved, float((kept - whole).detach().abs().max()))
+    assert moved > 0.2
+    same = response_log_ratio(lm, lm, tokens_BS, mask_BS, width)
+    torch.testing.assert_close(same.sft_logprobs_BT, got_BT.detach(), atol=1e-5, rtol=0)
+    got_BT.sum().backward()
+    assert not head.weight.grad[VOCAB - 7 :].any() and head.weight.grad[: VOCAB - 7].any()
+
+
+def test_the_size_of_a_vocabulary_is_the_tokenizers_where_the_head_has_more_rows(tmp_path: Path) -> None:
+    path = str(worlds.save_model(tmp_path, worlds.byte_llama(0, vocab=worlds.VOCAB + 30)))
+    tokenizer = load_tokenizer(path, ModelConfig())
+    assert load_model(path, ModelConfig(), vocab_size=len(tokenizer)).vocab_size == worlds.VOCAB
+    assert load_model(path, ModelConfig()).vocab_size == worlds.VOCAB + 30
+    pair = load_pair(sft=path, base=path)
+    assert pair.sft.vocab_size == pair.base.vocab_size == pair.load(path).vocab_size == worlds.VOCAB
 
 
 class Heedless(LlamaForCausalLM):
@@ -206,12 +263,12 @@ def test_a_model_that_is_wrong_under_left_padding_is_refused() -> None:
 def test_dropout_is_off_and_passes_repeat(name: str) -> None:
     lm = make(name)  # handed over in train() mode
     tokens_BS, mask_BS, width, _ = ragged()
-    first, second = (lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N for _ in range(2))
+    first, second = (lm.response_logprobs(tokens_BS, mask_BS, width) for _ in range(2))
     assert torch.equal(first, second)
     assert not any(module.training for module in lm.model.modules())
     lm.train()  # whoever does so by mistake gets no dropout either
     value = ValueModel(lm).train()
-    torch.testing.assert_close(lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N, first, atol=1e-6, rtol=0)
+    torch.testing.assert_close(lm.response_logprobs(tokens_BS, mask_BS, width), first, atol=1e-6, rtol=0)
     nn.init.normal_(value.head.weight)
     values = [value.response_values(tokens_BS, mask_BS, width) for _ in range(2)]
     assert torch.equal(*values) and values[0].abs().sum() > 0
@@ -234,7 +291,7 @@ def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: 
     monkeypatch.setattr(srppo.training.rollout, "linear_logprob_diff", look)
     after = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
     assert taken == {"sft": torch.float32, "base": torch.bfloat16}
-    direct = base.response_logprobs(tokens_BS, mask_BS, width).logprobs_N
+    direct = base.response_logprobs(tokens_BS, mask_BS, width)
     torch.testing.assert_close(after.base_logprobs_BT, direct, atol=1e-5, rtol=0)
     assert torch.equal(after.sft_logprobs_BT, before.sft_logprobs_BT) and not torch.equal(
         after.base_logprobs_BT, before.base_logprobs_BT
@@ -266,7 +323,7 @@ def test_bf16_stays_in_the_body(name: str) -> None:
     exact, lm = make(name), make(name, precision="bf16")
     got = lm.response_logprobs(tokens_BS, mask_BS, width)
     mask_BT = mask_BS[:, -width:]
-    got_N = got.logprobs_N[mask_BT]
+    got_N = got[mask_BT]
     assert got_N.dtype == torch.float32
     assert (got_N == got_N.bfloat16().float()).float().mean() < 0.2  # not on the grid of bf16
     hidden = lm.hidden(tokens_BS, mask_BS)[:, -width - 1 : -1][mask_BT].double()
@@ -279,14 +336,14 @@ def test_bf16_stays_in_the_body(name: str) -> None:
     torch.testing.assert_close(got_N.double(), from_hidden, atol=1e-5, rtol=0)
     rounded = logits.bfloat16().double().log_softmax(-1).gather(-1, tokens_N)[:, 0]
     assert (rounded - from_hidden).abs().max() > 1e-3  # what the line above would have shown of 16-bit logits
-    error = (got_N - exact.response_logprobs(tokens_BS, mask_BS, width).logprobs_N[mask_BT]).abs().max()
+    error = (got_N - exact.response_logprobs(tokens_BS, mask_BS, width)[mask_BT]).abs().max()
     assert 0 < error < 0.2
 
 
 def test_gradients_reach_every_weight_once() -> None:
     lm = make("llama")
     tokens_BS, mask_BS, width, rows = ragged()
-    lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N.sum().backward()
+    lm.response_logprobs(tokens_BS, mask_BS, width).sum().backward()
     ours = {name: weight.grad.clone() for name, weight in lm.model.named_parameters()}
     lm.model.zero_grad()
     for prompt, answer in rows:
@@ -305,10 +362,10 @@ def test_the_critic_starts_at_zero_and_shares_nothing() -> None:
     value = ValueModel(lm)
     values_BT = value.response_values(tokens_BS, mask_BS, width)
     assert values_BT.shape == (5, width) and values_BT.dtype == torch.float32 and (values_BT == 0).all()
-    before = lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N
+    before = lm.response_logprobs(tokens_BS, mask_BS, width)
     for weight in value.parameters():
         weight.data += 1.0
-    assert torch.equal(lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N, before)
+    assert torch.equal(lm.response_logprobs(tokens_BS, mask_BS, width), before)
 
 
 def test_the_critic_sees_the_state_before_each_token() -> None:
@@ -430,8 +487,8 @@ def test_an_export_loads_with_from_pretrained(where: str, kind: str, base: Path,
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens_BS = torch.tensor([[1, 2, 3, 4, 5]])
     mask_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
-    before = lm.response_logprobs(tokens_BS, mask_BS, 3).logprobs_N
-    assert torch.equal(LanguageModel(again).response_logprobs(tokens_BS, mask_BS, 3).logprobs_N, before)
+    before = lm.response_logprobs(tokens_BS, mask_BS, 3)
+    assert torch.equal(LanguageModel(again).response_logprobs(tokens_BS, mask_BS, 3), before)
     assert again.generation_config.eos_token_id == [worlds.EOS, 3]
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     loaded = AutoTokenizer.from_pretrained(tmp_path)
