@@ -121,8 +121,11 @@ def check_weights(spec: str, config: ModelConfig) -> None:
             raise ModelError(f"model {spec!r} is damaged: {file.name}: {error}; copy it again") from None
 
 
-def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> LanguageModel:
-    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line."""
+def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_size: int | None = None) -> LanguageModel:
+    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line.
+
+    vocab_size: of its tokenizer, where anything is to be sampled or scored (see LanguageModel).
+    """
     path = resolve(spec)
     _refuse_pickle(spec, Path(path), config)
     with _one_line("model", spec):
@@ -133,7 +136,7 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> Langua
             use_safetensors=None if config.allow_pickle else True,
         )
     model.to(torch.device(device))
-    return LanguageModel(model, precision=config.precision, kernels=config.kernels)
+    return LanguageModel(model, precision=config.precision, kernels=config.kernels, vocab_size=vocab_size)
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:

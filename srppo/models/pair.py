@@ -64,7 +64,7 @@ class Pair:
 
     def load(self, spec: str) -> LanguageModel:
         """A third model under the same settings, on the same device."""
-        return load_model(spec, self.recipe.model, device=str(self.sft.device))
+        return load_model(spec, self.recipe.model, device=str(self.sft.device), vocab_size=len(self.tokenizer))
 
 
 def load_pair(
@@ -97,7 +97,8 @@ def _load(recipe: Recipe, sft: str, device: str) -> Pair:
     tokenizer = load_tokenizer(sft, recipe.model)
     check_same_tokens(load_tokenizer(recipe.model.base, recipe.model), tokenizer)
     ensure_chat_template(tokenizer)
-    models = [load_model(spec, recipe.model, device=device) for spec in (sft, recipe.model.base)]
+    size = len(tokenizer)
+    models = [load_model(spec, recipe.model, device=device, vocab_size=size) for spec in (sft, recipe.model.base)]
     check_same_vocabulary(models[1].model, models[0].model)
     return Pair(models[0], models[1], tokenizer, recipe, sft, recipe.model.base)
 

@@ -244,7 +244,7 @@ class Pipeline:
 
     def load(self, spec: str) -> LanguageModel:
         """A model on this pipeline's device."""
-        model = load_model(spec, self.recipe.model, device=self.device)
+        model = load_model(spec, self.recipe.model, device=self.device, vocab_size=len(self.tokenizer))
         if not model.head.linear:
             self.console.warn(
                 f"the head of {type(model.model).__name__} is not linear, or does more than scale and softcap: whole "
