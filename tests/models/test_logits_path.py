@@ -17,15 +17,13 @@ from srppo.console import Console
 from srppo.errors import ModelError
 from srppo.models.language_model import Head, LanguageModel
 from srppo.models.value_model import ValueModel
-from srppo.stages.run import Pipeline, run_train
+from srppo.stages.run import prepare_run, run_stages
 
 
 def run(world: World, folder: Path) -> tuple[list[dict[str, Any]], str]:
     """(metrics of PPO's steps, what was printed)."""
     log = io.StringIO()
-    pipeline = Pipeline(world.recipe(), folder, Console(plain=True, file=log))
-    run_train(pipeline, baselines=False)
-    (ppo,) = [stage for stage in pipeline.run.stages() if stage.identity["kind"] == "ppo"]
+    ppo = run_stages(prepare_run(world.recipe(), ["ppo"], folder, Console(plain=True, file=log)))["ppo"]
     return [{k: v for k, v in row.items() if k != "timing"} for row in ppo.metrics()], log.getvalue()
 
 
