@@ -25,7 +25,7 @@ from srppo.models.language_model import Head, LanguageModel
 from srppo.models.loading import load_model, load_tokenizer
 from srppo.models.pair import load_pair
 from srppo.models.value_model import ValueModel
-from srppo.stages.run import Pipeline, run_train
+from srppo.stages.run import prepare_run, run_stages
 from srppo.training.rollout import response_log_ratio
 
 
@@ -263,9 +263,7 @@ def test_gradients_reach_every_weight_once() -> None:
 def run(world: World, folder: Path) -> tuple[list[dict[str, Any]], str]:
     """(metrics of PPO's steps, what was printed)."""
     log = io.StringIO()
-    pipeline = Pipeline(world.recipe(), folder, Console(plain=True, file=log))
-    run_train(pipeline, baselines=False)
-    (ppo,) = [stage for stage in pipeline.run.stages() if stage.identity["kind"] == "ppo"]
+    ppo = run_stages(prepare_run(world.recipe(), ["ppo"], folder, Console(plain=True, file=log)))["ppo"]
     return [{k: v for k, v in row.items() if k != "timing"} for row in ppo.metrics()], log.getvalue()
 
 
