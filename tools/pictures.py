@@ -13,11 +13,11 @@ from rich.console import Console
 
 from srppo.console import Console as SrppoConsole
 from srppo.console import StageView
-from srppo.record.arms import stages_by_arm
 from srppo.record.store import Run
 from srppo.report.accuracy import PAIRS, arms_of_run, differences_of_run
 from srppo.report.figures import INTERVAL, estimate_text, group_words, groups_of
 from srppo.report.terminal import arms_table, differences_table
+from srppo.stages.arms import stages_by_arm
 
 
 def terminal_picture(run: Run, command: str, path: Path) -> None:

@@ -81,6 +81,7 @@ def evaluate(
     from srppo.console import Console
     from srppo.evaluation.harness.run import evaluate_command
     from srppo.models.loading import pick_device
+    from srppo.stages.arms import stages_by_arm
 
     evaluate_command(
         model,
@@ -102,6 +103,7 @@ def evaluate(
         system=system,
         cluster=cluster,
         console=Console(),
+        arms=stages_by_arm,
     )
 
 

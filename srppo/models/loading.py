@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,11 @@ def check_weights(spec: str, config: ModelConfig) -> None:
             raise ModelError(f"model {spec!r} is damaged: {file.name}: {error}; copy it again") from None
 
 
-def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> LanguageModel:
-    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line."""
+def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_size: int | None = None) -> LanguageModel:
+    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line.
+
+    vocab_size: of its tokenizer, where anything is to be sampled or scored (see LanguageModel).
+    """
     path = resolve(spec)
     _refuse_pickle(spec, Path(path), config)
     with _one_line("model", spec):
@@ -133,7 +137,7 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> Langua
             use_safetensors=None if config.allow_pickle else True,
         )
     model.to(torch.device(device))
-    return LanguageModel(model, precision=config.precision, kernels=config.kernels)
+    return LanguageModel(model, precision=config.precision, kernels=config.kernels, vocab_size=vocab_size)
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -156,16 +160,22 @@ def fingerprint(spec: str, config: ModelConfig) -> str:
     path = Path(resolve(spec))
     if path.is_dir():
         patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer*.json", "chat_template.jinja")
-        files = sorted({file for pattern in patterns for file in path.glob(pattern)})
         digest = hashlib.sha256()
-        for file in files:
+        for file in sorted({file for pattern in patterns for file in path.glob(pattern)}):
             digest.update(f"{file.name}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            stat = file.stat()
+            digest.update(_file_sha(file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         return digest.hexdigest()
     with _one_line("model", spec):
         hub_config: Any = AutoConfig.from_pretrained(spec, trust_remote_code=config.trust_remote_code)
     return f"{spec}@{getattr(hub_config, '_commit_hash', None)}"
+
+
+@lru_cache(maxsize=1024)
+def _file_sha(file: Path, *stamp: int) -> bytes:
+    """Read once a process while nothing of its stamp (inode, size, times) changes: the seeds of a run share models."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def context_length(model: LanguageModel) -> int:
@@ -178,13 +188,14 @@ def _positions(config: Any) -> int:
     return int(next(filter(None, named), 1 << 20))
 
 
-def declared(spec: str) -> tuple[int, GenerationConfig]:
-    """(context length, generation config) of a local model as its folder says, without its weights."""
-    config = AutoConfig.from_pretrained(resolve(spec))
+def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
+    """(context length, generation config) as a model itself says, without its weights. Raises ModelError."""
+    with _one_line("model", spec):
+        said: Any = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=config.trust_remote_code)
     try:
-        return _positions(config.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
+        return _positions(said.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
     except OSError:  # there is no such file
-        return _positions(config.get_text_config()), GenerationConfig.from_model_config(config)
+        return _positions(said.get_text_config()), GenerationConfig.from_model_config(said)
 
 
 def import_model(spec: str) -> None:

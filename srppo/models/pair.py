@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srppo.config import Recipe, build_recipe, resolved
+from srppo.config import ModelConfig, Recipe, build_recipe, resolved
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.errors import ModelError, RecordError, UserError
 from srppo.models.language_model import LanguageModel
@@ -64,7 +64,7 @@ class Pair:
 
     def load(self, spec: str) -> LanguageModel:
         """A third model under the same settings, on the same device."""
-        return load_model(spec, self.recipe.model, device=str(self.sft.device))
+        return load_model(spec, self.recipe.model, device=str(self.sft.device), vocab_size=len(self.tokenizer))
 
 
 def load_pair(
@@ -94,12 +94,27 @@ def load_pair(
 
 
 def _load(recipe: Recipe, sft: str, device: str) -> Pair:
-    tokenizer = load_tokenizer(sft, recipe.model)
-    check_same_tokens(load_tokenizer(recipe.model.base, recipe.model), tokenizer)
+    tokenizer, base, policy = load_models(recipe.model, sft, device)
     ensure_chat_template(tokenizer)
-    models = [load_model(spec, recipe.model, device=device) for spec in (sft, recipe.model.base)]
-    check_same_vocabulary(models[1].model, models[0].model)
-    return Pair(models[0], models[1], tokenizer, recipe, sft, recipe.model.base)
+    assert policy is not None
+    return Pair(policy, base, tokenizer, recipe, sft, recipe.model.base)
+
+
+def load_models(
+    config: ModelConfig, sft: str | None, device: str
+) -> tuple[PreTrainedTokenizerBase, LanguageModel, LanguageModel | None]:
+    """(tokenizer, base, SFT model, None where there is none yet); the tokenizer is the SFT model's, whose template it
+    knows, else the base's. Raises ModelError for two models that do not have the same tokens."""
+    tokenizer = load_tokenizer(sft or config.base, config)
+    if sft is not None:
+        check_same_tokens(load_tokenizer(config.base, config), tokenizer)
+    size = len(tokenizer)
+    base = load_model(config.base, config, device=device, vocab_size=size)
+    if sft is None:
+        return tokenizer, base, None
+    policy = load_model(sft, config, device=device, vocab_size=size)
+    check_same_vocabulary(base.model, policy.model)
+    return tokenizer, base, policy
 
 
 def _newest() -> Path:

@@ -44,8 +44,8 @@ def test_an_export_loads_with_from_pretrained(where: str, kind: str, base: Path,
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens_BS = torch.tensor([[1, 2, 3, 4, 5]])
     mask_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
-    before = lm.response_logprobs(tokens_BS, mask_BS, 3).logprobs_N
-    assert torch.equal(LanguageModel(again).response_logprobs(tokens_BS, mask_BS, 3).logprobs_N, before)
+    before = lm.response_logprobs(tokens_BS, mask_BS, 3)
+    assert torch.equal(LanguageModel(again).response_logprobs(tokens_BS, mask_BS, 3), before)
     assert again.generation_config.eos_token_id == [worlds.EOS, 3]
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     loaded = AutoTokenizer.from_pretrained(tmp_path)

@@ -20,10 +20,10 @@ def test_the_critic_starts_at_zero_and_shares_nothing() -> None:
     value = ValueModel(lm)
     values_BT = value.response_values(tokens_BS, mask_BS, width)
     assert values_BT.shape == (5, width) and values_BT.dtype == torch.float32 and (values_BT == 0).all()
-    before = lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N
+    before = lm.response_logprobs(tokens_BS, mask_BS, width)
     for weight in value.parameters():
         weight.data += 1.0
-    assert torch.equal(lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N, before)
+    assert torch.equal(lm.response_logprobs(tokens_BS, mask_BS, width), before)
 
 
 def test_the_critic_sees_the_state_before_each_token() -> None:

@@ -73,7 +73,7 @@ class Session:
             )
         ensure_chat_template(tokenizer)
         lm = HarnessModel(
-            self._loader(target),
+            self._loader(target, len(tokenizer)),
             tokenizer,
             _context(target, tokenizer),
             seed=options.seed,
@@ -114,8 +114,8 @@ class Session:
             )
         return self.prepared[place]
 
-    def _loader(self, target: Target) -> Callable[[], Any]:
-        return lambda: load_model(target.spec, target.config, device=self.device)
+    def _loader(self, target: Target, vocab_size: int) -> Callable[[], Any]:
+        return lambda: load_model(target.spec, target.config, device=self.device, vocab_size=vocab_size)
 
     def evaluate(self, target: Target, lm: HarnessModel, prepared: Prepared) -> Path:
         """The folder with the result of one task: found, shared with an arm of the same weights, or made."""
