@@ -1,48 +1,37 @@
-"""The commands of sweeps: ablate and worker. Registered in cli.py."""
+"""The commands of sweeps: ablate and worker."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
+
+from srppo.cli.options import Debug, Device, Plain, Recipe, RunFolder, Sets
+
+Slots = Annotated[int | None, Option(min=1, help="Stages at once. (default: cores, or GPUs)")]
+Timeout = Annotated[float | None, Option(min=1, help="Seconds a stage may take. (default: ten times the estimate)")]
 
 SMALL = ["model.base=embedded:xs", "ppo.steps=10", "eval.samples=1"]
 """Of the embedded world, for sweeps: the smallest base that shows the effect, and the steps that bring most of it."""
-
-Slots = Annotated[
-    int | None, typer.Option("--slots", min=1, help="Stages at once. (default: cores, or GPUs)", show_default=False)
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: ten times the estimate)"),
-]
-Retry = Annotated[bool, typer.Option("--retry", help="Try again what was given up.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
-Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def ablate(
     name: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="NAME",
             help="data-size, noise, model-scale, reward, kl, overlap, prompts, method, or grid (with --axis).",
         ),
     ],
-    recipe: Annotated[
-        Path | None, typer.Argument(help="TOML recipe; without one the embedded world is used.", show_default=False)
-    ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe (repeatable).")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds. (default: 10; --quick: 3)")] = None,
-    sizes: Annotated[str | None, typer.Option(metavar="A,B", help="data-size: demonstrations.")] = None,
-    rates: Annotated[str | None, typer.Option(metavar="A,B", help="noise: shares of noised rows.")] = None,
+    recipe: Recipe = None,
+    sets: Sets = None,
+    seeds: Annotated[int | None, Option(min=1, help="Training seeds. (default: 10; --quick: 3)")] = None,
+    sizes: Annotated[str | None, Option(metavar="A,B", help="data-size: demonstrations.")] = None,
+    rates: Annotated[str | None, Option(metavar="A,B", help="noise: shares of noised rows.")] = None,
     axis: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="KEY=V1,V2",
             help="Values of an axis, instead of the sweep's own: data.size | data.noise, data.noise_rate | "
             "model.base | reward.anchor, reward.beta, ppo.steps (kl) | data.overlap_share | data.prompts_size, "
@@ -51,35 +40,33 @@ def ablate(
     ] = None,
     arms: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="A,B",
             help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, resampling, best-of-n, "
             "RLOO, SRPPO. (default: SFT,SRPPO)",
         ),
     ] = None,
     primary: Annotated[
-        str | None, typer.Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy)")
+        str | None, Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy)")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A look within ten minutes on two cores.")] = False,
-    engine: Annotated[str, typer.Option(help="local, ray, or slurm.")] = "local",
+    quick: Annotated[bool, Option("--quick", help="A look within ten minutes on two cores.")] = False,
+    engine: Annotated[str, Option(help="local, ray, or slurm.")] = "local",
     slots: Slots = None,
     timeout: Timeout = None,
-    retry: Retry = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be run, and stop.")] = False,
+    retry: Annotated[bool, Option("--retry", help="Try again what was given up.")] = False,
+    plan: Annotated[bool, Option("--plan", help="Say what would be run, and stop.")] = False,
     device: Device = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder. (default: runs/<name>-<id>)")
-    ] = None,
+    out: RunFolder = None,
     plain: Plain = False,
     debug: Debug = False,
 ) -> None:
-    """Sweep one question: cells with seeds, paired tests fixed beforehand, resume, and a report."""
+    """Sweep one question over seeds, with tests fixed beforehand. It goes on where it stopped, and ends in a report."""
     from srppo.ablations.options import read_options
     from srppo.ablations.run import Launch, ablate_command, load_sweep, raise_if_lost
     from srppo.config import load_recipe
     from srppo.console import Console
 
-    console = Console(plain=True if plain else None)
+    console = Console(plain=plain or None)
     own = any(text.partition("=")[0].strip() in ("model.base", "data.demonstrations") for text in sets or [])
     defaults = SMALL if recipe is None and not own else []
     options = read_options(
@@ -103,12 +90,9 @@ def ablate(
 
 
 def worker(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
     slots: Slots = None,
-    timeout: Annotated[
-        float | None,
-        typer.Option("--timeout", min=1, help="Seconds a stage may take. (default: as the sweep was begun)"),
-    ] = None,
+    timeout: Timeout = None,
     device: Device = "auto",
     plain: Plain = False,
     debug: Debug = False,
@@ -117,4 +101,4 @@ def worker(
     from srppo.ablations.run import Launch, work_command
     from srppo.console import Console
 
-    work_command(folder, Launch(slots=slots, timeout_s=timeout, device=device), Console(plain=True if plain else None))
+    work_command(folder, Launch(slots=slots, timeout_s=timeout, device=device), Console(plain=plain or None))

@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -552,7 +553,13 @@ def test_a_second_stop_does_not_wait(tmp_path):
     worker = start(tmp_path, [task("a", "deaf")], grace_s=1e9)
     pid = begun(tmp_path, "a")
     until(lambda: diary(tmp_path, "deaf"))
-    until(lambda: os.kill(worker.pid, signal.SIGINT) or time.sleep(0.05) or worker.exitcode is not None)
+
+    def stopped() -> bool:
+        with suppress(ProcessLookupError):  # it has ended since the last look
+            os.kill(worker.pid, signal.SIGINT)
+        return worker.exitcode is not None
+
+    until(stopped)
     assert end(worker) == 130 and dead(pid)
 
 

@@ -1,0 +1,154 @@
+"""The commands that train: demo, sft, train."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from srppo.cli.options import Debug, Device, Plain, Recipe, RunFolder, Sets
+from srppo.errors import Diverged
+
+if TYPE_CHECKING:
+    from srppo.config import Recipe as LoadedRecipe
+    from srppo.stages.run import PreparedRun
+
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+
+Track = Annotated[list[str] | None, Option("--track", metavar="NAME", help="tensorboard or wandb (repeatable).")]
+
+
+def demo(
+    out: RunFolder = None,
+    sets: Sets = None,
+    seeds: Annotated[int, Option(min=1, help="Training seeds; intervals then cover seeds and items.")] = 1,
+    build: Annotated[bool, Option("--build", help="Rebuild the embedded world from nothing, into --out.")] = False,
+    plain: Plain = False,
+    debug: Debug = False,
+) -> None:
+    """The whole method on the embedded world, told in a report. Base, SFT, longer SFT and SRPPO, and their table."""
+    if build:
+        from srppo.record.folder import check_place
+        from srppo.world.build import build as build_world
+
+        folder = out or Path("runs/world")
+        check_place(folder)
+        build_world(folder)
+        typer.echo(f"world rebuilt in {folder}")
+        return
+    from srppo.config import load_recipe
+
+    kinds = ["base", "ppo", "longer-sft"]
+    with _runs(load_recipe(None, sets or []), kinds, "demo", out, "cpu", [], plain, seeds) as runs:
+        from srppo.stages.run import run_stages
+
+        for run in runs:
+            run_stages(run)
+
+
+def sft(
+    recipe: Recipe = None,
+    sets: Sets = None,
+    out: RunFolder = None,
+    device: Device = "auto",
+    track: Track = None,
+    plain: Plain = False,
+    debug: Debug = False,
+) -> None:
+    """Stage 1 alone: fine-tune the base on demonstrations."""
+    from srppo.config import load_recipe
+
+    loaded = load_recipe(recipe, sets or [], ppo=False)
+    with _runs(loaded, ["base", "sft"], recipe, out, device, track or [], plain) as runs:
+        from srppo.stages.run import run_stages
+
+        for run in runs:
+            run_stages(run)
+
+
+def train(
+    recipe: Recipe = None,
+    sets: Sets = None,
+    out: RunFolder = None,
+    baselines: Annotated[bool, Option("--baselines/--no-baselines", help="Also SFT for the same compute.")] = False,
+    device: Device = "auto",
+    track: Track = None,
+    plain: Plain = False,
+    debug: Debug = False,
+) -> None:
+    """SFT, unless it is given, then PPO with the coherent reward. The same command resumes a stopped run."""
+    from srppo.config import load_recipe
+
+    kinds = ["base", "ppo", *(["longer-sft"] if baselines else [])]
+    with _runs(load_recipe(recipe, sets or []), kinds, recipe, out, device, track or [], plain) as runs:
+        from srppo.stages.run import run_stages
+
+        for run in runs:
+            run_stages(run)
+
+
+@contextmanager
+def _runs(
+    recipe: LoadedRecipe,
+    kinds: list[str],
+    given: Path | str | None,
+    out: Path | None,
+    device: str,
+    track: list[str],
+    plain: bool,
+    seeds: int = 1,
+) -> Iterator[Iterator[PreparedRun]]:
+    """The runs of a recipe, one a training seed, each prepared when its turn comes; then the report on their folder.
+
+    Where a stage fails there is a report too, of what there is and with the reason; main prints the error.
+    """
+    from srppo.config import is_embedded, recipe_id, with_overrides
+    from srppo.console import Console
+    from srppo.environment import environment
+    from srppo.record.folder import check_place
+
+    name, several = Path(given or "embedded").stem, f"-{seeds}-seeds" if seeds > 1 else ""
+    folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"
+    console = Console(plain=plain or None)
+    console.say(f"run folder: {folder}")
+    check_place(folder)
+    if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with stopping_at_once():
+        from srppo.models.loading import pick_device
+        from srppo.report.record import report_run
+        from srppo.stages.run import prepare_run  # torch comes with this
+
+    recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
+    options: dict[str, Any] = {
+        "device": pick_device(device),
+        "environment": environment(),
+        "seeds": [one.seed for one in recipes],
+    }
+    try:
+        yield (prepare_run(one, kinds, folder, console, track=track, **options) for one in recipes)
+    except Diverged:
+        report_run(folder, console)
+        raise
+    report_run(folder, console)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process here and now: while modules load, an exception may be swallowed by a half-loaded one."""
+
+    def stop(signum: int, frame: object) -> None:
+        os.write(2, f"{INTERRUPTED}\n".encode())
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
