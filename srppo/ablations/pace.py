@@ -91,7 +91,8 @@ def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:
-    from srppo.evaluation.development import Development, answer_items, load_items
+    from srppo.evaluation.development import Development, answer_items
+    from srppo.evaluation.items import load_items
     from srppo.stages.run import Pipeline
     from srppo.training.loop import Workbench
     from srppo.training.ppo import train_ppo

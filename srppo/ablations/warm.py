@@ -21,7 +21,7 @@ from srppo.data.memo import Memo, stamps
 from srppo.data.prepare import asks_base, ensure_chat_template, prepare
 from srppo.data.sources import files_of
 from srppo.environment import commit_of_source, package_versions
-from srppo.evaluation.development import load_items
+from srppo.evaluation.items import load_items
 from srppo.kernels.native import compiler_version
 from srppo.models.language_model import declared, import_model, load_tokenizer, resolve
 

@@ -26,13 +26,12 @@ from srppo.data.prepare import PreparedData, ensure_chat_template, prepare, stop
 from srppo.errors import ConfigError, Diverged, RecordError, RunError
 from srppo.evaluation.development import (
     Development,
-    EvalItem,
     Verdict,
     accuracy_by_group,
     answer_items,
     answer_nll,
-    load_items,
 )
+from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.language_model import (
     LanguageModel,
@@ -53,6 +52,7 @@ from srppo.training.loop import Session, Tracker, Workbench, load_weights
 from srppo.training.ppo import train_ppo
 from srppo.training.rollout import Generated, generate
 from srppo.training.sft import train_sft
+from srppo.world.items import Item
 
 Figures = dict[str, Any]
 UNTRAINED: Figures = {"kept_step": 0, "steps": 0, "flops": 0}
@@ -347,7 +347,7 @@ class Pipeline:
         items, stops = self.test_items(), self.stop_ids
         return answer_items(model, self.tokenizer, items, self.recipe, samples=samples, stops=stops, decode=decode)
 
-    def test_items(self) -> list[EvalItem]:
+    def test_items(self) -> list[Item]:
         """The test items, which a method without a model of its own cannot do without."""
         items = load_items(self.recipe, "test")
         if not items:
