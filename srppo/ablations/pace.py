@@ -108,7 +108,8 @@ def _answer(pipe: Connection, recipe: Recipe, device: str) -> None:
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:
-    from srppo.evaluation.development import Development, answer_items, load_items
+    from srppo.evaluation.development import Development, answer_items
+    from srppo.evaluation.items import load_items
     from srppo.stages.run import prepare_run
     from srppo.training.loop import Workbench
     from srppo.training.ppo import train_ppo
