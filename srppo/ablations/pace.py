@@ -55,7 +55,7 @@ def check_data(tasks: Iterable[Task]) -> None:
         check([task.kind], task.recipe)
         recipe = resolved(task.recipe)
         tree = recipe.model_dump(mode="json")
-        choice = canonical_json([tree["data"], tree["model"], recipe.rollout.max_new_tokens])
+        choice = canonical_json([tree["data"], tree["model"], recipe.rollout.max_new_tokens, recipe.eval.items])
         by_data.setdefault(choice, (recipe, set()))[1].add(task.kind)
     for recipe, kinds in by_data.values():
         config, data = recipe.model, recipe.data
