@@ -37,7 +37,6 @@ def execute(
         needs_prompts=task.kind in ("ppo", "longer-sft"),
         shared=ledger.run,
         on_stage=link,
-        memo=warm.memo if warm else None,
         tokenizer_of=warm.tokenizer if warm else load_tokenizer,
     )
     STAGES[task.kind](pipeline, task)

@@ -15,31 +15,24 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from srppo.ablations.plan import Task
-from srppo.config import ModelConfig, Recipe, resolved, with_overrides
-from srppo.data.chat import stop_ids
-from srppo.data.memo import Memo, stamps
-from srppo.data.prepare import asks_base, ensure_chat_template, prepare
-from srppo.data.sources import files_of
+from srppo.config import ModelConfig, Recipe, canonical_json, resolved
 from srppo.environment import commit_of_source, package_versions
 from srppo.evaluation.development import load_items
 from srppo.kernels.native import compiler_version
-from srppo.models.language_model import declared, import_model, load_tokenizer, resolve
-
-MOST_BYTES = 1 << 24  # of data files: larger ones would keep the worker from its stages for long
+from srppo.models.language_model import import_model, load_tokenizer, resolve
 
 
 class Warm:
-    """Tokenizers and data of the `seeds` seeds that ran last. `before` is for the worker, the rest for its stages."""
+    """Tokenizers, by their files. `before` is for the worker, the rest for its stages."""
 
     def __init__(self, seeds: int) -> None:
-        self.memo = Memo(seeds)
         self._tokenizers: dict[Hashable, PreTrainedTokenizerBase] = {}
 
     def before(self, task: Task) -> None:
         """Make ready for a task that is about to be forked. Never raises."""
         if os.environ.get("TOKENIZERS_PARALLELISM") != "false":
             return  # encoding would start threads
-        for make in (self._facts, self._model, self._data):
+        for make in (self._facts, self._model):
             with suppress(Exception):
                 make(resolved(task.recipe))
 
@@ -48,7 +41,11 @@ class Warm:
         folder = Path(resolve(spec))
         if config.trust_remote_code or not folder.is_dir():
             return load_tokenizer(spec, config)
-        key = stamps(sorted(path for path in folder.iterdir() if path.is_file()))
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        files += [Path(config.chat_template)] if config.chat_template else []
+        found = [(path, path.stat()) for path in files]
+        stamps = tuple((str(p), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in found)
+        key = (stamps, spec in (config.base, config.sft), canonical_json(config.template_kwargs))
         if key not in self._tokenizers:
             self._tokenizers[key] = load_tokenizer(spec, config)
         return self._tokenizers[key]
@@ -64,38 +61,10 @@ class Warm:
     def _model(self, recipe: Recipe) -> None:
         if _is_plain(recipe.model.base, recipe.model):
             import_model(recipe.model.base)
-
-    def _data(self, recipe: Recipe) -> None:
-        config, sft = recipe.model, recipe.model.sft or recipe.model.base
-        if not all(_is_plain(spec, config) for spec in (config.base, sft)) or not _is_small(recipe):
-            return
-        tokenizer = self.tokenizer(sft, config)
-        given = ensure_chat_template(tokenizer)
-        try:
-            if asks_base(recipe.data):
-                recipe = with_overrides(recipe, {"data.noise": "none", "data.noise_rate": 0.0})
-            prepare(
-                recipe.data,
-                tokenizer,
-                recipe.seed,
-                declared(config.base)[0],
-                max_new_tokens=recipe.rollout.max_new_tokens,
-                stop=stop_ids(tokenizer, declared(sft)[1]),
-                memo=self.memo,
-            )
-        finally:
-            if given:
-                tokenizer.chat_template = None  # the stage gives it, and says so
+        if _is_plain(recipe.model.sft or recipe.model.base, recipe.model):
+            self.tokenizer(recipe.model.sft or recipe.model.base, recipe.model)
 
 
 def _is_plain(spec: str, config: ModelConfig) -> bool:
     """Whether a model is a folder here, without code of its own."""
     return not config.trust_remote_code and Path(resolve(spec)).is_dir()
-
-
-def _is_small(recipe: Recipe) -> bool:
-    """Whether the data are the embedded world's, or files of text that are soon read."""
-    files = [files_of(source) for source in (*recipe.data.demonstrations, *recipe.data.prompts)]
-    known = [file for each in files if each is not None for file in each]
-    text = all(".parquet" not in file.suffixes for file in known)
-    return None not in files and text and sum(file.stat().st_size for file in known) <= MOST_BYTES

@@ -13,7 +13,7 @@ import torch
 from srppo.config import derive_seed, resolved
 from srppo.console import Console
 from srppo.data.chat import encode_prompt
-from srppo.data.formats import load_prompts
+from srppo.data.rows import load_prompts
 from srppo.data.types import Message, Prompt
 from srppo.errors import DataError, UserError
 from srppo.evaluation.development import load_items

@@ -5,9 +5,11 @@ Data, items and models enter by their content, which the pipeline adds; so paths
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 from srppo.config import Recipe
+from srppo.data.chat import template_text
 
 SECTIONS = {
     "base": (),
@@ -27,7 +29,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """The single keys that a kind of stage reads which trains nothing: what PPO is compared with beside longer SFT."""
 _ADDED: dict[str, dict[str, Any]] = {
-    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None},
+    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last"},
     "sft": {"steps": None},
     "rollout": {"per_prompt": 1},
     "ppo": {"advantage": "gae"},
@@ -57,6 +59,10 @@ def stage_settings(recipe: Recipe, kind: str) -> dict[str, Any]:
         "eval": {k: v for k, v in dump["eval"].items() if k not in ("every", "items")},
         "max_new_tokens": dump["rollout"]["max_new_tokens"],
     }
+    if recipe.model.chat_template is not None:  # its content, wherever it lies
+        settings["chat_template"] = sha256(template_text(recipe.model.chat_template).encode()).hexdigest()
+    if recipe.model.template_kwargs:
+        settings["template_kwargs"] = dump["model"]["template_kwargs"]
     for section, keys in METHODS.get(kind, {}).items():
         settings[section] = {key: dump[section][key] for key in keys}
     return settings | ({"every": recipe.eval.every} if prompts else {})

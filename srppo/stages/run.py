@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig, Recipe, canonical_json, recipe_warnings, resolved
 from srppo.console import Console
-from srppo.data.memo import Memo
-from srppo.data.prepare import PreparedData, ensure_chat_template, prepare, stop_ids
+from srppo.data.chat import ensure_chat_template, stop_ids
+from srppo.data.prepare import PreparedData, prepare
 from srppo.errors import ConfigError, Diverged, RecordError, RunError
 from srppo.evaluation.development import (
     Development,
@@ -63,7 +63,7 @@ class Pipeline:
     """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage.
 
     `seeds`, where several pipelines share the folder, lists the seeds of all of them. `shared`: the open record of a
-    sweep, where pipelines of many recipes meet; `on_stage` hears of each stage before it runs. `memo` and
+    sweep, where pipelines of many recipes meet; `on_stage` hears of each stage before it runs.
     `tokenizer_of`: what the worker of a sweep keeps for all its stages.
     """
 
@@ -77,7 +77,6 @@ class Pipeline:
     make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
     shared: Run | None = None
     on_stage: Callable[[Stage], None] = lambda stage: None
-    memo: Memo | None = None
     tokenizer_of: Callable[[str, ModelConfig], PreTrainedTokenizerBase] = load_tokenizer
 
     def __post_init__(self) -> None:
@@ -92,7 +91,6 @@ class Pipeline:
             max_new_tokens=self.recipe.rollout.max_new_tokens,
             stop=self.stop_ids,
             sample=partial(sample_texts, self.base, self.tokenizer, self.stop_ids, self.recipe.rollout.max_new_tokens),
-            memo=self.memo,
         )
         for line in self.data.report.lines():
             self.console.say(line)
