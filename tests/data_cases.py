@@ -30,7 +30,7 @@ def make_tokenizer(*, bos: bool = False, pad_is_eos: bool = False) -> PreTrained
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<eos>", "<pad>", "<bos>", "<|im_start|>", "<|im_end|>"]
+    special = ["<eos>", "<pad>", "<bos>", "<|im_start|>", "<|im_end|>", "<|user|>"]
     text = ["Q: reverse sun cat\nA: cat sun", "Q: what is it?\nA: it is a cat.", "\n\n the answer"] * 30
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
