@@ -26,7 +26,7 @@ from srppo.ablations.ledger import Ledger
 from srppo.ablations.local import Worker
 from srppo.ablations.warm import Warm
 from srppo.record.store import Run
-from test_warm import plan_of
+from tests.ablations.test_warm import plan_of
 
 warm = Warm(1)
 

@@ -6,6 +6,20 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "items: the split of a row by its line",
+        "evaluation/items.py",
+        '"test" if number % 2 else "dev")',
+        '"dev" if int(place.rpartition(":")[2]) % 2 else "test")',
+        "evaluation/test_items.py::test_the_split_counts_rows_not_lines",
+    ),
+    Mutant(
+        "items: the order before the mark",
+        "evaluation/items.py",
+        'row.get("split", split)',
+        "split",
+        "evaluation/test_items.py::test_marks_decide_before_the_order_and_columns_have_defaults",
+    ),
+    Mutant(
         "comparison: p_holm <= alpha and (interval.low > 0 or",
         "evaluation/comparison.py",
         "p_holm <= alpha and (interval.low > 0 or interval.high < 0)",
@@ -224,10 +238,10 @@ MUTANTS = [
     ),
     Mutant(
         "eval: time left counts the reading of prompts as writing",
-        "evaluation/harness/progress.py",
+        "evaluation/meter.py",
         "        if not self._start:",
         "        if False:",
-        "evaluation/harness/test_progress.py::test_time_left_before_the_first_batch_is_a_bound_from_the_tokens_after_the_first",
+        "evaluation/test_meter.py::test_time_left_before_the_first_batch_is_a_bound_from_the_tokens_after_the_first",
     ),
     Mutant(
         "comparison: with and without a template",

@@ -23,7 +23,7 @@ from srppo.data.chat import render, stop_ids
 from srppo.errors import ModelError
 from srppo.evaluation.harness.batches import batch_size, by_length
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
-from srppo.evaluation.harness.progress import Meter
+from srppo.evaluation.meter import Meter
 from srppo.models.language_model import LanguageModel, model_inputs
 from srppo.training.batch import left_pad
 
