@@ -45,7 +45,8 @@ def check_data(tasks: Iterable[Task]) -> None:
 
     No model is loaded and no thread started. Raises UserError for the first that cannot be used.
     """
-    from srppo.data.prepare import asks_base, prepare, stop_ids
+    from srppo.data.chat import stop_ids
+    from srppo.data.prepare import asks_base, prepare
     from srppo.evaluation.development import load_items
     from srppo.models.loading import check_weights, declared, load_tokenizer
     from srppo.stages.run import check_needs
