@@ -112,7 +112,7 @@ class SftConfig(_Section):
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    micro_batch: int = Field(8, ge=1, description="rows a forward pass; changes memory, not the loss")
+    micro_batch: int = Field(8, ge=1, description="rows a forward pass; changes memory and rounding, not the loss")
 
 
 class RolloutConfig(_Section):
@@ -166,7 +166,7 @@ class PpoConfig(_Section):
         None, gt=0, description="stop a step's passes once KL(old, new) a token exceeds this"
     )
     max_kl: float = Field(100.0, gt=0, description="KL to the SFT model, nats a response, beyond which a run diverged")
-    micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory, not the loss")
+    micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory and rounding, not the loss")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
     @field_validator("value_clip", mode="before")
@@ -384,9 +384,29 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+FREE: Mapping[str, Mapping[str, Any]] = {"sft": {"micro_batch": 8}, "ppo": {"micro_batch": 48, "checkpoint_every": 10}}
+"""Keys that change memory, rounding and what a stop costs, and never what a run is: wherever recipes are compared or
+hashed they stand at these values, so that another micro-batch finds the finished stages and goes on with the others."""
+
+
+def decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with the keys of FREE at one value each: equal for recipes that stand for one run."""
+    return {
+        name: {**section, **{key: value for key, value in FREE.get(name, {}).items() if key in section}}
+        if isinstance(section, Mapping)
+        else section
+        for name, section in tree.items()
+    }
+
+
+def free_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says to the keys of FREE, by `section.key`."""
+    return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name, keys in FREE.items() for key in keys}
+
+
 def recipe_id(recipe: Recipe) -> str:
     """Eight hex digits that name a recipe in folder names."""
-    return hashlib.sha256(canonical_json(recipe.model_dump(mode="json")).encode()).hexdigest()[:8]
+    return hashlib.sha256(canonical_json(decisive(recipe.model_dump(mode="json"))).encode()).hexdigest()[:8]
 
 
 def derive_seed(root: int, purpose: str, index: int = 0) -> int:

@@ -39,7 +39,8 @@ from srppo.evaluation.harness.session import Options, Session
 from srppo.evaluation.harness.targets import find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
 from srppo.evaluation.items import load_items
-from srppo.models.language_model import LanguageModel, load_model, load_tokenizer
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import load_model, load_tokenizer
 from srppo.training.rollout import generate
 
 SECONDS, FEWEST = 8.0, 3

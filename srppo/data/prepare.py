@@ -7,7 +7,7 @@ of PPO prompts in `mixing.py`, the likeness of prompts in `overlap.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from srppo.config import DataConfig
 from srppo.data.chat import encode_demonstrations, encode_prompts, ensure_chat_template, stop_ids
 from srppo.data.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
-from srppo.data.memo import Kept, Memo, stamps_of
 from srppo.data.noise import Ask, Noise, add_noise
 from srppo.data.overlap import Overlap, measure_overlap, without_overlap
 from srppo.data.prompts import Chosen, EncodePrompts, choose_prompts
@@ -79,15 +78,13 @@ def prepare(
     max_new_tokens: int = 1,
     stop: Sequence[int] | None = None,
     sample: Sample | None = None,
-    memo: Memo | None = None,
 ) -> PreparedData:
     """Load, order, split, size, add noise, choose prompts and encode. A tokenizer without chat template is given ours.
 
     `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
     Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
     changes answers of the rows that are trained on, never those held out. `sample` is needed by data.noise =
-    "base-answers" alone. `memo` keeps rows and token ids for other settings, and the outcome for the same ones, unless
-    the base had a part in it.
+    "base-answers" alone.
 
     Raises:
         DataError: nothing to read or use, or fewer rows than asked for.
@@ -95,52 +92,31 @@ def prepare(
     """
     stops = tuple(stop) if stop else tuple(stop_ids(tokenizer))
     given = ensure_chat_template(tokenizer)
-    notes = ("the tokenizer has no chat template and was given ours, Q: ... A: ...",) if given else ()
-    how = _Encoding(tokenizer, str(tokenizer.chat_template), config.system, stops, context_length, max_new_tokens)
-    read = _read("all", (*config.demonstrations, *config.prompts))
-    decides = None if read is None or asks_base(config) else (read, config.model_dump_json(), how, notes)
-    kept = (memo or Memo(1)).of(seed)
-    return kept.value(decides, lambda: _prepare(config, seed, how, sample, kept, notes))
-
-
-def asks_base(config: DataConfig) -> bool:
-    """Whether wrong answers are sampled from the base, which takes the model itself."""
-    return config.noise == "base-answers" and config.noise_rate > 0
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """What decides the token ids of a row, beside the recipe's limits: the same tokenizer, with the same template."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    system: str | None
-    stops: tuple[int, ...]
-    context: int
-    max_new_tokens: int
-
-
-def _prepare(
-    config: DataConfig, seed: int, how: _Encoding, sample: Sample | None, kept: Kept, notes: tuple[str, ...]
-) -> PreparedData:
-    limits = _limits(config, how.context, how.max_new_tokens)
-    encode, encode_asked = _encoders(how, limits, kept)
+    limits = _limits(config, context_length, max_new_tokens)
+    encode = partial(
+        encode_demonstrations,
+        tokenizer,
+        system=config.system,
+        max_tokens=limits.tokens,
+        max_prompt_tokens=limits.prompt,
+        stop=stops,
+    )
+    encode_asked = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=limits.ppo_prompt)
     ask = partial(_ask, sample, encode_asked) if sample else None
-    loaded = kept.value(
-        _read("demonstrations", config.demonstrations), lambda: load_demonstrations(config.demonstrations, seed=seed)
-    )
-    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, list(how.stops))
-    questions = kept.value(
-        _read("prompts", config.prompts),
-        lambda: load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS,
-    )
+    loaded = load_demonstrations(config.demonstrations, seed=seed)
+    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, list(stops))
+    questions = load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS
     asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
-    notes = (*limits.notes, *notes, *([asked.note] if asked.note else []))
+    notes = [
+        *limits.notes,
+        *(["the tokenizer has no chat template and was given ours, Q: ... A: ..."] if given else []),
+        *([asked.note] if asked.note else []),
+    ]
 
     texts = [prompt_text(row) for row in asked.rows]
     overlap = measure_overlap([prompt_text(row) for row in train.rows], texts)
     pair = overlap.first and f"{asked.rows[overlap.first[0]].source} and {train.rows[overlap.first[1]].source}"
-    report = DataReport(demonstrations, prompts, overlap, pair, noise, notes)
+    report = DataReport(demonstrations, prompts, overlap, pair, noise, tuple(notes))
     sha = hashlib.sha256(f"{loaded.sha} {questions.sha}".encode()).hexdigest()
     manifest = {
         "sha256": sha,
@@ -152,10 +128,9 @@ def _prepare(
     return PreparedData(train.ids, held.ids, asked.ids, texts, sha, report, manifest)
 
 
-def _read(what: str, sources: Sequence[str]) -> Hashable | None:
-    """A key for what is read from some sources; None where nothing cheap tells whether it is still the same."""
-    found = stamps_of(sources)
-    return None if found is None else (what, found)
+def asks_base(config: DataConfig) -> bool:
+    """Whether wrong answers are sampled from the base, which takes the model itself."""
+    return config.noise == "base-answers" and config.noise_rate > 0
 
 
 class _Limits(NamedTuple):
@@ -165,23 +140,6 @@ class _Limits(NamedTuple):
     prompt: int
     ppo_prompt: int
     notes: list[str]
-
-
-def _encoders(how: _Encoding, limits: _Limits, kept: Kept) -> tuple[EncodeDemonstrations, EncodePrompts]:
-    """For demonstrations and for PPO's prompts, each remembering what it has encoded."""
-    taught = partial(
-        encode_demonstrations,
-        how.tokenizer,
-        system=how.system,
-        max_tokens=limits.tokens,
-        max_prompt_tokens=limits.prompt,
-        stop=how.stops,
-    )
-    asked = partial(encode_prompts, how.tokenizer, system=how.system, max_prompt_tokens=limits.ppo_prompt)
-    return (
-        kept.rows(("taught", how, limits.tokens, limits.prompt), taught),
-        kept.rows(("asked", how, limits.ppo_prompt), asked),
-    )
 
 
 def _limits(config: DataConfig, context: int, max_new_tokens: int) -> _Limits:

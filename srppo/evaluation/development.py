@@ -15,7 +15,8 @@ from srppo.data.chat import encode_prompts
 from srppo.data.types import EncodedDemonstration, Message, Prompt
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items, spread
-from srppo.models.language_model import LanguageModel, forward_flops
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
 from srppo.training.batch import answer_nll_sum, training_flops
 from srppo.training.rollout import Generated, generate

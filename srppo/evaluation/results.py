@@ -24,10 +24,10 @@ from typing import Any
 
 from srppo.config import canonical_json
 from srppo.errors import DataError, RecordError
-from srppo.record.arms import one_run, stages_by_arm
+from srppo.record.arms import ArmsOf, one_run, stages_by_kind
 from srppo.record.files import MANIFEST, damage, replace_folder, storing
 from srppo.record.json import plain, read_json, read_lines, revive
-from srppo.record.store import Run, Stage
+from srppo.record.store import Stage
 
 DECODINGS = ("greedy", "sampled")
 SUMMARY, SAMPLES, NOT_SCORED = "summary.json", "samples.parquet", ".not-scored.jsonl"
@@ -115,8 +115,10 @@ def read_result(folder: Path, metric: str | None = None) -> TaskResult:
     return _result(folder, summary, rows, metric)
 
 
-def read_results(path: Path, metric: str | None = None) -> list[TaskResult]:
+def read_results(path: Path, metric: str | None = None, arms: ArmsOf = stages_by_kind) -> list[TaskResult]:
     """Every result in a result folder, in a folder of them, or in a run (then a model an arm, a result a seed).
+
+    arms: what the arms of a run are; each kind of stage is one, unless the caller knows them by their names.
 
     Stages that are not finished well are left out (`arms.problem_of` says why). Raises RecordError when there is
     nothing, or something damaged.
@@ -127,7 +129,7 @@ def read_results(path: Path, metric: str | None = None) -> list[TaskResult]:
     if (path / SUMMARY).exists():
         return [read_result(path, metric)]
     if (path / "sweep.json").exists():
-        found = _of_run(one_run(path), metric)
+        found = _of_run(arms(one_run(path)), metric)
         missing = "has no evaluated stage yet; finish the run, or evaluate it: srppo eval"
     else:
         found = _read(path, metric)
@@ -151,9 +153,9 @@ def _read(path: Path, metric: str | None) -> list[TaskResult]:
     return found
 
 
-def _of_run(run: Run, metric: str | None) -> list[TaskResult]:
+def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[TaskResult]:
     found = []
-    for arm, stages in stages_by_arm(run).items():
+    for arm, stages in arms.items():
         for stage in stages:
             if not stage.done:
                 continue

@@ -3,7 +3,7 @@
     weights     theta = theta_sft + alpha (theta_sft - theta_base)
     decoding    pi(y_t|.) ∝ pi_anchor(y_t|.) exp(r(y_t|.) / beta),    r = log pi_sft - log pi_base
 
-The second is the closed-form optimum of PPO's objective (design section 1), normalised a token at a time instead of
+The second is the closed-form optimum of PPO's objective (docs/method.md), normalised a token at a time instead of
 over sequences: with anchor sft, pi_sft^(1 + 1/beta) pi_base^(-1/beta). A token's weight then knows nothing of the
 reward that is still to come, so it is an approximation (0.13 nats away at beta 0.5 in the world of test_oracle.py);
 `resampling` is exact.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,37 @@ from torch import Tensor
 
 from srppo.config import RewardConfig
 from srppo.errors import ConfigError, ModelError
-from srppo.evaluation.development import Development
+from srppo.evaluation.development import Development, answer_flops, encode_items
 from srppo.models.language_model import LanguageModel
+from srppo.models.pair import check_same_vocabulary
+from srppo.stages.run import (
+    UNTRAINED,
+    Figures,
+    PreparedRun,
+    Stages,
+    answers_of,
+    export,
+    measure,
+    publish_answers,
+    sft_model,
+)
 from srppo.training.batch import left_pad
+from srppo.training.loop import Workbench
 from srppo.training.reward import reward_terms
 from srppo.training.rollout import Generated, up_to_stop
 
 # ---- weights
+
+
+def extrapolated_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """Weight extrapolation; development items choose alpha, and what that took counts as selection_flops."""
+    sft = sft_model(run, done)
+    target = sft.copy()
+    chosen = choose_alpha(target, sft, run.base, run.recipe.methods.alphas, run.development)
+    figures = UNTRAINED | {"alpha": chosen.alpha, "score": chosen.score, "alphas": list(chosen.tried)}
+    figures |= {"selection_flops": chosen.flops, **measure(run, bench.attempt, target)}
+    export(run, bench, target, figures)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,17 @@ def choose_alpha(
 
 
 # ---- decoding
+
+
+def decoded_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """Decode-time extrapolation at PPO's own anchor and beta: each token is read by two models."""
+    sft, base = sft_model(run, done), run.base
+    check_same_vocabulary(base.model, sft.model)
+    answers = answers_of(run, sft, partial(generate_decoded, base=base, config=run.recipe.reward))
+    prompts = encode_items(run.tokenizer, run.test_items, run.recipe)
+    plain, more = (answer_flops(model, prompts, answers["greedy"]) for model in (sft, base))
+    cost = {"inference_flops": (plain + more) / len(prompts), "inference_times": (plain + more) / plain}
+    return UNTRAINED | publish_answers(bench.attempt, answers) | cost
 
 
 def check_decodable(config: RewardConfig) -> None:

@@ -6,7 +6,7 @@
     4. advantages by GAE, returns, whitening; or leave-one-out (ppo.advantage = "rloo"), which has no critic
     5. several passes of clipped policy and value updates
 
-Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (design section 1): beta of order 1, not
+Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (docs/method.md): beta of order 1, not
 the 0.01-0.05 usual with reward models.
 """
 
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from srppo.config import PpoConfig, Recipe, derive_seed
 from srppo.errors import Diverged
-from srppo.models.language_model import LanguageModel, ValueModel, forward_flops
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.training.advantage import gae, rloo, whiten, whitening_std
 from srppo.training.batch import RolloutBatch
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
@@ -251,7 +253,7 @@ def minibatch_update(
         if trains_policy:
             logprobs_BT = learners.policy.response_logprobs(
                 rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature
-            ).logprobs_N
+            )
             policy = clipped_policy_loss(
                 logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
             )

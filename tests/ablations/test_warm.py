@@ -31,7 +31,7 @@ from srppo.ablations.ledger import Ledger
 from srppo.ablations.local import Worker
 from srppo.ablations.warm import Warm
 from srppo.record.store import Run
-from test_warm import plan_of
+from tests.ablations.test_warm import plan_of
 
 def noted(*args, made=srppo.data.prepare._prepare):
     print("prepared", os.getpid(), file=open(sys.argv[2] + ".diary", "a"))

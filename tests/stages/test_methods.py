@@ -16,12 +16,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import srppo.stages.methods
 import torch
+from srppo.stages.methods import (
+    best_of_n_stage,
+    decoded_stage,
+    extrapolated_stage,
+    load_samples,
+    resampled_stage,
+    samples_stage,
+)
 from tiny import EOS, LIMIT, PROMPTS, Bench, NoDevelopment, base_and_sft, tiny_llama, tiny_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import World, make_world
 
-import srppo.stages.methods
 import srppo.stages.run
 from srppo.ablations import Ablation, Analysis, Arm, Sweep
 from srppo.ablations.plan import Plan
@@ -30,7 +38,10 @@ from srppo.config import Recipe, RewardConfig, build_recipe, with_overrides
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError, RecordError
 from srppo.evaluation.development import Answer
-from srppo.models.language_model import LanguageModel, ValueModel, forward_flops, load_model
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import load_model
+from srppo.models.value_model import ValueModel
 from srppo.record.arms import METHODS, stages_by_arm
 from srppo.record.store import Stage, stage_id
 from srppo.stages.extrapolation import (
@@ -42,14 +53,6 @@ from srppo.stages.extrapolation import (
     generate_decoded,
 )
 from srppo.stages.kinds import stage_settings
-from srppo.stages.methods import (
-    best_of_n_stage,
-    decoded_stage,
-    extrapolated_stage,
-    load_samples,
-    resampled_stage,
-    samples_stage,
-)
 from srppo.stages.resampling import (
     Sampled,
     best_of,

@@ -21,7 +21,8 @@ from worlds import make_world, run_world
 import srppo.training.ppo
 from srppo.config import Recipe, RewardConfig
 from srppo.data.types import EncodedDemonstration
-from srppo.models.language_model import LanguageModel, ValueModel
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.record.store import Run
 from srppo.training.batch import RolloutBatch, answer_nll_sum
 from srppo.training.loop import TrainState, clip_gradients, lr_factor

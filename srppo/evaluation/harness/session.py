@@ -26,7 +26,7 @@ from srppo.evaluation.harness.targets import Target
 from srppo.evaluation.harness.tasks import Loaded
 from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import SUMMARY, read_result, write_result
-from srppo.models.language_model import fingerprint, load_model, load_tokenizer, resolve
+from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolve
 
 EPOCH = 2  # raised when the same request would get another response or score
 
@@ -73,7 +73,7 @@ class Session:
             )
         ensure_chat_template(tokenizer)
         lm = HarnessModel(
-            self._loader(target),
+            self._loader(target, len(tokenizer)),
             tokenizer,
             _context(target, tokenizer),
             seed=options.seed,
@@ -114,8 +114,8 @@ class Session:
             )
         return self.prepared[place]
 
-    def _loader(self, target: Target) -> Callable[[], Any]:
-        return lambda: load_model(target.spec, target.config, device=self.device)
+    def _loader(self, target: Target, vocab_size: int) -> Callable[[], Any]:
+        return lambda: load_model(target.spec, target.config, device=self.device, vocab_size=vocab_size)
 
     def evaluate(self, target: Target, lm: HarnessModel, prepared: Prepared) -> Path:
         """The folder with the result of one task: found, shared with an arm of the same weights, or made."""

@@ -23,7 +23,7 @@ from srppo.evaluation.harness.batches import MOST, batch_size
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
 from srppo.evaluation.items import load_items
 from srppo.evaluation.results import read_result
-from srppo.models.language_model import load_model, load_tokenizer
+from srppo.models.loading import load_model, load_tokenizer
 from srppo.world.tasks import GROUPS
 
 SHOTS = {"fewshot_split": "test", "num_fewshot": 2}
