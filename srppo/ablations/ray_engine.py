@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from srppo.ablations.ledger import Ledger
-from srppo.ablations.live import LiveTable
 from srppo.ablations.local import GRACE_S, INTERRUPTED, SHORT_S, STORAGE, Execute, Worker, last_line, try_task
 from srppo.ablations.plan import Plan, Task
-from srppo.ablations.progress import Watch
+from srppo.ablations.progress import LiveTable, Watch
 from srppo.console import Console
 from srppo.errors import ConfigError, RecordError
 from srppo.record.store import Run

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srppo.ablations.ledger import Ledger
-from srppo.ablations.live import LiveTable
 from srppo.ablations.options import build_sweep
 from srppo.ablations.pace import Pace, check_data, measure_pace
 from srppo.ablations.plan import Plan
-from srppo.ablations.progress import Watch, counts
+from srppo.ablations.progress import LiveTable, Watch, counts
 from srppo.ablations.spec import Sweep, label
 from srppo.ablations.sweeps import Options
 from srppo.config import CODE_EPOCH, canonical_json, decisive, is_embedded, with_overrides

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
-from srppo.config import Recipe
+from srppo.config import Recipe, is_embedded
 from srppo.errors import ConfigError
 from srppo.stages.kinds import KINDS
 from srppo.statistics.tests import EXACT_FLIPS
+from srppo.world import base_path
 
 _BY_KIND = {
     kind.name: Arm(kind.label, kind.name, shares=kind.shares)
@@ -167,6 +170,23 @@ def model_scale(options: Options) -> Sweep:
         scale="log2",
         notes=("learning rates are the same at every size: not tuned per scale", *(() if known else (unknown,))),
     )
+
+
+def parameter_count(base: str) -> int | None:
+    """Parameters of an embedded base or of a local folder, tied ones once; None for a hub name or without safetensors.
+
+    The header of a safetensors file is 8 bytes of its length, little-endian, and JSON of each tensor's shape.
+    """
+    folder = base_path(base.partition(":")[2] or "s") if is_embedded(base) else Path(base).expanduser()
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            shapes |= {name: tuple(each["shape"]) for name, each in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # what is wrong with the model is said when it is loaded
+    return sum(map(math.prod, shapes.values())) or None
 
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from srppo.ablations.analysis import CellResult, SweepResult
-from srppo.ablations.trends import Peak, Trend
+from srppo.ablations.analysis import CellResult, Peak, SweepResult, Trend
 from srppo.evaluation.comparison import number, signed
 from srppo.report.figures import INTERVAL, number_text
 from srppo.report.sweep_layout import (

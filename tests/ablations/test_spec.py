@@ -21,9 +21,8 @@ from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, grid
 from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
 from srppo.ablations.plan import Plan, Task, task_key
-from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import MOST_COMPARISONS, every
-from srppo.ablations.sweeps import ARMS, SWEEPS
+from srppo.ablations.sweeps import ARMS, SWEEPS, parameter_count
 from srppo.cli.sweep import SMALL
 from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_overrides
 from srppo.errors import ConfigError, SrppoError

@@ -15,10 +15,9 @@ from commands import Cli, Done
 
 from srppo.ablations.estimate import task_seconds
 from srppo.ablations.ledger import Ledger
-from srppo.ablations.live import LEGEND, LiveTable
 from srppo.ablations.pace import Pace
 from srppo.ablations.plan import Task
-from srppo.ablations.progress import Watch
+from srppo.ablations.progress import LEGEND, LiveTable, Watch
 from srppo.ablations.run import LEAST_TIMEOUT_S, load_sweep
 from srppo.cli.sweep import SMALL
 from srppo.config import build_recipe, load_recipe, with_overrides

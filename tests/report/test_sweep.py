@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from srppo.ablations.analysis import SweepResult, analyse
+from srppo.ablations.analysis import Peak, SweepResult, Trend, analyse
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every
-from srppo.ablations.trends import Peak, Trend
 from srppo.config import canonical_json, load_recipe
 from srppo.console import Console
 from srppo.record.json import revive
