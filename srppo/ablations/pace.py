@@ -45,7 +45,8 @@ def check_data(tasks: Iterable[Task]) -> None:
 
     No model is loaded and no thread started. Raises UserError for the first that cannot be used.
     """
-    from srppo.data.prepare import asks_base, prepare, stop_ids
+    from srppo.data.chat import stop_ids
+    from srppo.data.prepare import asks_base, prepare
     from srppo.evaluation.development import load_items
     from srppo.models.loading import check_weights, declared, load_tokenizer
     from srppo.stages.run import check_needs
@@ -108,7 +109,8 @@ def _answer(pipe: Connection, recipe: Recipe, device: str) -> None:
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:
-    from srppo.evaluation.development import Development, answer_items, load_items
+    from srppo.evaluation.development import Development, answer_items
+    from srppo.evaluation.items import load_items
     from srppo.stages.run import prepare_run
     from srppo.training.loop import Workbench
     from srppo.training.ppo import train_ppo

@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
-from srppo.kernels import (
-    Impl,
-    Logprobs,
-    choose,
-    entropy,
-    linear_logprob,
-    token_logprobs,
-)
+from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
 
-LOGIT_TOLERANCE = 1e-3  # largest difference between our head and the model's own logits, per logit, in the load check
+LOGIT_TOLERANCE = 2.0**-13
+"""Largest difference between two ways to the same logits in the load check, as a share of the largest logit. It lies
+between the formats: 2,048 roundings of fp32 (2^-24 each), more than sums in another order need, and a quarter of one of
+fp16 (2^-11), so that a head that rounds to 16 bits is noticed, whatever the size of its logits."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,20 @@ class Head:
 
 
 class LanguageModel(nn.Module):
-    """A causal LM with what the trainer needs of it: log-probs of responses under explicit positions and masks."""
+    """A causal LM with what the trainer needs of it: log-probs of responses under explicit positions and masks.
 
-    def __init__(self, model: PreTrainedModel, *, precision: str = "fp32", kernels: Impl = "auto") -> None:
+    vocab_size: ids that the tokenizer can make. A head may have more rows (padding, for speed); those are neither
+    sampled nor in any softmax. None: as many as the head has rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        precision: str = "fp32",
+        kernels: Impl = "auto",
+        vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.model: Any = model  # generate() and from_pretrained are typed too narrowly for mypy
         self.precision = precision
@@ -48,6 +55,8 @@ class LanguageModel(nn.Module):
         choose(kernels, model.device, next(model.parameters()))
         _switch_dropout_off(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = rows if vocab_size is None else min(vocab_size, rows)
         self.head = _find_head(self)
         self._narrow: tuple[int, Tensor | None] | None = None
 
@@ -62,43 +71,44 @@ class LanguageModel(nn.Module):
         """Where the weights are."""
         return self.model.device
 
+    @property
+    def config(self) -> Any:
+        """The configuration of the text part, which a model of text and images nests in its own."""
+        return self.model.config.get_text_config()
+
     def response_logprobs(
-        self,
-        tokens_BS: Tensor,
-        attention_mask_BS: Tensor,
-        response_width: int,
-        *,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-    ) -> Logprobs:
-        """Log-probs of the last `response_width` columns, BT fp32 (and their entropy), nats; 0 where masked.
+        self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probs of the last `response_width` columns, BT fp32, nats; 0 where masked.
 
         Only counted response tokens go through the head. Differentiable in the weights.
         """
         mask_BT = attention_mask_BS[:, -response_width:]
         tokens_N = tokens_BS[:, -response_width:][mask_BT]
         if self.head.linear:
-            output = self.model.get_output_embeddings()
-            flat = linear_logprob(
+            weight_VD, bias_V = self._head_rows()
+            logprobs_N = linear_logprob(
                 self.hidden_rows(tokens_BS, attention_mask_BS, response_width),
-                output.weight,
+                weight_VD,
                 tokens_N,
-                bias_V=output.bias,
+                bias_V=bias_V,
                 temperature=temperature,
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 ignore_index=None,  # masked rows are gone already
-                with_entropy=with_entropy,
                 impl=self.kernels,
-            )
+            ).logprobs_N
         else:
             logits_NV = self.logit_rows(tokens_BS, attention_mask_BS, response_width)
-            flat = Logprobs(
-                token_logprobs(logits_NV, tokens_N, temperature=temperature),
-                entropy(logits_NV.detach(), temperature=temperature) if with_entropy else None,
-            )
-        entropy_BT = None if flat.entropy_N is None else unflatten(flat.entropy_N, mask_BT)
-        return Logprobs(unflatten(flat.logprobs_N, mask_BT), entropy_BT)
+            logprobs_N = token_logprobs(logits_NV, tokens_N, temperature=temperature)
+        return unflatten(logprobs_N, mask_BT)
+
+    def _head_rows(self) -> tuple[Tensor, Tensor | None]:
+        """(weight VD, bias V) of the first `vocab_size` rows: views, or the tensors themselves where that is all."""
+        output = self.model.get_output_embeddings()
+        if self.vocab_size == len(output.weight):
+            return output.weight, output.bias
+        return output.weight[: self.vocab_size], None if output.bias is None else output.bias[: self.vocab_size]
 
     @torch.no_grad()
     def frozen_head(self) -> tuple[Tensor, Tensor | None]:
@@ -107,17 +117,16 @@ class LanguageModel(nn.Module):
         So it is with a checkpoint in bf16, and then products are of 16-bit matrices with fp32 sums: exact, and at the
         speed of AMX or of a GPU's matrix units. The copy is made anew after the weight has changed.
         """
-        output = self.model.get_output_embeddings()
+        weight_VD, bias_V = self._head_rows()
         if self.precision != "bf16":
-            return output.weight, output.bias
-        version = output.weight._version
+            return weight_VD, bias_V
+        version = weight_VD._version  # which views share
         if self._narrow is None or self._narrow[0] != version:
-            narrow_VD = output.weight.bfloat16()
-            pairs = zip(narrow_VD.split(4096), output.weight.split(4096), strict=True)
+            narrow_VD = weight_VD.bfloat16()
+            pairs = zip(narrow_VD.split(4096), weight_VD.split(4096), strict=True)
             exact = all(torch.equal(narrow.float(), wide) for narrow, wide in pairs)
             self._narrow = version, narrow_VD if exact else None
-        narrow_VD = self._narrow[1]
-        return output.weight if narrow_VD is None else narrow_VD, output.bias
+        return weight_VD if self._narrow[1] is None else self._narrow[1], bias_V
 
     def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """Hidden states before each counted response token, ND."""
@@ -127,7 +136,7 @@ class LanguageModel(nn.Module):
     def logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """The model's own logits there, NV; in fp32 throughout, since it would round them under autocast."""
         logits_BSV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
-        return logits_BSV[:, -response_width - 1 : -1][attention_mask_BS[:, -response_width:]]
+        return logits_BSV[:, -response_width - 1 : -1, : self.vocab_size][attention_mask_BS[:, -response_width:]]
 
     def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         """Last hidden states, BSD; bf16 under autocast."""
@@ -161,23 +170,24 @@ def unflatten(x_N: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.zeros(mask_BT.shape, dtype=x_N.dtype, device=x_N.device).masked_scatter(mask_BT, x_N)
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def _switch_dropout_off(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, rate in list(vars(module).items()):  # attention keeps its rate as a number
             if "dropout" in name and isinstance(rate, float):
                 setattr(module, name, 0.0)
+    config = model.config.get_text_config()
     for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     model.eval()
 
 
 @torch.no_grad()
 def _find_head(lm: LanguageModel) -> Head:
     """Read scale and softcap from the config and prove them: our logits must equal the model's on left-padded input."""
-    config, model = lm.model.config, lm.model
+    config, model = lm.config, lm.model
     output = model.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         return Head(linear=False)
@@ -190,7 +200,8 @@ def _find_head(lm: LanguageModel) -> Head:
     inputs = model_inputs(tokens_BS, attention_mask_BS, lm.takes_positions)
     theirs_NV = model(**inputs, use_cache=False).logits[attention_mask_BS]
     alone_NV = model(input_ids=tokens_BS[:1, 3:], use_cache=False).logits[0]
-    if (alone_NV - theirs_NV[: len(alone_NV)]).abs().max() > LOGIT_TOLERANCE:
+    tolerance = LOGIT_TOLERANCE * theirs_NV.abs().max()
+    if (alone_NV - theirs_NV[: len(alone_NV)]).abs().max() > tolerance:
         raise ModelError(
             f"{type(model).__name__} gives other logits under left padding; batched rollouts would be wrong with it. "
             "Use a model that honours attention_mask and position_ids"
@@ -201,4 +212,4 @@ def _find_head(lm: LanguageModel) -> Head:
     ours_NV = (hidden_ND @ output.weight.T + (0 if output.bias is None else output.bias)) * scale
     if softcap is not None:
         ours_NV = softcap * torch.tanh(ours_NV / softcap)
-    return Head(bool((ours_NV - theirs_NV).abs().max() <= LOGIT_TOLERANCE), scale, softcap)
+    return Head(bool((ours_NV - theirs_NV).abs().max() <= tolerance), scale, softcap)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from srppo.config import ModelConfig, is_embedded
+from srppo.data.chat import use_template
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import ConfigError, ModelError
 from srppo.models.language_model import LanguageModel
@@ -47,7 +50,20 @@ def resolve(spec: str) -> str:
     return spec
 
 
-hf_logging.disable_progress_bar()  # loading and saving print bars that would tear the live panel
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Within, loading and saving draw no bars, which would tear the live panel; then all is as it was."""
+    shown, hub_hidden = hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    with warnings.catch_warnings(action="ignore"):  # of a variable that decides instead (HF_HUB_DISABLE_PROGRESS_BARS)
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            if shown:
+                hf_logging.enable_progress_bar()
+            if hub_hidden:
+                disable_progress_bars()
 
 
 @contextmanager
@@ -55,7 +71,7 @@ def _one_line(what: str, spec: str) -> Iterator[None]:
     """Restate what from_pretrained raises in one line. Without a route to the hub a name is looked up in the cache."""
     names_the_hub = "/" in spec and not Path(spec).exists()
     try:
-        with offline_when_unreachable(constants) if names_the_hub else nullcontext():
+        with no_bars(), offline_when_unreachable(constants) if names_the_hub else nullcontext():
             yield
     except Exception as error:  # safetensors and tokenizers have errors of their own, down to plain Exception
         text = " ".join(str(error).split())
@@ -107,8 +123,11 @@ def check_weights(spec: str, config: ModelConfig) -> None:
             raise ModelError(f"model {spec!r} is damaged: {file.name}: {error}; copy it again") from None
 
 
-def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> LanguageModel:
-    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line."""
+def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_size: int | None = None) -> LanguageModel:
+    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line.
+
+    vocab_size: of its tokenizer, where anything is to be sampled or scored (see LanguageModel).
+    """
     path = resolve(spec)
     _refuse_pickle(spec, Path(path), config)
     with _one_line("model", spec):
@@ -119,14 +138,19 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu") -> Langua
             use_safetensors=None if config.allow_pickle else True,
         )
     model.to(torch.device(device))
-    return LanguageModel(model, precision=config.precision, kernels=config.kernels)
+    return LanguageModel(model, precision=config.precision, kernels=config.kernels, vocab_size=vocab_size)
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; padding goes left, and a missing pad token becomes EOS (masks never look at ids)."""
+    """The tokenizer of a model, with the chat template that the recipe gives its own models.
+
+    Padding goes left, and a missing pad token becomes EOS (masks never look at ids).
+    """
     path = resolve(spec)
     with _one_line("tokenizer of", spec):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if spec in (config.base, config.sft):  # what a run exports has its template already
+        use_template(tokenizer, config.chat_template, config.template_kwargs)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -161,12 +185,13 @@ def _file_sha(file: Path, *stamp: int) -> bytes:
 
 
 def context_length(model: LanguageModel) -> int:
-    """Positions the model was made for."""
-    return _positions(model.model.config)
+    """Positions the model was made for; 2^20 where its configuration names none (ALiBi, recurrence)."""
+    return _positions(model.config)
 
 
 def _positions(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    named = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return int(next(filter(None, named), 1 << 20))
 
 
 def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
@@ -174,9 +199,9 @@ def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
     with _one_line("model", spec):
         said: Any = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=config.trust_remote_code)
     try:
-        return _positions(said), GenerationConfig.from_pretrained(resolve(spec))
+        return _positions(said.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
     except OSError:  # there is no such file
-        return _positions(said), GenerationConfig.from_model_config(said)
+        return _positions(said.get_text_config()), GenerationConfig.from_model_config(said)
 
 
 def import_model(spec: str) -> None:

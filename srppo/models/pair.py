@@ -64,7 +64,7 @@ class Pair:
 
     def load(self, spec: str) -> LanguageModel:
         """A third model under the same settings, on the same device."""
-        return load_model(spec, self.recipe.model, device=str(self.sft.device))
+        return load_model(spec, self.recipe.model, device=str(self.sft.device), vocab_size=len(self.tokenizer))
 
 
 def load_pair(
@@ -108,10 +108,11 @@ def load_models(
     tokenizer = load_tokenizer(sft or config.base, config)
     if sft is not None:
         check_same_tokens(load_tokenizer(config.base, config), tokenizer)
-    base = load_model(config.base, config, device=device)
+    size = len(tokenizer)
+    base = load_model(config.base, config, device=device, vocab_size=size)
     if sft is None:
         return tokenizer, base, None
-    policy = load_model(sft, config, device=device)
+    policy = load_model(sft, config, device=device, vocab_size=size)
     check_same_vocabulary(base.model, policy.model)
     return tokenizer, base, policy
 

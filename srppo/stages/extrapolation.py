@@ -3,7 +3,7 @@
     weights     theta = theta_sft + alpha (theta_sft - theta_base)
     decoding    pi(y_t|.) ∝ pi_anchor(y_t|.) exp(r(y_t|.) / beta),    r = log pi_sft - log pi_base
 
-The second is the closed-form optimum of PPO's objective (design section 1), normalised a token at a time instead of
+The second is the closed-form optimum of PPO's objective (docs/method.md), normalised a token at a time instead of
 over sequences: with anchor sft, pi_sft^(1 + 1/beta) pi_base^(-1/beta). A token's weight then knows nothing of the
 reward that is still to come, so it is an approximation (0.13 nats away at beta 0.5 in the world of test_oracle.py);
 `resampling` is exact.

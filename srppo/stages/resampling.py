@@ -19,18 +19,18 @@ import torch
 from numpy.typing import NDArray
 
 from srppo.analysis.optimum import MIN_ESS, Draws, Floats, effective, enough, log_weights, samples_needed
-from srppo.analysis.questions import Question, sample
-from srppo.analysis.samples import distinct, rewarded
+from srppo.analysis.samples import Question, distinct, rewarded, sample
 from srppo.config import RewardConfig, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError
-from srppo.evaluation.development import Answer, EvalItem, encode_items, verdict_of
+from srppo.evaluation.development import Answer, encode_items, verdict_of
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair, check_same_vocabulary
 from srppo.record.store import Stage
 from srppo.stages.run import UNTRAINED, Figures, PreparedRun, Stages, publish_answers, sft_model
 from srppo.training.loop import Workbench
+from srppo.world.items import Item
 
 _ARRAYS, _TEXTS = "draws.npz", "answers.json.gz"
 _SAVED = ("reward_QK", "log_ratio_QK", "length_QK", "right_QK")
@@ -122,7 +122,7 @@ def chosen_figures(
     return figures | {"samples": run.recipe.methods.samples, **sampled.cost()}
 
 
-def sample_items(pair: Pair, items: Sequence[EvalItem], config: RewardConfig, count: int) -> Sampled:
+def sample_items(pair: Pair, items: Sequence[Item], config: RewardConfig, count: int) -> Sampled:
     """`count` samples of pi_sft at temperature 1 for each item: a function of the recipe's seed, shared by all arms."""
     prompts = encode_items(pair.tokenizer, items, pair.recipe)
     questions = [

@@ -24,17 +24,17 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import Recipe, canonical_json, free_settings, recipe_warnings, resolved
 from srppo.console import Console
-from srppo.data.prepare import PreparedData, ensure_chat_template, prepare, stop_ids
+from srppo.data.chat import ensure_chat_template, stop_ids
+from srppo.data.prepare import PreparedData, prepare
 from srppo.errors import ConfigError, Diverged, Interrupted, RecordError, RunError, StorageError
 from srppo.evaluation.development import (
     Development,
-    EvalItem,
     Verdict,
     accuracy_by_group,
     answer_items,
     answer_nll,
-    load_items,
 )
+from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.language_model import LanguageModel
 from srppo.models.loading import context_length, fingerprint, load_model
@@ -47,6 +47,7 @@ from srppo.training.ppo import train_ppo
 from srppo.training.rollout import Generated, generate
 from srppo.training.sft import steps_within, train_sft
 from srppo.training.trackers import trackers
+from srppo.world.items import Item
 
 Figures = dict[str, Any]
 Stages = Mapping[str, Stage]  # by the name of their kind
@@ -76,7 +77,7 @@ class PreparedRun:
     sft_id: str | None
     data: PreparedData
     development: Development
-    test_items: list[EvalItem]
+    test_items: list[Item]
     items_sha: str
 
     @property
@@ -168,7 +169,7 @@ def prepare_run(
     )
 
 
-def check_needs(kinds: Iterable[str], data: PreparedData, test_items: Sequence[EvalItem]) -> None:
+def check_needs(kinds: Iterable[str], data: PreparedData, test_items: Sequence[Item]) -> None:
     """Raises ConfigError where a kind that is to be run has no prompts or no test items to work on."""
     needed = [KINDS[name] for name in in_order(kinds)]
     if any(kind.needs_prompts for kind in needed) and not data.prompts:
@@ -342,7 +343,9 @@ def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
 
 def sft_model(run: PreparedRun, done: Stages) -> LanguageModel:
     """The SFT model as it is exported or given; who changes it takes a copy."""
-    return run.given_sft or load_model(str(done["sft"].path / "model"), run.recipe.model, device=run.device)
+    return run.given_sft or load_model(
+        str(done["sft"].path / "model"), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
+    )
 
 
 # ---- what a stage leaves behind

@@ -6,7 +6,7 @@
     4. advantages by GAE, returns, whitening; or leave-one-out (ppo.advantage = "rloo"), which has no critic
     5. several passes of clipped policy and value updates
 
-Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (design section 1): beta of order 1, not
+Anchored at the SFT model its optimum is pi_sft^(1 + 1/beta) pi_base^(-1/beta) (docs/method.md): beta of order 1, not
 the 0.01-0.05 usual with reward models.
 """
 
@@ -253,7 +253,7 @@ def minibatch_update(
         if trains_policy:
             logprobs_BT = learners.policy.response_logprobs(
                 rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature
-            ).logprobs_N
+            )
             policy = clipped_policy_loss(
                 logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
             )

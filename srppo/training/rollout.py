@@ -131,7 +131,7 @@ def score_logprobs(
         [
             model.response_logprobs(
                 generated.tokens_BS[rows], generated.attention_mask_BS[rows], width, temperature=temperature
-            ).logprobs_N
+            )
             for rows in micro_slices(len(generated.tokens_BS), micro_batch)
         ]
     )
@@ -165,7 +165,7 @@ def response_log_ratio(
         sft_NV, base_NV = (model.logit_rows(*rows) for model in (sft, base))
         parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
     else:  # two heads of different kinds
-        sft_BT, base_BT = (model.response_logprobs(*rows).logprobs_N for model in (sft, base))
+        sft_BT, base_BT = (model.response_logprobs(*rows) for model in (sft, base))
         return LogRatio(sft_BT - base_BT, sft_BT, base_BT)
     return LogRatio(*(unflatten(part_N, mask_BT) for part_N in parts[:3]))
 

@@ -12,9 +12,8 @@ import torch
 from scipy.stats import mannwhitneyu, spearmanr
 from tiny import quiet_console
 
-from srppo.analysis.pieces import pieces
-from srppo.analysis.questions import load_questions, sample
-from srppo.analysis.score import Scored, ScoreResult, Token, given_row, score_command, score_rows
+from srppo.analysis.samples import load_questions, sample
+from srppo.analysis.score import Scored, ScoreResult, Token, given_row, pieces, score_command, score_rows
 from srppo.errors import DataError, UserError
 from srppo.models.loading import load_model
 from srppo.models.pair import Pair, load_pair

@@ -485,7 +485,7 @@ MUTANTS = [
         "sft: mean a micro-batch",
         "training/sft.py",
         "(nll / answer_tokens).backward()",
-        "(nll / sum(len(r.ids) - max(r.prompt_tokens, 1) for r in batch[part])).backward()",
+        "(nll / sum(r.trained for r in batch[part])).backward()",
         "training/test_ppo.py::test_an_sft_step_is_a_mean_over_all_answer_tokens_whatever_the_micro_batch",
     ),
     Mutant(

@@ -14,7 +14,7 @@ from worlds import World, make_world
 
 from srppo.console import Console
 from srppo.errors import ConfigError, DataError, ModelError
-from srppo.evaluation.development import load_items
+from srppo.evaluation.items import load_items
 from srppo.models.loading import resolve
 from srppo.stages.run import PreparedRun, prepare_run, run_stages
 

@@ -1,4 +1,4 @@
-"""The trainer itself must reach the optimum that its objective has in closed form (design section 1).
+"""The trainer itself must reach the optimum that its objective has in closed form (docs/method.md).
 
 With a KL penalty of weight beta to pi_anchor, the optimum over sequences is pi_anchor (pi_sft / pi_base)^(1/beta). With
 5 tokens and 3 positions all 85 responses can be enumerated, so pi* and every KL are exact, in fp64.
@@ -124,10 +124,7 @@ def test_expected_reward_under_sft_is_the_kl() -> None:
         from srppo.training.reward import coherent_reward
 
         with torch.no_grad():
-            ratio = (
-                sft.response_logprobs(tokens, attention, LIMIT).logprobs_N
-                - base.response_logprobs(tokens, attention, LIMIT).logprobs_N
-            )
+            ratio = sft.response_logprobs(tokens, attention, LIMIT) - base.response_logprobs(tokens, attention, LIMIT)
         expected = float((sft_log.exp() * coherent_reward(ratio, mask).double()).sum())
         assert expected == pytest.approx(kl(sft_log, base_log), abs=1e-5)
         assert expected > 0.1

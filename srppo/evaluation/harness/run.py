@@ -16,7 +16,7 @@ from srppo.evaluation.harness.quiet import quiet
 from srppo.evaluation.harness.session import Options, Session
 from srppo.evaluation.harness.targets import Target, find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
-from srppo.evaluation.results import SAMPLES, SUMMARY
+from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY
 from srppo.models.loading import check_weights
 from srppo.record.arms import ArmsOf, stages_by_kind
 from srppo.record.files import write_atomic
@@ -157,7 +157,7 @@ def _say_not_scored(console: Console, found: Sequence[Path]) -> None:
             for reason, count in Counter(row["not_scored"] for row in rows).most_common(NAMED):
                 first = next(row for row in rows if row["not_scored"] == reason)
                 console.print(f"  {count}: {reason}; such as {first['item'][:8]} {first['prompt'][:40]!r}")
-            listed = path.with_name(f"{path.name}.not-scored.jsonl")
+            listed = path.with_name(f"{path.name}{NOT_SCORED}")
             lines = ({"item": row["item"], "reason": row["not_scored"], "prompt": row["prompt"]} for row in rows)
             write_atomic(listed, "".join(canonical_json(plain(line)) + "\n" for line in lines))
             console.print(f"  all of them: {listed}")

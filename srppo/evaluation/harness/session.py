@@ -21,10 +21,10 @@ from srppo.evaluation.harness.ifeval import checkers_importable
 from srppo.evaluation.harness.model import HarnessModel
 from srppo.evaluation.harness.preflight import MULTITURN, Prepared, prepare
 from srppo.evaluation.harness.problems import Problems, together
-from srppo.evaluation.harness.progress import Meter
 from srppo.evaluation.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
 from srppo.evaluation.harness.targets import Target
 from srppo.evaluation.harness.tasks import Loaded
+from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import SUMMARY, read_result, write_result
 from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolve
 
@@ -73,7 +73,7 @@ class Session:
             )
         ensure_chat_template(tokenizer)
         lm = HarnessModel(
-            self._loader(target),
+            self._loader(target, len(tokenizer)),
             tokenizer,
             _context(target, tokenizer),
             seed=options.seed,
@@ -114,8 +114,8 @@ class Session:
             )
         return self.prepared[place]
 
-    def _loader(self, target: Target) -> Callable[[], Any]:
-        return lambda: load_model(target.spec, target.config, device=self.device)
+    def _loader(self, target: Target, vocab_size: int) -> Callable[[], Any]:
+        return lambda: load_model(target.spec, target.config, device=self.device, vocab_size=vocab_size)
 
     def evaluate(self, target: Target, lm: HarnessModel, prepared: Prepared) -> Path:
         """The folder with the result of one task: found, shared with an arm of the same weights, or made."""

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from worlds import byte_llama, save_model, write_rows
 
 from srppo.config import ModelConfig, load_recipe, resolved
-from srppo.evaluation.development import answer_items, load_items
+from srppo.evaluation.development import answer_items
 from srppo.evaluation.harness import session
 from srppo.evaluation.harness.batches import MOST, batch_size
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
+from srppo.evaluation.items import load_items
 from srppo.evaluation.results import read_result
 from srppo.models.loading import load_model, load_tokenizer
 from srppo.world.tasks import GROUPS
