@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,21 +47,10 @@ def extrapolated_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figu
     """Weight extrapolation; development items choose alpha, and what that took counts as selection_flops."""
     sft = sft_model(run, done)
     target = sft.copy()
-    chosen = choose_alpha(target, sft, run.base, run.recipe.methods.alphas, run.development)
-    figures = UNTRAINED | {"alpha": chosen.alpha, "score": chosen.score, "alphas": list(chosen.tried)}
-    figures |= {"selection_flops": chosen.flops, **measure(run, bench.attempt, target)}
+    figures = UNTRAINED | choose_alpha(target, sft, run.base, run.recipe.methods.alphas, run.development)
+    figures |= measure(run, bench.attempt, target)
     export(run, bench, target, figures)
     return figures
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The alpha that development items picked, what each was measured at, and the operations that took."""
-
-    alpha: float
-    score: float | None
-    tried: tuple[dict[str, Any], ...]
-    flops: int
 
 
 @torch.no_grad()
@@ -86,9 +74,10 @@ def choose_alpha(
     base: LanguageModel,
     alphas: Sequence[float],
     development: Development,
-) -> Chosen:
+) -> Figures:
     """Measure each alpha on development items, keep the best (the smaller at a tie) and leave `target` at it.
 
+    Returns the figures alpha, score, alphas (what each was measured at) and selection_flops (what that took).
     Raises ConfigError where nothing can be measured and there is more than one to choose from.
     """
     if len(alphas) > 1 and not development.ranks:
@@ -106,7 +95,7 @@ def choose_alpha(
         tried.append({"alpha": alpha, "score": score, **row})
     best = tried[0] if len(tried) == 1 else max(tried, key=lambda row: row["score"])  # the first of equals
     extrapolate(target, sft, base, best["alpha"])
-    return Chosen(best["alpha"], best["score"], tuple(tried), flops)
+    return {"alpha": best["alpha"], "score": best["score"], "alphas": tried, "selection_flops": flops}
 
 
 # ---- decoding

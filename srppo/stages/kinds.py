@@ -6,10 +6,10 @@ id is here too: data, items and models enter by their content, which the run add
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from pkgutil import resolve_name
 from typing import Any
 
 from srppo.config import Recipe, decisive
@@ -49,7 +49,7 @@ class Kind:
 
     def function(self) -> Callable[..., dict[str, Any]]:
         """What runs it."""
-        return _named(self.run)
+        return resolve_name(self.run)  # type: ignore[no-any-return]
 
 
 _RUN, _EXTRA, _CHOOSE = "srppo.stages.run", "srppo.stages.extrapolation", "srppo.stages.resampling"
@@ -148,13 +148,7 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
                 "took is not known; leave out --baselines, or leave out model.sft so that it is trained here"
             )
         if kind.check:
-            _named(kind.check)(recipe.reward)
-
-
-def _named(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+            resolve_name(kind.check)(recipe.reward)
 
 
 # ---- identity

@@ -28,7 +28,7 @@ from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair, check_same_vocabulary
 from srppo.record.store import Stage
-from srppo.stages.run import UNTRAINED, Figures, PreparedRun, Stages, publish_answers, sft_model, sft_spec
+from srppo.stages.run import UNTRAINED, Figures, PreparedRun, Stages, publish_answers, sft_model
 from srppo.training.loop import Workbench
 from srppo.world.items import Item
 
@@ -98,7 +98,7 @@ def samples_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """Samples of the SFT model for every test item and their rewards, drawn once for all that choose from them."""
     sft, recipe = sft_model(run, done), run.recipe
     check_same_vocabulary(run.base.model, sft.model)
-    pair = Pair(sft, run.base, run.tokenizer, recipe, sft_spec(run, done), recipe.model.base)
+    pair = Pair(sft, run.base, run.tokenizer, recipe, done["sft"].id, recipe.model.base)
     sampled = sample_items(pair, run.test_items, recipe.reward, recipe.methods.samples)
     bench.attempt.publish("samples", sampled.save)
     return UNTRAINED | {"sampling_flops": sampled.flops, "plain_flops": sampled.plain_flops}

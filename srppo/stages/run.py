@@ -233,16 +233,12 @@ def open_stage(run: PreparedRun, kind: Kind, done: Stages, share: float | None =
     parents = [run.sft_id if kind.name == "given-sft" else run.base_id]
     if kind.shares:  # it starts from the base: of its parents it takes no more than their compute
         budget = sum((done[name].result() or {})["figures"]["flops"] for name in kind.parents)
-        config["steps"] = longer_steps(run, budget, share or 1.0)
+        whole = steps_within(run.base, run.data.demonstrations, run.recipe, budget)
+        config["steps"] = max(round(whole * (share or 1.0)), 1)
     else:
         parents += [done[name].id for name in kind.parents]
     data_sha = run.data.sha if kind.needs_prompts else run.data.manifest["demonstrations"]["sha256"]
     return run.record.stage(kind.name, config, [str(parent) for parent in parents], data_sha)
-
-
-def longer_steps(run: PreparedRun, budget: int, share: float) -> int:
-    """Optimizer steps of a longer SFT that takes a share of a budget (operations); each has a schedule of its own."""
-    return max(round(steps_within(run.base, run.data.demonstrations, run.recipe, budget) * share), 1)
 
 
 def _is_finished(run: PreparedRun, kind: Kind, stage: Stage) -> bool:
@@ -348,13 +344,8 @@ def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
 def sft_model(run: PreparedRun, done: Stages) -> LanguageModel:
     """The SFT model as it is exported or given; who changes it takes a copy."""
     return run.given_sft or load_model(
-        sft_spec(run, done), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
+        str(done["sft"].path / "model"), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
     )
-
-
-def sft_spec(run: PreparedRun, done: Stages) -> str:
-    """Where the SFT model is."""
-    return run.recipe.model.sft or str(done["sft"].path / "model")
 
 
 # ---- what a stage leaves behind

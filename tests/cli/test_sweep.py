@@ -93,7 +93,7 @@ def test_a_worker_that_joins_has_the_sweeps_own_time_limit(swept: Swept, tmp_pat
     assert ledger.timeout_s and ledger.timeout_s >= LEAST_TIMEOUT_S
     endless = with_overrides(build_recipe(ledger.run.spec["recipe"]), {"sft.steps": 100_000}).model_dump(mode="json")
     other = Run.open(tmp_path / "other", {**ledger.run.spec, "seeds": [0], "recipe": endless})
-    Ledger(other, 3).limit(0.5)
+    Ledger(other, 3).limit(0.5, build_recipe(endless))
     done = swept.cli("worker", other.path, "--plain", "--slots", "1")
     assert "3 of 3 stages failed or diverged" in done.error(code=1)
     assert "timed out after 0.5 s" in done.err

@@ -239,7 +239,7 @@ MUTANTS = [
     Mutant(
         "kinds: checks are not asked",
         "stages/kinds.py",
-        "            _named(kind.check)(recipe.reward)\n",
+        "            resolve_name(kind.check)(recipe.reward)\n",
         "            pass\n",
         "stages/test_kinds.py::test_a_new_method_is_one_entry_and_one_function",
     ),

@@ -79,9 +79,9 @@ def test_development_items_choose_alpha_and_ties_go_to_the_smaller(scores: dict[
     development: Any = Scored(scores, tiny_recipe())
     chosen = choose_alpha(target, sft, base, (2.0, 0.5, 1.0), development)
     assert development.seen == [0.5, 1.0, 2.0]
-    assert (chosen.alpha, chosen.score, chosen.flops) == (best, scores[best], 30)
-    assert [row["alpha"] for row in chosen.tried] == [0.5, 1.0, 2.0]
-    assert chosen.tried[1] == {"alpha": 1.0, "score": scores[1.0], "dev/accuracy": 0.5}
+    assert (chosen["alpha"], chosen["score"], chosen["selection_flops"]) == (best, scores[best], 30)
+    assert [row["alpha"] for row in chosen["alphas"]] == [0.5, 1.0, 2.0]
+    assert chosen["alphas"][1] == {"alpha": 1.0, "score": scores[1.0], "dev/accuracy": 0.5}
     development.answers(target)
     assert development.seen[-1] == best, "the model must be left at the chosen alpha"
 
@@ -92,7 +92,7 @@ def test_without_development_items_one_alpha_must_be_given() -> None:
     nothing: Any = Scored({0.5: 0.0}, tiny_recipe(), ranks=False)
     with pytest.raises(ConfigError, match=r"nothing measures eval\.metric = accuracy .*; give one alpha"):
         choose_alpha(target, sft, base, (0.5, 1.0), nothing)
-    assert choose_alpha(target, sft, base, (0.5,), nothing).alpha == 0.5
+    assert choose_alpha(target, sft, base, (0.5,), nothing)["alpha"] == 0.5
 
 
 # ---- decode-time extrapolation
