@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
-from srppo.ablations.progress import Watch, stage_seconds
+from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison, Sweep
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
@@ -119,90 +119,85 @@ class SweepResult:
         return next(each for each in self.cells if each.cell == cell)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A cell at one seed: the stage that stands for it, its test scores, and what `CellResult` says of its cost."""
+
+    stage: Stage
+    scores: Mapping[Metric, TaskResult]
+    flops: float
+    selection_flops: float
+    seconds: float | None
+    figures: Mapping[str, float]
+
+
 def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     """Read the record of a sweep, finished or not."""
-    states = Watch(plan, ledger).states()
-    stages = {cell: _stages(plan, ledger, cell, states) for cell in plan.sweep.cells()}
-    scores = {cell: {seed: _scores(chosen, seed) for seed, (chosen, _) in s.items()} for cell, s in stages.items()}
-    cells = tuple(_cell(plan, ledger, cell, stages[cell], scores[cell], states) for cell in stages)
-    rows = tuple(row for cell in stages for row in _rows(plan, ledger, cell, stages[cell], scores[cell]))
+    watch = Watch(plan, ledger)
+    states = watch.states()
+    found = {cell: _measured(plan, ledger, cell, states) for cell in plan.sweep.cells()}
+    scores = {cell: {seed: each.scores for seed, each in by_seed.items()} for cell, by_seed in found.items()}
+    cells = tuple(_cell(progress, found[progress.cell]) for progress in watch.cells(states))
+    rows = tuple(row for cell, by_seed in found.items() for row in _rows(plan.sweep, cell, by_seed))
     differences = _differences(plan, scores)
     return SweepResult(plan, cells, differences, trends(plan.sweep, scores), rows, peaks(plan.sweep, scores))
 
 
-def _stages(
-    plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]
-) -> dict[int, tuple[Stage, list[Stage]]]:
-    """For each seed that is done: the stage that is measured, and all it was chosen from."""
+def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:
+    """By seed, those that are done."""
     found = {}
     for seed in plan.sweep.seeds:
         keys = plan.measured_by[cell, seed]
         if all(states[key].status == "done" for key in keys):
-            candidates = [stage for key in keys if (stage := ledger.stage(plan.tasks[key]))]
-            candidates = list({stage.id: stage for stage in candidates}.values())
-            found[seed] = (_chosen(candidates), candidates)
+            stages = [stage for key in keys if (stage := ledger.stage(plan.tasks[key]))]
+            candidates = list({stage.id: stage for stage in stages}.values())
+            chosen, task = _chosen(candidates), plan.tasks[keys[0]]
+            # What has shares starts from the base, whatever set its budget.
+            before = [] if KINDS[task.kind].shares else _ancestors(plan, task)
+            flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
+            dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
+            dropped += float(_committed(chosen).get("selection_flops") or 0.0)
+            tests = [(d, result) for d in DECODINGS for result in own_tests(chosen, "", seed, d)]
+            scores = {(str(result.group), decoding): result for decoding, result in tests}
+            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), _figures(chosen))
     return found
+
+
+def _committed(stage: Stage | None) -> dict[str, Any]:
+    """The figures of a stage's result; none where it has no result."""
+    return ((stage.result() if stage else None) or {}).get("figures", {})
 
 
 def _chosen(stages: Sequence[Stage]) -> Stage:
     """The one that scored best on development items; the shorter at a tie."""
 
     def rank(stage: Stage) -> tuple[float, float]:
-        figures = (stage.result() or {}).get("figures", {})
+        figures = _committed(stage)
         score = figures.get("score")
         return (-math.inf if score is None else float(score), -float(figures.get("steps") or 0))
 
     return max(stages, key=rank)
 
 
-def _scores(stage: Stage, seed: int) -> dict[Metric, TaskResult]:
-    found = {}
-    for decoding in DECODINGS:
-        for result in own_tests(stage, "", seed, decoding):
-            found[str(result.group), decoding] = result
-    return found
-
-
-def _cell(
-    plan: Plan,
-    ledger: Ledger,
-    cell: Cell,
-    stages: Mapping[int, tuple[Stage, list[Stage]]],
-    scores: Scores,
-    states: Mapping[str, State],
-) -> CellResult:
-    progress = next(each for each in Watch(plan, ledger).cells(states) if each.cell == cell)
+def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
+    scores, measured = {seed: each.scores for seed, each in found.items()}, list(found.values())
     accuracy, iqm = {}, {}
-    for metric in dict.fromkeys(metric for by_metric in scores.values() for metric in by_metric):
+    for metric in dict.fromkeys(metric for each in measured for metric in each.scores):
         values = _matrix([scores], metric)[0]
         accuracy[metric] = calibrated_interval(values, limits=(0.0, 1.0), draws=DRAWS)
         iqm[metric] = interquartile_mean(values.mean(axis=1))
-    costs = [_costs(plan, ledger, cell, seed, chosen, all_) for seed, (chosen, all_) in stages.items()]
     return CellResult(
-        cell,
-        tuple(stages),
+        progress.cell,
+        tuple(found),
         dict(Counter(progress.statuses.values())),
         accuracy,
         iqm,
-        _mean([cost[0] for cost in costs]),
-        _mean([cost[1] for cost in costs]) or 0.0,
-        _mean([cost[2] for cost in costs if cost[2] is not None]),
-        _means([_figures(chosen) for chosen, _ in stages.values()]),
+        _mean([each.flops for each in measured]),
+        _mean([each.selection_flops for each in measured]) or 0.0,
+        _mean([each.seconds for each in measured if each.seconds is not None]),
+        _means([each.figures for each in measured]),
         progress.reasons,
     )
-
-
-def _costs(
-    plan: Plan, ledger: Ledger, cell: Cell, seed: int, chosen: Stage, candidates: Sequence[Stage]
-) -> tuple[float, float, float | None]:
-    """(training operations with parents, operations of candidates dropped, seconds of the chosen stage)."""
-    task = plan.tasks[plan.measured_by[cell, seed][0]]
-    # What has shares starts from the base, whatever set its budget.
-    before = [] if KINDS[task.kind].shares else _ancestors(plan, task)
-    flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
-    dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
-    dropped += float((chosen.result() or {}).get("figures", {}).get("selection_flops") or 0.0)
-    return flops, dropped, stage_seconds(chosen)
 
 
 def _ancestors(plan: Plan, task: Task) -> list[Task]:
@@ -214,17 +209,14 @@ def _ancestors(plan: Plan, task: Task) -> list[Task]:
 
 
 def _flops(stage: Stage | None) -> float:
-    return float((stage.result() or {}).get("figures", {}).get("flops") or 0.0) if stage else 0.0
+    return float(_committed(stage).get("flops") or 0.0)
 
 
 def _figures(stage: Stage) -> dict[str, float]:
     """Plain numbers of a stage's result, and of the last row of its metrics that PPO wrote."""
-    figures = (stage.result() or {}).get("figures", {})
-    found = {
-        key: float(value)
-        for key, value in figures.items()
-        if isinstance(value, int | float) and key != "selection_flops"
-    }
+    figures = _committed(stage)
+    plain = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+    found = {key: float(value) for key, value in plain.items() if key != "selection_flops"}
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
     kept = figures.get("kept_step")
@@ -233,20 +225,19 @@ def _figures(stage: Stage) -> dict[str, float]:
     return found | {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length") if key in row}
 
 
-def _rows(
-    plan: Plan, ledger: Ledger, cell: Cell, stages: Mapping[int, tuple[Stage, list[Stage]]], scores: Scores
-) -> list[dict[str, Any]]:
-    point, made = plan.sweep.point(cell.point), []
-    for seed, (chosen, candidates) in stages.items():
-        flops, dropped, seconds = _costs(plan, ledger, cell, seed, chosen, candidates)
-        common = {"sweep": plan.sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
-        cost = {"flops": flops, "selection_flops": dropped, "seconds": seconds, "stage": chosen.id}
-        wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length", "ess")
-        figures = {key: value for key, value in _figures(chosen).items() if key in wanted}
+def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict[str, Any]]:
+    """Plain rows, one a seed, group and decoding."""
+    point, made = sweep.point(cell.point), []
+    wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length", "ess")
+    for seed, each in found.items():
+        common = {"sweep": sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
+        cost = {"flops": each.flops, "selection_flops": each.selection_flops, "seconds": each.seconds}
+        figures = {key: value for key, value in each.figures.items() if key in wanted}
         figures = {f"measured_{key}" if key in point.values else key: value for key, value in figures.items()}
-        for (group, decoding), result in scores[seed].items():
+        for (group, decoding), result in each.scores.items():
             value = {"group": group, "decoding": decoding, "items": len(result.items)}
-            made.append({**common, **value, "accuracy": float(np.mean(result.scores)), **cost, **figures})
+            value["accuracy"] = float(np.mean(result.scores))
+            made.append({**common, **value, **cost, "stage": each.stage.id, **figures})
     return made
 
 
