@@ -335,6 +335,9 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "eval.keep": [{"eval.keep": "last"}],
     "eval.metric": [{"eval.metric": "nll"}],
     "methods.alphas": [{"methods.alphas": [1.0, 3.0]}],
+    "model.chat_template": [{"model.chat_template": __file__}],  # whatever it says: its content is what counts
+    "model.template_kwargs": [{"model.template_kwargs": {"enable_thinking": False}}],
+    "data.turns": [{"data.turns": "all"}],
 }
 NUMBERS = {
     "data.size": 7, "data.prompts_size": 7, "data.held_out": 0.3, "data.max_prompt_tokens": 100, "data.max_tokens": 900,
