@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from srppo.cli import data as cli_data
 from srppo.cli import measure as cli_measure
 from srppo.cli import sweep as cli_ablate
 from srppo.errors import Diverged, SrppoError
@@ -146,6 +147,7 @@ def env() -> None:
             typer.echo(f"{key}: {value}")
 
 
+app.command("data")(cli_data.data)
 app.command("eval")(cli_measure.evaluate)
 for command in (cli_measure.compare, cli_measure.score, cli_measure.forecast, cli_measure.report):
     app.command()(command)
