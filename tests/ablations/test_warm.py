@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from srppo.ablations.warm import Warm
+from srppo.data.memo import Memo
 from worlds import World, byte_tokenizer, make_world, write_rows
 
 from srppo.ablations.execute import execute
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.options import build_sweep, read_options
 from srppo.ablations.plan import Plan, Task
-from srppo.ablations.warm import Warm
 from srppo.config import Recipe, load_recipe
-from srppo.data.memo import Memo
 from srppo.data.prepare import PreparedData, prepare
 from srppo.record.store import Run
 
