@@ -45,7 +45,8 @@ def check_data(tasks: Iterable[Task]) -> None:
 
     No model is loaded and no thread started. Raises UserError for the first that cannot be used.
     """
-    from srppo.data.prepare import asks_base, prepare, stop_ids
+    from srppo.data.chat import stop_ids
+    from srppo.data.prepare import asks_base, prepare
     from srppo.evaluation.development import load_items
     from srppo.models.loading import check_weights, declared, load_tokenizer
     from srppo.stages.run import check_needs
@@ -55,7 +56,7 @@ def check_data(tasks: Iterable[Task]) -> None:
         check([task.kind], task.recipe)
         recipe = resolved(task.recipe)
         tree = recipe.model_dump(mode="json")
-        choice = canonical_json([tree["data"], tree["model"], recipe.rollout.max_new_tokens])
+        choice = canonical_json([tree["data"], tree["model"], recipe.rollout.max_new_tokens, recipe.eval.items])
         by_data.setdefault(choice, (recipe, set()))[1].add(task.kind)
     for recipe, kinds in by_data.values():
         config, data = recipe.model, recipe.data

@@ -138,12 +138,12 @@ def work(
 ) -> None:
     """Run what is left, here."""
     from srppo.ablations.execute import execute, make_ready  # torch comes with this
-    from srppo.ablations.local import Worker
+    from srppo.ablations.local import Worker, run_apart
 
     watch = Watch(plan, ledger)
     table = LiveTable(plan, watch, console, slots)
     with table.shown():
-        Worker(
+        worker = Worker(
             plan.tasks,
             ledger,
             partial(execute, device=device),
@@ -153,7 +153,8 @@ def work(
             gpus=gpus,
             on_change=table,
             on_event=console.warn,
-        ).run()
+        )
+        run_apart(worker)
     console.say(table.summary())
 
 

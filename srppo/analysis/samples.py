@@ -13,7 +13,7 @@ from srppo.analysis.optimum import Draws, Floats
 from srppo.config import RewardConfig, derive_seed, resolved
 from srppo.console import Console
 from srppo.data.chat import encode_prompts
-from srppo.data.formats import load_prompts
+from srppo.data.rows import load_prompts
 from srppo.data.types import Message, Prompt
 from srppo.errors import DataError, UserError
 from srppo.evaluation.items import load_items, read_rows, spread

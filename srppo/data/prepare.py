@@ -1,49 +1,38 @@
-"""Rows to token ids: templates, the loss boundary, order, held-out rows, and the account of what was used.
+"""Rows to token ids: what is trained on, what is held out, the prompts of PPO, and the account of what was used.
 
-`prepare` is the one call of the stages. Reading is in `formats.py`, order in `rows.py`, noise in `noise.py`, the choice
-of PPO prompts in `mixing.py`, the likeness of prompts in `overlap.py`.
+`prepare` is the one call of the stages. Reading is in `sources.py` and `rows.py`, templates in `chat.py`, order in
+`order.py`, noise in `noise.py`, the choice of PPO's prompts in `prompts.py`, the likeness of prompts in `overlap.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from srppo.config import DataConfig
-from srppo.data.chat import encode_demonstrations, encode_prompts, ensure_chat_template, stop_ids
-from srppo.data.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
+from srppo.data.chat import (
+    encode_demonstrations,
+    encode_prompts,
+    ensure_chat_template,
+    special_tokens,
+    stop_ids,
+    template_notes,
+)
 from srppo.data.noise import Ask, Noise, add_noise
-from srppo.data.overlap import Overlap, measure_overlap, without_overlap
+from srppo.data.order import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
+from srppo.data.overlap import measure_overlap
 from srppo.data.prompts import Chosen, EncodePrompts, choose_prompts
 from srppo.data.report import DataReport, Part
-from srppo.data.rows import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
+from srppo.data.rows import Loaded, Unused, load_demonstrations, load_prompts, one_more, reasons, warned
 from srppo.data.types import Demonstration, EncodedDemonstration, Prompt
 from srppo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "DataReport",
-    "Loaded",
-    "Overlap",
-    "Part",
-    "PreparedData",
-    "Sample",
-    "Unused",
-    "load_demonstrations",
-    "load_prompts",
-    "measure_overlap",
-    "permute",
-    "prepare",
-    "prompt_text",
-    "row_id",
-    "split_held_out",
-    "without_overlap",
-]
 
 Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
 """(prompts as token ids, seed) to what the base says to each."""
@@ -56,13 +45,16 @@ _NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
 class PreparedData:
     """Everything the stages train on, in training order.
 
-    `prompt_texts` are the users' words of `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds,
-    before any noise; `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]` are those of either.
+    `sources` and `prompt_sources` are the places of the rows in the files; `prompt_texts` the users' words of
+    `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds, before any noise;
+    `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]` are those of either.
     """
 
     demonstrations: list[EncodedDemonstration]
+    sources: list[str]
     held_out: list[EncodedDemonstration]
     prompts: list[tuple[int, ...]]
+    prompt_sources: list[str]
     prompt_texts: list[str]
     sha: str
     report: DataReport
@@ -83,14 +75,14 @@ def prepare(
 
     `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
     Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
-    changes answers of the rows that are trained on, never those held out. `sample` is needed by data.noise =
-    "base-answers" alone.
+    changes answers of the rows that are trained on, never those held out, and of a conversation the last answer.
+    `sample` is needed by data.noise = "base-answers" alone.
 
     Raises:
         DataError: nothing to read or use, or fewer rows than asked for.
         ModelError: no EOS token. ConfigError: no room for a prompt in the context.
     """
-    stops = tuple(stop) if stop else tuple(stop_ids(tokenizer))
+    stops = list(stop) if stop else stop_ids(tokenizer)
     given = ensure_chat_template(tokenizer)
     limits = _limits(config, context_length, max_new_tokens)
     encode = partial(
@@ -100,23 +92,27 @@ def prepare(
         max_tokens=limits.tokens,
         max_prompt_tokens=limits.prompt,
         stop=stops,
+        turns=config.turns,
     )
     encode_asked = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=limits.ppo_prompt)
-    ask = partial(_ask, sample, encode_asked) if sample else None
     loaded = load_demonstrations(config.demonstrations, seed=seed)
-    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, list(stops))
+    ask = partial(_ask, sample, encode_asked) if sample else None
+    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
     questions = load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS
     asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
-    notes = [
-        *limits.notes,
-        *(["the tokenizer has no chat template and was given ours, Q: ... A: ..."] if given else []),
-        *([asked.note] if asked.note else []),
-    ]
 
     texts = [prompt_text(row) for row in asked.rows]
     overlap = measure_overlap([prompt_text(row) for row in train.rows], texts)
     pair = overlap.first and f"{asked.rows[overlap.first[0]].source} and {train.rows[overlap.first[1]].source}"
-    report = DataReport(demonstrations, prompts, overlap, pair, noise, tuple(notes))
+    notes = [
+        *limits.notes,
+        *(["the tokenizer has no chat template and was given ours, Q: ... A: ..."] if given else []),
+        *template_notes(tokenizer),
+        *([asked.note] if asked.note else []),
+    ]
+    odd = [line for part in (loaded, questions) for line in (*part.warnings, *_special(tokenizer, part.rows))]
+    odd += _unread_tools(tokenizer, train.rows, asked.rows)
+    report = DataReport(demonstrations, prompts, overlap, pair, noise, tuple(notes), tuple(dict.fromkeys(odd)))
     sha = hashlib.sha256(f"{loaded.sha} {questions.sha}".encode()).hexdigest()
     manifest = {
         "sha256": sha,
@@ -125,7 +121,8 @@ def prepare(
         "prompts": _manifest(questions, seed, used=asked.rows),
         "report": report.as_dict(),
     }
-    return PreparedData(train.ids, held.ids, asked.ids, texts, sha, report, manifest)
+    places, asked_places = ([row.source for row in rows] for rows in (train.rows, asked.rows))
+    return PreparedData(train.ids, places, held.ids, asked.ids, asked_places, texts, sha, report, manifest)
 
 
 def asks_base(config: DataConfig) -> bool:
@@ -192,7 +189,7 @@ def _demonstrations(
 
 def _ask(sample: Sample, encode: EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
     """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
-    asked = iter(encode([Prompt(row.prompt, row.source) for row in rows if row.prompt]))
+    asked = iter(encode([Prompt(row.prompt, row.source, row.tools) for row in rows if row.prompt]))
     ids = [next(asked) if row.prompt else "plain text" for row in rows]
     said = iter(sample([prompt for prompt in ids if not isinstance(prompt, str)], seed))
     return [None if isinstance(prompt, str) else next(said) for prompt in ids]
@@ -236,7 +233,7 @@ def _unused(
     place = {row.source: position for position, row in enumerate(loaded.rows)}
     unused = {**loaded.unused, **(first or {})}
     for reason, source in sorted(refused, key=lambda pair: place[pair[1]]):
-        unused[reason] = unused.get(reason, Unused(0, source)).one_more()
+        one_more(unused, reason, source)
     return unused
 
 
@@ -247,6 +244,28 @@ def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, unused
         raise DataError(f"{key} asks for {size:,} {what}, but only {usable:,} can be used{why}; lower it or add data")
     if not usable and unused:
         raise DataError(f"no {what} can be used{why}")
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration | Prompt]) -> list[str]:
+    """Warnings, one a file, of prompts whose own text spells special tokens: they are read as such."""
+    pattern = special_tokens(tokenizer)
+    files: dict[str, list[bool]] = {}
+    odd: dict[str, dict[str, Unused]] = {}
+    for row in rows:
+        name = re.sub(r"[:#]\d+$", "", row.source)
+        spelled = any(pattern.search(turn.content) for turn in row.asked)
+        files.setdefault(name, []).append(spelled)
+        if spelled:
+            one_more(odd.setdefault(name, {}), "prompts spell special tokens, which are read as such", row.source)
+    return [line for name, found in odd.items() for line in warned(name, len(files[name]), found)]
+
+
+def _unread_tools(tokenizer: PreTrainedTokenizerBase, *parts: Sequence[Demonstration | Prompt]) -> list[str]:
+    """A warning where rows have tools on offer and the chat template does not write them."""
+    count = sum(bool(row.tools) for part in parts for row in part)
+    if not count or "tools" in str(tokenizer.chat_template):
+        return []
+    return [f"{count:,} rows have tools on offer, of which the chat template writes nothing; set model.chat_template"]
 
 
 def _manifest(loaded: Loaded[Any], seed: int, **groups: list[Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from srppo.config import ModelConfig, is_embedded
+from srppo.data.chat import use_template
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import ConfigError, ModelError
 from srppo.models.language_model import LanguageModel
@@ -141,10 +142,15 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_siz
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; padding goes left, and a missing pad token becomes EOS (masks never look at ids)."""
+    """The tokenizer of a model, with the chat template that the recipe gives its own models.
+
+    Padding goes left, and a missing pad token becomes EOS (masks never look at ids).
+    """
     path = resolve(spec)
     with _one_line("tokenizer of", spec):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if spec in (config.base, config.sft):  # what a run exports has its template already
+        use_template(tokenizer, config.chat_template, config.template_kwargs)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

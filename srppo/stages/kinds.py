@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from srppo.config import Recipe, decisive
+from srppo.data.chat import template_text
 from srppo.errors import ConfigError
 
 SHARES = (1.0, 1 / 4, 1 / 16, 1 / 64)
@@ -158,7 +160,7 @@ def _named(name: str) -> Callable[..., Any]:
 # ---- identity
 
 _ADDED: Mapping[str, Mapping[str, Any]] = {
-    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None},
+    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last"},
     "sft": {"steps": None},
     "rollout": {"per_prompt": 1},
     "ppo": {"advantage": "gae"},
@@ -188,6 +190,10 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         "eval": {},
         "max_new_tokens": dump["rollout"]["max_new_tokens"],
     }
+    if recipe.model.chat_template is not None:  # by its content, wherever it lies
+        settings["chat_template"] = sha256(template_text(recipe.model.chat_template).encode()).hexdigest()
+    if recipe.model.template_kwargs:
+        settings["template_kwargs"] = dump["model"]["template_kwargs"]
     for read in kind.reads:
         section, _, key = read.partition(".")
         settings[section] = {**settings.get(section, {}), key: dump[section][key]} if key else dump[section]

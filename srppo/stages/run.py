@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import Recipe, canonical_json, free_settings, recipe_warnings, resolved
 from srppo.console import Console
-from srppo.data.prepare import PreparedData, ensure_chat_template, prepare, stop_ids
+from srppo.data.chat import ensure_chat_template, stop_ids
+from srppo.data.prepare import PreparedData, prepare
 from srppo.errors import ConfigError, Diverged, Interrupted, RecordError, RunError, StorageError
 from srppo.evaluation.development import (
     Development,

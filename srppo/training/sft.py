@@ -78,7 +78,7 @@ def train_sft(
     for step in session.steps():
         watch = Stopwatch()
         batch = epoch_rows(rows, config.batch, step, recipe.seed)
-        answer_tokens = sum(len(row.ids) - max(row.prompt_tokens, 1) for row in batch)
+        answer_tokens = sum(row.trained for row in batch)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for part in micro_slices(len(batch), config.micro_batch):

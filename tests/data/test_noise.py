@@ -20,11 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import DataConfig, Recipe, canonical_json, recipe_warnings, with_overrides
 from srppo.console import Console
-from srppo.data.edits import near_miss, truncated
-from srppo.data.formats import load_demonstrations, load_prompts
-from srppo.data.noise import Noise, add_noise, differs, task_of
+from srppo.data.noise import Noise, add_noise, differs, near_miss, task_of, truncated
+from srppo.data.order import prompt_text
 from srppo.data.prepare import PreparedData, prepare
-from srppo.data.rows import prompt_text
+from srppo.data.rows import load_demonstrations, load_prompts
 from srppo.data.sources import EMBEDDED_ROWS
 from srppo.data.types import Demonstration, EncodedDemonstration, Message
 from srppo.errors import ConfigError, DataError, UserError

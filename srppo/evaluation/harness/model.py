@@ -112,9 +112,8 @@ class HarnessModel(TemplateLM):
         from jinja2.exceptions import TemplateError
 
         try:
-            if add_generation_prompt:
-                return render(self.tokenizer, chat_history, generation=True)
-            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=True))
+            unfinished = not add_generation_prompt
+            return render(self.tokenizer, chat_history, generation=add_generation_prompt, unfinished=unfinished)
         except (TemplateError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"the chat template refuses a prompt ({reason}); pass --no-chat-template") from None
