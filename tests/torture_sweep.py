@@ -85,12 +85,22 @@ def ended(driver: int) -> bool:
 
 
 def stages_of(driver: int) -> list[int]:
-    """Stages that a driver has forked: leaders of sessions, unlike the trial of the data that it makes at its start."""
+    """Stages that a driver's worker, a process of its own, has forked: leaders of sessions, children of its child."""
+    return [pid for child in children_of(driver) for pid in children_of(child) if _leads(pid)]
+
+
+def children_of(pid: int) -> list[int]:
     try:
-        children = [int(pid) for pid in Path(f"/proc/{driver}/task/{driver}/children").read_text().split()]
-        return [pid for pid in children if os.getsid(pid) == pid]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def _leads(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except OSError:
+        return False
 
 
 def wait_until(condition: Any, what: str) -> None:
@@ -113,9 +123,10 @@ class Trial:
     complaints: list[str] = field(default_factory=list)
 
     def disturb(self, dice: random.Random, count: int, longest_s: float) -> None:
-        """Up to `count` kills, each a random while after the one before or after the driver's start."""
+        """Up to `count` kills, each a random while after the one before, once the driver has begun a stage."""
         driver = start(self.folder)
         while len(self.kills) < count:
+            wait_until(lambda driver=driver: stages_of(driver) or ended(driver), "a stage")
             moment = time.monotonic() + dice.uniform(0, longest_s)
             wait_until(lambda moment=moment, driver=driver: time.monotonic() >= moment or ended(driver), "a moment")
             if ended(driver):
