@@ -154,16 +154,16 @@ MUTANTS = [
     ),
     Mutant(
         "sweep: a method's refusal is not asked for beforehand",
-        "ablations/pace.py",
+        "ablations/estimate.py",
         "        check([task.kind], task.recipe)\n",
         "",
-        "ablations/test_pace.py::test_what_would_fail_every_stage_is_said_before",
+        "ablations/test_estimate.py::test_what_would_fail_every_stage_is_said_before",
     ),
     Mutant(
         "sweep: weights are not looked at beforehand",
-        "ablations/pace.py",
+        "ablations/estimate.py",
         "            check_weights(spec, config)\n",
         "            pass\n",
-        "ablations/test_pace.py::test_weights_that_are_not_whole_are_said_before",
+        "ablations/test_estimate.py::test_weights_that_are_not_whole_are_said_before",
     ),
 ]
