@@ -5,8 +5,8 @@
 
 The sweep is `srppo ablate data-size` with two sizes, one seed and two stages at once, on the smallest embedded base. A
 driver is `srppo worker`, forked from this process, which has imported everything and run nothing; its worker is a
-process of its own. At random moments one of {driver, stage process} gets SIGKILL. What was committed before a kill must stay as it is, and a stage may only be
-run again if its process had died.
+process of its own. At random moments one of {driver, stage process} gets SIGKILL. What was committed before a kill must
+stay as it is, and a stage may only be run again if its process had died.
 """
 
 from __future__ import annotations

@@ -166,4 +166,25 @@ MUTANTS = [
         "            pass\n",
         "ablations/test_estimate.py::test_weights_that_are_not_whole_are_said_before",
     ),
+    Mutant(
+        "sweep: a stop stays with the driver",
+        "ablations/local.py",
+        "                        os.kill(process.pid or 0, number)\n",
+        "                        pass\n",
+        "ablations/test_local.py::test_a_stop_is_passed_on",
+    ),
+    Mutant(
+        "sweep: a worker outlives its driver",
+        "ablations/local.py",
+        "    _die_with(parent)\n    os.environ",
+        "    os.environ",
+        "ablations/test_local.py::test_a_worker_apart_dies_with_its_caller_and_so_do_its_stages",
+    ),
+    Mutant(
+        "sweep: a worker that died is no error",
+        "ablations/local.py",
+        "    if process.exitcode:\n",
+        "    if False:\n",
+        "ablations/test_local.py::test_a_worker_apart_that_is_killed_is_said",
+    ),
 ]
