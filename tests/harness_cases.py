@@ -13,6 +13,7 @@ from worlds import byte_llama, byte_tokenizer, save_model, write_rows
 
 from srppo.console import Console
 from srppo.evaluation.harness.run import evaluate_command
+from srppo.stages.arms import stages_by_arm
 
 WORDS = ["cab", "abc", "bca", "acb", "bac", "cba", "aab", "bbc", "cca", "abb", "bcc", "caa", "aca", "bab"]
 
@@ -74,9 +75,8 @@ def choice_task(folder: Path, name: str = "pick", **config: Any) -> Path:
 def evaluate(model: Path | str | None, out: Path, *tasks: str, **options: Any) -> tuple[list[Path], str]:
     """(result folders, all that was said)."""
     said = io.StringIO()
-    paths = evaluate_command(
-        None if model is None else str(model), tasks=tasks, out=out, console=Console(plain=True, file=said), **options
-    )
+    options = {"out": out, "console": Console(plain=True, file=said), "arms": stages_by_arm} | options
+    paths = evaluate_command(None if model is None else str(model), tasks=tasks, **options)
     return paths, said.getvalue()
 
 

@@ -21,6 +21,10 @@ from srppo.stages.run import PreparedRun, prepare_run, run_stages
 
 EOS, PAD, VOCAB = 256, 257, 258
 LIKELY = {" ": 5.5, "a": 6.0, "b": 5.0, "c": 4.5}  # logits above those of other bytes
+TEMPLATE = (  # of few characters, since each is a token
+    "{% if brief is defined and brief %}B {% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 PARTS = ("data", "sft", "ppo", "figures")
 BOOKKEEPING = ("timing", "flops", "lr")  # what a row says of the recipe, rather than of what it did
 
@@ -117,7 +121,10 @@ class World:
 
 
 def make_world(folder: Path) -> World:
-    """Two bases, an SFT model, demonstrations, prompts (one equals a demonstration's, one is long) and items."""
+    """Two bases, an SFT model, demonstrations, conversations, a chat template, prompts and items.
+
+    One prompt equals a demonstration's, one is long.
+    """
     words = ["cab", "abc", "bca", "acb", "bac", "cba", "aab", "bbc", "cca", "abb", "bcc", "caa", "aca", "bab"]
     for name, seed in (("base", 0), ("base2", 1), ("sft", 2)):
         save_model(folder / name, byte_llama(seed))
@@ -125,6 +132,9 @@ def make_world(folder: Path) -> World:
     demonstrations.append({"prompt": "Spell it", "completion": "a b c a b c a b c"})  # cut where max_tokens is small
     write_rows(folder / "demonstrations.jsonl", demonstrations)
     write_rows(folder / "demonstrations2.jsonl", [*demonstrations[2:], {"prompt": "Name it", "completion": "c"}])
+    pairs = [[{"role": role, "content": word[i]} for i in (0, 1) for role in ("user", "assistant")] for word in words]
+    write_rows(folder / "talks.jsonl", [{"messages": talk} for talk in pairs])
+    (folder / "chat.jinja").write_text(TEMPLATE)
     prompts = [{"prompt": f"Say {word} please"[: 8 + i]} for i, word in enumerate(words[:9])]
     prompts += [{"prompt": "Name cab"}, {"prompt": "Say all of it, please"}]
     write_rows(folder / "prompts.jsonl", prompts)
@@ -165,8 +175,8 @@ class Outcome:
 def run_world(recipe: Recipe, folder: Path, *, ppo: bool = True) -> Outcome:
     """A whole run in this process, or without `ppo` base and SFT alone.
 
-    `data` holds the token ids, `sft` and `ppo` what training did, `figures` what was measured: development items, the
-    kept step, test figures and verdicts. No digest sees a path or the recipe itself.
+    `data` holds the token ids and which are trained, `sft` and `ppo` what training did, `figures` what was measured:
+    development items, the kept step, test figures and verdicts. No digest sees a path or the recipe itself.
     """
     run = prepare_run(recipe, ["base", "ppo" if ppo else "sft"], folder, Console(plain=True, file=io.StringIO()))
     diverged = None
@@ -177,7 +187,8 @@ def run_world(recipe: Recipe, folder: Path, *, ppo: bool = True) -> Outcome:
     data = run.data
     weights: dict[str, str] = {}
     parts: dict[str, list[Any]] = {name: [] for name in PARTS}
-    parts["data"] = [[row.ids for row in data.demonstrations], [row.ids for row in data.held_out], data.prompts]
+    taught = [[[row.ids, row.spans] for row in rows] for rows in (data.demonstrations, data.held_out)]
+    parts["data"] = [*taught, data.prompts]
     for stage in sorted(run.record.stages(), key=lambda s: s.identity["kind"]):
         kind = stage.identity["kind"]
         part = "sft" if kind in ("sft", "given-sft") else "ppo" if kind == "ppo" else "figures"

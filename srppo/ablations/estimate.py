@@ -69,10 +69,8 @@ def check_data(tasks: Iterable[Task]) -> None:
 
     No model is loaded and no thread started. Raises UserError for the first that cannot be used.
     """
-    from srppo.data.chat import stop_ids
-    from srppo.data.prepare import asks_base, prepare
     from srppo.evaluation.development import load_items
-    from srppo.models.loading import check_weights, declared, load_tokenizer
+    from srppo.models.loading import check_weights, prepare_alone
     from srppo.stages.run import check_needs
 
     by_data: dict[str, tuple[Recipe, set[str]]] = {}
@@ -83,22 +81,9 @@ def check_data(tasks: Iterable[Task]) -> None:
         choice = canonical_json([tree["data"], tree["model"], recipe.rollout.max_new_tokens, recipe.eval.items])
         by_data.setdefault(choice, (recipe, set()))[1].add(task.kind)
     for recipe, kinds in by_data.values():
-        config, data = recipe.model, recipe.data
-        if asks_base(data):  # what it would say needs the model itself
-            data = with_overrides(recipe, {"data.noise": "none", "data.noise_rate": 0.0}).data
-        for spec in filter(None, (config.base, config.sft)):
-            check_weights(spec, config)
-        starts = config.sft or config.base
-        tokenizer = load_tokenizer(starts, config)
-        prepared = prepare(
-            data,
-            tokenizer,
-            recipe.seed,
-            declared(config.base, config)[0],
-            max_new_tokens=recipe.rollout.max_new_tokens,
-            stop=stop_ids(tokenizer, declared(starts, config)[1]),
-        )
-        check_needs(kinds, prepared, load_items(recipe, "test"))
+        for spec in filter(None, (recipe.model.base, recipe.model.sft)):
+            check_weights(spec, recipe.model)
+        check_needs(kinds, prepare_alone(recipe)[0], load_items(recipe, "test"))
 
 
 def measure_pace(recipe: Recipe, device: str) -> Pace:

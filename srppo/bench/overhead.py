@@ -32,10 +32,11 @@ from srppo.config import ModelConfig, load_recipe, resolved
 from srppo.console import Console
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.evaluation.development import answer_items
+from srppo.evaluation.harness.checks import EvalOptions
 from srppo.evaluation.harness.decode import Decoding
+from srppo.evaluation.harness.guards import Problems, quiet
 from srppo.evaluation.harness.model import HarnessModel
-from srppo.evaluation.harness.quiet import quiet
-from srppo.evaluation.harness.session import Options, Session
+from srppo.evaluation.harness.session import Evaluator
 from srppo.evaluation.harness.targets import find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
 from srppo.evaluation.items import load_items
@@ -113,9 +114,11 @@ class _Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder, quiet():
             console = Console(plain=True, quiet=True)
             (target,) = find_targets(self.spec, Path(folder))
-            tasks = load_tasks(wanted([], "embedded"), data=None, include_path=[], score_rest=False, say=console.say)
-            session = Session(Options(samples=1 if self.sampled else None), None, "cpu", console)
-            lm, prepared = session.prepare(replace(target, parent=Path(folder)), tasks)
+            problems, say = Problems(), console.say
+            asked = wanted([], "embedded")
+            tasks = load_tasks(asked, data=None, include_path=[], score_rest=False, say=say, problems=problems)
+            session = Evaluator(EvalOptions(samples=1 if self.sampled else None), None, "cpu", console)
+            lm, prepared = session.prepare(replace(target, parent=Path(folder)), tasks, problems)
             lm.load = lambda: self.model
             for each in prepared:
                 session.evaluate(target, lm, each)

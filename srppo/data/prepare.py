@@ -39,6 +39,7 @@ Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
 EncodeDemonstrations = Callable[[Sequence[Demonstration]], Sequence[EncodedDemonstration | str]]
 _Taught = Encoded[Demonstration, EncodedDemonstration]
 _NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
+_NO_DEMONSTRATIONS: Loaded[Demonstration] = Loaded((), {}, (), "")
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ def prepare(
     max_new_tokens: int = 1,
     stop: Sequence[int] | None = None,
     sample: Sample | None = None,
+    only_prompts: bool = False,
 ) -> PreparedData:
     """Load, order, split, size, add noise, choose prompts and encode. A tokenizer without chat template is given ours.
 
     `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
     Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
     changes answers of the rows that are trained on, never those held out, and of a conversation the last answer.
-    `sample` is needed by data.noise = "base-answers" alone.
+    `sample` is needed by data.noise = "base-answers" alone. `only_prompts`: no demonstrations are read.
 
     Raises:
         DataError: nothing to read or use, or fewer rows than asked for.
@@ -95,8 +97,8 @@ def prepare(
         turns=config.turns,
     )
     encode_asked = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=limits.ppo_prompt)
-    loaded = load_demonstrations(config.demonstrations, seed=seed)
     ask = partial(_ask, sample, encode_asked) if sample else None
+    loaded = _NO_DEMONSTRATIONS if only_prompts else load_demonstrations(config.demonstrations, seed=seed)
     train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
     questions = load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS
     asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
@@ -170,7 +172,8 @@ def _demonstrations(
     stops: list[int],
 ) -> tuple[_Taught, _Taught, Noise, Part]:
     """(to train on, held out, noise, account); the rows stay as they were read, the ids to train on have the noise."""
-    train_pool, held_pool = split_held_out(permute(loaded.rows, seed), config.held_out, seed)
+    rows = permute(loaded.rows, seed)
+    train_pool, held_pool = split_held_out(rows, config.held_out, seed) if rows else (rows, rows)
     train, held = encoded(train_pool, encode, config.size), encoded(held_pool, encode, None)
     unused = _unused(loaded, [*train.refused, *held.refused])
     _refuse_shortfall("data.size", config.size, "demonstrations to train on", len(train.rows), unused)

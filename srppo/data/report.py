@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "→", "\r": "␍"}
+ROW_KEY = (
+    "T: trained. · a space, ⏎ the end of a line, → a tab; 「special tokens」 are not the text that they look like."
+)
 _HEAD, _TAIL = 6, 3  # lines shown of a longer stretch of text, at its beginning and its end
 
 
@@ -43,6 +46,9 @@ class Part:
         return self.read - self.used - self.held_out - sum(part.count for part in self.unused.values())
 
     def lines(self) -> list[str]:
+        """Plain words for the console, none where nothing was asked for."""
+        if not self.opened:
+            return []
         names = [f"{part.name} ({part.columns or 'no rows'})" for part in self.opened]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         held = f", {self.held_out:,} held out" if self.held_out else ""
@@ -83,7 +89,8 @@ class DataReport:
             f"{found.half_ngram:,} more share over half of their 8-grams with one{first}"
         )
         said = [f"note: {note}" for note in self.notes] + [f"warning: {warning}" for warning in self.warnings]
-        return [*self.demonstrations.lines(), *self.noise.lines(), *self.prompts.lines(), overlap, *said]
+        both = [overlap] if self.demonstrations.used and self.prompts.used else []
+        return [*self.demonstrations.lines(), *self.noise.lines(), *self.prompts.lines(), *both, *said]
 
     def as_dict(self) -> dict[str, Any]:
         """The same for the manifest."""
@@ -100,7 +107,7 @@ class DataReport:
 
 
 def length_lines(demonstrations: Sequence[EncodedDemonstration], prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Lengths in tokens: of demonstrations whole and trained, of PPO's prompts."""
+    """A table of lengths in tokens: of demonstrations whole and trained, of PPO's prompts."""
     kinds = {
         "demonstrations": [len(row.ids) for row in demonstrations],
         "of which trained": [row.trained for row in demonstrations],
@@ -119,12 +126,8 @@ def length_lines(demonstrations: Sequence[EncodedDemonstration], prompts: Sequen
 def row_lines(
     row: EncodedDemonstration, source: str, tokenizer: PreTrainedTokenizerBase, width: int
 ) -> Iterator[tuple[str, bool]]:
-    """(line, whether it is trained) of one demonstration: trained tokens apart from the others, `T|` before them.
-
-    White space is visible (· a space, ⏎ the end of a line, → a tab), and special tokens stand in brackets 「 」, so
-    that text which merely looks like one can be told from it.
-    """
-    yield f"{source}: {len(row.ids):,} tokens, {row.trained:,} of them trained", False
+    """(line, whether it is trained) of one demonstration, of at most `width` columns; ROW_KEY says how to read them."""
+    yield from ((line, False) for line in chop_cells(f"{source}: {len(row.ids)} tokens, {row.trained} trained", width))
     cursor = 0
     for start, stop in row.spans:
         yield from ((f"   | {line}", False) for line in _shown(tokenizer, row.ids[cursor:start], width - 5))
@@ -144,6 +147,6 @@ def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], width: int) -
         text += "".join(_VISIBLE.get(character, character) for character in said)
         text += "" if token is None else f"「{tokenizer.convert_ids_to_tokens(token)}」"
         plain = []
-    lines = [part for line in text.removesuffix("\n").split("\n") for part in chop_cells(line, width) or [""]]
+    lines = [part for line in text.removesuffix("\n").split("\n") for part in chop_cells(line, width)]
     dropped = len(lines) - _HEAD - _TAIL
     return lines if dropped < 2 else [*lines[:_HEAD], f"... {dropped:,} lines more ...", *lines[-_TAIL:]]

@@ -29,9 +29,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from srppo.config import ModelConfig, is_embedded
-from srppo.data.chat import use_template
+from srppo.config import ModelConfig, Recipe, is_embedded, resolved, with_overrides
+from srppo.data.chat import stop_ids, use_template
 from srppo.data.hub import offline_when_unreachable
+from srppo.data.prepare import PreparedData, asks_base, prepare
 from srppo.errors import ConfigError, ModelError
 from srppo.models.language_model import LanguageModel
 
@@ -202,6 +203,28 @@ def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
         return _positions(said.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
     except OSError:  # there is no such file
         return _positions(said.get_text_config()), GenerationConfig.from_model_config(said)
+
+
+def prepare_alone(recipe: Recipe, *, only_prompts: bool = False) -> tuple[PreparedData, PreTrainedTokenizerBase]:
+    """A recipe's data and the tokenizer that they are encoded with, as training will see them, without any weights.
+
+    Without noise that the base would have to be asked for. Raises UserError for what cannot be used.
+    """
+    recipe = resolved(recipe)
+    config, starts = recipe.model, recipe.model.sft or recipe.model.base
+    if asks_base(recipe.data):
+        recipe = with_overrides(recipe, {"data.noise": "none", "data.noise_rate": 0.0})
+    tokenizer = load_tokenizer(starts, config)
+    data = prepare(
+        recipe.data,
+        tokenizer,
+        recipe.seed,
+        declared(config.base, config)[0],
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        stop=stop_ids(tokenizer, declared(starts, config)[1]),
+        only_prompts=only_prompts,
+    )
+    return data, tokenizer
 
 
 def import_model(spec: str) -> None:

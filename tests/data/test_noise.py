@@ -393,7 +393,24 @@ def test_stages_know_the_keys_that_concern_them() -> None:
     assert [same(kind, noise) for kind in ("sft", "longer-sft", "ppo")] == [False] * 3
     assert [same(kind, {"data.overlap_share": 0.5}) for kind in ("sft", "longer-sft", "ppo")] == [True, True, False]
     assert all(same(kind, {"data.noise": "near-miss"}) for kind in ("sft", "ppo"))  # at rate 0
-    assert not {"noise", "noise_rate", "overlap_share"} & stage_settings(Recipe(), "ppo")["data"].keys()
+    assert not {"noise", "noise_rate", "overlap_share", "turns"} & stage_settings(Recipe(), "ppo")["data"].keys()
+    assert not same("sft", {"data.turns": "all"})
+
+
+def test_a_chat_template_enters_a_stage_by_its_content(tmp_path: Path) -> None:
+    texts = {"a": "{{ messages }}", "b": "{{ messages }}", "c": "{{ messages }}!"}
+    paths = {name: tmp_path / f"{name}.jinja" for name in texts}
+    for name, path in paths.items():
+        path.write_text(texts[name])
+
+    def settings_of(**model: object) -> str:
+        keys = {f"model.{key}": value for key, value in model.items()}
+        return canonical_json(stage_settings(with_overrides(Recipe(), keys), "base"))
+
+    a, b, c = (settings_of(chat_template=str(path)) for path in paths.values())
+    assert a == b and len({a, c, settings_of(), settings_of(template_kwargs={"brief": True})}) == 4
+    with pytest.raises(ConfigError, match=r"model\.chat_template .*no\.jinja cannot be read"):
+        settings_of(chat_template=str(tmp_path / "no.jinja"))
 
 
 # ---- overlap by share

@@ -87,13 +87,13 @@ MUTANTS = [
         "record/folder.py",
         "            shutil.rmtree(trial, ignore_errors=True)\n",
         "            pass\n",
-        "evaluation/harness/test_preflight.py::test_a_trap_is_one_line_before_any_generation",
+        "evaluation/harness/test_checks.py::test_a_trap_is_one_line_before_any_generation",
     ),
     Mutant(
         "a sweep is taken for a run",
         "record/arms.py",
         "    if is_sweep(run.spec):\n",
         "    if False:\n",
-        "evaluation/harness/test_refusals.py::test_a_sweep_is_refused",
+        "evaluation/harness/test_run.py::test_a_sweep_is_refused",
     ),
 ]

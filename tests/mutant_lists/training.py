@@ -482,6 +482,13 @@ MUTANTS = [
         "training/test_ppo.py::test_the_sft_loss_counts_answers_with_eos_and_nothing_else",
     ),
     Mutant(
+        "sft: what stands between answers is trained",
+        "training/batch.py",
+        "stop - row.prompt_tokens] = 0.0",
+        "stop - row.prompt_tokens] += 0.0",
+        "training/test_ppo.py::test_the_sft_loss_of_a_conversation_counts_every_answer_and_nothing_between",
+    ),
+    Mutant(
         "sft: mean a micro-batch",
         "training/sft.py",
         "(nll / answer_tokens).backward()",

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from srppo.evaluation.harness.restate import INSTALL as EXTRA
+from srppo.errors import DataError
+from srppo.evaluation.harness.guards import INSTALL as EXTRA
 
 NEEDS = {
     "language:response_language": "langdetect",
@@ -43,6 +44,15 @@ def _has_punkt() -> bool:
     except LookupError:
         return False
     return True
+
+
+def check_packages(score_rest: bool) -> None:
+    """Raises DataError for what is not here, unless the prompts that need it may be left out."""
+    absent = missing()
+    if "nltk" in absent or (absent and not score_rest):
+        ways = "; ".join(dict.fromkeys(INSTALL[name] for name in absent))
+        rest = "" if "nltk" in absent else "; or pass --score-rest to score the other prompts and list these"
+        raise DataError(f"IFEval's checkers need {', '.join(absent)}, not found here: {ways}{rest}")
 
 
 def reason_not_scored(doc: Mapping[str, Any], absent: list[str]) -> str | None:

@@ -11,9 +11,9 @@ from rich.table import Table
 from srppo.config import canonical_json
 from srppo.console import Console
 from srppo.errors import ConfigError
-from srppo.evaluation.harness.problems import Problems
-from srppo.evaluation.harness.quiet import quiet
-from srppo.evaluation.harness.session import Options, Session
+from srppo.evaluation.harness.checks import EvalOptions
+from srppo.evaluation.harness.guards import Problems, quiet, seeded
+from srppo.evaluation.harness.session import Evaluator
 from srppo.evaluation.harness.targets import Target, find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
 from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY
@@ -59,7 +59,7 @@ def evaluate_command(
     Raises a UserError, before anything is generated, for whatever cannot be loaded, scored or fitted into the context.
     """
     console = console or Console()
-    options = Options(
+    options = EvalOptions(
         samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest, system, cluster
     )
     _check_numbers(options, batch_size)
@@ -67,7 +67,7 @@ def evaluate_command(
     if model is None:
         console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
     problems = _problems_of(targets)
-    with quiet(seed):
+    with quiet(), seeded(seed):
         loaded = load_tasks(
             wanted(tasks, suite),
             data=data,
@@ -76,15 +76,15 @@ def evaluate_command(
             say=console.say,
             problems=problems,
         )
-        session = Session(options, batch_size, device, console)
+        evaluator = Evaluator(options, batch_size, device, console)
         plan = []
         for target in targets:
             with problems.gathered():
-                plan.append((target, *session.prepare(target, loaded, problems)))
+                plan.append((target, *evaluator.prepare(target, loaded, problems)))
             problems.raise_any()  # of one arm: the other arms have the same
         found = []
-        for target, lm, prepared in plan:
-            found += [session.evaluate(target, lm, each) for each in prepared]
+        for target, lm, requests in plan:
+            found += [evaluator.evaluate(target, lm, each) for each in requests]
             lm.release()
     console.print(_table(found))
     _say_not_scored(console, found)
@@ -104,14 +104,8 @@ def _problems_of(targets: Sequence[Target]) -> Problems:
     return problems
 
 
-def _check_numbers(options: Options, rows: int | None) -> None:
-    floors = {
-        "samples": 1,
-        "limit": 1,
-        "max_new_tokens": 1,
-        "num_fewshot": 0,
-        "seed": 0,
-    }
+def _check_numbers(options: EvalOptions, rows: int | None) -> None:
+    floors = {"samples": 1, "limit": 1, "max_new_tokens": 1, "num_fewshot": 0, "seed": 0}
     for name, least in floors.items():
         value = getattr(options, name)
         if value is not None and value < least:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from srppo.console import Console, duration
 from srppo.data.chat import ensure_chat_template
 from srppo.environment import environment
 from srppo.errors import ConfigError, UserError
-from srppo.evaluation.harness.call import evaluate
+from srppo.evaluation.harness.checks import MULTITURN, EvalOptions, TaskRequests, prepare
+from srppo.evaluation.harness.guards import Problems, restating, seeded
 from srppo.evaluation.harness.ifeval import checkers_importable
 from srppo.evaluation.harness.model import HarnessModel
-from srppo.evaluation.harness.preflight import MULTITURN, Prepared, prepare
-from srppo.evaluation.harness.problems import Problems, together
 from srppo.evaluation.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
 from srppo.evaluation.harness.targets import Target
-from srppo.evaluation.harness.tasks import Loaded
+from srppo.evaluation.harness.tasks import HarnessTask
 from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import SUMMARY, read_result, write_result
 from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolve
@@ -31,38 +30,20 @@ from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolv
 EPOCH = 2  # raised when the same request would get another response or score
 
 
-@dataclass(frozen=True)
-class Options:
-    """What changes a result, beside model and task. samples None: as the task says, which is nearly always greedy.
-    system None: the model's own, with which a run trained it. cluster None: as the task's metadata says.
-    """
-
-    samples: int | None = None
-    temperature: float = 1.0
-    num_fewshot: int | None = None
-    chat_template: bool | None = None
-    max_new_tokens: int | None = None
-    limit: int | None = None
-    seed: int = 0
-    score_rest: bool = False
-    system: str | None = None
-    cluster: str | None = None
-
-
-class Session:
+class Evaluator:
     """One command: requests by tokenizer, results by key, so that arms with one tokenizer or weights share the work."""
 
-    def __init__(self, options: Options, rows: int | None, device: str, console: Console) -> None:
+    def __init__(self, options: EvalOptions, rows: int | None, device: str, console: Console) -> None:
         self.options, self.rows, self.device, self.console = options, rows, device, console
-        self.prepared: dict[tuple[str, int, str], Prepared] = {}
+        self.requests: dict[tuple[str, int, str], TaskRequests] = {}
         self.weights: dict[str, str] = {}
         self.written: dict[str, tuple[dict[str, Any], list[Row]]] = {}
 
     def prepare(
-        self, target: Target, tasks: Sequence[Loaded], problems: Problems | None = None
-    ) -> tuple[HarnessModel, list[Prepared]]:
-        """The model, not loaded yet, and its requests for every task, checked. Raises UserError, in one line, for all
-        that is wrong with the tasks, or adds it to `problems`."""
+        self, target: Target, tasks: Sequence[HarnessTask], problems: Problems
+    ) -> tuple[HarnessModel, list[TaskRequests]]:
+        """The model, not loaded yet, and its requests for every task, checked; what is wrong with the tasks is added to
+        `problems`. Raises ConfigError where a chat template was asked for that the tokenizer lacks."""
         options = self.options
         tokenizer = load_tokenizer(target.spec, target.config)
         own = tokenizer.chat_template is not None
@@ -73,7 +54,7 @@ class Session:
             )
         ensure_chat_template(tokenizer)
         lm = HarnessModel(
-            self._loader(target, len(tokenizer)),
+            lambda: load_model(target.spec, target.config, device=self.device, vocab_size=len(tokenizer)),
             tokenizer,
             _context(target, tokenizer),
             seed=options.seed,
@@ -81,50 +62,33 @@ class Session:
             new_tokens=options.max_new_tokens,
             rows=self.rows,
         )
-        found: list[Prepared] = []
-        with together(problems) as met:
-            for task in tasks:
-                templated = options.chat_template
-                if templated is None:
-                    templated = own or target.ours or task.embedded
-                with met.gathered():
-                    found.append(self._prepared(target, lm, task, templated))
+        found: list[TaskRequests] = []
+        for task in tasks:
+            templated = own or target.ours or task.embedded if options.chat_template is None else options.chat_template
+            with problems.gathered():
+                found.append(self._requests(target, lm, task, templated))
         return lm, found
 
-    def _prepared(self, target: Target, lm: HarnessModel, task: Loaded, templated: bool) -> Prepared:
+    def _requests(self, target: Target, lm: HarnessModel, task: HarnessTask, templated: bool) -> TaskRequests:
         """A task's requests, shared with arms whose tokenizer, context and system message are the same."""
-        options = self.options
-        system = (target.system if options.system is None else options.system) or None
-        system, dropped = (system, None) if templated else (None, system)
+        asked = (target.system if self.options.system is None else self.options.system) or None
+        system = asked if templated else None
         place = (f"{_tokenizer_key(lm.tokenizer)}/{templated}/{system}", lm.context, task.name)
-        if place not in self.prepared:
-            if dropped:
+        if place not in self.requests:
+            if asked and not templated:
                 self.console.warn(f"task {task.name}: without the chat template there is no system message either")
-            self.prepared[place] = prepare(
-                task,
-                lm,
-                templated=templated,
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                seed=options.seed,
-                score_rest=options.score_rest,
-                warn=self.console.warn,
-                system=system,
-                cluster=options.cluster,
-            )
-        return self.prepared[place]
+            warn = self.console.warn
+            self.requests[place] = prepare(task, lm, self.options, templated=templated, system=system, warn=warn)
+        return self.requests[place]
 
-    def _loader(self, target: Target, vocab_size: int) -> Callable[[], Any]:
-        return lambda: load_model(target.spec, target.config, device=self.device, vocab_size=vocab_size)
-
-    def evaluate(self, target: Target, lm: HarnessModel, prepared: Prepared) -> Path:
+    def evaluate(self, target: Target, lm: HarnessModel, requests: TaskRequests) -> Path:
         """The folder with the result of one task: found, shared with an arm of the same weights, or made."""
-        name, options = prepared.task.name, self.options
+        name, options = requests.task.name, self.options
         if target.spec not in self.weights:
             self.weights[target.spec] = fingerprint(target.spec, target.config)
         weights = self.weights[target.spec]
-        sampled = prepared.sampled or bool(options.samples and prepared.generates)
-        key = _key(weights, prepared, options if sampled else None, target.config.precision, options.max_new_tokens)
+        sampled = requests.sampled or bool(options.samples and requests.generates)
+        key = _key(weights, requests, options if sampled else None, target.config.precision, options.max_new_tokens)
         for known in (path.parent for path in target.parent.glob(f"*@{key}/{SUMMARY}")):
             try:
                 read_result(known)
@@ -134,8 +98,7 @@ class Session:
                 self.console.say(f"{name}, {target.title}: known, {known}")
                 return known
         if key not in self.written:
-            draws = (options.samples or 1) if sampled else 1
-            self.written[key] = self._generate(target, lm, prepared, draws)
+            self.written[key] = self._generate(target, lm, requests, (options.samples or 1) if sampled else 1)
         summary, rows = self.written[key]
         summary = summary | {
             "model": target.label,
@@ -148,26 +111,26 @@ class Session:
         return write_result(target.parent, summary, rows)
 
     def _generate(
-        self, target: Target, lm: HarnessModel, prepared: Prepared, draws: int
+        self, target: Target, lm: HarnessModel, requests: TaskRequests, draws: int
     ) -> tuple[dict[str, Any], list[Row]]:
-        task, options, began = prepared.task, self.options, self.console.clock()
+        task, options, began = requests.task, self.options, self.console.clock()
         results, rows = [], []
-        lm.templated, lm.used_rows, lm.seconds = prepared.templated, None, 0.0
-        total = sum(max(instance.repeats or 1, 1) for instance in prepared.instances) * draws
+        lm.templated, lm.used_rows, lm.seconds = requests.templated, None, 0.0
+        total = sum(max(instance.repeats or 1, 1) for instance in requests.instances) * draws
         with Meter(self.console, f"{task.name}, {target.title}", total) as meter, checkers_importable():
             lm.meter = meter
             for draw in range(draws):
                 lm.draw = draw
-                result = evaluate(lm, prepared, options.seed)
+                result = _by_lm_eval(lm, requests, options.seed)
                 results.append(result["results"][task.task.task_name])
-                rows += rows_of(result["samples"][task.task.task_name], draw, prepared.cluster)
+                rows += rows_of(result["samples"][task.task.task_name], draw, requests.cluster)
         scores = figures(rows, results)
         numeric = [name for name in metric_names(rows) if name in scores and rows[0][name] == rows[0][name]]
         if not numeric:
             raise ConfigError(
                 f"task {task.name} has no metric with a value for each item; such tasks are not supported"
             )
-        rows += not_scored_rows(task.task, prepared.skipped, prepared.cluster)
+        rows += not_scored_rows(task.task, requests.skipped, requests.cluster)
         seconds = self.console.clock() - began
         self.console.say(f"{task.name}, {target.title}: {total} requests in {duration(seconds)}")
         better = task.task.higher_is_better().get(numeric[0].partition(",")[0], True)
@@ -182,21 +145,21 @@ class Session:
             "eval_seed": options.seed,
             "harness": EPOCH,
             "task_version": getattr(task.task, "VERSION", None),
-            "task_content": prepared.content,
-            "num_fewshot": prepared.few_shot,
-            "fewshot_seed": prepared.fewshot_seed,
+            "task_content": requests.content,
+            "num_fewshot": requests.few_shot,
+            "fewshot_seed": requests.fewshot_seed,
             "fewshot_as_multiturn": MULTITURN,
-            "generation": None if prepared.decoding is None else asdict(prepared.decoding),
-            "system": prepared.system,
-            "cluster": prepared.cluster,
-            "chat_template": lm.tokenizer.chat_template if prepared.templated else None,
+            "generation": None if requests.decoding is None else asdict(requests.decoding),
+            "system": requests.system,
+            "cluster": requests.cluster,
+            "chat_template": lm.tokenizer.chat_template if requests.templated else None,
             "limit": options.limit,
             "max_new_tokens": options.max_new_tokens,
             "batch_size": lm.used_rows,
             "device": self.device,
             "precision": target.config.precision,
             "items": len({row["item"] for row in rows}),
-            "not_scored": len(prepared.skipped),
+            "not_scored": len(requests.skipped),
             "seconds": seconds,
             "model_seconds": lm.seconds,
             "environment": _machine(),
@@ -210,16 +173,18 @@ def _machine() -> dict[str, Any]:
     return environment()
 
 
-def _key(weights: str, prepared: Prepared, sampling: Options | None, precision: str, max_new_tokens: int | None) -> str:
+def _key(
+    weights: str, requests: TaskRequests, sampling: EvalOptions | None, precision: str, max_new_tokens: int | None
+) -> str:
     """What a result is known by: equal keys, equal results. The requests in `digest` hold template, shots and limit."""
     parts = {
         "epoch": EPOCH,
         "weights": weights,
         "precision": precision,
-        "task": prepared.digest,
-        "templated": prepared.templated,
-        "system": prepared.system,
-        "cluster": prepared.cluster,
+        "task": requests.digest,
+        "templated": requests.templated,
+        "system": requests.system,
+        "cluster": requests.cluster,
         "max_new_tokens": max_new_tokens,
         "sampling": [sampling.samples, sampling.temperature, sampling.seed] if sampling else None,
     }
@@ -238,3 +203,27 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else str(id(tokenizer))
     return hashlib.sha256(f"{text}\0{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def _by_lm_eval(lm: HarnessModel, requests: TaskRequests, seed: int) -> Any:
+    """What lm-eval's own `evaluate` returns for one task on requests that are built and checked already; its bootstrap,
+    at 15 s a metric, stays off. Raises DataError, in one line, for what its checkers and metrics raise."""
+    from lm_eval import evaluator
+
+    task, name = requests.task.task, requests.task.task.task_name
+
+    def already_built(**_: Any) -> None:
+        for instance in requests.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        task._instances = requests.instances
+
+    task.build_all_requests = already_built
+    try:
+        with seeded(seed), restating(requests.task.name, vars(task.config), "scored"):
+            count = max(instance.doc_id for instance in requests.instances) + 1
+            chosen = {"limit": count} if requests.indices is None else {"samples": {name: requests.indices}}
+            return evaluator.evaluate(
+                lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=requests.templated, **chosen
+            )
+    finally:
+        del task.build_all_requests

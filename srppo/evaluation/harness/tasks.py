@@ -1,24 +1,56 @@
-"""Task names to lm-eval tasks: ours, the user's YAML, or lm-eval's; what can go wrong is said in one line."""
+"""Task names to lm-eval tasks: ours, the user's YAML, or lm-eval's; what can go wrong is said in one line.
+
+IFEval and GSM8K are read from local files under lm-eval's own checkers. A task is known by checksums of all that makes
+its questions and scores, by which results are found again, and told apart when they are compared.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import inspect
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from srppo.config import canonical_json
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import DataError
 from srppo.evaluation.harness import ifeval
-from srppo.evaluation.harness.problems import Problems, together
-from srppo.evaluation.harness.restate import restate, restating
-from srppo.evaluation.harness.shipped import FOLDER, SHORTCUTS, SUITES, local_config, local_file
+from srppo.evaluation.harness.guards import Problems, restating
+from srppo.evaluation.items import read_rows
+
+SUITES = {
+    "embedded": ("embedded_demonstrated", "embedded_prompted", "embedded_unseen"),
+    "ifeval": ("ifeval",),
+    "gsm8k": ("gsm8k",),
+    "paper": ("ifeval", "gsm8k", "gpqa_main_zeroshot"),
+}
+"""`paper`: the tasks that the paper names; which variant of GPQA it used could not be found, so this choice is ours."""
+
+SHORTCUTS = {
+    "ifeval": "ifeval/ifeval.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "gpqa_main_zeroshot": "gpqa/zeroshot/gpqa_main_zeroshot.yaml",
+}
+"""lm-eval's own files of the tasks above: reading its list of all tasks takes 8 s."""
+
+FOLDER = Path(__file__).parent / "suites"
+_FILES = {"ifeval": "input_data.jsonl", "gsm8k": "test.jsonl"}
+_COLUMNS = {"ifeval": {"prompt", "instruction_id_list", "kwargs"}, "gsm8k": {"question", "answer"}}
+_ELSEWHERE = (
+    *("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata"),
+    *("training_split", "validation_split", "test_split", "num_fewshot", "generation_kwargs"),
+)
+"""Keys of a task's config that say where its items come from, or that a summary holds under a name of its own."""
 
 
 @dataclass(frozen=True)
-class Loaded:
+class HarnessTask:
     """A task as lm-eval built it. group: the group or suite it was asked for by. ifeval: checked by IFEval's code."""
 
     name: str
@@ -34,10 +66,9 @@ def wanted(tasks: Sequence[str], suite: str | None) -> list[tuple[str, str | Non
         raise DataError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}, or give --tasks")
     asked = [suite] if suite else [] if tasks else ["embedded"]
     found: dict[str, str | None] = {name: each for each in asked for name in SUITES[each]}
-    for name in (part.strip() for each in tasks for part in each.split(",")):
+    for name in (part.strip() for each in tasks for part in each.split(",") if part.strip()):
         for member in SUITES[name] if name == "embedded" else (name,):
-            if member:
-                found.setdefault(member, name if name == "embedded" else None)
+            found.setdefault(member, name if name == "embedded" else None)
     return list(found.items())
 
 
@@ -48,30 +79,30 @@ def load_tasks(
     include_path: Sequence[Path],
     score_rest: bool,
     say: Callable[[str], None],
-    problems: Problems | None = None,
-) -> list[Loaded]:
-    """Every task with its data. Raises DataError, in one line, for all that cannot be had, or adds it to `problems`."""
+    problems: Problems,
+) -> list[HarnessTask]:
+    """Every task with its data; what single tasks lack is added to `problems`. Raises DataError for a folder or file of
+    the command that cannot be used, and for a task that is asked for twice."""
     for folder in include_path:
         if not folder.is_dir():
             raise DataError(f"--include-path {folder} is not a folder; give the folder that holds your YAML tasks")
     if data is not None and not data.exists():
         raise DataError(f"--data {data} does not exist; give IFEval's or GSM8K's jsonl file, or a folder of them")
     library = _Library(include_path, say)
-    files = {name: local_file(name, data) for name, _ in names if data is not None and not library.is_users(name)}
+    files = {name: _local_file(name, data) for name, _ in names if data is not None and not library.is_users(name)}
     if data is not None and not any(files.values()):
         raise DataError(
             f"--data {data} holds nothing for {', '.join(name for name, _ in names)}: it is read for ifeval "
             "(prompt, instruction_id_list, kwargs) and gsm8k (question, answer)"
         )
-    found: list[Loaded] = []
-    with together(problems) as met:
-        for name, suite in names:
-            with met.gathered():
-                found += library.load(name, suite, files.get(name), score_rest, met)
-    repeated = [each.name for i, each in enumerate(found) if each.name in {other.name for other in found[:i]}]
-    if repeated:
-        raise DataError(f"task {repeated[0]} is asked for twice, alone and in a group; name it once")
-    return found
+    found: dict[str, HarnessTask] = {}
+    for name, suite in names:
+        with problems.gathered():
+            for task in library.load(name, suite, files.get(name), score_rest, problems):
+                if task.name in found:
+                    raise DataError(f"task {task.name} is asked for twice, alone and in a group; name it once")
+                found[task.name] = task
+    return list(found.values())
 
 
 class _Library:
@@ -91,35 +122,29 @@ class _Library:
 
     def load(
         self, name: str, suite: str | None, file: Path | None, score_rest: bool, problems: Problems
-    ) -> list[Loaded]:
+    ) -> list[HarnessTask]:
         """The task, or the tasks of a group or tag. What its checkers lack is gathered: its data may be missing too."""
+        import datasets
+        import huggingface_hub.constants
+
         spec, config = self._spec(name)
         checked = name == "ifeval" or ifeval.is_ifeval(config)
         if checked:
             with problems.gathered():
-                _check_ifeval(score_rest)
-        if (path := config.get("dataset_path")) in ("json", "csv", "parquet", "text"):
-            _check_files(name, path, config)
-        import datasets
-        import huggingface_hub.constants
-
+                ifeval.check_packages(score_rest)
+        if config.get("dataset_path") in ("json", "csv", "parquet", "text"):
+            _check_files(name, config)
         away = offline_when_unreachable(datasets.config, huggingface_hub.constants)
         with away, restating(name, config), ifeval.checkers_importable():
-            random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `quiet` restores
-            built = self.manager.load([self._local(spec, name, file) if file else spec])
+            random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `seeded` restores
+            built = self.manager.load([_local_config(name, spec, file) if file else spec])
         member_of = {child: group for group, children in built.get("group_map", {}).items() for child in children}
-        names = list(built["tasks"])
+        several, embedded = len(built["tasks"]) > 1, name in SUITES["embedded"] and not self.is_users(name)
         for task in built["tasks"].values():
             _read_once(task)
         return [
-            Loaded(
-                each,
-                suite or member_of.get(each) or (name if len(names) > 1 else None),
-                built["tasks"][each],
-                embedded=name in SUITES["embedded"] and not self.is_users(name),
-                ifeval=checked,
-            )
-            for each in names
+            HarnessTask(each, suite or member_of.get(each) or (name if several else None), task, embedded, checked)
+            for each, task in built["tasks"].items()
         ]
 
     def _spec(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -132,12 +157,11 @@ class _Library:
             path = Path(lm_eval.tasks.__file__).parent / SHORTCUTS[name]
             return str(path), load_yaml(path, resolve_func=False)
         if entry is None and Path(name).is_file():
-            try:
-                return name, load_yaml(name, resolve_func=False)
-            except Exception as error:  # the user's YAML, by lm-eval's loader: anything
-                raise DataError(restate(name, error, {})) from error
-        outside = [m for m in (entry.cfg or {}).get("task", []) if isinstance(m, str)] if _is_group(entry) else []
-        if entry is None or any(member not in self.manager.task_index for member in outside):
+            return name, _users_yaml(name, name)
+        members = (entry.cfg or {}).get("task", []) if entry is not None else []
+        known = self.manager.task_index
+        outside = isinstance(members, list) and any(isinstance(m, str) and m not in known for m in members)
+        if entry is None or outside:
             entry = self._complete(name)
         return name, dict(entry.cfg or {})
 
@@ -160,59 +184,129 @@ class _Library:
 
     def _report_broken(self, name: str) -> None:
         """A user's YAML of that name which does not parse: lm-eval passes over such files without a word."""
-        from lm_eval.tasks._yaml_loader import load_yaml
-
         for folder in self.include_path:
             for path in sorted(Path(folder).rglob("*.yaml")):
                 if path.stem == name or f"task: {name}\n" in path.read_text(errors="replace"):
-                    try:
-                        load_yaml(path, resolve_func=False)
-                    except Exception as error:  # likewise
-                        raise DataError(restate(str(path), error, {})) from error
+                    _users_yaml(path, str(path))
 
-    def _local(self, spec: str, name: str, file: Path) -> dict[str, Any]:
-        from lm_eval.tasks._yaml_loader import load_yaml
 
-        return local_config(name, load_yaml(spec, resolve_func=True), file)
+def _users_yaml(path: Path | str, name: str) -> dict[str, Any]:
+    """A user's YAML with functions unresolved. Raises DataError for what does not parse."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    with restating(name, {}):
+        return dict(load_yaml(path, resolve_func=False))
 
 
 def _read_once(task: Any) -> None:
     """Items as a list: lm-eval goes over them several times, a Dataset decodes a row anew each time, and what shuffles
     the choices of an item, as GPQA's process_docs, would shuffle them otherwise for the score than for the question.
+
+    A Dataset is read column by column, 20 times faster than row by row.
     """
     method = "test_docs" if task.has_test_docs() else "validation_docs"
-    rows = _rows_of(getattr(task, method)())
+    data = getattr(task, method)()
+    if type(data).__name__ == "Dataset":
+        columns: dict[str, list[Any]] = data[:]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    else:
+        rows = list(data)
     setattr(task, method, lambda: rows)
 
 
-def _rows_of(data: Any) -> list[Any]:
-    """Rows of a Dataset, read column by column (20 times faster than row by row), or of any other sequence."""
-    if type(data).__name__ != "Dataset":
-        return list(data)
-    columns: dict[str, list[Any]] = data[:]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _is_group(entry: Any) -> bool:
-    return entry is not None and isinstance((entry.cfg or {}).get("task"), list)
-
-
-def _check_ifeval(score_rest: bool) -> None:
-    absent = ifeval.missing()
-    if "nltk" in absent or (absent and not score_rest):
-        ways = "; ".join(dict.fromkeys(ifeval.INSTALL[name] for name in absent))
-        rest = "" if "nltk" in absent else "; or pass --score-rest to score the other prompts and list these"
-        raise DataError(f"IFEval's checkers need {', '.join(absent)}, not found here: {ways}{rest}")
-
-
-def _check_files(name: str, kind: str, config: Mapping[str, Any]) -> None:
+def _check_files(name: str, config: Mapping[str, Any]) -> None:
     """Data files that a task names and that are not there; lm-eval would look from the working directory."""
     files = (config.get("dataset_kwargs") or {}).get("data_files") or ()
     listed = files.values() if isinstance(files, Mapping) else [files]
-    for each in listed:
-        for file in [each] if isinstance(each, str) else each:
-            if "://" not in str(file) and not any(c in str(file) for c in "*?[") and not Path(file).is_file():
-                raise DataError(
-                    f"task {name}: its data file {file} does not exist; a path in data_files counts from the working "
-                    f"directory ({Path.cwd()}): run from where it fits, or write the whole path"
-                )
+    for file in (file for each in listed for file in ([each] if isinstance(each, str) else each)):
+        if "://" not in str(file) and not any(c in str(file) for c in "*?[") and not Path(file).is_file():
+            raise DataError(
+                f"task {name}: its data file {file} does not exist; a path in data_files counts from the working "
+                f"directory ({Path.cwd()}): run from where it fits, or write the whole path"
+            )
+
+
+# ---- local files
+
+
+def _local_file(task: str, data: Path) -> Path | None:
+    """The file of `task` in what --data names: a file with its columns, or a folder; None where it is of another task.
+
+    Raises DataError for a file that cannot be read.
+    """
+    if task not in _FILES:
+        return None
+    if data.is_dir():
+        places = [data / _FILES[task], data / task / _FILES[task]]
+        return next((place for place in places if place.is_file()), None)
+    return data if _COLUMNS[task] <= read_rows(data, "--data")[0][1].keys() else None
+
+
+def _local_config(task: str, spec: str, file: Path) -> dict[str, Any]:
+    """lm-eval's config of `task` on the rows of a local file; few-shot examples from train.jsonl beside it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = load_yaml(spec, resolve_func=True)
+    files = {config["test_split"]: file}
+    if task == "gsm8k":
+        beside = file.with_name("train.jsonl")
+        if beside.is_file() and beside != file:
+            files["train"] = beside
+        else:
+            config |= {"training_split": None, "fewshot_split": None}
+    splits = {name: [row for _, row in read_rows(each, "--data")] for name, each in files.items()}
+
+    def load(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {name: Dataset.from_list(rows) for name, rows in splits.items()}
+
+    return {**config, "custom_dataset": load}
+
+
+# ---- checksums
+
+
+def config_of(task: Any) -> dict[str, Any]:
+    """The task's whole config, functions by their source."""
+    config = task.dump_config()
+    (config.get("metadata") or {}).pop("config_source", None)  # a path of this machine
+    return dict(json.loads(json.dumps(config, default=_source, sort_keys=True)))
+
+
+def content_of(config: Mapping[str, Any], code: list[str], shots: int) -> str:
+    """sha256 of how a task asks and scores: of its config without where items come from, which `item` tells apart."""
+    elsewhere = (*_ELSEWHERE, *(() if shots else ("fewshot_config", "fewshot_split")))
+    own = {key: value for key, value in config.items() if key not in elsewhere}
+    return hashlib.sha256(canonical_json({"config": own, "code": code}).encode()).hexdigest()
+
+
+def digest_of(
+    config: Mapping[str, Any], code: list[str], instances: list[Any], skipped: Mapping[int, str], docs: list[Any]
+) -> str:
+    """sha256 of lm-eval's version, the task's whole config with its functions, its items and its requests."""
+    head = {"lm_eval": metadata.version("lm_eval"), "config": config, "skipped": sorted(skipped), "code": code}
+    digest = hashlib.sha256(canonical_json(head).encode())
+    for part in (docs, [(i.request_type, i.args) for i in instances]):
+        for start in range(0, len(part), 256):  # many at once: an encoder a row costs more than its work
+            digest.update(json.dumps(part[start : start + 256], default=str, sort_keys=True).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def code_of(task: Any) -> list[str]:
+    """sha256 of the Python files beside each function that the task uses; lm-eval's own are known by its version."""
+    config = vars(task.config)
+    filters = [part.get("function") for each in config.get("filter_list") or () for part in each.get("filter", ())]
+    metrics = [value for each in config.get("metric_list") or () for value in each.values()]
+    names = [inspect.getsourcefile(f) for f in (*config.values(), *filters, *metrics) if inspect.isroutine(f)]
+    folders = {Path(name).parent for name in names if name and "lm_eval" not in Path(name).parts}
+    files = sorted({file for folder in folders for file in folder.glob("*.py")})
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def _source(value: Any) -> str:
+    """A function by its source, anything else by its class: never by an address."""
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return type(value).__name__ if " at 0x" in repr(value) else repr(value)

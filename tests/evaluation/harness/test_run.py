@@ -19,7 +19,7 @@ from srppo.cli import app as cli
 from srppo.config import build_recipe
 from srppo.errors import UserError
 from srppo.evaluation.harness import session
-from srppo.evaluation.harness.restate import restate
+from srppo.evaluation.harness.guards import restate
 from srppo.evaluation.results import read_results
 from srppo.models import pair
 from srppo.record.store import Run
