@@ -15,9 +15,10 @@ from srppo.console import Console as SrppoConsole
 from srppo.console import StageView
 from srppo.record.arms import stages_by_arm
 from srppo.record.store import Run
-from srppo.report.accuracy import PAIRS, arms_of_run, differences_of_run
-from srppo.report.figures import INTERVAL, estimate_text, group_words, groups_of
-from srppo.report.terminal import arms_table, differences_table
+from srppo.report.answers import arm_rows, arms_of, differences_of
+from srppo.report.run import accuracy_table, cost_table, differences_table
+from srppo.report.table import to_markdown
+from srppo.report.words import INTERVAL
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,29 +36,22 @@ def terminal_picture(run: Run, command: str, path: Path) -> None:
         view.update(row)
     console.print(f"$ {command}", style="bold", highlight=False)
     console.print(view)
-    console.print(arms_table(arms_of_run(run)))
-    console.print(differences_table(differences_of_run(run), caption=PAIRS))
+    rows_of_arms = arm_rows(run)
+    arms = arms_of(rows_of_arms)
+    for table in (accuracy_table(arms), cost_table(arms), differences_table(differences_of(rows_of_arms))):
+        console.print(table)
     console.save_svg(str(path), title="srppo")
 
 
 def markdown_table(run: Run) -> str:
     """Accuracy of every arm, and the paired differences."""
-    arms, pairs = arms_of_run(run), differences_of_run(run)
-    groups = groups_of(arms)
-    lines = []
-    for decoding in ("greedy", "sampled"):
-        lines += [f"| {decoding} | {' | '.join(map(group_words, groups))} |", "|---" * (len(groups) + 1) + "|"]
-        for arm in arms:
-            cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
-            lines.append(f"| {arm.name} | {' | '.join(cells)} |")
-        for pair in pairs:
-            cells = [estimate_text(pair.figures.get((group, decoding)), "+") for group in groups]
-            lines.append(f"| *SRPPO minus {pair.name}* | {' | '.join(cells)} |")
-        lines.append("")
+    rows = arm_rows(run)
+    arms = arms_of(rows)
     estimate = next(iter(arms[-1].figures.values()))
     n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"
-    lines.append(f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}.")
-    return "\n".join(lines)
+    tables = [accuracy_table(arms), differences_table(differences_of(rows))]
+    lines = [f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}. Differences: SRPPO minus."]
+    return "\n".join([*map(to_markdown, tables), *lines])
 
 
 def main(folder: Path, command: str) -> None:

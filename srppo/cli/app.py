@@ -275,7 +275,7 @@ def _train(
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with stopping_at_once():
         from srppo.models.device import pick_device
-        from srppo.report.record import report_run
+        from srppo.report.run import report_run
         from srppo.stages.run import Pipeline, run_sft, run_train  # torch comes with this
         from srppo.training.trackers import trackers
 

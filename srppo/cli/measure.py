@@ -81,8 +81,10 @@ def evaluate(
     from srppo.console import Console
     from srppo.evaluation.harness.run import evaluate_command
     from srppo.models.device import pick_device
+    from srppo.report.evaluated import scores_table
 
-    evaluate_command(
+    console = Console()
+    found = evaluate_command(
         model,
         tasks=[name for name in tasks.split(",") if name],
         suite=suite,
@@ -101,8 +103,9 @@ def evaluate(
         score_rest=score_rest,
         system=system,
         cluster=cluster,
-        console=Console(),
+        console=console,
     )
+    console.print(scores_table(found))
 
 
 def compare(
@@ -155,8 +158,8 @@ def score(
     from srppo.console import Console
     from srppo.models.device import pick_device
     from srppo.record.folder import check_place
-    from srppo.report.places import RUNS, page_folder
-    from srppo.report.score_page import report_score
+    from srppo.report.page import RUNS, page_folder
+    from srppo.report.score import report_score
 
     console = Console()
     check_place(out or RUNS)
@@ -202,8 +205,8 @@ def forecast(
     from srppo.console import Console
     from srppo.models.device import pick_device
     from srppo.record.folder import check_place
-    from srppo.report.forecast_page import report_forecast
-    from srppo.report.places import RUNS, page_folder
+    from srppo.report.forecast import report_forecast
+    from srppo.report.page import RUNS, page_folder
 
     console = Console()
     check_place(out or RUNS)
@@ -238,6 +241,6 @@ def report(
 
         report_sweep(run, Console())
     else:
-        from srppo.report.record import report_run
+        from srppo.report.run import report_run
 
         report_run(run, Console())
