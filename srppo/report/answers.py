@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,6 @@ from srppo.report.words import DECODINGS, GROUP_WORDS, group_words
 from srppo.statistics.intervals import Estimate, calibrated_interval, within
 
 Verdicts = Sequence[Mapping[str, Any]]  # rows of samples.jsonl, an item each
-Key = TypeVar("Key", bound=Hashable)
 SHARE, GAP = (0.0, 1.0), (-1.0, 1.0)  # what an accuracy and a difference of two cannot leave
 SHORT = {EQUAL: "longer", CHOSEN: "chosen"}  # names of arms in the table of differences
 SAMPLES = 3  # of each group, to read
@@ -134,31 +133,20 @@ def items_of(verdicts: Verdicts) -> list[tuple[str, str, str]]:
     return [(row["group"], row["task"], row["prompt"]) for row in verdicts]
 
 
-def group_of(row: Mapping[str, Any]) -> str:
-    return str(row["group"])
-
-
-def task_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(group, task): two groups may have a task of the same name."""
-    return str(row["group"]), str(row["task"])
-
-
 def right_share(row: Mapping[str, Any]) -> float:
     """The share of an item's samples that were right."""
     return sum(row["correct"]) / len(row["correct"])
 
 
 def cells(
-    by_seed: Mapping[int, Verdicts],
-    key: Callable[[Mapping[str, Any]], Key],
-    value: Callable[[Mapping[str, Any]], float] = right_share,
-) -> dict[Key, NDArray[np.float64]]:
-    """(seeds, items) values of each group or task, seeds in the order given."""
-    found: dict[Key, list[list[float]]] = defaultdict(list)
+    by_seed: Mapping[int, Verdicts], *keys: str, value: Callable[[Mapping[str, Any]], float] = right_share
+) -> dict[tuple[str, ...], NDArray[np.float64]]:
+    """(seeds, items) values of the items that have the same values of `keys` (group, task), seeds as they are given."""
+    found: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
     for verdicts in by_seed.values():
-        one: dict[Key, list[float]] = defaultdict(list)
+        one: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for row in verdicts:
-            one[key(row)].append(value(row))
+            one[tuple(str(row[key]) for key in keys)].append(value(row))
         for name, values in one.items():
             found[name].append(values)
     return {name: np.array(values) for name, values in found.items()}
@@ -184,7 +172,7 @@ def _figures(row: ArmRow, costs: Mapping[str, tuple[float, float]]) -> ArmFigure
     accuracy = {
         (group, decoding): interval(values, SHARE)
         for decoding in DECODINGS
-        for group, values in cells(row.answers[decoding], group_of).items()
+        for (group,), values in cells(row.answers[decoding], "group").items()
     }
     results = [figures_of(stage) for stage in row.stages]
     measured = [result.get("last", result) if row.which == "last" else result for result in results]
@@ -242,9 +230,9 @@ def differences_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
             ours, theirs = (kept[arm].answers[decoding] for arm in ("SRPPO", other))
             both = [s for s in ours if s in theirs and items_of(ours[s]) == items_of(theirs[s])]
             seeds |= set(both)
-            before = cells({seed: theirs[seed] for seed in both}, group_of)
-            for group, values in cells({seed: ours[seed] for seed in both}, group_of).items():
-                figures[group, decoding] = interval(values - before[group], GAP)
+            before = cells({seed: theirs[seed] for seed in both}, "group")
+            for group, values in cells({seed: ours[seed] for seed in both}, "group").items():
+                figures[group[0], decoding] = interval(values - before[group], GAP)
         if figures:
             found.append(ArmFigures(SHORT.get(other, other), figures, seeds=len(seeds)))
     return found
@@ -256,7 +244,7 @@ def tasks_of(rows: Sequence[ArmRow]) -> dict[str, dict[tuple[str, str, str], Est
         row.name: {
             (group, task, decoding): interval(values, SHARE, draws=1000)
             for decoding in DECODINGS
-            for (group, task), values in cells(row.answers[decoding], task_of).items()
+            for (group, task), values in cells(row.answers[decoding], "group", "task").items()
         }
         for row in rows
     }
@@ -289,8 +277,8 @@ def lengths_of(rows: Sequence[ArmRow]) -> list[Lengths]:
             for tokens, whole in zip(verdict["tokens"], verdict["ended"], strict=True):
                 (ended if whole else cut)[tokens] += 1
         if by_seed:
-            shares = cells(by_seed, lambda _: "all", lambda verdict: 1 - sum(verdict["ended"]) / len(verdict["ended"]))
-            found.append(Lengths(row.name, ended, cut, interval(shares["all"], SHARE)))
+            shares = cells(by_seed, value=lambda verdict: 1 - sum(verdict["ended"]) / len(verdict["ended"]))[()]
+            found.append(Lengths(row.name, ended, cut, interval(shares, SHARE)))
     return found
 
 

@@ -128,7 +128,7 @@ def sentences(result: ForecastResult) -> list[str]:
 
 
 def _scores(best: Point) -> str:
-    return f", and that objective's optimum scores {_accuracy(best)}" if best.accuracy else ""
+    return f", and that objective's optimum scores {estimate_text(best.accuracy)}" if best.accuracy else ""
 
 
 def _reached_line(reached: Reached, result: ForecastResult) -> str:
@@ -140,7 +140,9 @@ def _reached_line(reached: Reached, result: ForecastResult) -> str:
     if reached.share is None:
         return f"{reached.name}: its objective ({objective}) allows no gain over SFT that could be measured."
     point = next(point for point in result.checkpoints if point.name == reached.name)
-    theirs = f" (SFT {_accuracy(result.start)}, PPO {_accuracy(point)})" if best.accuracy else ""
+    theirs = (
+        f" (SFT {estimate_text(result.start.accuracy)}, PPO {estimate_text(point.accuracy)})" if best.accuracy else ""
+    )
     return (
         f"{reached.name} reached {_percent(reached.share)} of what its own objective allows (reward - beta KL over "
         f"SFT's; {objective}){_scores(best)}{theirs}."
@@ -166,10 +168,6 @@ def _verdict(result: ForecastResult) -> list[str]:
     if left.high < 0:
         return [line + f"{first.name}, is more accurate than that optimum, which it is not at."]
     return [line + f"{first.name}, cannot be told from that optimum in accuracy ({estimate_text(left, '+')})."]
-
-
-def _accuracy(point: Point) -> str:
-    return estimate_text(point.accuracy)
 
 
 def _percent(share: Estimate) -> str:

@@ -17,7 +17,7 @@ from srppo.record.files import damage
 from srppo.record.json import read_json
 from srppo.record.store import Run, Stage
 from srppo.report.answers import answers_file, figures_of, seed_of
-from srppo.report.words import DECODINGS
+from srppo.report.words import DECODINGS, is_number
 
 Rows = Sequence[Mapping[str, Any]]
 LONGER = "longer SFT"
@@ -77,10 +77,6 @@ def over_seeds(rows_by_seed: Mapping[int, Rows], x: str, y: str) -> Line | None:
     values = np.array([[points[step] for step in steps] for points in found])
     low, high = band(values[:, :, 1])
     return Line(values[:, :, 0].mean(axis=0), values[:, :, 1].mean(axis=0), low, high)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def band_words(arms: Mapping[str, SeedRows]) -> str:

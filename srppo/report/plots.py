@@ -10,6 +10,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from srppo.console import rate
+from srppo.report import sweep_tables as tables
 from srppo.report.answers import ArmFigures, Lengths, decodings_of, groups_of
-from srppo.report.history import Line, SeedRows, is_number, over_seeds
+from srppo.report.history import Line, SeedRows, over_seeds
 from srppo.report.page import narrow_of
 from srppo.report.style import GRID, INK, PAPER, STYLE
-from srppo.report.sweep_tables import (
-    axis_words,
-    is_log,
-    line_axis,
-    metric_words,
-    metrics_of,
-    pair_words,
-    panels,
-    point_label,
-    primary_metric,
-    tested_by_pair,
-)
-from srppo.report.words import GROUP_WORDS
+from srppo.report.words import GROUP_WORDS, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,34 +135,75 @@ def _legend(figure: Figure, handles: Mapping[str, Any], where: str = "upper", nc
     figure.legend([*handles.values()], [*handles], loc=place, ncols=ncols, handlelength=1.6)
 
 
-def _panels(figure: Figure, count: int, **shared: Any) -> list[Axes]:
-    """So many panels, at most three beside each other; the places that are left over are hidden."""
-    columns = min(count, 3)
-    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False, **shared).flatten())
+def _panels(figure: Figure, count: int, columns: int = 3, **grid: Any) -> list[Axes]:
+    """So many panels, at most `columns` beside each other; the places that are left over are hidden."""
+    columns = min(count, columns)
+    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False, **grid).flatten())
     for axis in axes[count:]:
         axis.set_visible(False)
     return axes[:count]
 
 
-def _rows(axis: Axes, labels: Sequence[str], at: Sequence[float] | None = None) -> None:
-    """Named rows from the top down; `at`: where their names stand."""
-    names = ["\n".join(textwrap.wrap(each, LABEL_CHARACTERS, max_lines=2, placeholder="…")) for each in labels]
-    axis.set_yticks(range(len(labels)) if at is None else at, names)
-    axis.grid(axis="y", visible=False)
-    axis.tick_params(axis="y", length=0)
+@dataclass(frozen=True)
+class Dots:
+    """A panel of named rows from the top down, and in it dots with intervals: (place, estimate, colour, filled).
+
+    at: where the names stand, None for one a row. borders: between groups of rows.
+    """
+
+    title: str
+    names: Sequence[str]
+    dots: Sequence[tuple[float, Estimate, str, bool]]
+    at: Sequence[float] | None = None
+    borders: Sequence[int] = ()
 
 
-def _whiskers(
-    axis: Axes, at: Sequence[float], estimates: Sequence[Estimate], colour: str, *, upright: bool = False, **style: Any
-) -> None:
-    """A dot with its interval at each place; nothing where there is no number."""
-    known = [(place, each) for place, each in zip(at, estimates, strict=True) if math.isfinite(each.mean)]
-    if known:
-        places, found = zip(*known, strict=True)
-        means, reach = [each.mean for each in found], _reach(found)
-        x, y = (places, means) if upright else (means, places)
-        error = {"yerr" if upright else "xerr": reach}
-        axis.errorbar(x, y, color=colour, **{"marker": "o", "ls": "none", "ms": 4.5, **error, **style})
+def _dot_plot(
+    panels: Sequence[Dots],
+    path: Path,
+    label: str,
+    *,
+    height: float,
+    legend: Mapping[str, Any] | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+    rows: int | None = None,
+    zero: bool = False,
+    **grid: Any,
+) -> list[Path]:
+    """Panels of dots over one axis, `label`, that does not run beyond the limits of its values.
+
+    rows: of every panel, None for each its own. zero: with a line there.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = _panels(figure, len(panels), sharex=True, **grid)
+        for axis, panel in zip(axes, panels, strict=True):
+            if zero:
+                axis.axvline(0.0, color=INK, lw=1)
+            for place, estimate, colour, filled in panel.dots:
+                if math.isfinite(estimate.mean):
+                    reach, fill = _reach([estimate]), colour if filled else PAPER
+                    axis.errorbar(estimate.mean, place, xerr=reach, fmt="o", ms=4.5, color=colour, mfc=fill)
+            for border in panel.borders:
+                axis.axhline(border - 0.5, color=GRID, lw=0.7)
+            short = [textwrap.wrap(name, LABEL_CHARACTERS, max_lines=2, placeholder="…") for name in panel.names]
+            axis.set_yticks(range(len(short)) if panel.at is None else panel.at, ["\n".join(lines) for lines in short])
+            axis.set_ylim((rows or len(panel.names)) - 0.5, -0.5)
+            axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
+            axis.set_title(panel.title)
+        _clamp(axes[0].get_xlim, axes[0].set_xlim, *limits)
+        figure.supxlabel(label, fontsize=10)
+        if legend:
+            _legend(figure, legend)
+
+    return save_figure(draw, path, height=height)
+
+
+def _arm_handles(colours: Mapping[str, str]) -> dict[str, Any]:
+    from matplotlib.lines import Line2D
+
+    return {name: Line2D([], [], color=colour, marker="o", ms=4, lw=1.6) for name, colour in colours.items()}
 
 
 def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
@@ -184,11 +215,10 @@ def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
     return [[finite(e.mean - e.low) for e in estimates], [finite(e.high - e.mean) for e in estimates]]
 
 
-def _clamp(axis: Axes, low: float, high: float, *, upright: bool = False) -> None:
+def _clamp(get: Callable[[], tuple[float, float]], put: Callable[..., Any], low: float, high: float) -> None:
     """Let no axis run beyond what a value can be, however wide the intervals of few seeds are."""
-    start, end = axis.get_ylim() if upright else axis.get_xlim()
-    margin = 0.02 * (high - low)
-    (axis.set_ylim if upright else axis.set_xlim)(max(start, low - margin), min(end, high + margin))
+    (start, end), margin = get(), 0.02 * (high - low)
+    put(max(start, low - margin), min(end, high + margin))
 
 
 def arm_colours(names: Sequence[str]) -> dict[str, str]:
@@ -204,64 +234,51 @@ def arm_colours(names: Sequence[str]) -> dict[str, str]:
 
 def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
     """A dot with its 95% interval for each arm, group and decoding; sampled answers are hollow."""
+    from matplotlib.lines import Line2D
+
     shown, groups, decodings = [arm for arm in arms if arm.figures], groups_of(arms), decodings_of(arms)
     if not shown:
         return []
-    colours = arm_colours([arm.name for arm in shown])
+    colours, names = arm_colours([arm.name for arm in shown]), [arm.name for arm in shown]
+    shifts = {decoding: (i - (len(decodings) - 1) / 2) * 0.3 for i, decoding in enumerate(decodings)}
 
-    def look(decoding: str, colour: str) -> dict[str, Any]:
-        return {"marker": "D", "mfc": PAPER} if decoding == "sampled" else {"marker": "o", "mfc": colour}
+    def dots(group: str) -> list[tuple[float, Estimate, str, bool]]:
+        return [
+            (row + shift, arm.figures[group, decoding], colours[arm.name], decoding != "sampled")
+            for row, arm in enumerate(shown)
+            for decoding, shift in shifts.items()
+            if (group, decoding) in arm.figures
+        ]
 
-    def draw(figure: Figure) -> None:
-        axes = _panels(figure, len(groups), sharex=True, sharey=True)
-        for axis, group in zip(axes, groups, strict=True):
-            for place, decoding in enumerate(decodings):
-                shift = (place - (len(decodings) - 1) / 2) * 0.3
-                for row, arm in enumerate(shown):
-                    found = [arm.figures[group, decoding]] if (group, decoding) in arm.figures else []
-                    style: dict[str, Any] = {"ms": 6, **look(decoding, colours[arm.name])}
-                    _whiskers(axis, [row + shift] * len(found), found, colours[arm.name], **style)
-            axis.set_title(GROUP_WORDS.get(group, group))
-            _rows(axis, [arm.name for arm in shown])
-            axis.tick_params(labelbottom=axis in axes[-3:])
-        axes[0].set_ylim(len(shown) - 0.5, -0.5)
-        axes[0].set_xlim(left=min(-0.02, axes[0].get_xlim()[0]))
-        figure.supxlabel("accuracy on test items, 95% interval", fontsize=10)
-        kinds = {each: axes[0].plot([], [], color=INK, ls="none", **look(each, INK))[0] for each in decodings}
-        _legend(figure, kinds)
-
-    return save_figure(draw, path, height=1.1 + math.ceil(len(groups) / 3) * (0.5 + 0.42 * len(shown)))
+    panels = [Dots(GROUP_WORDS.get(group, group), names, dots(group)) for group in groups]
+    fills = {each: PAPER if each == "sampled" else INK for each in decodings}
+    legend = {each: Line2D([], [], marker="o", ls="", color=INK, mfc=fill) for each, fill in fills.items()}
+    height = 1.1 + math.ceil(len(groups) / 3) * (0.5 + 0.42 * len(shown))
+    return _dot_plot(panels, path, "accuracy on test items, 95% interval", height=height, legend=legend, sharey=True)
 
 
 def task_plot(by_row: TaskFigures, decoding: str, path: Path) -> list[Path]:
     """Accuracy of every row on each task with its 95% interval, a panel a group, of its tasks the first MOST_TASKS."""
-    rows = [name for name, figures in by_row.items() if any(key[2] == decoding for key in figures)]
+    colours = arm_colours([name for name, own in by_row.items() if any(key[2] == decoding for key in own)])
     tasks: dict[str, list[str]] = {}
-    for group, task in dict.fromkeys(key[:2] for name in rows for key in by_row[name] if key[2] == decoding):
+    for group, task in dict.fromkeys(key[:2] for name in colours for key in by_row[name] if key[2] == decoding):
         tasks.setdefault(group, []).append(task)
-    if not rows:
+    if not tasks:
         return []
     most = min(max(map(len, tasks.values())), MOST_TASKS)
-
-    def draw(figure: Figure) -> None:
-        axes = _panels(figure, len(tasks), sharex=True)
-        for axis, (group, names) in zip(axes, tasks.items(), strict=True):
-            keys = [(group, task, decoding) for task in names[:MOST_TASKS]]
-            for place, (name, colour) in enumerate(arm_colours(rows).items()):
-                shift = (place + 0.5) / len(rows) * 0.8 - 0.4
-                known = [(i + shift, by_row[name][key]) for i, key in enumerate(keys) if key in by_row[name]]
-                places, found = [at for at, _ in known], [estimate for _, estimate in known]
-                _whiskers(axis, places, found, colour, ms=3.5, elinewidth=1, label=name)
-            _rows(axis, [task for _, task, _ in keys])
-            for border in range(1, len(keys)):
-                axis.axhline(border - 0.5, color=GRID, lw=0.6)
-            axis.set_title(GROUP_WORDS.get(group, group))
-            axis.set_ylim(most - 0.5, -0.5)
-            axis.set_xlim(-0.02, 1.02)
-        figure.supxlabel(f"accuracy, {decoding}, 95% interval", fontsize=10)
-        _legend(figure, _handles(axes), ncols=3)
-
-    return save_figure(draw, path, height=1.3 + math.ceil(len(tasks) / 3) * (0.4 + most * (0.14 + 0.13 * len(rows))))
+    panels = []
+    for group, names in tasks.items():
+        dots = [
+            (i + (place + 0.5) / len(colours) * 0.8 - 0.4, by_row[name][group, task, decoding], colour, True)
+            for place, (name, colour) in enumerate(colours.items())
+            for i, task in enumerate(names[:MOST_TASKS])
+            if (group, task, decoding) in by_row[name]
+        ]
+        shown = names[:MOST_TASKS]
+        panels.append(Dots(GROUP_WORDS.get(group, group), shown, dots, borders=range(1, len(shown))))
+    height = 1.3 + math.ceil(len(tasks) / 3) * (0.4 + most * (0.14 + 0.13 * len(colours)))
+    label, legend = f"accuracy, {decoding}, 95% interval", _arm_handles(colours)
+    return _dot_plot(panels, path, label, height=height, legend=legend, rows=most)
 
 
 def length_plot(lengths: Sequence[Lengths], path: Path) -> list[Path]:
@@ -551,11 +568,11 @@ def _beside(axis: Axes, key: str, point: Point, words: str) -> None:
 def sweep_plot(result: SweepResult, path: Path) -> list[Path]:
     """Accuracy of each arm on each group under the primary decoding, 95% intervals: lines with bands along an axis of
     numbers, a row of panels for each value of the other axes; else dots."""
-    decoding = primary_metric(result.plan.sweep)[1]
-    metrics = [metric for metric in metrics_of(result) if metric[1] == decoding][:MOST_GROUPS]
+    decoding = tables.primary_metric(result.plan.sweep)[1]
+    metrics = [metric for metric in tables.metrics_of(result) if metric[1] == decoding][:MOST_GROUPS]
     if not metrics:
         return []
-    axis = line_axis(result.plan.sweep)
+    axis = tables.line_axis(result.plan.sweep)
     return _sweep_lines(result, axis, metrics, path) if axis else _sweep_dots(result, metrics, path)
 
 
@@ -566,7 +583,7 @@ def _cells(result: SweepResult, metric: Metric) -> dict[tuple[str, str], Estimat
 
 def _sweep_lines(result: SweepResult, axis: str, metrics: Sequence[Metric], path: Path) -> list[Path]:
     sweep = result.plan.sweep
-    rows, colours = panels(sweep, axis), arm_colours([arm.name for arm in sweep.arms])
+    rows, colours = tables.panels(sweep, axis), arm_colours([arm.name for arm in sweep.arms])
     values = sorted({float(point.values[axis]) for point in sweep.points})
 
     def draw(figure: Figure) -> None:
@@ -577,12 +594,12 @@ def _sweep_lines(result: SweepResult, axis: str, metrics: Sequence[Metric], path
                 title = GROUP_WORDS.get(metric[0], metric[0])
                 panel.set_title(f"{title}, {where}" if where else title, fontsize=9.5)
         for panel in grid[0]:
-            _clamp(panel, 0.0, 1.0, upright=True)
-        if is_log(sweep, axis):
+            _clamp(panel.get_ylim, panel.set_ylim, 0.0, 1.0)
+        if tables.is_log(sweep, axis):
             grid[0][0].set_xscale("log", base=2)
         grid[0][0].set_xticks(values, [f"{value:g}" if value < 1e5 else rate(value) for value in values])
         grid[0][0].minorticks_off()
-        figure.supxlabel(axis_words(axis), fontsize=10)
+        figure.supxlabel(tables.axis_words(axis), fontsize=10)
         figure.supylabel(f"accuracy, {metrics[0][1]}", fontsize=10)
         _legend(figure, _arm_handles(colours), ncols=5)
 
@@ -603,13 +620,7 @@ def _bands(
         panel.fill_between(xs, low, high, color=colour, alpha=BAND, lw=0)
         panel.plot(xs, [each.mean for each in estimates], "o-", ms=4, lw=1.6, color=colour)
         if len(shown) == 1:  # a band of one point cannot be seen
-            _whiskers(panel, xs, estimates, colour, upright=True)
-
-
-def _arm_handles(colours: Mapping[str, str]) -> dict[str, Any]:
-    from matplotlib.lines import Line2D
-
-    return {name: Line2D([], [], color=colour, marker="o", ms=4, lw=1.6) for name, colour in colours.items()}
+            panel.errorbar(xs, [each.mean for each in estimates], yerr=_reach(estimates), color=colour)
 
 
 def _sweep_dots(result: SweepResult, metrics: Sequence[Metric], path: Path) -> list[Path]:
@@ -617,56 +628,43 @@ def _sweep_dots(result: SweepResult, metrics: Sequence[Metric], path: Path) -> l
     sweep, arms = result.plan.sweep, len(result.plan.sweep.arms)
     colours = arm_colours([arm.name for arm in sweep.arms])
     cells, several = sweep.cells(), len(sweep.points) > 1
-    names = [point_label(sweep, point.name) for point in sweep.points] if several else [cell.arm for cell in cells]
+    names = [tables.point_label(sweep, point.name) for point in sweep.points] if several else [c.arm for c in cells]
     at = [i * arms + (arms - 1) / 2 for i in range(len(names))] if several else None
-
-    def draw(figure: Figure) -> None:
-        grid = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
-        for panel, metric in zip(grid, metrics, strict=True):
-            known = _cells(result, metric)
-            for y, cell in enumerate(cells):
-                if (cell.point, cell.arm) in known:
-                    _whiskers(panel, [y], [known[cell.point, cell.arm]], colours[cell.arm])
-            for border in range(arms, len(cells), arms):
-                panel.axhline(border - 0.5, color=GRID, lw=0.8)
-            panel.set_title(GROUP_WORDS.get(metric[0], metric[0]))
-            _rows(panel, names, at)
-        _clamp(grid[0], 0.0, 1.0)
-        grid[0].set_ylim(len(cells) - 0.5, -0.5)
-        figure.supxlabel(f"accuracy, {metrics[0][1]}, 95% interval", fontsize=10)
-        if several:
-            _legend(figure, _arm_handles(colours), ncols=5)
-
-    return save_figure(draw, path, height=1.3 + 0.3 * len(cells))
+    panels = []
+    for metric in metrics:
+        known = _cells(result, metric)
+        found = [(y, cell, (cell.point, cell.arm)) for y, cell in enumerate(cells)]
+        dots = [(y, known[key], colours[cell.arm], True) for y, cell, key in found if key in known]
+        panels.append(Dots(GROUP_WORDS.get(metric[0], metric[0]), names, dots, at, range(arms, len(cells), arms)))
+    label, legend = f"accuracy, {metrics[0][1]}, 95% interval", _arm_handles(colours) if several else None
+    height = 1.3 + 0.3 * len(cells)
+    return _dot_plot(panels, path, label, height=height, legend=legend, rows=len(cells), sharey=True)
 
 
 def differences_plot(result: SweepResult, path: Path) -> list[Path]:
     """Every planned difference on the primary metric with its interval against zero, a panel a pair; filled where the
     plan's test calls it better or worse, in the colour of the arm that rows differ by, else of the model."""
-    metric = primary_metric(result.plan.sweep)
-    pairs = tested_by_pair(result, metric)
+    metric = tables.primary_metric(result.plan.sweep)
+    pairs = tables.tested_by_pair(result, metric)
     if not any(found for rows in pairs.values() for _, _, found in rows):
         return []
     colours = arm_colours([arm.name for arm in result.plan.sweep.arms])
+    panels = []
+    for pair, rows in pairs.items():
+        names = [row if found else f"{row}: no result" for row, _, found in rows]
+        dots = [
+            (
+                y,
+                found.difference,
+                colours[(each.model if pair[1] else each.baseline).arm],
+                found.verdict != "cannot tell",
+            )
+            for y, (_, each, found) in enumerate(rows)
+            if found
+        ]
+        panels.append(Dots(tables.pair_words(pair), names, dots))
     counts = [len(rows) for rows in pairs.values()]
-
-    def draw(figure: Figure) -> None:
-        ratios = {"height_ratios": [count + 0.8 for count in counts]}
-        grid = figure.subplots(len(pairs), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
-        for panel, (pair, rows) in zip(grid, pairs.items(), strict=True):
-            panel.axvline(0.0, color=INK, lw=1)
-            for y, (_, comparison, found) in enumerate(rows):
-                if found is None:
-                    panel.text(0.0, y, " no result", va="center", fontsize=8.5)
-                    continue
-                colour = colours[comparison.model.arm if pair[1] else comparison.baseline.arm]
-                _whiskers(panel, [y], [found.difference], colour)
-                if found.verdict == "cannot tell":
-                    panel.plot(found.difference.mean, y, "o", ms=4.5, color=colour, mfc=PAPER, zorder=3)
-            _rows(panel, [row for row, _, _ in rows])
-            panel.set_ylim(len(rows) - 0.5, -0.5)
-            panel.set_title(pair_words(pair))
-        _clamp(grid[0], -1.0, 1.0)
-        figure.supxlabel(f"difference of accuracy, {metric_words(metric)}, 95% interval", fontsize=10)
-
-    return save_figure(draw, path, height=0.9 + 0.5 * len(pairs) + 0.3 * sum(counts))
+    label = f"difference of accuracy, {tables.metric_words(metric)}, 95% interval"
+    grid: dict[str, Any] = {"columns": 1, "gridspec_kw": {"height_ratios": [count + 0.8 for count in counts]}}
+    height = 0.9 + 0.5 * len(pairs) + 0.3 * sum(counts)
+    return _dot_plot(panels, path, label, height=height, limits=(-1.0, 1.0), zero=True, **grid)

@@ -13,48 +13,11 @@ from srppo.console import Console
 from srppo.record.arms import stages_by_arm
 from srppo.record.files import write_atomic
 from srppo.record.store import Run
-from srppo.report.answers import (
-    SAMPLES,
-    ArmFigures,
-    ArmRow,
-    Lengths,
-    Sample,
-    answers_file,
-    arm_rows,
-    arms_of,
-    decodings_of,
-    differences_of,
-    figures_of,
-    group_of,
-    groups_of,
-    left_out,
-    lengths_of,
-    read_verdicts,
-    right_share,
-    samples_of,
-    seed_of,
-    tasks_of,
-)
+from srppo.report import answers, history, plots
+from srppo.report.answers import ArmFigures, ArmRow, Sample
 from srppo.report.evaluated import TITLE, evaluated_of, evaluated_table
-from srppo.report.history import (
-    SeedRows,
-    band_words,
-    curves_of,
-    environment_of,
-    missing_of,
-    run_environment,
-)
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
-from srppo.report.plots import (
-    ARM_COLOURS,
-    MOST_TASKS,
-    TaskFigures,
-    accuracy_plot,
-    length_plot,
-    reward_kl_plot,
-    task_plot,
-    training_curves,
-)
+from srppo.report.plots import TaskFigures
 from srppo.report.table import Column, Row, Table, paragraph, to_html
 from srppo.report.words import (
     DECODINGS,
@@ -74,8 +37,8 @@ PAIRS = (
     "longer SFT, best on development items."
 )
 CHOICE = (
-    f"{SAMPLES} test items of each group, spread evenly over it: chosen by place, not by outcome. Greedy answers of "
-    "the first training seed, at the kept step; spaces at their ends are left out."
+    f"{answers.SAMPLES} test items of each group, spread evenly over it: chosen by place, not by outcome. Greedy "
+    "answers of the first training seed, at the kept step; spaces at their ends are left out."
 )
 
 
@@ -86,13 +49,14 @@ def report_run(folder: Path, console: Console) -> None:
     for a folder that holds no record or a damaged one.
     """
     run = Run.load(folder)
-    rows, out, seeds = arm_rows(run), folder / "report", run.spec["seeds"]
-    arms, pairs, (evaluated, unread) = arms_of(rows), differences_of(rows), evaluated_of(folder)
-    missing = [*missing_of(run), *left_out(rows), *unread]
+    rows, out, seeds = answers.arm_rows(run), folder / "report", run.spec["seeds"]
+    arms, pairs, (evaluated, unread) = answers.arms_of(rows), answers.differences_of(rows), evaluated_of(folder)
+    missing = [*history.missing_of(run), *answers.left_out(rows), *unread]
     print_arms(arms, pairs, console)
     if evaluated:
         console.print(evaluated_table(evaluated))
-    accuracy = plot("Test accuracy with 95% intervals", accuracy_plot(arms, out / "accuracy"))
+    accuracy = plot("Test accuracy with 95% intervals", plots.accuracy_plot(arms, out / "accuracy"))
+    recipe = to_toml(build_recipe({**run.spec["recipe"], "seed": seeds[0]}))
     parts = [
         text(f"Training seeds: {', '.join(map(str, seeds))}. Made by: srppo report {folder}"),
         bullets("Missing or failed", [*problem_lines(arms), *missing], "bad"),
@@ -100,11 +64,11 @@ def report_run(folder: Path, console: Console) -> None:
         section("Paired differences: SRPPO minus", to_html(differences_table(pairs)) if pairs else ""),
         section("Accuracy by task", _tasks(rows, out)),
         section(TITLE, to_html(evaluated_table(evaluated)) if evaluated else ""),
-        *_training(curves_of(run), out),
+        *_training(history.curves_of(run), out),
         section("Length of answers", _lengths(rows, out)),
-        samples_html(samples_of(rows)),
-        recipe_html(to_toml(build_recipe({**run.spec["recipe"], "seed": seeds[0]}))),
-        section("Environment", facts(run_environment(run))),
+        samples_html(answers.samples_of(rows)),
+        section("Configuration", details("recipe.toml", f"<pre>{escape(recipe)}</pre>")),
+        section("Environment", facts(history.run_environment(run))),
     ]
     page = write_page(out / "index.html", f"srppo: {folder.name}", parts)
     write_atomic(out / "rows.jsonl", "".join(canonical_json(row) + "\n" for row in rows_of(run)))
@@ -132,7 +96,7 @@ def print_arms(arms: Sequence[ArmFigures], pairs: Sequence[ArmFigures], console:
 
 def accuracy_table(arms: Sequence[ArmFigures]) -> Table:
     """Accuracy of each arm on each group of items, a block a decoding, and what the intervals mean."""
-    meanings = "; ".join(GROUP_MEANING[g] for g in groups_of(arms) if g in GROUP_MEANING)
+    meanings = "; ".join(GROUP_MEANING[g] for g in answers.groups_of(arms) if g in GROUP_MEANING)
     return _by_group("Test items", arms, [interval_caption(arms), f"{meanings}." if meanings else ""])
 
 
@@ -142,9 +106,9 @@ def differences_table(pairs: Sequence[ArmFigures]) -> Table:
 
 
 def _by_group(title: str, arms: Sequence[ArmFigures], caption: Sequence[str], sign: str = "") -> Table:
-    groups = groups_of(arms)
+    groups = answers.groups_of(arms)
     rows: list[Row | str] = []
-    for decoding in decodings_of(arms):
+    for decoding in answers.decodings_of(arms):
         rows.append(decoding)
         for arm in arms:
             cells = [estimate_text(arm.figures.get((group, decoding)), sign) for group in groups]
@@ -163,7 +127,7 @@ def cost_table(arms: Sequence[ArmFigures]) -> Table:
             str(arm.seeds) if several and arm.flops is not None else "-",
             teraflops(arm.flops),
             number_text(arm.seconds, ",.0f"),
-            kept_text(arm),
+            "-" if arm.kept_step is None else f"{arm.kept_step} of {arm.steps}",
             number_text(arm.mean_length),
             number_text(arm.ended_share, ".0%"),
             number_text(arm.nll, ".3f"),
@@ -179,13 +143,6 @@ def _arm_row(arm: ArmFigures, cells: Sequence[str]) -> Row:
     return Row([f"{arm.name}: no result" if nothing else arm.name, *cells], "bad" if arm.problem else "")
 
 
-def kept_text(arm: ArmFigures) -> str:
-    """`15 of 20`."""
-    if arm.kept_step is None:
-        return "-"
-    return f"{arm.kept_step}" + (f" of {arm.steps}" if arm.steps is not None else "")
-
-
 def problem_lines(arms: Sequence[ArmFigures]) -> list[str]:
     """What failed, a line a problem: the rows of an arm share theirs."""
     names: dict[str, list[str]] = {}
@@ -197,7 +154,7 @@ def problem_lines(arms: Sequence[ArmFigures]) -> list[str]:
 
 def interval_caption(arms: Sequence[ArmFigures]) -> str:
     """What the cells and intervals are over, and what they do not say."""
-    groups = groups_of(arms)
+    groups = answers.groups_of(arms)
     if not groups:
         return "No items with known answers were given (eval.items), so there is no accuracy: held-out answer NLL only."
     counts: dict[str, set[int]] = {g: set() for g in groups}
@@ -209,7 +166,7 @@ def interval_caption(arms: Sequence[ArmFigures]) -> str:
     n = f"n = {sizes[groups[0]]} items a group" if same else "n = " + ", ".join(f"{sizes[g]} {g}" for g in groups)
     words = interval_words([arm.seeds for arm in arms if arm.figures])
     text = f"Exact-match accuracy, {n}, with 95% intervals over {words}"
-    if "sampled" in decodings_of(arms):
+    if "sampled" in answers.decodings_of(arms):
         text += " Sampled: temperature 1; an item counts by its share of right samples."
     if sum(bool(arm.figures) for arm in arms) > 1:
         text += " Arms share items and seeds: read the paired differences, not the overlap."
@@ -238,7 +195,7 @@ def results_html(arms: Sequence[ArmFigures]) -> str:
 
 def _tasks(rows: Sequence[ArmRow], out: Path) -> str:
     """Accuracy by task; nothing where every group is one task."""
-    by_row = tasks_of(rows)
+    by_row = answers.tasks_of(rows)
     tasks = list(dict.fromkeys(key[:2] for figures in by_row.values() for key in figures))
     groups = [group for group, _ in tasks]
     if len(tasks) == len(set(groups)):
@@ -248,12 +205,12 @@ def _tasks(rows: Sequence[ArmRow], out: Path) -> str:
         f"n = {span(items)} items a task, with 95% intervals over {_over(rows)} Many tasks are shown at once and no "
         "interval is corrected for that."
     )
-    if max(map(groups.count, groups)) > MOST_TASKS:
-        caption += f" Of each group {MOST_TASKS} tasks are drawn; the tables hold all."
+    if max(map(groups.count, groups)) > plots.MOST_TASKS:
+        caption += f" Of each group {plots.MOST_TASKS} tasks are drawn; the tables hold all."
     html = ""
     for decoding in DECODINGS:
         name = f"Accuracy on each task, {decoding}"
-        html += plot(name, task_plot(by_row, decoding, out / f"tasks-{decoding}"))
+        html += plot(name, plots.task_plot(by_row, decoding, out / f"tasks-{decoding}"))
         html += details(f"{name}, as a table", to_html(_task_table(by_row, tasks, decoding)))
     return html + soft_text(caption)
 
@@ -268,12 +225,14 @@ def _task_table(by_row: TaskFigures, tasks: Sequence[tuple[str, str]], decoding:
     return Table.of("", ["task", *names], rows if names else [])
 
 
-def _training(curves: Mapping[str, SeedRows], out: Path) -> list[str]:
+def _training(curves: Mapping[str, history.SeedRows], out: Path) -> list[str]:
     """Curves with bands over seeds, and PPO's reward against its KL."""
     caption = "What PPO sees by step, and development accuracy against counted operations, 10^12, SFT included. "
     if any(arm.kept is not None for arm in curves.values()):
         caption += "Ring: the step that was kept. "
-    parts = [section("Training", plot(caption + band_words(curves), training_curves(curves, out / "curves")))]
+    parts = [
+        section("Training", plot(caption + history.band_words(curves), plots.training_curves(curves, out / "curves")))
+    ]
     if "SRPPO" in curves:
         ours = curves["SRPPO"]
         seeds = "Each seed thin, the mean over finished seeds thick, from its first step (ring) to its last (diamond)."
@@ -285,20 +244,20 @@ def _training(curves: Mapping[str, SeedRows], out: Path) -> list[str]:
             "Reward of a batch of rollouts against its KL, both nats a response, a point a PPO step; up and left: "
             f"more reward for less change. {seeds}"
         )
-        drawn = reward_kl_plot(ours, out / "reward-kl", ARM_COLOURS["SRPPO"])
+        drawn = plots.reward_kl_plot(ours, out / "reward-kl", plots.ARM_COLOURS["SRPPO"])
         parts.append(section("Reward against KL", plot(words, drawn)))
     return parts
 
 
 def _lengths(rows: Sequence[ArmRow], out: Path) -> str:
     """How long sampled answers are."""
-    lengths = lengths_of(rows)
+    lengths = answers.lengths_of(rows)
     caption = "Tokens of sampled answers to test items, EOS included, of all finished seeds"
-    drawn = plot(caption, length_plot(lengths, out / "lengths"))
+    drawn = plot(caption, plots.length_plot(lengths, out / "lengths"))
     return drawn and drawn + to_html(length_table(lengths, _over(rows)))
 
 
-def length_table(lengths: Sequence[Lengths], over: str = "") -> Table:
+def length_table(lengths: Sequence[answers.Lengths], over: str = "") -> Table:
     """A row an arm: mean and quantiles in tokens, the share that was cut; over: what its intervals are over."""
     rows = []
     for each in lengths:
@@ -315,28 +274,23 @@ def _over(rows: Sequence[ArmRow]) -> str:
     return interval_words([len(row.answers["sampled"]) for row in rows if row.answers["sampled"]])
 
 
-def recipe_html(toml: str) -> str:
-    """The recipe behind a line to open it."""
-    return section("Configuration", details("recipe.toml", f"<pre>{escape(toml)}</pre>"))
-
-
 def samples_html(samples: Sequence[Sample]) -> str:
     """Test items with what each arm answered, side by side."""
     return section("Samples", soft_text(CHOICE) + "".join(map(_sample, samples)) if samples else "")
 
 
 def _sample(sample: Sample) -> str:
-    answers = ""
+    told = ""
     for arm, words in sample.responses.items():
         kind = ("right" if sample.right[arm] else "wrong") if arm in sample.right else ""
         verdict = f' <span class="{kind}">{"✓" if kind == "right" else "✗"}&nbsp;{kind}</span>' if kind else ""
         shown = escape(words) or "(nothing)"
-        answers += f'<div><span class="soft">{escape(arm)}{verdict}</span><pre>{shown}</pre></div>'
+        told += f'<div><span class="soft">{escape(arm)}{verdict}</span><pre>{shown}</pre></div>'
     long = max(map(len, sample.responses.values()), default=0) > LONG
     answer = f'<span class="soft">right answer: <code>{escape(sample.answer)}</code></span>' if sample.answer else ""
     return (
         f'<div class="sample"><span class="soft">{escape(sample.group)}</span><pre>{escape(sample.prompt)}</pre>'
-        f'{answer}<div class="answers{" long" if long else ""}">{answers}</div></div>'
+        f'{answer}<div class="answers{" long" if long else ""}">{told}</div></div>'
     )
 
 
@@ -348,16 +302,16 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     rows = []
     for arm, stages in stages_by_arm(run).items():
         for stage in stages:
-            environment, figures = environment_of(stage), figures_of(stage)
+            environment, figures = history.environment_of(stage), answers.figures_of(stage)
             made = {key: environment.get(key) for key in ("cpu", "cores", "commit")}
             made |= {name: environment.get("packages", {}).get(name) for name in ("torch", "transformers")}
-            common = {"arm": arm, "seed": seed_of(stage), "flops": figures.get("flops"), **made}
+            common = {"arm": arm, "seed": answers.seed_of(stage), "flops": figures.get("flops"), **made}
             common |= {"kept_step": figures.get("kept_step"), "steps": figures.get("steps")}
             for which in ("kept", "last"):
                 for decoding in DECODINGS:
-                    verdicts = read_verdicts(answers_file(stage, which, decoding))
-                    for group in dict.fromkeys(map(group_of, verdicts)):
-                        shares = [right_share(each) for each in verdicts if each["group"] == group]
+                    verdicts = answers.read_verdicts(answers.answers_file(stage, which, decoding))
+                    for group in dict.fromkeys(each["group"] for each in verdicts):
+                        shares = [answers.right_share(each) for each in verdicts if each["group"] == group]
                         row = {"group": group, "decoding": decoding, "which": which, "items": len(shares)}
                         rows.append({**common, **row, "accuracy": sum(shares) / len(shares)})
     return rows

@@ -139,15 +139,14 @@ def sweep_text(result: SweepResult, spent: str) -> RenderableType:
 def trends_table(result: SweepResult) -> Table:
     """A row a slope: in the terminal a sentence with the course of the means, on the page its parts."""
     heads = [Column(head, only="page") for head in ("what", "where", "slope", "unit", "points", "seeds", "in words")]
-    heads += [Column("", only="terminal"), Column("", only="terminal")]
+    heads += [Column("", only="terminal"), Column("course", only="terminal")]
     rows = []
     for each, line in zip(result.trends, trend_lines(result), strict=False):
         counts = [str(each.points), str(each.seeds)]
         cells = [each.what, each.where or "-", slope_text(each), per(each), *counts, direction(each)]
         rows.append([*cells, line, course(result, each.what, each.where)])
-    bars = "Bars: an arm's means, from its least to its largest." if result.trends else ""
     unfitted = trend_lines(result)[len(result.trends) :]
-    return Table.of("Trends", heads, rows, [*unfitted, " ".join([trend_caption(result), bars]).strip()])
+    return Table.of("Trends", heads, rows, [*unfitted, trend_caption(result)])
 
 
 # ---- the page

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from srppo.ablations.analysis import CellResult, Metric, SweepResult, Tested
 from srppo.ablations.spec import Ablation, Cell, Comparison, Sweep, label
 from srppo.console import sparkline
 from srppo.evaluation.verdicts import number, p_text, signed
 from srppo.report.table import Chart, Column, Row, Table
-from srppo.report.words import DECODINGS, GROUP_WORDS, estimate_text, number_text, teraflops
+from srppo.report.words import DECODINGS, GROUP_WORDS, estimate_text, is_number, number_text, teraflops
 
 NO_RESULT = "no result"
 VERDICT_MARKS = {"better": "good", "worse": "bad", NO_RESULT: "bad"}
@@ -56,7 +55,7 @@ def line_axis(sweep: Sweep) -> str | None:
     planned = [sweep.analysis.trend] if sweep.analysis.trend else []
     for axis in (*planned, *varying(sweep)):
         values = [point.values.get(axis) for point in sweep.points]
-        if all(map(_is_number, values)) and len(set(values)) > 1:
+        if all(map(is_number, values)) and len(set(values)) > 1:
             return axis
     return None
 
@@ -67,10 +66,6 @@ def is_log(sweep: Sweep, axis: str) -> bool:
     if min(values) <= 0:
         return False
     return sweep.analysis.scale == "log2" if axis == sweep.analysis.trend else max(values) / min(values) > LOG_SPAN
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def point_label(sweep: Sweep, name: str) -> str:
@@ -260,8 +255,8 @@ def costs_table(result: SweepResult) -> Table:
         cells = [cell for cell in result.cells if cell.cell.arm == arm.name and cell.seeds]
         alone = _range((cell.flops for cell in cells), teraflops)
         dropped = _range((cell.selection_flops for cell in cells), teraflops)
-        ratio = _range((_ratio(result, cell, 0.0) for cell in cells), _times)
-        whole = _range((_ratio(result, cell, cell.selection_flops) for cell in cells), _times)
+        ratio = _range((_ratio(result, cell, 0.0) for cell in cells), "{:.2f}".format)
+        whole = _range((_ratio(result, cell, cell.selection_flops) for cell in cells), "{:.2f}".format)
         rows.append([arm.name, alone, ratio, dropped, whole])
     caption = (
         "TFLOPs: counted training operations, 10^12, parents included, a seed; from the cheapest point to the dearest. "
@@ -278,10 +273,6 @@ def _ratio(result: SweepResult, cell: CellResult, extra: float) -> float | None:
     if not at or not at[0].flops or cell.flops is None:
         return None
     return (cell.flops + extra) / at[0].flops
-
-
-def _times(value: float) -> str:
-    return number_text(value, ".2f")
 
 
 def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:

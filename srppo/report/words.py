@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from srppo.statistics.intervals import Estimate
@@ -44,6 +44,11 @@ def number_text(value: float | None, form: str = ".1f") -> str:
         return "-"
     text = format(value, form)
     return text if len(text) <= 9 else f"{value:.1e}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def short_number(value: float) -> str:

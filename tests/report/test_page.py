@@ -12,9 +12,9 @@ from records import ARMS, HOSTILE, ODD
 
 from srppo.report.answers import ArmFigures, Sample
 from srppo.report.history import SeedRows
-from srppo.report.page import bullets, facts, page_folder, plot, section, text, write_page
+from srppo.report.page import bullets, details, facts, page_folder, plot, section, text, write_page
 from srppo.report.plots import accuracy_plot, training_curves
-from srppo.report.run import differences_table, recipe_html, results_html, samples_html
+from srppo.report.run import differences_table, results_html, samples_html
 from srppo.report.table import to_html
 
 
@@ -33,7 +33,7 @@ def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
         plot(HOSTILE, curves),
         plot("nothing", []),
         samples_html([Sample(HOSTILE, answers, HOSTILE, HOSTILE, {HOSTILE: False})]),
-        recipe_html(HOSTILE),
+        details(HOSTILE, text(HOSTILE)),
         facts({"packages": {"torch": HOSTILE}, HOSTILE: [1, None]}),
     ]
     page = offline_page(write_page(tmp_path / "new" / "report.html", HOSTILE, parts))
