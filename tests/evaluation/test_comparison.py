@@ -20,8 +20,7 @@ from srppo.evaluation.comparison import ComparisonResult, Difference, Unscored, 
 from srppo.evaluation.pairing import by_seed, made_alike, pair
 from srppo.evaluation.results import TaskResult, write_result
 from srppo.record.store import Run
-from srppo.report.comparison import arms_of, compare_command, select
-from srppo.report.comparison_files import to_csv, to_json, to_markdown
+from srppo.report.comparison import arms_of, as_csv, as_json, as_markdown, compare_command, select
 from srppo.statistics.tests import seeds_needed
 
 
@@ -324,15 +323,15 @@ def example() -> ComparisonResult:
 
 def test_files_hold_the_same_figures() -> None:
     found = example()
-    content = json.loads(to_json(found, ["a note"]))
+    content = json.loads(as_json(found, ["a note"]))
     assert content["schema_version"] == 1 and content["notes"] == [*found.notes, "a note"]
     first = content["differences"][0]
     assert first["difference"] == found.differences[0].difference._asdict() and first["verdict"] == "better"
-    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [each["kind"] for each in rows] == ["difference", "difference", "iqm"]
     assert float(rows[0]["low"]) == first["difference"]["low"] and rows[0]["items"] == "40" and rows[0]["seeds"] == "10"
     assert rows[0]["sentence"] == found.differences[0].sentence and float(rows[2]["model_mean"]) > 0.7
-    text = to_markdown(found, ["a note"])
+    text = as_markdown(found, ["a note"])
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 5 and {line.replace("\\|", "").count("|") for line in table} == {10}
     assert "b\\*task" in text and "a note" in text and "alone (greedy) is not compared" in text
