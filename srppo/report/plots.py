@@ -130,7 +130,7 @@ def _handles(axes: Iterable[Axes]) -> dict[str, Any]:
     return found
 
 
-def _legend(figure: Figure, handles: Mapping[str, Any], where: str = "upper", ncols: int = 4) -> None:
+def _legend(figure: Figure, handles: Mapping[str, Any], where: str = "upper", ncols: int = 5) -> None:
     place: Any = f"outside {where} left"
     figure.legend([*handles.values()], [*handles], loc=place, ncols=ncols, handlelength=1.6)
 
@@ -352,7 +352,9 @@ def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
             shared = shared or axis
             _development(axis, f"dev/{key}", arms, colours)
             axis.set_title(title)
-        _legend(figure, _handles(reversed(figure.axes)), "lower")  # development panels first: their handles have dots
+        _legend(
+            figure, _handles(reversed(figure.axes)), "lower", ncols=4
+        )  # development panels first: their handles have dots
 
     return save_figure(draw, path, height=0.6 + 2.6 * rows)
 
@@ -445,7 +447,7 @@ def reward_kl_plot(arm: SeedRows, path: Path, colour: str) -> list[Path]:
                 axis.plot(*last, "D", color=colour, ms=8, label="last step", zorder=3)
             axis.set_xlabel(title)
         axes[0].set_ylabel("reward, nats")
-        _legend(figure, _handles(axes), "lower")
+        _legend(figure, _handles(axes), "lower", ncols=4)
 
     return save_figure(draw, path, height=4.0)
 
@@ -470,6 +472,7 @@ def score_plot(result: ScoreResult, path: Path) -> list[Path]:
             axes[0].plot(x, [each.reward for each in rows], ".", color=colour, ms=5, alpha=0.7, label=label)
         axes[0].set_title("reward, nats, against length")
         axes[0].set_xlabel("length, tokens")
+        axes[0].locator_params(axis="x", integer=True)
         if known:
             axes[0].legend()
             _right_shares(axes[1], sorted(known, key=lambda each: each.reward))
@@ -601,7 +604,7 @@ def _sweep_lines(result: SweepResult, axis: str, metrics: Sequence[Metric], path
         grid[0][0].minorticks_off()
         figure.supxlabel(tables.axis_words(axis), fontsize=10)
         figure.supylabel(f"accuracy, {metrics[0][1]}", fontsize=10)
-        _legend(figure, _arm_handles(colours), ncols=5)
+        _legend(figure, _arm_handles(colours))
 
     return save_figure(draw, path, height=1.2 + 2.5 * len(rows))
 

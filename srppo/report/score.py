@@ -19,7 +19,7 @@ from srppo.record.json import plain
 from srppo.report.page import bullets, details, plot, section, soft_text, write_page
 from srppo.report.plots import score_plot
 from srppo.report.table import Table, to_html
-from srppo.report.words import estimate_text
+from srppo.report.words import estimate_text, span
 
 if TYPE_CHECKING:
     from srppo.analysis.score import Scored, ScoreResult, Token
@@ -106,7 +106,7 @@ def named(token: Token) -> str:
 
 def numbers(each: Scored, between: str = "  ") -> str:
     """Sum, mean, base log-prob and length of one response."""
-    count = f"{len(each.tokens)} token{'' if len(each.tokens) == 1 else 's'}{'' if each.ended else ', not ended'}"
+    count = span([len(each.tokens)], "token") + ("" if each.ended else ", not ended")
     parts = (f"r {each.reward:+.2f}", f"{each.per_token:+.3f} a token", f"base {each.base_logprob:.2f}", count)
     return between.join(parts)
 
@@ -124,8 +124,8 @@ def finding_lines(result: ScoreResult) -> list[str]:
 def score_text(result: ScoreResult, best: Sequence[Scored], worst: Sequence[Scored]) -> RenderableType:
     """What the terminal shows; legible without colour, since the tokens that carry a reward stand below it."""
     scale, parts = scale_of(result.responses), []
-    head = f"{len(result.responses)} responses, {result.origin}. r = log pi_sft - log pi_base, nats."
-    parts.append(Text(head.replace("1 responses", "1 response")))
+    count = span([len(result.responses)], "response")
+    parts.append(Text(f"{count}, {result.origin}. r = log pi_sft - log pi_base, nats."))
     parts.append(_legend(scale))
     for title, group in (("The reward likes most", best), ("and least", worst)):
         if len(result.responses) > 1 and group:
@@ -167,7 +167,7 @@ def _response(each: Scored, scale: float) -> Text:
         off = "  off the base's support" if token.off_support else ""
         text.append(f"  {token.log_ratio:+7.2f}  {share:4.0%}  base {token.base_logprob:7.2f}  {named(token)}{off}\n")
     off_support = sum(token.off_support for token in each.tokens)
-    text.append(f"  {off_support} tokens off the base's support\n" if off_support else "")
+    text.append(f"  {span([off_support], 'token')} off the base's support\n" if off_support else "")
     text.rstrip()
     return text
 
@@ -184,7 +184,7 @@ def _write_page(result: ScoreResult, folder: Path, best: Sequence[Scored], worst
     opened = "" if several else " open"
     parts = [
         soft_text(f"r = log pi_sft - log pi_base, nats, temperature 1. SFT: {result.sft}. Base: {result.base}."),
-        soft_text(f"{len(every)} response{'s' if several else ''}, {result.origin}."),
+        soft_text(f"{span([len(every)], 'response')}, {result.origin}."),
         _page_legend(scale),
         bullets("Warnings", result.warnings, ""),
         bullets("Over all responses", lines, "") + soft_text(note) if several else "",
