@@ -244,7 +244,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _size(self, positions: int, scored: int = 1) -> int:
-        size = self.rows or batch_size(self.lm.model.config, positions, scored, self.lm.device, self._weights)
+        size = self.rows or batch_size(self.lm.config, positions, scored, self.lm.device, self._weights)
         self.used_rows = max(size, self.used_rows or 0)
         return size
 
