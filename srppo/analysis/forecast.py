@@ -32,6 +32,7 @@ from srppo.console import Console, duration
 from srppo.errors import ConfigError, UserError
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair, load_pair
+from srppo.reward_kinds import REWARD_KINDS
 
 PROMPTS = 120
 SAMPLES, PPO_SAMPLES = 256, 16  # a prompt: of the SFT model, of each checkpoint
@@ -185,8 +186,10 @@ def _objective(pair: Pair, arms: Sequence[PpoArm]) -> RewardConfig:
 
 def _notes(pair: Pair, config: RewardConfig) -> list[str]:
     """Where the recipe's PPO does not aim at the closed form. Raises ConfigError where there is none."""
-    if config.kind == "shuffled":
-        raise ConfigError("reward.kind = shuffled pays by other rollouts, so it has no closed-form optimum to forecast")
+    if REWARD_KINDS[config.kind].among is not None:
+        raise ConfigError(
+            f"reward.kind = {config.kind} pays by other rollouts, so it has no closed-form optimum to forecast"
+        )
     notes = []
     if config.kl == "k3":
         notes.append("reward.kl = k3 in the loss is biased: this PPO aims elsewhere than at the optimum shown")

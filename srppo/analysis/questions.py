@@ -19,10 +19,10 @@ from srppo.errors import DataError, UserError
 from srppo.evaluation.development import load_items
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair
-from srppo.training.batch import left_pad
-from srppo.training.rollout import Generated, generate
+from srppo.training.batch import Generated, left_pad
+from srppo.training.rollout import generate
 
-SAMPLE_BATCH = 512  # rows of one call of generate
+SAMPLE_BATCH = 512  # rows of one call of generate, which takes fewer at a time where the memory has it
 T = TypeVar("T")
 
 

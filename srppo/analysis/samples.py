@@ -12,10 +12,10 @@ from srppo.analysis.questions import Question, as_generated
 from srppo.config import RewardConfig
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair
-from srppo.training.reward import RunningStd, compute_rewards
-from srppo.training.rollout import score_log_ratio, score_logprobs
+from srppo.training.reward import rewards_before_kl
+from srppo.training.scores import score_log_ratio, score_logprobs
 
-SCORE_BATCH = 128  # rows of one forward pass
+SCORE_BATCH = 128  # rows of one forward pass, fewer where the memory has it
 
 
 def rewarded(
@@ -60,21 +60,12 @@ def _score(
     for start in range(0, len(rows), SCORE_BATCH):
         chunk = order[start : start + SCORE_BATCH]
         batch = as_generated(pair, [questions[rows[j][0]].ids for j in chunk], [rows[j][1] for j in chunk])
-        ratio = score_log_ratio(pair.sft, pair.base, batch, micro_batch=SCORE_BATCH)
-        rewards = compute_rewards(
-            config,
-            **ratio._asdict(),
-            policy_logprobs_BT=ratio.sft_logprobs_BT,
-            mask_BT=batch.response_mask_BT,
-            ended_B=batch.ended_B,
-            running=RunningStd(),
-            seed=0,
-        )
-        columns[0][chunk] = rewards.score_B.double().cpu()
-        columns[1][chunk] = ratio.log_ratio_BT.double().sum(dim=1).cpu()
+        scores = score_log_ratio(pair.sft, pair.base, batch)
+        columns[0][chunk] = rewards_before_kl(config, scores, batch).sum(dim=1).double().cpu()
+        columns[1][chunk] = scores.log_ratio_BT.double().sum(dim=1).cpu()
         if policy is not None:
-            theirs_BT = score_logprobs(policy, batch, micro_batch=SCORE_BATCH, temperature=temperature)
-            columns[2][chunk] = (theirs_BT - ratio.sft_logprobs_BT).double().sum(dim=1).cpu()
+            theirs_BT = score_logprobs(policy, batch, temperature=temperature)
+            columns[2][chunk] = (theirs_BT - scores.sft_logprobs_BT).double().sum(dim=1).cpu()
     texts = pair.tokenizer.batch_decode([list(ids) for _, ids in rows], skip_special_tokens=True)
     right = [float(bool(questions[i].is_right(text))) for (i, _), text in zip(rows, texts, strict=True)]
     return [*columns, np.array([float(len(ids)) for _, ids in rows]), np.array(right)]

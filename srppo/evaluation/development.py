@@ -17,12 +17,13 @@ from srppo.data.chat import encode_prompts
 from srppo.data.types import EncodedDemonstration, Message, Prompt
 from srppo.errors import DataError
 from srppo.models.language_model import LanguageModel, forward_flops
+from srppo.models.memory import advising
 from srppo.statistics.intervals import Estimate, item_interval
-from srppo.training.batch import answer_nll_sum, training_flops
-from srppo.training.rollout import Generated, generate
+from srppo.training.batch import Generated, answer_nll_sum, training_flops
+from srppo.training.rollout import generate
 
 GROUPS = ("demonstrated", "prompted", "unseen")  # in-domain; seen by PPO only; out-of-domain
-EVAL_BATCH = 300
+EVAL_BATCH = 300  # rows of one call of generate, which takes fewer at a time where the memory has it
 
 T = TypeVar("T")
 
@@ -156,7 +157,7 @@ def answer_items(
                 pad_id=pad,
                 max_new_tokens=recipe.rollout.max_new_tokens,
                 seed=derive_seed(recipe.seed, "eval", draw * len(items) + start),
-                greedy=samples is None,
+                temperature=None if samples is None else 1.0,
             )
             written = generated.responses()
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -179,6 +180,7 @@ def accuracy_by_group(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     return {group: item_interval(values) for group, values in shares.items()}
 
 
+@advising("scoring held-out demonstrations", "lower sft.micro_batch: it changes memory, not the result")
 def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, micro_batch: int) -> float:
     """Mean NLL of the answers, nats a token, over all answer tokens."""
     total, tokens = 0.0, 0

@@ -26,6 +26,7 @@ from srppo.errors import ConfigError
 from srppo.evaluation.development import Answer, EvalItem, encode_items
 from srppo.models.language_model import LanguageModel, forward_flops
 from srppo.models.pair import Pair
+from srppo.reward_kinds import REWARD_KINDS
 
 _ARRAYS, _TEXTS = "draws.npz", "answers.json.gz"
 _SAVED = ("reward_QK", "log_ratio_QK", "length_QK", "right_QK")
@@ -82,8 +83,8 @@ def check_resamples(config: RewardConfig) -> None:
 
 def check_ranks(config: RewardConfig) -> None:
     """Raises ConfigError for a reward that a response does not have by itself."""
-    if config.kind == "shuffled":
-        raise ConfigError("reward.kind = shuffled pays by other rollouts, so it chooses between no samples")
+    if REWARD_KINDS[config.kind].among is not None:
+        raise ConfigError(f"reward.kind = {config.kind} pays by other rollouts, so it chooses between no samples")
 
 
 def sample_items(pair: Pair, items: Sequence[EvalItem], config: RewardConfig, count: int) -> Sampled:

@@ -16,14 +16,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from srppo.config import ModelConfig, Recipe, canonical_json, recipe_warnings, resolved
 from srppo.console import Console
 from srppo.data.memo import Memo
 from srppo.data.prepare import PreparedData, ensure_chat_template, prepare, stop_ids
-from srppo.errors import ConfigError, Diverged, RecordError, RunError
+from srppo.errors import ConfigError, Diverged, RecordError
 from srppo.evaluation.development import (
     Development,
     EvalItem,
@@ -49,9 +48,10 @@ from srppo.record.store import Attempt, Run, Stage
 from srppo.stages.base_answers import sample_texts
 from srppo.stages.baselines import SHARES, longer_sft_steps
 from srppo.stages.kinds import stage_settings
+from srppo.training.batch import Generated
 from srppo.training.loop import Session, Tracker, Workbench, load_weights
 from srppo.training.ppo import train_ppo
-from srppo.training.rollout import Generated, generate
+from srppo.training.rollout import generate
 from srppo.training.sft import train_sft
 
 Figures = dict[str, Any]
@@ -281,11 +281,6 @@ class Pipeline:
             bench = Workbench(stage, attempt, self.tokenizer, self.console, name, self.make_trackers(stage))
             try:
                 session = train(model, bench)
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    f"{name} ran out of memory ({str(error).splitlines()[0]}); lower ppo.micro_batch and "
-                    "sft.micro_batch: they change memory, not the result"
-                ) from error
             except Diverged as error:
                 survivor = stage.latest_checkpoint()
                 kept = f"the last good checkpoint is {survivor[1]}" if survivor else "there was no checkpoint yet"

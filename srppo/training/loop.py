@@ -38,21 +38,35 @@ class Tracker(Protocol):
     def finish(self) -> None: ...
 
 
+class Stateful(Protocol):
+    """Numbers beside weights that training carries from step to step, such as a running deviation."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainState:
-    """Everything a checkpoint holds: named modules (safetensors), named optimizers and plain counters (trainer.pt)."""
+    """Everything a checkpoint holds, by name: modules (safetensors); optimizers, plain counters and whatever else has a
+    state (trainer.pt)."""
 
     def __init__(
-        self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], counters: dict[str, Any]
+        self,
+        modules: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+        counters: dict[str, Any],
+        **others: Stateful,
     ) -> None:
-        self.modules, self.optimizers, self.counters = modules, optimizers, counters
+        self.modules, self.optimizers, self.counters, self.others = modules, optimizers, counters, others
 
     def save(self, folder: Path) -> None:
         """Write into an empty folder."""
         for name, module in self.modules.items():
             save_file(_own_tensors(module), folder / f"{name}.safetensors")
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        counters = {**self.counters, **{name: other.state_dict() for name, other in self.others.items()}}
         # The random state is saved although nothing here draws from it: a model with sampling in its forward would.
-        state = {"optimizers": optimizers, "counters": self.counters, "torch_rng": torch.get_rng_state()}
+        state = {"optimizers": optimizers, "counters": counters, "torch_rng": torch.get_rng_state()}
         torch.save(state, folder / "trainer.pt")
 
     def load(self, folder: Path) -> None:
@@ -62,6 +76,8 @@ class TrainState:
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        for name, other in self.others.items():
+            other.load_state_dict(state["counters"].pop(name))
         self.counters.update(state["counters"])
         torch.set_rng_state(state["torch_rng"])
 

@@ -30,7 +30,7 @@ from transformers import (
     Qwen2Config,
 )
 
-import srppo.training.rollout
+import srppo.training.scores
 from srppo.config import ModelConfig, build_recipe
 from srppo.data.chat import CHAT_TEMPLATE, ensure_chat_template
 from srppo.errors import ModelError
@@ -47,7 +47,7 @@ from srppo.models.language_model import (
     load_tokenizer,
 )
 from srppo.models.pair import load_pair
-from srppo.training.rollout import response_log_ratio
+from srppo.training.scores import response_log_ratio
 
 VOCAB, EOS = 40, 0  # pad = EOS: nothing may look at ids
 SHAPE: dict[str, Any] = {
@@ -288,7 +288,7 @@ def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: 
         taken.update(sft=arguments[1].dtype, base=arguments[3].dtype)
         return linear_logprob_diff(*arguments, **named)
 
-    monkeypatch.setattr(srppo.training.rollout, "linear_logprob_diff", look)
+    monkeypatch.setattr(srppo.training.scores, "linear_logprob_diff", look)
     after = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
     assert taken == {"sft": torch.float32, "base": torch.bfloat16}
     direct = base.response_logprobs(tokens_BS, mask_BS, width)

@@ -68,4 +68,32 @@ MUTANTS = [
         'return sorted(ours, key=lambda stage: int(stage.identity["config"]["seed"]))[-1:]',
         "analysis/test_forecast.py::test_every_stage_and_every_step_with_weights_is_drawn",
     ),
+    Mutant(
+        "head: checked by an absolute tolerance",
+        "models/language_model.py",
+        "tolerance = LOGIT_TOLERANCE * theirs_NV.abs().max()",
+        "tolerance = torch.tensor(1e-3)",
+        "models/test_language_model.py::test_a_head_is_checked_by_the_size_of_its_logits",
+    ),
+    Mutant(
+        "head: rows of padding in the softmax",
+        "models/language_model.py",
+        "return output.weight[: self.vocab_size], None",
+        "return output.weight, None",
+        "models/test_language_model.py::test_ids_beyond_the_tokenizer_are_in_no_softmax",
+    ),
+    Mutant(
+        "head: columns of padding in its own logits",
+        "models/language_model.py",
+        "-response_width - 1 : -1, : self.vocab_size]",
+        "-response_width - 1 : -1]",
+        "models/test_language_model.py::test_ids_beyond_the_tokenizer_are_in_no_softmax",
+    ),
+    Mutant(
+        "memory: weights are not in it",
+        "models/memory.py",
+        "(weight_bytes(model) if held is None else held)",
+        "(held or 0)",
+        "models/test_memory.py::test_rows_are_what_a_quarter_of_the_memory_left_holds",
+    ),
 ]

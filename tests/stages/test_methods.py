@@ -34,7 +34,7 @@ from srppo.models.language_model import LanguageModel, ValueModel, forward_flops
 from srppo.record.arms import METHODS, stages_by_arm
 from srppo.record.store import Stage, stage_id
 from srppo.stages.extrapolation import (
-    _Reader,
+    Towards,
     check_decodable,
     choose_alpha,
     decoded_logprobs,
@@ -64,7 +64,7 @@ from srppo.stages.run import Pipeline
 from srppo.training.advantage import rloo
 from srppo.training.batch import left_pad
 from srppo.training.ppo import Learners, step_flops, train_ppo
-from srppo.training.rollout import generate, prompt_schedule, to_batch
+from srppo.training.rollout import generate, to_batch
 from srppo.training.sft import evenly
 
 # ---- RLOO
@@ -105,13 +105,6 @@ def test_the_gradient_is_unbiased_by_enumeration() -> None:
 
     assert torch.allclose(expected(own), exact, atol=1e-14)
     assert not torch.allclose(expected(mean), exact, atol=1e-2)
-
-
-def test_responses_to_one_prompt_stand_in_a_row_and_prompts_keep_their_order() -> None:
-    alone = [i for step in range(6) for i in prompt_schedule(7, 4, step, seed=3)]
-    grouped = [prompt_schedule(7, 12, step, seed=3, per_prompt=3) for step in range(6)]
-    assert [i for step in grouped for i in step[::3]] == alone
-    assert all(step == [i for i in step[::3] for _ in range(3)] for step in grouped)
 
 
 RLOO = {"rollout": {"batch": 8, "per_prompt": 4}, "ppo": {"advantage": "rloo", "steps": 4, "checkpoint_every": 2}}
@@ -315,7 +308,7 @@ def decoded(prompts: Any = RAGGED, models: Any = None, **more: Any) -> Any:
 @torch.no_grad()
 def test_greedy_decoding_is_the_argmax_without_cache_or_padding() -> None:
     base, sft = base_and_sft()
-    responses = decoded(greedy=True).responses()
+    responses = decoded(temperature=None).responses()
     for prompt, response in zip(RAGGED, responses, strict=True):
         own: list[int] = []
         while len(own) < LIMIT and EOS not in own:
@@ -333,17 +326,16 @@ def test_reading_with_a_cache_gives_the_logits_of_unpadded_rows() -> None:
     size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 5, "initializer_range": 0.5}
     absolute = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS))
     for model in (LanguageModel(absolute), LanguageModel(tiny_llama())):
-        reader = _Reader(model)
-        new_BS, mask_BS = left_pad(RAGGED, EOS)
+        tokens_BS, mask_BP = left_pad(RAGGED, EOS)
+        reader = Towards(model, RewardConfig(), mask_BP)
         written: list[list[int]] = [list(prompt) for prompt in RAGGED]
         for step in range(3):
-            logits_BV = reader.next_logits(new_BS, mask_BS)
+            logits_BV = reader.base_logits(tokens_BS)
             for row, own_V in zip(written, logits_BV, strict=True):
                 alone_V = model.model(input_ids=torch.tensor([row])).logits[0, -1]
                 torch.testing.assert_close(own_V, alone_V, atol=1e-5, rtol=0)
                 row.append(1 + (step + len(row)) % 4)
-            new_BS = torch.tensor([row[-1:] for row in written])
-            mask_BS = torch.cat([mask_BS, torch.ones_like(new_BS).bool()], dim=1)
+            tokens_BS = torch.cat([tokens_BS, torch.tensor([row[-1:] for row in written])], dim=1)
 
 
 def test_decoding_samples_are_a_function_of_the_seed_and_leave_the_global_state() -> None:
