@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor
 
 from srppo.config import RewardConfig
 from srppo.errors import ConfigError, ModelError
@@ -119,26 +118,26 @@ def decoded_logprobs(config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV
     return (scores.anchor_BT(config.anchor) + terms_BV / config.beta).log_softmax(-1)
 
 
-class Towards(LogitsProcessor):
+class Towards:
     """Turns the SFT model's logits into those of the decoded distribution: reads along with the base, token by token.
 
     For one batch, whose prompts' mask it is given.
     """
 
     def __init__(self, base: LanguageModel, config: RewardConfig, mask_BP: Tensor) -> None:
-        self.base, self.config, self.mask_BS, self.cache = base, config, mask_BP, None
+        self.base, self.config, self.mask_BS = base, config, mask_BP
+        self.read, self.cache = 0, None
         takes = inspect.signature(base.model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        base_BV = self.base_logits(input_ids)[:, : self.base.vocab_size]
-        return decoded_logprobs(self.config, scores, base_BV)
+    def __call__(self, tokens_BS: Tensor, sft_logits_BV: Tensor) -> Tensor:
+        base_logits_BV = self.base_logits(tokens_BS)[:, : self.base.vocab_size]
+        return decoded_logprobs(self.config, sft_logits_BV, base_logits_BV)
 
     def base_logits(self, tokens_BS: Tensor) -> Tensor:
         """The base's logits after these columns, of which all but the newest have been read; BV."""
-        new_BS = tokens_BS if self.cache is None else tokens_BS[:, -1:]
-        grown = tokens_BS.shape[1] - self.mask_BS.shape[1]
-        self.mask_BS = pad(self.mask_BS, (0, grown), value=True)
+        new_BS, self.read = tokens_BS[:, self.read :], tokens_BS.shape[1]
+        self.mask_BS = pad(self.mask_BS, (0, self.read - self.mask_BS.shape[1]), value=True)
         inputs: dict[str, Any] = {"input_ids": new_BS, "attention_mask": self.mask_BS.long(), **self.extra}
         if self.base.takes_positions:
             inputs["position_ids"] = (self.mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]

@@ -38,26 +38,20 @@ class Tracker(Protocol):
     def finish(self) -> None: ...
 
 
-class Stateful(Protocol):
-    """Numbers beside weights that training carries from step to step, such as a running deviation."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class TrainState:
-    """Everything a checkpoint holds, by name: modules (safetensors); optimizers, plain counters and whatever else has a
-    state (trainer.pt)."""
+    """Everything a checkpoint holds, by name: modules (safetensors); optimizers, counters and `others` that have a
+    state_dict as they have (trainer.pt). None: left out."""
 
     def __init__(
         self,
-        modules: dict[str, nn.Module],
-        optimizers: dict[str, Optimizer],
+        modules: Mapping[str, nn.Module | None],
+        optimizers: Mapping[str, Optimizer | None],
         counters: dict[str, Any],
-        **others: Stateful,
+        **others: Any,
     ) -> None:
-        self.modules, self.optimizers, self.counters, self.others = modules, optimizers, counters, others
+        self.modules = {name: module for name, module in modules.items() if module is not None}
+        self.optimizers = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
+        self.counters, self.others = counters, others
 
     def save(self, folder: Path) -> None:
         """Write into an empty folder."""
@@ -146,26 +140,25 @@ class Workbench:
     trackers: tuple[Tracker, ...] = ()
 
 
+@dataclass
 class Session:
-    """One attempt at a stage: drives its steps through the record on disk."""
+    """One attempt at a stage: drives its steps through the record on disk.
 
-    def __init__(
-        self,
-        bench: Workbench,
-        state: TrainState,
-        *,
-        total: int,
-        measure_at: Callable[[int], bool],
-        measure: Callable[[], tuple[Row, float | None]],
-        keep: str,
-        checkpoint_every: int,
-        measure_start: bool = True,
-    ) -> None:
-        self.bench, self.state, self.total, self.keep = bench, state, total, keep
-        self.measure_at, self.measure, self.checkpoint_every = measure_at, measure, checkpoint_every
-        self.measure_start = measure_start
-        state.counters.setdefault("kept_step", 0)
-        state.counters.setdefault("kept_score", -math.inf)
+    total: steps. measure_at: which are measured beside the last; measure_start: whether the start is. keep:
+    `eval.keep`.
+    """
+
+    bench: Workbench
+    state: TrainState
+    total: int
+    measure_at: Callable[[int], bool]
+    measure: Callable[[], tuple[Row, float | None]]
+    keep: str
+    checkpoint_every: int
+    measure_start: bool = True
+
+    def __post_init__(self) -> None:
+        self.state.counters = {"kept_step": 0, "kept_score": -math.inf, **self.state.counters}
 
     def steps(self) -> Iterator[int]:
         """The steps that remain after the newest whole checkpoint; step 0, the start, is only measured."""

@@ -54,29 +54,14 @@ class Learners:
         if config.advantage == "rloo":
             return cls(policy, None, policy_optimizer, None)
         value = ValueModel(policy)
-        return cls(
-            policy,
-            value,
-            policy_optimizer,
-            torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
-        )
+        value_optimizer = torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS)
+        return cls(policy, value, policy_optimizer, value_optimizer)
 
     def set_lr(self, config: PpoConfig, factor: float) -> None:
         """Set both learning rates to a share of their peaks."""
         set_lr(self.policy_optimizer, config.lr * factor)
         if self.value_optimizer is not None:
             set_lr(self.value_optimizer, config.value_lr * factor)
-
-    def state(self, running: RunningStd) -> TrainState:
-        """What a checkpoint holds: these, the deviation of the rewards so far, and counters."""
-        modules = {"policy": self.policy.model, "value": self.value}
-        optimizers = {"policy": self.policy_optimizer, "value": self.value_optimizer}
-        return TrainState(
-            {name: module for name, module in modules.items() if module is not None},
-            {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None},
-            {"flops": 0},
-            running=running,
-        )
 
     def bytes_held(self) -> int:
         """Of memory, while they train: weights, gradients and Adam's two moments."""
@@ -111,7 +96,12 @@ def train_ppo(
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
     config, rollout = recipe.ppo, recipe.rollout
     learners, running = Learners.start(policy, config), RunningStd()
-    state = learners.state(running)
+    state = TrainState(
+        {"policy": policy.model, "value": learners.value},
+        {"policy": learners.policy_optimizer, "value": learners.value_optimizer},
+        {"flops": 0},
+        running=running,
+    )
     held = learners.bytes_held() + weight_bytes(sft_policy, base_policy)
     session = Session(
         bench,
@@ -125,10 +115,11 @@ def train_ppo(
     for step in session.steps():
         watch = Stopwatch()
         # 1. Sample: prompts and random numbers are functions of the step alone.
-        chosen = scheduled(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
+        places = scheduled(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
+        chosen = [prompts[i] for i in places]
         generated = generate(
             policy,
-            [prompts[i] for i in chosen],
+            chosen,
             stop_ids=stop_ids,
             pad_id=pad_id,
             max_new_tokens=rollout.max_new_tokens,
@@ -164,7 +155,7 @@ def train_ppo(
         row |= metrics | {"lr": config.lr * factor, "flops": state.counters["flops"]}
         for warning in reward_warnings(row):
             bench.console.warn(warning)
-        log_rollouts(bench, step, [prompts[i] for i in chosen], generated.responses(), rewards.score_B.tolist())
+        log_rollouts(bench, step, chosen, generated.responses(), rewards.score_B)
         seconds = sum(watch.seconds.values())
         session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds})
     return session
@@ -330,20 +321,10 @@ def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, i
 
 
 def log_rollouts(
-    bench: Workbench,
-    step: int,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    scores: Sequence[float],
+    bench: Workbench, step: int, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], score_B: Tensor
 ) -> None:
     """Write the first few rollouts of a step, as text, to the attempt's rollouts.jsonl."""
-    for prompt, response, score in list(zip(prompts, responses, scores, strict=True))[:ROLLOUTS_LOGGED]:
-        bench.attempt.log_rollout(
-            {
-                "step": step,
-                "prompt": bench.tokenizer.decode(list(prompt)),
-                "response": bench.tokenizer.decode(list(response)),
-                "tokens": len(response),
-                "reward": score,
-            }
-        )
+    decode = bench.tokenizer.decode
+    for prompt, response, score in list(zip(prompts, responses, score_B.tolist(), strict=True))[:ROLLOUTS_LOGGED]:
+        row = {"step": step, "prompt": decode(list(prompt)), "response": decode(list(response))}
+        bench.attempt.log_rollout(row | {"tokens": len(response), "reward": score})

@@ -1,13 +1,13 @@
 """From prompts to a RolloutBatch: the one sampler, then log-probs and values by the path that is trained.
 
-Everything that is written is written by `generate`: rollouts, answers to items, lm-eval's requests, and what two models
-write together (`stages.extrapolation`, by a logits processor).
+`generate` writes everything: rollouts, answers to items, lm-eval's requests, and by a logits processor what two models
+write together (`stages.extrapolation`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TopKLogitsWarper,
@@ -30,18 +28,11 @@ from srppo.models.memory import advising, rows_that_fit
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.scores import score_logprobs
 
-
-@dataclass(frozen=True)
-class Until:
-    """Texts that end a response beside its stop tokens."""
-
-    tokenizer: PreTrainedTokenizerBase
-    texts: tuple[str, ...]
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""(token ids so far BS, logits BV) -> logits BV."""
 
 
-@advising(
-    "generating", "lower rollout.max_new_tokens or data.max_prompt_tokens; the batch is as small as it needs to be"
-)
+@advising("generating", "lower rollout.max_new_tokens or data.max_prompt_tokens: batches go by memory already")
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -54,10 +45,9 @@ def generate(
     temperature: float | None = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    until: Until | None = None,
-    processor: Callable[[Tensor], LogitsProcessor] | None = None,
+    processor: Callable[[Tensor], Processor] | None = None,
+    criteria: Sequence[StoppingCriteria] = (),
     settings: Mapping[str, Any] | None = None,
-    tick: Callable[[], None] | None = None,
     rows: int | None = None,
     held: int | None = None,
 ) -> Generated:
@@ -67,15 +57,13 @@ def generate(
     distribution would not be the one whose log-probs are trained. Ids that no tokenizer makes are left out. A response
     ends with its first stop token, which counts. The global random state neither enters nor changes.
 
-    seed: of all random numbers of the batch, or one a row, whose numbers are then its own. A row's probabilities come
-    from products over the whole batch, whose last bits hang on the batch's size and width: the same batch gives the
-    same row, another one may, at a near tie, give another token (1 of 48 GSM8K responses of embedded:l, batches of 64
-    against 5).
-
-    processor: makes the logits processor of one batch from its prompts' mask (BP); it sees logits before temperature,
-    and then the body runs in fp32, since what it computes may blow their rounding up. settings: further keys of
-    GenerationConfig. tick: called at each token. rows: at most so many at a time, None: as many as fit the memory
-    beside what it holds already (`held`, bytes; `memory.rows_that_fit`). Of several batches each has a seed of its own.
+    seed: of all random numbers, or one a row, whose numbers are then its own. A row's probabilities come from products
+    over the whole batch, whose last bits hang on its size and width: the same batch gives the same row, another one
+    may, at a near tie, give another token (1 of 48 GSM8K responses of embedded:l, batches of 64 against 5).
+    processor: makes, of the prompts' mask (BP), what turns logits into others for one batch; then the body runs in
+    fp32, since it may blow up their rounding. criteria, settings: more of transformers' own.
+    rows: at most so many at a time; None: as many as fit the memory beside the bytes `held` (`memory.rows_that_fit`).
+    Where one seed is given, each batch after the first has one made of it.
     """
     tokens_BP, mask_BP = (x.to(model.device) for x in left_pad(prompts, pad_id))
     config = GenerationConfig(
@@ -86,53 +74,70 @@ def generate(
         use_cache=True,
         **(settings or {}),
     )
-    parts = []
-    for part in micro_slices(
-        len(prompts), rows or rows_that_fit(model, tokens_BP.shape[1] + max_new_tokens, held=held)
-    ):
-        processors = LogitsProcessorList([_Vocabulary(model.vocab_size)])
-        if processor is not None:
-            processors.append(processor(mask_BP[part]))
-        if temperature is not None:
-            processors += [TopKLogitsWarper(top_k)] if top_k else []
-            processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-            if isinstance(seed, int):
-                own = derive_seed(seed, "part", part.start) if part.start else seed
-                processors.append(_SeedOfTheBatch(own, temperature, model.device))
-            else:
-                processors.append(_SeedOfEachRow(seed[part], temperature, max_new_tokens, model.device))
-        criteria = StoppingCriteriaList([_Tick(tick)] if tick else [])
-        if until is not None and any(until.texts):
-            criteria.append(_StopTexts(until, tokens_BP.shape[1]))
-        parts.append(_written(model, tokens_BP[part], mask_BP[part], config, processors, criteria, processor is None))
+    size = rows or rows_that_fit(model, tokens_BP.shape[1] + max_new_tokens, held=held)
+    parts: list[Tensor] = []
+    half = model.precision == "bf16" and processor is None
+    with _own_settings_aside(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
+        for part in micro_slices(len(prompts), size):
+            processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
+            processors += [processor(mask_BP[part])] if processor else []
+            if temperature is not None:
+                processors += [TopKLogitsWarper(top_k)] if top_k else []
+                processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+                if isinstance(seed, int):
+                    own = derive_seed(seed, "part", part.start) if part.start else seed
+                    processors.append(_by_one_seed(own, temperature, model.device))
+                else:
+                    processors.append(_by_row_seeds(seed[part], temperature, max_new_tokens, model.device))
+            parts.append(
+                model.model.generate(
+                    input_ids=tokens_BP[part],
+                    attention_mask=mask_BP[part].long(),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(processors),
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                )
+            )
     width = max(part_BS.shape[1] for part_BS in parts)
     tokens_BS = torch.cat([pad(part_BS, (0, width - part_BS.shape[1]), value=pad_id) for part_BS in parts])
     return _up_to_stop(tokens_BS, mask_BP, stop_ids)
 
 
-def _written(
-    model: LanguageModel,
-    tokens_BP: Tensor,
-    mask_BP: Tensor,
-    config: GenerationConfig,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    may_round: bool,
-) -> Tensor:
+@contextmanager
+def _own_settings_aside(model: LanguageModel) -> Iterator[None]:
     own = model.model.generation_config
     model.model.generation_config = GenerationConfig()  # generate() fills gaps of ours from the model's own
     try:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.precision == "bf16" and may_round):
-            tokens_BS: Tensor = model.model.generate(
-                input_ids=tokens_BP,
-                attention_mask=mask_BP.long(),
-                generation_config=config,
-                logits_processor=processors,
-                stopping_criteria=criteria,
-            )
-            return tokens_BS
+        yield
     finally:
         model.model.generation_config = own
+
+
+def _by_one_seed(seed: int, temperature: float, device: torch.device) -> Processor:
+    """Leaves one token a row, drawn with the random numbers of one seed for the whole batch."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(_: Tensor, logits_BV: Tensor) -> Tensor:
+        return _alone(logits_BV, torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator))
+
+    return draw
+
+
+def _by_row_seeds(seeds: Sequence[int], temperature: float, steps: int, device: torch.device) -> Processor:
+    """Leaves one token a row: where the cumulative probability passes the row's own uniform number of the step."""
+    numbers = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniforms = iter(torch.stack(numbers, dim=1).double().unsqueeze(2).to(device))
+
+    def draw(_: Tensor, logits_BV: Tensor) -> Tensor:
+        cumulative_BV = (logits_BV.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        token_B1 = torch.searchsorted(cumulative_BV, next(uniforms) * cumulative_BV[:, -1:], right=True)
+        return _alone(logits_BV, token_B1.clamp(max=logits_BV.shape[-1] - 1))
+
+    return draw
+
+
+def _alone(logits_BV: Tensor, token_B1: Tensor) -> Tensor:
+    return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B1, 0.0)
 
 
 def _up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> Generated:
@@ -143,80 +148,6 @@ def _up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> 
     first_B = torch.where(ended_B, stopped_BT.int().argmax(dim=1), response_BT.shape[1] - 1)
     response_mask_BT = torch.arange(response_BT.shape[1], device=tokens_BS.device) <= first_B.unsqueeze(1)
     return Generated(tokens_BS, torch.cat([mask_BP, response_mask_BT], dim=1), response_mask_BT, ended_B)
-
-
-# ---- what stands between logits and a token
-
-
-class _Vocabulary(LogitsProcessor):
-    """Leaves the ids that the tokenizer can make."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores[:, : self.vocab_size]
-
-
-class _SeedOfTheBatch(LogitsProcessor):
-    """Leaves one token a row, drawn with the random numbers of one seed for the whole batch."""
-
-    def __init__(self, seed: int, temperature: float, device: torch.device) -> None:
-        self.generator, self.temperature = torch.Generator(device).manual_seed(seed), temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return _alone(scores, torch.multinomial((scores / self.temperature).softmax(-1), 1, generator=self.generator))
-
-
-class _SeedOfEachRow(LogitsProcessor):
-    """Leaves one token a row: where the cumulative probability passes the row's own uniform number of this step."""
-
-    def __init__(self, seeds: Sequence[int], temperature: float, steps: int, device: torch.device) -> None:
-        rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.uniforms_BT, self.temperature, self.step = torch.stack(rows).double().to(device), temperature, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative_BV = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        target_B1 = self.uniforms_BT[:, self.step, None] * cumulative_BV[:, -1:]
-        self.step += 1
-        token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp(max=scores.shape[-1] - 1)
-        return _alone(scores, token_B1)
-
-
-def _alone(scores: Tensor, token_B1: Tensor) -> Tensor:
-    return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
-
-
-class _StopTexts(StoppingCriteria):
-    """Ends a row once one of the texts stands in its response; looks at as many last tokens as could hold one."""
-
-    def __init__(self, until: Until, prompt_width: int) -> None:
-        self.tokenizer, self.texts, self.start = until.tokenizer, [text for text in until.texts if text], prompt_width
-        self.window = max(len(text.encode()) for text in self.texts) + 1
-        self.done: list[bool] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.done = self.done or [False] * len(input_ids)
-        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
-        for i, tail in enumerate(tails):
-            if not self.done[i]:
-                written = str(self.tokenizer.decode(tail, skip_special_tokens=True))
-                self.done[i] = any(text in written for text in self.texts)
-        return torch.tensor(self.done, device=input_ids.device)
-
-
-class _Tick(StoppingCriteria):
-    """Tells of each step; stops nothing."""
-
-    def __init__(self, tick: Callable[[], None]) -> None:
-        self.tick = tick
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.tick()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-# ---- scored
 
 
 @torch.no_grad()

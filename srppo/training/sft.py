@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -26,38 +25,24 @@ def steps_per_epoch(count: int, batch: int) -> int:
 
 def epoch_rows(rows: Sequence[EncodedDemonstration], batch: int, step: int, seed: int) -> list[EncodedDemonstration]:
     """The demonstrations of optimizer step 1, 2, ...: passes in a seeded order each; a function of the step alone."""
-    return _rows_of(rows, batch, step, step, seed)
-
-
-def _rows_of(
-    rows: Sequence[EncodedDemonstration], batch: int, first: int, last: int, seed: int
-) -> list[EncodedDemonstration]:
-    """The demonstrations of the steps first..last of one pass."""
-    epoch, index = divmod(first - 1, steps_per_epoch(len(rows), batch))
+    epoch, index = divmod(step - 1, steps_per_epoch(len(rows), batch))
     order = pass_order(len(rows), derive_seed(seed, "sft-order"), epoch)
-    return [rows[i] for i in order[index * batch : (index + 1 + last - first) * batch].tolist()]
+    return [rows[i] for i in order[index * batch : (index + 1) * batch].tolist()]
 
 
 def steps_within(model: LanguageModel, rows: Sequence[EncodedDemonstration], recipe: Recipe, budget_flops: int) -> int:
     """The number of optimizer steps whose counted operations come nearest to a budget; at least 1.
 
-    Operations add up over rows, so every pass costs the same, and only the pass in which the budget ends is looked at.
+    Operations add up over rows, so every pass costs the same, and only the one in which the budget ends is counted.
     """
-    batch, seed = recipe.sft.batch, recipe.seed
     whole = training_flops(model, rows)
-    passes, steps = budget_flops // whole, steps_per_epoch(len(rows), batch)
-    before = passes * steps
-
-    def too_many(more: int) -> bool:
-        """Whether the step after `more` of the last pass would end further beyond the budget than the ones before it
-        fall short of it."""
-        spent = passes * whole + (
-            training_flops(model, _rows_of(rows, batch, before + 1, before + more, seed)) if more else 0
-        )
-        cost = training_flops(model, epoch_rows(rows, batch, before + more + 1, seed))
-        return 2 * spent + cost > 2 * budget_flops
-
-    return max(before + bisect_left(range(steps), True, key=too_many), 1)
+    passes = budget_flops // whole
+    steps, spent = passes * steps_per_epoch(len(rows), recipe.sft.batch), passes * whole
+    while True:
+        cost = training_flops(model, epoch_rows(rows, recipe.sft.batch, steps + 1, recipe.seed))
+        if steps and spent + cost / 2 > budget_flops:
+            return steps
+        steps, spent = steps + 1, spent + cost
 
 
 def evenly(total: int, count: int) -> set[int]:

@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "decoding: a model with itself",
         "stages/extrapolation.py",
-        "base_BV = self.base_logits(input_ids)[:, : self.base.vocab_size]",
-        "base_BV = scores",
+        "base_logits_BV = self.base_logits(tokens_BS)[:, : self.base.vocab_size]",
+        "base_logits_BV = sft_logits_BV",
         "stages/test_methods.py::test_greedy_decoding_is_the_argmax_without_cache_or_padding",
     ),
     Mutant(

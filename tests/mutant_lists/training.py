@@ -253,8 +253,8 @@ MUTANTS = [
     Mutant(
         "rollout: ids that no tokenizer makes",
         "training/rollout.py",
-        "return scores[:, : self.vocab_size]",
-        "return scores",
+        "logits_BV[:, : model.vocab_size]",
+        "logits_BV",
         "training/test_rollout.py::test_ids_that_no_tokenizer_makes_are_never_written",
     ),
     Mutant(
@@ -274,8 +274,8 @@ MUTANTS = [
     Mutant(
         "rollout: sampled at temperature 1",
         "training/rollout.py",
-        "(scores / self.temperature).softmax",
-        "scores.softmax",
+        "(logits_BV / temperature).softmax",
+        "logits_BV.softmax",
         "training/test_rollout.py::test_samples_follow_the_softmax_whatever_the_model_was_shipped_with",
     ),
     Mutant(
@@ -288,7 +288,7 @@ MUTANTS = [
     Mutant(
         "rollout: draws from the global random state",
         "training/rollout.py",
-        ", 1, generator=self.generator)",
+        ", 1, generator=generator)",
         ", 1)",
         "training/test_rollout.py::test_seeds_decide_the_samples_and_nothing_else_does",
     ),
@@ -428,8 +428,8 @@ MUTANTS = [
     Mutant(
         "ppo: running deviation not in the checkpoint",
         "training/ppo.py",
-        "            running=running,\n",
-        "            running=RunningStd(),\n",
+        "        running=running,\n",
+        "        running=RunningStd(),\n",
         "training/test_ppo.py::test_a_resumed_run_ends_with_the_same_state",
     ),
     Mutant(
@@ -589,14 +589,14 @@ MUTANTS = [
     Mutant(
         "sft: a budget one pass off",
         "training/sft.py",
-        "passes, steps = budget_flops // whole,",
-        "passes, steps = budget_flops // whole + 1,",
+        "passes = budget_flops // whole\n",
+        "passes = budget_flops // whole + 1\n",
         "training/test_ppo.py::test_the_steps_of_a_budget_are_those_counted_one_by_one",
     ),
     Mutant(
         "sft: a budget rounded down",
         "training/sft.py",
-        "2 * spent + cost > 2 * budget_flops",
+        "spent + cost / 2 > budget_flops",
         "spent + cost > budget_flops",
         "training/test_ppo.py::test_the_steps_of_a_budget_are_those_counted_one_by_one",
     ),

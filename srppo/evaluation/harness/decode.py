@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lm_eval.models.utils import normalize_gen_kwargs
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from srppo.models.language_model import LanguageModel
-from srppo.training.rollout import Until, generate
+from srppo.training.rollout import generate
 
 DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
 
@@ -40,6 +42,26 @@ def how_asked(asked: Mapping[str, Any], temperature: float | None, new_tokens: i
     return Decoding(new_tokens or limit, until, warm, top_k, top_p, extra=own)
 
 
+class _StopTexts(StoppingCriteria):
+    """Ends a row once one of the texts stands in its response; looks at as many last tokens as could hold one. For one
+    batch; `tick` is called at each step."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tick: Callable[[], None]) -> None:
+        self.tokenizer, self.texts, self.tick = tokenizer, [text for text in texts if text], tick
+        self.window, self.steps = max((len(text.encode()) + 1 for text in self.texts), default=0), 0
+        self.done: list[bool] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.tick()
+        self.steps += 1
+        self.done = self.done or [False] * len(input_ids)
+        for i, tail in enumerate(input_ids[:, -min(self.steps, self.window) :].tolist() if self.texts else []):
+            if not self.done[i]:
+                written = str(self.tokenizer.decode(tail, skip_special_tokens=True))
+                self.done[i] = any(text in written for text in self.texts)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
 def decode(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,7 +70,7 @@ def decode(
     how: Decoding,
     *,
     stop_ids: Sequence[int],
-    tick: Callable[[], None] | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Token ids of the response to each prompt, up to its first stop token (left out), as one batch of `generate`.
 
@@ -64,9 +86,8 @@ def decode(
         temperature=how.temperature,
         top_k=how.top_k,
         top_p=how.top_p,
-        until=Until(tokenizer, how.until),
+        criteria=[_StopTexts(tokenizer, how.until, tick)],
         settings=how.extra,
-        tick=tick,
         rows=len(prompts),
     )
     ended = generated.ended_B.tolist()
