@@ -26,6 +26,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+_TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+
+
 class ModelConfig(_Section):
     base: str = Field("embedded:s", description="base model: a folder, a hub name, or embedded:xs|s|l")
     sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")
@@ -36,6 +39,17 @@ class ModelConfig(_Section):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
+    chat_template: str | None = Field(None, description="file with a chat template to use; none: the tokenizer's own")
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of every rendering by the chat template, such as enable_thinking = false"
+    )
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if wrong := [key for key in value if not key.isidentifier() or key in _TEMPLATE_OWN]:
+            raise ValueError(f"{', '.join(wrong)} cannot be set: give names of the template's own variables")
+        return value
 
 
 class DataConfig(_Section):
@@ -73,6 +87,9 @@ class DataConfig(_Section):
         ge=0,
         le=1,
         description="share of prompts that are the demonstrations' own, the others unlike them; none: as they come",
+    )
+    turns: Literal["last", "all"] = Field(
+        "last", description="answers of a conversation that are trained: the last one, or all that follow a user's turn"
     )
     max_prompt_tokens: int = Field(512, ge=1, description="longer prompts are reported and left out")
     max_tokens: int = Field(1024, ge=2, description="prompt and answer; longer answers are cut and counted")
@@ -113,7 +130,7 @@ class SftConfig(_Section):
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    micro_batch: int = Field(8, ge=1, description="rows a forward pass; changes memory, not the loss")
+    micro_batch: int = Field(8, ge=1, description="rows a forward pass; changes memory and rounding, not the loss")
 
 
 class RolloutConfig(_Section):
@@ -170,7 +187,7 @@ class PpoConfig(_Section):
         None, gt=0, description="stop a step's passes once KL(old, new) a token exceeds this"
     )
     max_kl: float = Field(100.0, gt=0, description="KL to the SFT model, nats a response, beyond which a run diverged")
-    micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory, not the loss")
+    micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory and rounding, not the loss")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
     @field_validator("value_clip", mode="before")
@@ -379,7 +396,9 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    # JSON is TOML but for None, escaped surrogates and a bare DEL.
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_value(key)} = {_toml_value(each)}" for key, each in value.items()) + " }"
+    # JSON is TOML but for tables, None, escaped surrogates and a bare DEL.
     return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -388,9 +407,29 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+FREE: Mapping[str, Mapping[str, Any]] = {"sft": {"micro_batch": 8}, "ppo": {"micro_batch": 48, "checkpoint_every": 10}}
+"""Keys that change memory, rounding and what a stop costs, and never what a run is: wherever recipes are compared or
+hashed they stand at these values, so that another micro-batch finds the finished stages and goes on with the others."""
+
+
+def decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with the keys of FREE at one value each: equal for recipes that stand for one run."""
+    return {
+        name: {**section, **{key: value for key, value in FREE.get(name, {}).items() if key in section}}
+        if isinstance(section, Mapping)
+        else section
+        for name, section in tree.items()
+    }
+
+
+def free_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says to the keys of FREE, by `section.key`."""
+    return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name, keys in FREE.items() for key in keys}
+
+
 def recipe_id(recipe: Recipe) -> str:
     """Eight hex digits that name a recipe in folder names."""
-    return hashlib.sha256(canonical_json(recipe.model_dump(mode="json")).encode()).hexdigest()[:8]
+    return hashlib.sha256(canonical_json(decisive(recipe.model_dump(mode="json"))).encode()).hexdigest()[:8]
 
 
 def derive_seed(root: int, purpose: str, index: int = 0) -> int:
@@ -402,7 +441,7 @@ def derive_seed(root: int, purpose: str, index: int = 0) -> int:
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (value or not prefix):
             if prefix == "" and key not in Recipe.model_fields:
                 keys.append(key)
             else:
@@ -416,7 +455,7 @@ def _refuse_unknown(keys: Iterable[str], where: str) -> None:
     known = all_keys()
     sections = [name for name in Recipe.model_fields if name != "seed"]
     for key in keys:
-        if key not in known and key not in sections:
+        if key not in known and key not in sections and not key.startswith("model.template_kwargs."):
             near = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else "see `srppo train --help`"
             raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
@@ -431,11 +470,10 @@ def _first(section: str) -> str:
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    section, _, name = key.rpartition(".")
-    if section:
-        tree.setdefault(section, {})[name] = value
-    else:
-        tree[name] = value
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[name] = value
 
 
 EMBEDDED_SIZE = 32

@@ -22,11 +22,11 @@ import worlds
 from worlds import PARTS, Outcome, World, run_world
 
 import srppo.models.language_model
+import srppo.models.value_model
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
-from srppo.stages.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
-from srppo.stages.run import Pipeline
+from srppo.stages.run import prepare_run, run_stages
 
 Setting = Callable[[World], Any]
 
@@ -252,7 +252,8 @@ def largest_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             rows.append(len(inputs["input_ids"]))
         return original(body, inputs, precision)
 
-    monkeypatch.setattr(srppo.models.language_model, "body_hidden", counted)
+    for module in (srppo.models.language_model, srppo.models.value_model):
+        monkeypatch.setattr(module, "body_hidden", counted)
     return rows
 
 
@@ -314,15 +315,10 @@ def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path
         ("samples", {"methods.alphas": [0.5], "methods.samples": 3}),
     ):
         console = Console(plain=True, file=io.StringIO())
-        pipeline = Pipeline(world.recipe({"methods.samples": 12, **keys}), tmp_path / name, console)
-        sft = pipeline.sft_stage()
-        samples = samples_stage(pipeline, *sft)
-        for stage in (
-            extrapolated_stage(pipeline, *sft),
-            decoded_stage(pipeline, *sft),
-            resampled_stage(pipeline, samples),
-            best_of_n_stage(pipeline, samples),
-        ):
+        kinds = ["extrapolated", "decoded", "resampled", "best-of-n"]
+        recipe = world.recipe({"methods.samples": 12, **keys})
+        stages = run_stages(prepare_run(recipe, kinds, tmp_path / name, console))
+        for stage in (stages[kind] for kind in kinds):
             answers = [file.read_text() for file in sorted(stage.path.glob("eval/*/samples.jsonl"))]
             found.setdefault(stage.identity["kind"], {})[name] = [stage.id, *answers]
     changed = {kind: {n for n in each if each[n] != each["plain"]} for kind, each in found.items()}
@@ -380,4 +376,4 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
         run_world(world.recipe({"model.base": str(folder)}), tmp_path / "refused", ppo=False)
     asked = world.recipe({"model.base": str(folder), "model.trust_remote_code": True})
     outcome = run_world(asked, tmp_path / "allowed", ppo=False)
-    assert type(outcome.pipeline.base.model).__name__ == "OwnForCausalLM"
+    assert type(outcome.run.base.model).__name__ == "OwnForCausalLM"

@@ -1,70 +1,107 @@
-"""The README's commands and code run as they stand."""
+"""README.md and docs/: what they tell a reader to run runs, and what they name exists."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
+import typer.main
+
+from srppo.ablations.sweeps import SWEEPS
+from srppo.cli.app import app
+from srppo.config import Recipe, all_keys
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("srppo")
-]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+LINKED = {**PAGES, **{name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "LOG.md")}}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FROM, END = re.compile(r"^<!-- from: (.*) -->$", re.MULTILINE), "<!-- end -->"
+PENDING = {"data"}  # commands and keys that the pages name before the branch that brings them is merged
+PENDING_KEYS = {"data.turns", "model.chat_template", "model.template_kwargs"}
+CLI: Any = typer.main.get_command(app)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    return tmp_path
+def folder_of(page: str) -> Path:
+    return ROOT if page in ("README.md", "CONTRIBUTING.md", "LOG.md") else ROOT / "docs"
+
+
+def lines_of(code: str) -> list[str]:
+    """The lines of a shell block, continued ones joined."""
+    return [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCED.sub("", text)
+
+
+def spans(text: str) -> list[str]:
+    """What stands in single backticks, a span over two lines joined."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(text))]
+
+
+def commands_of(text: str) -> list[str]:
+    """Every `srppo ...` of a page, from its blocks, its spans and its marked figures."""
+    shell = [line for language, code in FENCED.findall(text) if language in ("sh", "text") for line in lines_of(code)]
+    return [each for each in (*shell, *spans(text), *FROM.findall(text)) if each.startswith("srppo ")]
+
+
+# ---- what runs
 
 
 def run(arguments: list[str], folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command: str, folder: Path) -> None:
-    output = run(command.split(), folder)
-    if "--out" in command:
-        out = folder / command.split("--out ")[1].split()[0]
+def check(command: str, output: str, folder: Path) -> None:
+    """What a command of a page must have said and left."""
+    words = shlex.split(command)
+    if words[1] in ("train", "sft"):
+        out = folder / words[words.index("--out") + 1]
         assert (out / "report" / "index.html").exists() and "report:" in output
-        assert list(out.glob("stages/*/model/model.safetensors"))
-        assert "0." in output and "n = 300" in " ".join(output.split())
-    if "bench kernel" in command:
+        assert list(out.glob("stages/*/model/model.safetensors")) and "0." in output
+    if words[1] == "compare":
+        assert "SRPPO minus SFT" in output
+    if words[1:3] == ["bench", "kernel"]:
         assert (folder / "runs" / "bench-kernel" / "kernel.jsonl").exists() and "GEMMs" in output
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python(code: str, folder: Path) -> None:
-    output = run([sys.executable, "-c", code], folder)
-    if "run_train" in code:
-        assert output.count("greedy") == 3 and "unseen" in code
-    else:
-        assert output.endswith(" nats a token\n")
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if re.search("^```(sh|python)$", text, re.M)])
+def test_what_a_page_tells_to_run_runs(page: str, tmp_path: Path) -> None:
+    """Its `sh` and `python` blocks, in order and in one folder; blocks of other kinds are not run."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for language, code in FENCED.findall(PAGES[page]):
+        if language == "python":
+            output = run([sys.executable, "-c", code], tmp_path)
+            assert "print" not in code or output.strip()
+        for line in lines_of(code) if language == "sh" else ():
+            words = shlex.split(line, comments=True)
+            if words[0] == "srppo" and words[1] not in PENDING - set(subcommands(CLI)):
+                check(shlex.join(words), run(words, tmp_path), tmp_path)
 
 
 def test_the_two_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):
-        assert f"make {target}" in README and re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert len(COMMANDS) >= 4
+        assert f"make {target}" in PAGES["README.md"] and re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_demo_ends_with_the_table(folder: Path) -> None:
+def test_demo_ends_with_the_table(tmp_path: Path) -> None:
     """The demo itself, as `make demo` runs it."""
-    output = run(["srppo", "demo", "--plain", "--out", "demo"], folder)
+    output = run(["srppo", "demo", "--plain", "--out", "demo"], tmp_path)
     text = " ".join(output.split())
     for arm in ("base", "SFT", "longer SFT", "SRPPO"):
         assert arm in output
@@ -72,3 +109,130 @@ def test_demo_ends_with_the_table(folder: Path) -> None:
     assert "greedy" in text and "sampled" in text and "95% intervals" in text
     assert "one training seed" in text
     assert max(len(line) for line in output.splitlines() if "/" not in line) <= 80
+
+
+# ---- what exists
+
+
+def subcommands(command: Any) -> dict[str, Any]:
+    return getattr(command, "commands", {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_option_exists(page: str) -> None:
+    for line in commands_of(PAGES[page]):
+        words, command = shlex.split(line, comments=True)[1:], CLI
+        while words and subcommands(command) and not words[0].startswith("-"):
+            if words[0] in PENDING - set(subcommands(CLI)):
+                break
+            assert words[0] in subcommands(command), f"{page}: there is no command `{line}`"
+            command, words = subcommands(command)[words[0]], words[1:]
+        else:
+            known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+            for word in words:
+                assert not word.startswith("--") or word in known | {"--help"}, f"{page}: no option {word} in `{line}`"
+            if command.name == "ablate" and words:
+                assert words[0] in (*SWEEPS, "NAME"), f"{page}: there is no sweep `{line}`"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_of_a_recipe_exists(page: str) -> None:
+    sections = "|".join(name for name in Recipe.model_fields if name != "seed")
+    named = {each for span in spans(PAGES[page]) for each in re.findall(rf"^(?:{sections})\.[a-z_]+", span)}
+    named |= set(re.findall(rf"--(?:set|axis) ((?:{sections})\.[a-z_]+)", PAGES[page]))
+    unknown = named - set(all_keys()) - PENDING_KEYS
+    assert not unknown, f"{page} names keys that no recipe has: {', '.join(sorted(unknown))}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading is given on GitHub."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(LINKED[page])):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (folder_of(page) / name).resolve() if name else folder_of(page) / page
+        assert path.exists(), f"{page}: {target} is not there"
+        assert path.is_relative_to(ROOT), f"{page}: {target} is outside of the repository"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", prose(path.read_text()), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    inside = r"(?:srppo|tests|tools|results|recipes|docs)/[\w./-]*\w/?"
+    for span in spans(PAGES[page]):
+        for path in re.findall(rf"(?<![\w/.~]){inside}", span):
+            assert (ROOT / path).exists(), f"{page}: {path} is not there"
+
+
+def test_code_cites_pages_that_exist() -> None:
+    for path in (*ROOT.glob("srppo/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("recipes/*.toml")):
+        for page in re.findall(r"\bdocs/\w+\.md", path.read_text()):
+            assert (ROOT / page).exists(), f"{path.relative_to(ROOT)} cites {page}, which is not there"
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_figures_names_its_command(page: str) -> None:
+    text = PAGES[page]
+    blocks = [part.partition(END) for part in FROM.split(text)[2::2]]
+    assert all(end for _, end, _ in blocks), f"{page}: a block of figures does not end"
+    for command, (block, _, _) in zip(FROM.findall(text), blocks, strict=True):
+        assert f"\nCommand: `{command}`.\n" in block, f"{page}: the block of {command} does not say so"
+    outside = "".join([FROM.split(text)[0], *(after for _, _, after in blocks)])
+    assert "![" not in outside, f"{page}: a picture stands in no block, so nothing says what made it"
+
+
+@pytest.mark.parametrize(("page", "decoding"), [("README.md", "greedy"), ("sweeps.md", "sampled")])
+def test_the_demos_table_is_that_of_its_rows(page: str, decoding: str) -> None:
+    """The means; intervals come from every answer, which the repository does not hold."""
+    found: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+    rows = [json.loads(line) for line in (ROOT / "results" / "demo-10-seeds.jsonl").read_text().splitlines()]
+    for row in sorted(rows, key=lambda row: row["which"]):  # kept, then last, where that is another step
+        if row["decoding"] == decoding:
+            ours = {"kept": ("SRPPO, best on dev", "SRPPO, last step"), "last": ("SRPPO, last step",)}[row["which"]]
+            for arm in ours if row["arm"] == "SRPPO" else (row["arm"],):
+                found[arm, row["group"]][row["seed"]] = row["accuracy"]
+    block = PAGES[page].partition("<!-- from: srppo demo --seeds 10 -->")[2].partition(END)[0]
+    header, _, *lines = [re.split(r" *\| *", line)[1:-1] for line in block.splitlines() if line.startswith("|")]
+    groups = [re.sub(r".*\((\w+)\)", r"\1", words) for words in header[1:]]
+    table = {(line[0], group): cell for line in lines for group, cell in zip(groups, line[1:], strict=True)}
+    measured = {place: cell for place, cell in table.items() if " minus " not in place[0]}
+    assert header[0] == decoding and measured.keys() == found.keys()
+    assert {place: cell.split()[0] for place, cell in measured.items()} == {
+        place: f"{mean(seeds.values()):.2f}" for place, seeds in found.items()
+    }
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_the_tools_that_write_figures_can_be_loaded(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They live on names of other rooms, and run only when there are new figures."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    importlib.import_module(tool)
+
+
+def test_a_tool_replaces_its_own_block_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    blocks = importlib.import_module("blocks")
+    monkeypatch.setattr(blocks, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    empty = "before\n<!-- from: srppo a -->\n<!-- end -->\n<!-- from: srppo a --b -->\nold\n<!-- end -->\nafter\n"
+    page.write_text(empty)
+    for figures in ("new \\1", "newer"):
+        blocks.write_block("page.md", "srppo a", figures)
+        block = f"<!-- from: srppo a -->\n{figures}\n\nCommand: `srppo a`.\n<!-- end -->"
+        assert page.read_text() == empty.replace("<!-- from: srppo a -->\n<!-- end -->", block)
+    with pytest.raises(AssertionError, match="0 blocks"):
+        blocks.write_block("page.md", "srppo c", "lost")
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150

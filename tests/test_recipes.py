@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from srppo.config import load_recipe
 from srppo.console import Console
-from srppo.stages.run import Pipeline, run_train
+from srppo.stages.run import prepare_run, run_stages
 from srppo.world import base_path
 
 ROOT = Path(__file__).parent.parent
@@ -62,9 +62,9 @@ def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
     ]
     recipe = load_recipe(ROOT / "recipes" / "smollm2-135m.toml", shrink)
     assert recipe.model.precision == "bf16" and recipe.data.overlap == "minimum" and recipe.reward.token_clip == 5.0
-    pipeline = Pipeline(recipe, tmp_path / "run", Console(plain=True, file=io.StringIO()))
-    run_train(pipeline, baselines=True)
-    figures = {s.identity["kind"]: (s.result() or {})["figures"] for s in pipeline.run.stages()}
+    console = Console(plain=True, file=io.StringIO())
+    run = prepare_run(recipe, ["base", "ppo", "longer-sft"], tmp_path / "run", console)
+    figures = {kind: (stage.result() or {})["figures"] for kind, stage in run_stages(run).items()}
     assert figures.keys() == {"base", "sft", "ppo", "longer-sft"}
     assert figures["sft"]["held_out_nll"] < figures["base"]["held_out_nll"]
     assert figures["ppo"]["kept_step"] == 2

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from srppo.config import Recipe, build_recipe, canonical_json, load_recipe, to_toml, with_overrides
 from srppo.console import Console
 from srppo.errors import Diverged
-from srppo.stages.run import Pipeline, run_sft, run_train
+from srppo.stages.run import PreparedRun, prepare_run, run_stages
 
 EOS, PAD, VOCAB = 256, 257, 258
 LIKELY = {" ": 5.5, "a": 6.0, "b": 5.0, "c": 4.5}  # logits above those of other bytes
@@ -148,17 +148,17 @@ class Outcome:
     """What a run left behind: a digest of each part (PARTS) and of the last trained weights, and the record itself."""
 
     folder: Path
-    pipeline: Pipeline
+    run: PreparedRun
     digests: dict[str, str]
     weights: dict[str, str]
     diverged: str | None
 
     def stage(self, kind: str) -> Path:
-        (found,) = [s.path for s in self.pipeline.run.stages() if s.identity["kind"] == kind]
+        (found,) = [s.path for s in self.run.record.stages() if s.identity["kind"] == kind]
         return found
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        (found,) = [s for s in self.pipeline.run.stages() if s.identity["kind"] == kind]
+        (found,) = [s for s in self.run.record.stages() if s.identity["kind"] == kind]
         return found.metrics()
 
 
@@ -168,17 +168,17 @@ def run_world(recipe: Recipe, folder: Path, *, ppo: bool = True) -> Outcome:
     `data` holds the token ids, `sft` and `ppo` what training did, `figures` what was measured: development items, the
     kept step, test figures and verdicts. No digest sees a path or the recipe itself.
     """
-    pipeline = Pipeline(recipe, folder, Console(plain=True, file=io.StringIO()))
+    run = prepare_run(recipe, ["base", "ppo" if ppo else "sft"], folder, Console(plain=True, file=io.StringIO()))
     diverged = None
     try:
-        run_train(pipeline, baselines=False) if ppo else run_sft(pipeline)
+        run_stages(run)
     except Diverged as error:
         diverged = str(error)
-    data = pipeline.data
+    data = run.data
     weights: dict[str, str] = {}
     parts: dict[str, list[Any]] = {name: [] for name in PARTS}
     parts["data"] = [[row.ids for row in data.demonstrations], [row.ids for row in data.held_out], data.prompts]
-    for stage in sorted(pipeline.run.stages(), key=lambda s: s.identity["kind"]):
+    for stage in sorted(run.record.stages(), key=lambda s: s.identity["kind"]):
         kind = stage.identity["kind"]
         part = "sft" if kind in ("sft", "given-sft") else "ppo" if kind == "ppo" else "figures"
         rows = [{k: v for k, v in row.items() if k not in BOOKKEEPING} for row in stage.metrics()]
@@ -196,4 +196,4 @@ def run_world(recipe: Recipe, folder: Path, *, ppo: bool = True) -> Outcome:
             weights[part] = hashlib.sha256((last[1] / "policy.safetensors").read_bytes()).hexdigest()
             parts[part].append([last[0], weights[part]])
     digests = {name: hashlib.sha256(canonical_json(value).encode()).hexdigest() for name, value in parts.items()}
-    return Outcome(folder, pipeline, digests, weights, diverged)
+    return Outcome(folder, run, digests, weights, diverged)

@@ -1,12 +1,12 @@
-"""The README's kernel table from benchmark rows: `python tools/kernel_table.py results/kernel-cpu.jsonl "command"`."""
+"""The table of docs/kernels.md from rows: `python tools/kernel_table.py results/kernel-cpu.jsonl "COMMAND"`."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from blocks import write_block
+
 WORDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -46,11 +46,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(file: Path, command: str) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows if row["op"] == "linear_logprob_diff"]
-    block = f"<!-- kernel: {command} -->\n{table(rows)}\n<!-- end -->"
-    readme = ROOT / "README.md"
-    text, count = re.subn(r"<!-- kernel:.*?<!-- end -->", lambda _: block, readme.read_text(), flags=re.DOTALL)
-    assert count == 1, "README.md has no block `<!-- kernel: ... -->`"
-    readme.write_text(text)
+    write_block("docs/kernels.md", command, table(rows))
 
 
 if __name__ == "__main__":

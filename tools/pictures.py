@@ -1,25 +1,23 @@
-"""The README's table and pictures from a finished run: `python tools/pictures.py runs/demo-...`.
+"""Tables and pictures of README.md and docs/ from a finished run: `python tools/pictures.py runs/demo-... "COMMAND"`.
 
 terminal.svg is the command's own rendering of the record; accuracy.png and curves.png are the run's own plots.
 """
 
 import io
-import re
 import shutil
 import sys
 from pathlib import Path
 
+from blocks import ROOT, write_block
 from rich.console import Console
 
 from srppo.console import Console as SrppoConsole
 from srppo.console import StageView
-from srppo.record.arms import stages_by_arm
 from srppo.record.store import Run
 from srppo.report.accuracy import PAIRS, arms_of_run, differences_of_run
 from srppo.report.figures import INTERVAL, estimate_text, group_words, groups_of
 from srppo.report.terminal import arms_table, differences_table
-
-ROOT = Path(__file__).parent.parent
+from srppo.stages.arms import stages_by_arm
 
 
 def terminal_picture(run: Run, command: str, path: Path) -> None:
@@ -40,36 +38,31 @@ def terminal_picture(run: Run, command: str, path: Path) -> None:
     console.save_svg(str(path), title="srppo")
 
 
-def markdown_table(run: Run) -> str:
-    """Accuracy of every arm, and the paired differences."""
+def markdown_table(run: Run, decoding: str) -> str:
+    """Accuracy of every arm under one decoding, and the paired differences."""
     arms, pairs = arms_of_run(run), differences_of_run(run)
     groups = groups_of(arms)
-    lines = []
-    for decoding in ("greedy", "sampled"):
-        lines += [f"| {decoding} | {' | '.join(map(group_words, groups))} |", "|---" * (len(groups) + 1) + "|"]
-        for arm in arms:
-            cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
-            lines.append(f"| {arm.name} | {' | '.join(cells)} |")
-        for pair in pairs:
-            cells = [estimate_text(pair.figures.get((group, decoding)), "+") for group in groups]
-            lines.append(f"| *SRPPO minus {pair.name}* | {' | '.join(cells)} |")
-        lines.append("")
+    lines = [f"| {decoding} | {' | '.join(map(group_words, groups))} |", "|---" * (len(groups) + 1) + "|"]
+    for arm in arms:
+        cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
+        lines.append(f"| {arm.name} | {' | '.join(cells)} |")
+    for pair in pairs:
+        cells = [estimate_text(pair.figures.get((group, decoding)), "+") for group in groups]
+        lines.append(f"| *SRPPO minus {pair.name}* | {' | '.join(cells)} |")
     estimate = next(iter(arms[-1].figures.values()))
     n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"
-    lines.append(f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}."])
 
 
 def main(folder: Path, command: str) -> None:
     run, docs = Run.load(folder), ROOT / "docs"
-    docs.mkdir(exist_ok=True)
     terminal_picture(run, command, docs / "terminal.svg")
     for name in ("accuracy.png", "curves.png"):
         shutil.copy(folder / "report" / name, docs / name)
-    readme = ROOT / "README.md"
-    block = f"<!-- table: {command} -->\n{markdown_table(run)}\n<!-- end -->"
-    text = re.sub(r"<!-- table:.*?<!-- end -->", lambda _: block, readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
+    picture = "![Test accuracy of every arm with intervals](docs/accuracy.png)"
+    write_block("README.md", command, f"{markdown_table(run, 'greedy')}\n\n{picture}")
+    pictures = "![Training curves](curves.png)\n\n![The terminal during and after the command](terminal.svg)"
+    write_block("docs/sweeps.md", command, f"{markdown_table(run, 'sampled')}\n\n{pictures}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The README's lines and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a kl-steps=runs/b`.
+"""docs/sweeps.md and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a kl-steps=runs/b`.
 
-Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the README says what that says.
+Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the page says what that says.
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from blocks import ROOT, write_block
 
 from srppo.ablations.analysis import analyse
 from srppo.ablations.run import load_sweep
@@ -20,7 +21,6 @@ from srppo.report.sweep_words import trend_lines
 
 EXTRA = {"kl-steps": "kl --axis reward.anchor=sft --axis reward.beta=0.125,0.25,0.5 --axis ppo.steps=5,10,20,40"}
 """Sweeps that are no shipped one at its defaults: NAME=FOLDER names them, and this follows `srppo ablate`."""
-ROOT = Path(__file__).parent.parent
 COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png", "differences.png")
 
 
@@ -39,30 +39,27 @@ def copy_results(folder: Path, name: str, stages: Mapping[str, Stage]) -> None:
 
 
 def said(argument: str) -> tuple[str, str]:
-    """(name, what the README says of a sweep); the argument is FOLDER or NAME=FOLDER."""
+    """(command, what the page says of a sweep); the argument is FOLDER or NAME=FOLDER."""
     given, _, place = argument.rpartition("=")
     folder = Path(place)
     plan, ledger = load_sweep(folder)
     name, stages = given or plan.sweep.name, stages_of(plan, ledger)
     copy_results(folder, name, stages)
     result = analyse(plan, ledger)
+    command = f"srppo ablate {EXTRA.get(name, name)}"
+    where = f"../results/sweeps/{name}"
+    picture = f"![Accuracy of every cell of {name}, with intervals]({where}/accuracy.png)"
     trends = "; ".join(line for line in trend_lines(result) if " minus " in line)
     slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
-    lines = [answer(result), *slopes, spent_line(stages)]
-    where = f"results/sweeps/{name}"
-    files = {"Cells": "cells.csv", "differences": "differences.csv", "slopes": "trends.csv", "figure": "accuracy.png"}
-    links = [f"[{word}]({where}/{file})" for word, file in files.items() if (ROOT / where / file).exists()]
-    picture = f"{', '.join(links)}."
-    return name, f"**`srppo ablate {EXTRA.get(name, name)}`**: {' '.join(lines)} {picture}"
+    files = {"Cells": "cells.csv", "differences": "differences.csv", "slopes": "trends.csv"}
+    links = [f"[{word}]({where}/{file})" for word, file in files.items() if (ROOT / "docs" / where / file).exists()]
+    lines = [answer(result), *slopes, spent_line(stages), f"{', '.join(links)}."]
+    return command, f"{picture}\n\n{' '.join(lines)}"
 
 
 def main(arguments: list[str]) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, words in map(said, arguments):
-        block = f"<!-- sweep {name} -->\n- {words}\n<!-- end -->"
-        text = re.sub(rf"<!-- sweep {name} -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL)
-    readme.write_text(text)
+    for command, text in map(said, arguments):
+        write_block("docs/sweeps.md", command, text)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from srppo.ablations.trends import DRAWS, Metric, Peak, Scores, Trend, peaks, tr
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
+from srppo.stages.kinds import KINDS
 from srppo.statistics.intervals import Estimate, calibrated_interval, crossed_error, interquartile_mean
 from srppo.statistics.tests import detectable, holm, seeds_needed, sign_flip
 
@@ -156,8 +157,8 @@ def _costs(
 ) -> tuple[float, float, float | None]:
     """(training operations with parents, operations of candidates dropped, seconds of the chosen stage)."""
     task = plan.tasks[plan.measured_by[cell, seed][0]]
-    # Longer SFT starts from the base, whatever set its budget.
-    before = _ancestors(plan, task) if task.kind != "longer-sft" else []
+    # What has shares starts from the base, whatever set its budget.
+    before = [] if KINDS[task.kind].shares else _ancestors(plan, task)
     flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
     dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
     dropped += float((chosen.result() or {}).get("figures", {}).get("selection_flops") or 0.0)

@@ -2,64 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Task
-from srppo.ablations.warm import Warm
+from srppo.config import is_embedded
 from srppo.console import Console
-from srppo.environment import environment
-from srppo.models.language_model import load_tokenizer
+from srppo.environment import commit_of_source, environment, package_versions
+from srppo.evaluation.development import load_items
+from srppo.kernels.native import compiler_version
+from srppo.models.loading import fingerprint, import_model, resolve
 from srppo.record.store import Stage
-from srppo.stages.methods import best_of_n_stage, decoded_stage, extrapolated_stage, resampled_stage, samples_stage
-from srppo.stages.run import Pipeline
-
-Execute = Callable[[Task, Ledger], None]
+from srppo.stages.run import prepare_run, run_stages
 
 
-def execute(
-    task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None, warm: Warm | None = None
-) -> None:
-    """Run the task's stage to its commit, or find it committed. Raises what the stage raises.
-
-    warm: what the worker has made ready; it changes no result."""
-
-    def link(stage: Stage) -> None:
-        if stage.identity["kind"] in (task.kind, f"given-{task.kind}"):
-            ledger.link(task, stage)
-
-    pipeline = Pipeline(
-        task.recipe,
-        ledger.run.path,
-        console or Console(plain=True),
-        device=device,
-        environment=environment(),
-        needs_prompts=task.kind in ("ppo", "longer-sft"),
-        shared=ledger.run,
-        on_stage=link,
-        memo=warm.memo if warm else None,
-        tokenizer_of=warm.tokenizer if warm else load_tokenizer,
-    )
-    STAGES[task.kind](pipeline, task)
+def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None) -> None:
+    """Run the task's stage to its commit, or find it committed. Raises what the stage raises."""
+    console = console or Console(plain=True)
+    run = prepare_run(task.recipe, [task.kind], ledger.run, console, device=device, environment=environment())
+    run_stages(run, share=task.share, on_stage=partial(_link, task, ledger))
 
 
-def _ppo(pipeline: Pipeline) -> tuple[Stage, Stage]:
-    sft, path = pipeline.sft_stage()
-    return sft, pipeline.ppo_stage(sft, path)
+def _link(task: Task, ledger: Ledger, kind: str, stage: Stage) -> None:
+    """Say which stage a task is, before it runs; its parents have tasks of their own."""
+    if kind == task.kind:
+        ledger.link(task, stage)
 
 
-def _samples(pipeline: Pipeline) -> Stage:
-    return samples_stage(pipeline, *pipeline.sft_stage())
+def make_ready(task: Task) -> None:
+    """Import and look up in a worker, before it forks its stages, what each of them would need anew. Never raises.
 
-
-STAGES: Mapping[str, Callable[[Pipeline, Task], object]] = {
-    "base": lambda pipeline, task: pipeline.base_stage(),
-    "sft": lambda pipeline, task: pipeline.sft_stage(),
-    "ppo": lambda pipeline, task: _ppo(pipeline),
-    "longer-sft": lambda pipeline, task: pipeline.longer_sft_stage(*_ppo(pipeline), task.share or 1.0),
-    "extrapolated": lambda pipeline, task: extrapolated_stage(pipeline, *pipeline.sft_stage()),
-    "decoded": lambda pipeline, task: decoded_stage(pipeline, *pipeline.sft_stage()),
-    "samples": lambda pipeline, task: _samples(pipeline),
-    "resampled": lambda pipeline, task: resampled_stage(pipeline, _samples(pipeline)),
-    "best-of-n": lambda pipeline, task: best_of_n_stage(pipeline, _samples(pipeline)),
-}
+    No tensor work and no threads: a fork must find neither.
+    """
+    recipe = task.recipe
+    with suppress(Exception):
+        package_versions(), commit_of_source(), compiler_version()
+        if is_embedded(recipe.data.demonstrations[0]):
+            load_items(recipe, "dev"), load_items(recipe, "test")
+        for spec in filter(None, (recipe.model.base, recipe.model.sft)):
+            if not recipe.model.trust_remote_code and Path(resolve(spec)).is_dir():
+                import_model(spec)
+                fingerprint(spec, recipe.model)

@@ -4,7 +4,8 @@
                     failures.jsonl      a line a failed try: reason, time, host; a try that was only killed with its
                                         worker leaves none
                     log-<time>-<pid>.txt    what each try printed
-    RUN/limits.json                     seconds that a stage may take, as the last start of the sweep has set them
+    RUN/limits.json                     what the last start of the sweep has set and no result depends on: seconds that
+                                        a stage may take, and the keys of `config.FREE`
 
 Whether a stage is done, running or diverged is what the stage itself says; nothing here can contradict it.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srppo.ablations.plan import Task
-from srppo.config import canonical_json
+from srppo.config import Recipe, canonical_json, free_settings
 from srppo.record.files import storing, write_atomic
 from srppo.record.json import read_json, read_lines
 from srppo.record.lease import now
@@ -101,15 +102,24 @@ class Ledger:
             with storing(path):
                 path.rename(path.with_name(f"failures-{time.time_ns()}.jsonl"))
 
-    def limit(self, timeout_s: float) -> None:
-        """Set how long a stage may take, also for workers that join later."""
-        write_atomic(self.run.path / "limits.json", canonical_json({"timeout_s": timeout_s}))
+    def limit(self, timeout_s: float, recipe: Recipe) -> None:
+        """Set how long a stage may take and what else no result depends on, also for workers that join later."""
+        limits = {"timeout_s": timeout_s, "settings": free_settings(recipe)}
+        write_atomic(self.run.path / "limits.json", canonical_json(limits))
 
     @property
     def timeout_s(self) -> float | None:
         """How long a stage may take; None in a sweep that nobody has started yet."""
+        return self._limits().get("timeout_s")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keys of `config.FREE` as the last start has set them, by `section.key`."""
+        return dict(self._limits().get("settings", {}))
+
+    def _limits(self) -> dict[str, Any]:
         path = self.run.path / "limits.json"
-        return float(read_json(path)["timeout_s"]) if path.exists() else None
+        return read_json(path) if path.exists() else {}
 
     def log_path(self, task: Task) -> Path:
         """Where a new try prints."""

@@ -1,27 +1,32 @@
-"""The local engine: a worker that has torch and transformers loaded forks a process for each stage.
+"""The local engine: a worker, in a process of its own, that has torch and transformers loaded forks its stages.
 
-The worker itself does no tensor work, so that a fork finds no half-dead thread pool and no CUDA context. Any number of
-workers may share a record: who runs a stage is decided by its lease, and a worker that comes second looks elsewhere.
+What is forked must have no threads but one, or a lock may be caught closed and a thread pool half dead, and no CUDA
+context. So a worker is started anew (`run_apart`), whatever its caller has done before, and does no tensor work itself.
+Any number of workers may share a record: who runs a stage is decided by its lease, and a worker that comes second looks
+elsewhere.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import os
+import pickle
 import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Task
-from srppo.errors import Diverged, Interrupted, RecordError, StorageError, UserError
+from srppo.errors import Diverged, Interrupted, RecordError, RunError, SrppoError, StorageError, UserError
 
 HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
 GRACE_S = 30.0  # for children to save after a stop was asked for
@@ -29,9 +34,13 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 PAUSE_S = 0.1  # between looks at record, clock and table; the end of a stage is seen at once,
 SHORT_S = 0.01  # or, where it is not told, looked for so often
 ELSEWHERE_S = 1.0  # between looks at stages that other workers hold
+STOPPED = "interrupted; the same command goes on where it stopped"
 RETRY_S = 1.0  # before the second try of a stage that failed, twice as much before each further one
 
 Execute = Callable[[Task, Ledger], None]
+
+
+def _nothing(*_: object) -> None: ...
 
 
 @dataclass
@@ -49,8 +58,8 @@ class Worker:
     """Runs a plan's tasks until nothing is left that it could run.
 
     slots: stages at once. timeout_s: of one stage, None for no limit. gpus: each slot sees its own. on_change: called
-    now and then, for a table of what happens. before: called before a stage is forked, to make ready what stages
-    share; it must do no tensor work and start no threads.
+    now and then, for a table of what happens; on_event: with a line on what went wrong. before: called before a stage
+    is forked, to make ready what stages share; it must do no tensor work and start no threads.
     """
 
     tasks: Mapping[str, Task]
@@ -59,9 +68,9 @@ class Worker:
     slots: int = 1
     timeout_s: float | None = None
     gpus: Sequence[str] = ()
-    on_change: Callable[[], None] = lambda: None
-    on_event: Callable[[str], None] = lambda text: None
-    before: Callable[[Task], None] = lambda task: None
+    on_change: Callable[[], object] = _nothing
+    on_event: Callable[[str], object] = _nothing
+    before: Callable[[Task], object] = _nothing
 
     def __post_init__(self) -> None:
         self._children: dict[str, Any] = {}  # by task: what the engine knows of its running stages
@@ -71,14 +80,17 @@ class Worker:
         self._later: dict[str, float] = {}  # held by others, or just failed: when to look again
 
     def run(self) -> None:
-        """Raises Interrupted after Ctrl-C or SIGTERM, StorageError where the disk is full; all saved in both cases."""
+        """In this process, which must have one thread only.
+
+        Raises Interrupted after Ctrl-C or SIGTERM, StorageError where the disk is full; all saved in both cases.
+        """
         gc.collect()
         gc.freeze()  # or a child that collects garbage would walk and copy all that is loaded here: 0.3 s a time
         with _stop_requests() as stopped:
             try:
                 while self._step():
                     if stopped:
-                        raise Interrupted("interrupted; the same command goes on where it stopped")
+                        raise Interrupted(STOPPED)
                     self.on_change()
                     self._wait()
             finally:
@@ -229,6 +241,69 @@ class Worker:
         return os.waitpid(child.pid, 0)[1]
 
 
+# ---- a process for the worker, and one for each stage
+
+
+def run_apart(worker: Worker) -> None:
+    """Run a worker in a new process; this one may have threads, draw a table, and have used torch before.
+
+    execute and before must be importable by name. Raises as the worker does. A stop is passed on to it; it dies with
+    this process.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    work = {each.name: getattr(worker, each.name) for each in fields(Worker) if not each.name.startswith("on_")}
+    process = context.Process(target=_apart, args=(pickle.dumps(work), there, os.getpid()))
+    with _stop_requests() as stopped:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the process can hear them itself; it inherits this
+        process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        there.close()
+        passed = 0
+        try:
+            while (said := _heard(here)) is not None:
+                if isinstance(said, SrppoError):
+                    raise said
+                if said:
+                    worker.on_event(said)
+                for number in stopped[passed:]:
+                    passed += 1
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid or 0, number)
+                worker.on_change()
+        except BaseException:  # its own last word, or the table has failed here
+            process.terminate()
+            raise
+        finally:
+            process.join()
+            here.close()
+    worker.on_change()
+    if process.exitcode:
+        raise Interrupted(STOPPED) if stopped else RunError(f"the sweep's worker died (exit code {process.exitcode})")
+
+
+def _heard(pipe: Connection) -> str | SrppoError | None:
+    """An event or error of the worker, "" if it said nothing for a while, None once it has ended."""
+    try:
+        return pipe.recv() if pipe.poll(PAUSE_S) else ""
+    except EOFError:
+        return None
+
+
+def _apart(work: bytes, pipe: Connection, parent: int) -> None:
+    """In the new process. Its stages must find it with one thread, also where OpenBLAS would start some at import."""
+    for number in STOPS:
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # nothing is running yet
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    os.setsid()  # Ctrl-C on the terminal is for the caller, who passes it on
+    _die_with(parent)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        Worker(**pickle.loads(work), on_event=pipe.send).run()
+    except SrppoError as error:
+        pipe.send(error)
+
+
 def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int, gpu: Sequence[str]) -> None:
     """Never returns. Its last printed line says how it ended."""
     code = 1
@@ -241,7 +316,7 @@ def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int,
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        # A live table has put objects of its own in their place, with a lock that the fork may have caught closed.
+        # Line by line, or the last words of a stage that is killed would be lost.
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu[0]

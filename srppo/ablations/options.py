@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from srppo.ablations.plan import Plan
@@ -16,8 +14,8 @@ from srppo.ablations.spec import Arm, Cell, Sweep
 from srppo.ablations.sweeps import ARMS, SWEEPS, Options
 from srppo.config import Recipe, is_embedded, parse_override, parse_value
 from srppo.errors import ConfigError
+from srppo.evaluation.items import load_items
 from srppo.evaluation.results import DECODINGS
-from srppo.world.items import items
 
 
 def read_options(
@@ -156,18 +154,7 @@ def _default(groups: Sequence[str]) -> str:
 
 def test_items(recipe: Recipe) -> dict[str, int]:
     """Test items by group. Raises ConfigError where there are none: a sweep compares accuracy."""
-    if recipe.eval.items is None:
-        if recipe.data.demonstrations == ("embedded",):
-            return {group: len(items(group, "test")) for group in ("demonstrated", "prompted", "unseen")}
-        raise ConfigError("a sweep compares accuracy on items: set eval.items to a jsonl of prompt, answer and group")
-    path, found = Path(recipe.eval.items).expanduser(), Counter[str]()
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-            row = json.loads(line) if line.strip() else {"split": "none"}
-            if row.get("split", "dev" if number % 2 else "test") == "test":  # the rule of evaluate.load_items
-                found[str(row.get("group", "items"))] += 1
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"eval.items {path} cannot be read: {error}") from None
+    found = Counter(item.group for item in load_items(recipe, "test"))
     if not found:
-        raise ConfigError(f"eval.items {path} has no rows of split test; mark rows with split: dev or test")
+        raise ConfigError("a sweep compares accuracy on items: set eval.items to a jsonl of prompt, answer and group")
     return dict(found)

@@ -1,31 +1,18 @@
 """From a sweep to the stages it takes: each once, however many cells share it, in an order that respects parents.
 
-A task is a stage that is to be run, named before any data are read: its key is a hash of all that decides the stage.
+A task is a stage that is to be run, named before any data are read: its key is made as the stage's id is, from the
+names of data, items and models instead of their content.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from srppo.ablations.spec import Arm, Cell, Sweep
 from srppo.config import Recipe, canonical_json
-from srppo.stages.kinds import stage_settings
-
-PARENTS: Mapping[str, tuple[str, ...]] = {
-    "base": (),
-    "sft": (),
-    "ppo": ("sft",),
-    "longer-sft": ("sft", "ppo"),
-    "extrapolated": ("sft",),
-    "decoded": ("sft",),
-    "samples": ("sft",),
-    "resampled": ("samples",),
-    "best-of-n": ("samples",),
-}
-"""Kinds of stages, and the stages that each needs."""
+from srppo.record.store import stage_id
+from srppo.stages.kinds import KINDS, kind_of, stage_settings
 
 
 @dataclass(frozen=True)
@@ -73,7 +60,7 @@ class Plan:
         return tuple(self._add(arm.kind, recipe, share) for share in arm.shares)
 
     def _add(self, kind: str, recipe: Recipe, share: float | None = None) -> str:
-        needs = tuple(self._add(parent, recipe) for parent in PARENTS[kind])
+        needs = tuple(self._add(parent, recipe) for parent in KINDS[kind].parents)
         key = task_key(kind, recipe, needs, share)
         self.tasks.setdefault(key, Task(key, kind, recipe, needs, share))
         return key
@@ -81,15 +68,8 @@ class Plan:
 
 def task_key(kind: str, recipe: Recipe, needs: Sequence[str] = (), share: float | None = None) -> str:
     """Equal for cells that share a stage: same kind, settings, data, model and parents."""
-    dump = recipe.model_dump(mode="json")
-    content: dict[str, Any] = {
-        "kind": kind,
-        "settings": stage_settings(recipe, kind),
-        "model": {key: dump["model"][key] for key in ("base", "sft", "trust_remote_code", "allow_pickle")},
-        "demonstrations": dump["data"]["demonstrations"],
-        "prompts": dump["data"]["prompts"] if kind == "ppo" else None,
-        "items": dump["eval"]["items"],
-        "needs": list(needs),
-        "share": share,
-    }
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+    name, data, model = kind_of(kind, recipe).name, recipe.data, recipe.model
+    beside = {"eval_items": recipe.eval.items, "share": share}
+    models = canonical_json([model.base, model.sft, model.trust_remote_code, model.allow_pickle])
+    sources = [data.demonstrations, data.prompts if KINDS[name].needs_prompts else None]
+    return stage_id(name, stage_settings(recipe, name) | beside, [models, *needs], canonical_json(sources))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from srppo.ablations.plan import Plan
 from srppo.ablations.progress import Watch, counts
 from srppo.ablations.spec import Sweep, label
 from srppo.ablations.sweeps import Options
-from srppo.config import CODE_EPOCH, canonical_json, is_embedded
+from srppo.config import CODE_EPOCH, canonical_json, decisive, is_embedded, with_overrides
 from srppo.console import Console, duration
 from srppo.errors import ConfigError, RecordError, RunError
 from srppo.record.arms import is_sweep
@@ -66,7 +66,7 @@ def ablate_command(
     run = Run.open(folder, sweep.as_spec())
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
     ledger = Ledger(run, TRIES)
-    ledger.limit(timeout_s)
+    ledger.limit(timeout_s, sweep.recipe)
     if launch.retry:
         forgive(plan, ledger, console)
     if launch.engine == "slurm":
@@ -111,7 +111,7 @@ def work_command(folder: Path, launch: Launch, console: Console) -> None:
     if epoch != CODE_EPOCH:
         raise RecordError(f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match")
     slots, gpus, device = places(plan.sweep, launch)
-    check_data([next(iter(plan.tasks.values())).recipe], device)  # a wrong folder here must not fail every stage
+    check_data([next(iter(plan.tasks.values()))])  # a wrong folder here must not fail every stage
     timeout_s = launch.timeout_s or ledger.timeout_s
     work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     raise_if_lost(plan, ledger)
@@ -122,7 +122,8 @@ def load_sweep(folder: Path) -> tuple[Plan, Ledger]:
     run = Run.load(folder)
     if not is_sweep(run.spec):
         raise RecordError(f"{folder} is the record of a single run, not of a sweep; `srppo report {folder}` reads it")
-    return Plan(Sweep.from_spec(run.spec)), Ledger(run, TRIES)
+    ledger, sweep = Ledger(run, TRIES), Sweep.from_spec(run.spec)
+    return Plan(replace(sweep, recipe=with_overrides(sweep.recipe, ledger.settings))), ledger
 
 
 def work(
@@ -136,25 +137,24 @@ def work(
     console: Console,
 ) -> None:
     """Run what is left, here."""
-    from srppo.ablations.execute import execute  # torch comes with this
-    from srppo.ablations.local import Worker
-    from srppo.ablations.warm import Warm
+    from srppo.ablations.execute import execute, make_ready  # torch comes with this
+    from srppo.ablations.local import Worker, run_apart
 
-    warm = Warm(slots + 1)  # each slot may be at another seed, and one comes next
     watch = Watch(plan, ledger)
     table = LiveTable(plan, watch, console, slots)
     with table.shown():
-        Worker(
+        worker = Worker(
             plan.tasks,
             ledger,
-            partial(execute, device=device, warm=warm),
-            before=warm.before,
+            partial(execute, device=device),
+            before=make_ready,
             slots=slots,
             timeout_s=timeout_s,
             gpus=gpus,
             on_change=table,
             on_event=console.warn,
-        ).run()
+        )
+        run_apart(worker)
     console.say(table.summary())
 
 
@@ -240,12 +240,11 @@ def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
     """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
     from srppo.ablations.estimate import estimate
 
-    recipes = [task.recipe for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
-    by_data = {canonical_json([r.data.model_dump(mode="json"), r.model.base]): r for r in recipes}
-    console.say(f"checking the data of {len(by_data)} points" if len(by_data) > 1 else "checking the data")
-    check_data(list(by_data.values()), device, [t for t in plan.tasks.values() if t.recipe.seed == plan.sweep.seeds[0]])
+    tasks = [task for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
+    console.say("checking the data")
+    check_data(tasks)
     paces: dict[str, Pace] = {}
-    for recipe in recipes:
+    for recipe in (task.recipe for task in tasks):
         base = recipe.model.base
         if base not in paces:
             console.say(f"measuring a short step of {base}")
@@ -254,4 +253,5 @@ def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
 
 
 def _id(sweep: Sweep) -> str:
-    return hashlib.sha256(canonical_json(sweep.as_spec()).encode()).hexdigest()[:8]
+    spec = sweep.as_spec()
+    return hashlib.sha256(canonical_json({**spec, "recipe": decisive(spec["recipe"])}).encode()).hexdigest()[:8]

@@ -11,10 +11,15 @@ from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Swee
 from srppo.config import Recipe
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
+from srppo.stages.kinds import KINDS
 from srppo.statistics.tests import EXACT_FLIPS
 
-BASE, SFT, SRPPO = Arm("base", "base"), Arm("SFT", "sft"), Arm("SRPPO", "ppo")
-LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 1 / 4, 1 / 16))
+_BY_KIND = {
+    kind.name: Arm(kind.label, kind.name, shares=kind.shares)
+    for kind in KINDS.values()
+    if kind.label and kind.name != "given-sft"  # stands for `sft` where the recipe names a model
+}
+BASE, SFT, LONGER, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "longer-sft", "ppo"))
 OPTIMUM = Arm("optimum (forecast)", "resampled")
 NOT_TUNED = "no setting was tuned for any point: what holds at the default may be too much or too little elsewhere"
 
@@ -288,13 +293,7 @@ def prompts(options: Options) -> Sweep:
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        BASE,
-        SFT,
-        LONGER,
-        Arm("weight extrapolation", "extrapolated"),
-        Arm("decode-time extrapolation", "decoded"),
-        Arm("resampling", "resampled"),
-        Arm("best-of-n", "best-of-n"),
+        *(arm for arm in _BY_KIND.values() if arm != SRPPO),
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
         SRPPO,
     )

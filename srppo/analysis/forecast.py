@@ -7,36 +7,32 @@ reward's (PPO is at the optimum, and the optimum is no better).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from srppo.analysis.optimum import (
-    Draws,
-    Point,
-    Reached,
-    beta_grid,
-    measured,
-    optimum,
-    point_of,
-    reached_of,
-)
-from srppo.analysis.ppo_arms import PpoArm, ppo_arms
-from srppo.analysis.questions import Question, load_questions, sample
-from srppo.analysis.samples import rewarded
+from srppo.analysis.optimum import Draws, Point, Reached, beta_grid, measured, optimum, point_of, reached_of
+from srppo.analysis.samples import Question, load_questions, rewarded, sample
 from srppo.config import RewardConfig
-from srppo.console import Console, duration
+from srppo.console import Console
 from srppo.errors import ConfigError, UserError
+from srppo.evaluation.meter import Meter
+from srppo.evaluation.results import dotted
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair, load_pair
+from srppo.record.store import Stage
 from srppo.reward_kinds import REWARD_KINDS
+from srppo.training.loop import load_weights
 
 PROMPTS = 120
 SAMPLES, PPO_SAMPLES = 256, 16  # a prompt: of the SFT model, of each checkpoint
 PPO_GROUPS = ("demonstrated", "prompted")  # embedded groups that PPO prompts come from; `unseen` is told apart
+OBJECTIVE = ("anchor", "beta")
+"""What of a reward's settings moves PPO's optimum along the frontier; all others make another reward, another plane."""
+MOST_NAMED = 2  # settings in the name of a PPO stage
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,9 @@ def forecast_command(
     """
     _check_options(samples, betas, anchors)
     pair = load_pair(run, sft=sft, base=base, seed=seed, device=device)
-    arms, set_aside = _arms(pair) if checkpoints else ([], [])
-    config = _objective(pair, arms)
+    arms, set_aside = ppo_arms(pair) if checkpoints else ([], [])
+    configs = [arm.config for arm in arms]
+    config = pair.recipe.reward if not configs or pair.recipe.reward in configs else configs[-1]
     notes = [*_notes(pair, config), *set_aside]
     if pair.stage is not None:
         notes.append(f"Training seed {pair.recipe.seed} alone: the intervals say nothing of other seeds.")
@@ -101,7 +98,7 @@ def forecast_command(
     ours_Q = _seen_by_ppo(groups, notes)
     points = [
         point_of(optimum(draws, a, b), groups, ours_Q, f"{a} {b:g}", anchor=a, beta=b, k=samples)
-        for a, b in _grid(config, [arm.config for arm in arms], betas, anchors)
+        for a, b in _grid([config, *configs], betas, anchors)
     ]
     measured_arms, reached = [], []
     for arm in arms:
@@ -152,36 +149,10 @@ def _seen_by_ppo(groups: np.ndarray, notes: list[str]) -> np.ndarray:
     return ours_Q
 
 
-def _grid(
-    config: RewardConfig, others: Sequence[RewardConfig], betas: Sequence[float], anchors: Sequence[str]
-) -> list[tuple[str, float]]:
-    """(anchor, beta) to forecast; the recipe's own and those of the PPO stages are always among them."""
-    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(config.beta))]
-    own = [(each.anchor, each.beta) for each in (config, *others) if each.beta]
-    return list(dict.fromkeys([*grid, *own]))
-
-
-def _arms(pair: Pair) -> tuple[list[PpoArm], list[str]]:
-    """PPO stages with the recipe's reward, or else the last one's; notes on the others, other training seeds too."""
-    arms, notes = ppo_arms(pair, pair.recipe.reward)
-    if not arms:
-        arms, notes = ppo_arms(pair, None)
-    seeds = [
-        s.identity["config"]["seed"] for s in (pair.run.stages() if pair.run else []) if s.identity["kind"] == "ppo"
-    ]
-    rest = sorted({*seeds} - {arm.stage.identity["config"]["seed"] for arm in arms})
-    if rest:
-        notes.append(
-            f"PPO of training seeds {', '.join(map(str, rest))} started from other SFT models, which have frontiers of "
-            "their own: --seed."
-        )
-    return arms, notes
-
-
-def _objective(pair: Pair, arms: Sequence[PpoArm]) -> RewardConfig:
-    """The recipe's reward where a PPO stage has it, or there is none; else that of the last stage."""
-    configs = [arm.config for arm in arms]
-    return pair.recipe.reward if not configs or pair.recipe.reward in configs else configs[-1]
+def _grid(configs: Sequence[RewardConfig], betas: Sequence[float], anchors: Sequence[str]) -> list[tuple[str, float]]:
+    """(anchor, beta) to forecast; those of `configs`, the recipe's own first, are always among them."""
+    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(configs[0].beta))]
+    return list(dict.fromkeys([*grid, *((each.anchor, each.beta) for each in configs if each.beta)]))
 
 
 def _notes(pair: Pair, config: RewardConfig) -> list[str]:
@@ -214,28 +185,85 @@ def _draw(
     own = policy is not pair.sft
     temperature = pair.recipe.rollout.temperature if own else 1.0
     console.say(f"{name}: {samples} samples of {len(questions)} prompts")
-    drawn = sample(
-        pair,
-        policy,
-        questions,
-        samples,
-        purpose=f"forecast {name}",
-        temperature=temperature,
-        progress=_Progress(console, name),
-    )
+    purpose = f"forecast {name}"
+    with Meter(console, name, samples * len(questions)) as meter:
+        drawn = sample(
+            pair, policy, questions, samples, purpose=purpose, temperature=temperature, progress=meter.finish
+        )
     return rewarded(pair, questions, drawn, config, policy=policy if own else None, temperature=temperature)
 
 
-class _Progress:
-    """A line with the time left, at most every ten seconds."""
+# ---- the PPO stages that started from the SFT model
 
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name = console, name
-        self.began = self.said = console.clock()
 
-    def __call__(self, done: int, total: int) -> None:
-        now = self.console.clock()
-        if now - self.said > 10 and done < total:
-            self.said = now
-            left = duration((now - self.began) / done * (total - done))
-            self.console.say(f"{self.name}: {done:,} of {total:,} samples, {left} left")
+@dataclass(frozen=True)
+class PpoArm:
+    """One PPO stage. config: its reward. rows: of metrics.jsonl where reward and KL were measured, by step."""
+
+    name: str
+    stage: Stage
+    config: RewardConfig
+    rows: tuple[Mapping[str, Any], ...]
+
+    def checkpoints(self, pair: Pair) -> Iterator[tuple[int, str, LanguageModel]]:
+        """(step, which, model) of every step whose weights are left, the kept one first; none of an unfinished stage.
+
+        A model is good until the next one is asked for.
+        """
+        if not self.stage.done:
+            return
+        figures = (self.stage.result() or {})["figures"]
+        kept, last = figures["kept_step"], figures["steps"]
+        policy = pair.load(str(self.stage.path / "model"))
+        yield kept, "kept", policy
+        for step in self.stage.checkpoint_steps():
+            if step != kept:
+                load_weights(policy.model, self.stage.checkpoint(step) / "policy.safetensors")
+                yield step, "last" if step == last else "", policy
+
+
+def ppo_arms(pair: Pair) -> tuple[list[PpoArm], list[str]]:
+    """PPO stages from this SFT model whose reward is the recipe's but for OBJECTIVE, or else the last stage's.
+
+    And notes that name the others, those of other training seeds too, and stages that are not finished, of which
+    training's rows are all there is.
+    """
+    stages, notes = pair.ppo_stages(), []
+    rewards = [RewardConfig.model_validate(stage.identity["config"]["reward"]) for stage in stages]
+    own, planes = _plane(pair.recipe.reward), [_plane(reward) for reward in rewards]
+    wanted = own if own in planes or not planes else planes[-1]
+    found: list[PpoArm] = []
+    for name, stage, reward, plane in zip(_names(stages), stages, rewards, planes, strict=True):
+        if plane != wanted:
+            notes.append(f"{name} has another reward than the one forecast here, and is not drawn.")
+            continue
+        if not stage.done:
+            notes.append(f"{name} is not finished or failed: drawn as far as training measured it.")
+        rows = tuple(row for row in stage.metrics() if "kl_sft" in row and "reward" in row)
+        found.append(PpoArm(name, stage, reward, rows))
+    every = pair.run.stages() if pair.run else []
+    seeds = {s.identity["config"]["seed"] for s in every if s.identity["kind"] == "ppo"}
+    if rest := sorted(seeds - {arm.stage.identity["config"]["seed"] for arm in found}):
+        notes.append(
+            f"PPO of training seeds {', '.join(map(str, rest))} started from other SFT models, which have frontiers of "
+            "their own: --seed."
+        )
+    return found, notes
+
+
+def _plane(reward: RewardConfig) -> dict[str, Any]:
+    return reward.model_dump(exclude=set(OBJECTIVE))
+
+
+def _names(stages: Sequence[Stage]) -> list[str]:
+    """`PPO`, and of several what tells them apart: training seeds and settings, or else the stage's id."""
+    if len(stages) < 2:
+        return ["PPO"] * len(stages)
+    every = [dotted(stage.identity["config"]) for stage in stages]
+    keys = [
+        key for key in dict.fromkeys(k for one in every for k in one) if len({str(one.get(key)) for one in every}) > 1
+    ]
+    names = [
+        "PPO " + ", ".join(f"{key.rpartition('.')[2]} {one.get(key)}" for key in keys[:MOST_NAMED]) for one in every
+    ]
+    return names if len(set(names)) == len(names) else [f"PPO {stage.id[:8]}" for stage in stages]

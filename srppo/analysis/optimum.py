@@ -1,7 +1,7 @@
 """The closed-form optimum of the KL-regularised objective, estimated from samples of pi_sft. Numbers only, no torch.
 
     objective    J(pi) = E_pi[r'] - beta KL(pi || pi_anchor)
-    optimum      pi* = pi_anchor exp(r'/beta) / Z = pi_sft w / Z          (design section 1)
+    optimum      pi* = pi_anchor exp(r'/beta) / Z = pi_sft w / Z          (docs/method.md)
     log w        = r'/beta                  anchor sft
                  = r'/beta - r              anchor base, r = log pi_sft - log pi_base; with r' = r: r (1/beta - 1)
     J(pi*)       = beta log Z,  Z = E_sft[w]
@@ -44,13 +44,6 @@ class Draws:
     length_QK: Floats
     right_QK: Floats | None
     log_policy_sft_QK: Floats
-
-    def of(self, chosen_Q: NDArray[np.bool_]) -> Draws:
-        """The chosen prompts."""
-        right_QK = None if self.right_QK is None else self.right_QK[chosen_Q]
-        parts = (self.reward_QK, self.log_ratio_QK, self.length_QK, self.log_policy_sft_QK)
-        reward_QK, log_ratio_QK, length_QK, log_policy_sft_QK = (part[chosen_Q] for part in parts)
-        return Draws(reward_QK, log_ratio_QK, length_QK, right_QK, log_policy_sft_QK)
 
 
 class PerPrompt(NamedTuple):
@@ -130,11 +123,6 @@ def samples_needed(ess_Q: Floats, samples: int) -> int:
     return int(np.ceil(samples * MIN_ESS / effective(ess_Q) / 10) * 10)
 
 
-def over_prompts(values_Q: Floats, limits: tuple[float, float] | None = None) -> Estimate:
-    """Mean over prompts with a 95% interval over prompts (`item_interval`); NaN bounds for one without limits."""
-    return item_interval(values_Q, limits=limits)
-
-
 def share_reached(policy_Q: Floats, start_Q: Floats, best_Q: Floats, *, draws: int = 4000) -> Estimate | None:
     """mean(policy - start) / mean(best - start) of the objective, prompts being the units of both.
 
@@ -194,17 +182,23 @@ def point_of(
 ) -> Point:
     """Means over the prompts of `ours_Q`; k > 0: an optimum estimated from k samples a prompt, held to the rule."""
     ess_Q, right_Q = values.ess_Q[ours_Q], values.right_Q
+
+    def mean(values_Q: Floats) -> Estimate:
+        return item_interval(values_Q[ours_Q], limits=None)
+
+    accuracy, by_group = None, {}
+    if right_Q is not None:
+        accuracy = item_interval(right_Q[ours_Q], limits=SHARE)
+        by_group = {group: item_interval(right_Q[groups == group], limits=SHARE) for group in dict.fromkeys(groups)}
     return Point(
         name,
-        over_prompts(values.reward_Q[ours_Q]),
-        over_prompts(values.kl_sft_Q[ours_Q]),
-        over_prompts(values.kl_anchor_Q[ours_Q]),
-        over_prompts(values.objective_Q[ours_Q]),
-        over_prompts(values.length_Q[ours_Q]),
-        accuracy=None if right_Q is None else over_prompts(right_Q[ours_Q], SHARE),
-        by_group={}
-        if right_Q is None
-        else {g: over_prompts(right_Q[groups == g], SHARE) for g in dict.fromkeys(groups)},
+        mean(values.reward_Q),
+        mean(values.kl_sft_Q),
+        mean(values.kl_anchor_Q),
+        mean(values.objective_Q),
+        mean(values.length_Q),
+        accuracy,
+        by_group,
         ess=(float(np.median(ess_Q)), effective(ess_Q)),
         answered=enough(ess_Q) if k else True,
         needed=samples_needed(ess_Q, k) if k else 0,
@@ -230,5 +224,5 @@ def reached_of(
             "PPO - SFT": arm.right_Q - sft.right_Q,
             "optimum - PPO": best.right_Q - arm.right_Q,
         }
-        differences = {words: over_prompts(values[ours_Q], GAP) for words, values in pairs.items()}
+        differences = {words: item_interval(values[ours_Q], limits=GAP) for words, values in pairs.items()}
     return Reached(name, *objective, share, differences)

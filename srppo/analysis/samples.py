@@ -1,21 +1,139 @@
-"""Responses with their rewards, for whatever weighs or ranks samples."""
+"""Questions put to the two models of a pair, samples of the answers, and their rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from srppo.analysis.optimum import Draws, Floats
-from srppo.analysis.questions import Question, as_generated
-from srppo.config import RewardConfig
+from srppo.config import RewardConfig, derive_seed, resolved
+from srppo.console import Console
+from srppo.data.chat import encode_prompts
+from srppo.data.rows import load_prompts
+from srppo.data.types import Message, Prompt
+from srppo.errors import DataError, UserError
+from srppo.evaluation.items import load_items, read_rows, spread
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair
+from srppo.training.batch import Generated, left_pad
 from srppo.training.reward import rewards_before_kl
+from srppo.training.rollout import generate
 from srppo.training.scores import score_log_ratio, score_logprobs
+from srppo.world.tasks import check
 
-SCORE_BATCH = 128  # rows of one forward pass, fewer where the memory has it
+SAMPLE_BATCH = 512  # rows of one call of generate, which takes fewer at a time where the memory has it
+SCORE_BATCH = 128  # rows scored at once, or in parts where the memory has it
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as token ids; `answer` is the one right answer where it is known, `group` as in the evaluation items."""
+
+    text: str
+    ids: tuple[int, ...]
+    answer: str | None = None
+    group: str = "all"
+
+    def is_right(self, response: str) -> bool | None:
+        """Equal to the answer after stripping spaces, as for evaluation items; None where no answer is known."""
+        return None if self.answer is None else check(self.answer, response)
+
+
+def question_of(turns: Sequence[Message], answer: object, group: object, ids: tuple[int, ...]) -> Question:
+    """What the last turn of a conversation asks; ids: of the whole conversation."""
+    return Question(turns[-1].content, ids, None if answer is None else str(answer), str(group))
+
+
+def load_questions(pair: Pair, path: Path | None, limit: int | None, console: Console) -> list[Question]:
+    """Prompts of a JSONL file (`prompt`, and may hold `answer`, `group`), else the recipe's development items, else its
+    PPO prompts (no answers); at most `limit`, spread evenly. What cannot be encoded is left out and counted. Each
+    leaves room for the recipe's longest answer."""
+    if path is not None:
+        read = read_rows(path, "--prompts")
+        rows = [(turns_of(row, place), row.get("answer"), row.get("group", "all")) for place, row in read]
+    elif items := load_items(pair.recipe, "dev"):
+        rows = [((Message("user", item.prompt),), item.answer, item.group) for item in items]
+    else:
+        sources = resolved(pair.recipe).data.prompts
+        if not sources:
+            raise UserError("the recipe names neither eval.items nor data.prompts; give a JSONL file with --prompts")
+        rows = [(row.messages, None, "all") for row in load_prompts(sources, seed=pair.recipe.seed).rows]
+    rows, data = spread(rows, limit), pair.recipe.data
+    most = min(data.max_prompt_tokens, pair.context - pair.recipe.rollout.max_new_tokens)
+    prompts = [Prompt(turns, "score") for turns, _, _ in rows]
+    found = encode_prompts(pair.tokenizer, prompts, system=data.system, max_prompt_tokens=most)
+    questions = [question_of(*row, ids) for row, ids in zip(rows, found, strict=True) if not isinstance(ids, str)]
+    if refused := len(rows) - len(questions):
+        console.warn(f"{refused} of {len(rows)} prompts cannot be encoded and are left out")
+    if not questions:
+        raise DataError(f"no prompts to sample from{'' if path is None else f' in {path}'}")
+    return questions
+
+
+def turns_of(row: Mapping[str, object], place: str) -> tuple[Message, ...]:
+    """The `prompt` of a row: text, or a list of messages with role and content that ends with the user's."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        return (Message("user", prompt),)
+    try:
+        listed = prompt if isinstance(prompt, list) else []
+        turns = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in listed)
+    except (TypeError, KeyError):
+        turns = ()
+    if not turns or turns[-1].role != "user":
+        raise DataError(f"{place}: prompt is neither text nor a list of messages that ends with the user's")
+    return turns
+
+
+def sample(
+    pair: Pair,
+    model: LanguageModel,
+    questions: Sequence[Question],
+    count: int,
+    *,
+    purpose: str,
+    temperature: float = 1.0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[tuple[int, ...]]]:
+    """`count` responses (token ids, EOS included) to each question, drawn from the model's whole distribution.
+
+    A function of (recipe's seed, purpose) alone. Prompts of like length share a batch. `progress` hears how
+    many are done.
+    """
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].ids))
+    rows = [i for i in order for _ in range(count)]
+    found: list[list[tuple[int, ...]]] = [[] for _ in questions]
+    for start in range(0, len(rows), SAMPLE_BATCH):
+        chunk = rows[start : start + SAMPLE_BATCH]
+        generated = generate(
+            model,
+            [questions[i].ids for i in chunk],
+            stop_ids=pair.stops,
+            pad_id=pair.pad_id,
+            max_new_tokens=pair.recipe.rollout.max_new_tokens,
+            seed=derive_seed(pair.recipe.seed, purpose, start),
+            temperature=temperature,
+        )
+        for i, ids in zip(chunk, generated.responses(), strict=True):
+            found[i].append(tuple(ids))
+        progress(min(start + SAMPLE_BATCH, len(rows)))
+    return found
+
+
+def as_generated(pair: Pair, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Generated:
+    """Rows of given ids in the form that `generate` returns: prompts padded left, responses right."""
+    device = pair.sft.device
+    tokens_BP, mask_BP = left_pad(prompts, pair.pad_id)
+    flipped_BT, mask_BT = left_pad([list(reversed(row)) for row in responses], pair.pad_id)
+    tokens_BS = torch.cat([tokens_BP, flipped_BT.flip(1)], dim=1).to(device)
+    mask_BT = mask_BT.flip(1)
+    ended_B = torch.tensor([bool(row) and row[-1] in pair.stops for row in responses])
+    attention_mask_BS = torch.cat([mask_BP, mask_BT], dim=1).to(device)
+    return Generated(tokens_BS, attention_mask_BS, mask_BT.to(device), ended_B.to(device))
 
 
 def rewarded(

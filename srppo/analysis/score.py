@@ -2,14 +2,14 @@
 
     r(x, y) = sum_t [log pi_sft(y_t|x,y_<t) - log pi_base(y_t|x,y_<t)]        nats, at temperature 1
 
-as in `reward.py`, unclipped and without the recipe's variants: this is what the two models say.
+as in `training/reward.py`, unclipped and without the recipe's variants: this is what the two models say.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
-from srppo.analysis.pieces import pieces
-from srppo.analysis.questions import Question, as_generated, load_questions, read_jsonl, sample, turns_of
+from srppo.analysis.samples import Question, as_generated, load_questions, question_of, sample, turns_of
 from srppo.console import Console
 from srppo.data.chat import encode_demonstration
 from srppo.data.types import Demonstration
 from srppo.errors import DataError, UserError
+from srppo.evaluation.items import read_rows
 from srppo.models.pair import Pair, load_pair
 from srppo.statistics.association import Floats, auc, auc_within, over_prompts, rank_correlation
 from srppo.statistics.intervals import Estimate, item_interval
@@ -33,6 +34,7 @@ from srppo.training.scores import score_log_ratio
 SCORE_BATCH = 64  # rows of one forward pass, fewer where the memory has it
 SAMPLES = 4  # fresh ones a prompt
 FEWEST = 20  # responses from which diagnostics over all of them mean something
+INCOMPLETE = "\ufffd"  # how decoders write the bytes of an unfinished character
 
 
 class Token(NamedTuple):
@@ -98,7 +100,7 @@ class ScoreResult:
     sft: str
     base: str
     origin: str
-    findings: dict[str, Estimate] = field(default_factory=dict)
+    findings: Mapping[str, Estimate] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -129,15 +131,13 @@ def score_command(
         rows = [given_row(pair, {"prompt": prompt, "response": response, "answer": answer}, "the response")]
         origin = "given on the command line"
     elif file is not None:
-        rows = [given_row(pair, row, place) for place, row in read_jsonl(file)]
+        rows = [given_row(pair, row, place) for place, row in read_rows(file, "--file")]
         origin = f"given in {file.name}"
     else:
         questions = load_questions(pair, prompts, limit, console)
         drawn = sample(pair, pair.sft, questions, samples, purpose="score")
         rows = [(question, ids) for question, each in zip(questions, drawn, strict=True) for ids in each]
         origin = f"sampled from the SFT model at temperature 1, {samples} a prompt"
-    if not rows:
-        raise DataError(f"{file} has no rows; a line holds prompt and response")
     scored, warnings = score_rows(pair, rows)
     return ScoreResult(tuple(scored), pair.sft_name, pair.base_name, origin, findings_of(scored), tuple(warnings))
 
@@ -148,11 +148,13 @@ def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Questi
     turns, response = turns_of(row, place), row.get("response")
     if not isinstance(response, str):
         raise DataError(f"{place}: response is no text; a row holds prompt and response")
-    system = pair.recipe.data.system
-    demonstration = Demonstration(turns, response, place)
-    room = pair.context + 1  # one more, so that a cut shows
     encoded = encode_demonstration(
-        pair.tokenizer, demonstration, system=system, max_tokens=room, max_prompt_tokens=pair.context, stop=pair.stops
+        pair.tokenizer,
+        Demonstration(turns, response, place),
+        system=pair.recipe.data.system,
+        max_tokens=pair.context + 1,  # one more, so that a cut shows
+        max_prompt_tokens=pair.context,
+        stop=pair.stops,
     )
     if isinstance(encoded, str):
         raise DataError(f"{place}: {encoded}")
@@ -161,17 +163,13 @@ def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Questi
     prompt_ids, ids = encoded.ids[: encoded.prompt_tokens], encoded.ids[encoded.prompt_tokens :]
     if row.get("ended") is False:
         ids = ids[:-1]
-    answer = row.get("answer")
-    asked = Question(
-        turns[-1].content, prompt_ids, None if answer is None else str(answer), str(row.get("group", "all"))
-    )
-    return asked, ids
+    return question_of(turns, row.get("answer"), row.get("group", "all"), prompt_ids), ids
 
 
 def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> tuple[list[Scored], list[str]]:
     """(scored responses in the order of rows, warnings about the reward over all of them)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids) + len(rows[i][1]))
-    found: list[Scored | None] = [None] * len(rows)
+    found: dict[int, Scored] = {}
     terms, base_terms = [], []
     for start in range(0, len(rows), SCORE_BATCH):
         chunk = order[start : start + SCORE_BATCH]
@@ -182,7 +180,7 @@ def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> 
             terms.append(ratios_T[:n])
             base_terms.append(bases_T[:n])
             found[i] = _scored(pair, *rows[i], ratios_T[:n].tolist(), bases_T[:n].tolist())
-    scored = [each for each in found if each is not None]
+    scored = [found[i] for i in range(len(rows))]
     return scored, _warnings(terms, base_terms) if len(rows) >= FEWEST else []
 
 
@@ -246,3 +244,39 @@ def _mean(
         by_prompt[each.prompt].append(of(each))
     means = [sum(values) / len(values) for values in by_prompt.values()]
     return item_interval(means, limits=limits)
+
+
+# ---- texts of tokens
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], special: Collection[int]) -> list[str]:
+    """The text of each token, such that those between special tokens join to their decoded text exactly.
+
+    A character of several bytes may span tokens: its text goes to the token that completes it, the others have "". A
+    token is decoded behind the one before it, since decoders may write the first token of a text otherwise.
+    """
+    texts: list[str] = []
+    run: list[int] = []
+    for token in ids:
+        if token in special:
+            texts += [*_pieces_of_run(tokenizer, run), str(tokenizer.convert_ids_to_tokens(token))]
+            run = []
+        else:
+            run.append(token)
+    return texts + _pieces_of_run(tokenizer, run)
+
+
+def _pieces_of_run(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    def decode(start: int, end: int) -> str:
+        return str(tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False))
+
+    texts, start, done = [""] * len(ids), 0, 0  # [start, done) is context whose text is out already
+    for i in range(len(ids)):
+        before, now = decode(start, done), decode(start, i + 1)
+        whole = not now.endswith(INCOMPLETE) or i == len(ids) - 1
+        if whole and now.startswith(before):
+            texts[i] = now[len(before) :]
+            start, done = done, i + 1
+    if "".join(texts) != decode(0, len(ids)):  # a decoder that is not local: the text counts, not where it stands
+        return [""] * (len(ids) - 1) + [decode(0, len(ids))]
+    return texts

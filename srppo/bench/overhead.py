@@ -31,14 +31,16 @@ from srppo.bench.spans import Spans
 from srppo.config import ModelConfig, load_recipe, resolved
 from srppo.console import Console
 from srppo.data.chat import ensure_chat_template, stop_ids
-from srppo.evaluation.development import answer_items, load_items
+from srppo.evaluation.development import answer_items
 from srppo.evaluation.harness.decode import Decoding
 from srppo.evaluation.harness.model import HarnessModel
 from srppo.evaluation.harness.quiet import quiet
 from srppo.evaluation.harness.session import Options, Session
 from srppo.evaluation.harness.targets import find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
-from srppo.models.language_model import LanguageModel, load_model, load_tokenizer
+from srppo.evaluation.items import load_items
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import load_model, load_tokenizer
 from srppo.training.rollout import generate
 
 SECONDS, FEWEST = 8.0, 3

@@ -18,6 +18,7 @@ from srppo.errors import Diverged, SrppoError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe
+    from srppo.stages.run import PreparedRun
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
@@ -77,7 +78,12 @@ def demo(
         return
     from srppo.config import load_recipe
 
-    _train(load_recipe(None, sets or []), "demo", out, "cpu", [], plain, baselines=True, seeds=seeds)
+    kinds = ["base", "ppo", "longer-sft"]
+    with _runs(load_recipe(None, sets or []), kinds, "demo", out, "cpu", [], plain, seeds) as runs:
+        from srppo.stages.run import run_stages
+
+        for run in runs:
+            run_stages(run)
 
 
 @app.command()
@@ -94,7 +100,11 @@ def sft(
     from srppo.config import load_recipe
 
     loaded = load_recipe(recipe, sets or [], ppo=False)
-    _train(loaded, _name(recipe), out, device, track or [], plain, baselines=False, ppo=False)
+    with _runs(loaded, ["base", "sft"], _name(recipe), out, device, track or [], plain) as runs:
+        from srppo.stages.run import run_stages
+
+        for run in runs:
+            run_stages(run)
 
 
 @app.command()
@@ -113,7 +123,12 @@ def train(
     """SFT (unless model.sft is given), then PPO with the coherent reward. The same command resumes a stopped run."""
     from srppo.config import load_recipe
 
-    _train(load_recipe(recipe, sets or []), _name(recipe), out, device, track or [], plain, baselines=baselines)
+    kinds = ["base", "ppo", *(["longer-sft"] if baselines else [])]
+    with _runs(load_recipe(recipe, sets or []), kinds, _name(recipe), out, device, track or [], plain) as runs:
+        from srppo.stages.run import run_stages
+
+        for run in runs:
+            run_stages(run)
 
 
 @app.command()
@@ -199,29 +214,6 @@ def bench_compile(
     raise typer.Exit(print_compile_report(Console(), tuple(target or TARGETS)))
 
 
-@bench_app.command("sweep")
-def bench_sweep(
-    stages: Annotated[int, typer.Option(min=0, help="Stages that do nothing; 0: none.")] = 1000,
-    slots: Annotated[int, typer.Option(min=1, help="Stages at once.")] = 1,
-    seeds: Annotated[int, typer.Option(min=0, help="Seeds of SFT and SRPPO that train; 0: none.")] = 1,
-    sets: SetOption = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended; stages run beside it.")] = Path(
-        "runs/bench-sweep/sweep.jsonl"
-    ),
-    debug: DebugOption = False,
-) -> None:
-    """What the harness of a sweep costs: 1,000 empty stages, and its share of stages that train."""
-    from srppo.ablations.run import prepare_process
-    from srppo.config import load_recipe
-    from srppo.console import Console
-
-    prepare_process(1)
-    from srppo.bench.sweep import SweepBench, run_sweep_bench  # torch comes with this
-
-    recipe = load_recipe(None, [*cli_ablate.SMALL, *(sets or [])])
-    run_sweep_bench(SweepBench(recipe, stages, slots, seeds, out), Console())
-
-
 @bench_app.command("eval")
 def bench_eval(
     model: Annotated[
@@ -249,18 +241,21 @@ def _name(recipe: Path | None) -> str:
     return recipe.stem if recipe else "embedded"
 
 
-def _train(
+@contextmanager
+def _runs(
     recipe: Recipe,
+    kinds: list[str],
     name: str,
     out: Path | None,
     device: str,
     track: list[str],
     plain: bool,
-    *,
-    baselines: bool,
-    ppo: bool = True,
     seeds: int = 1,
-) -> None:
+) -> Iterator[Iterator[PreparedRun]]:
+    """The runs of a recipe, one a training seed, each prepared when its turn comes; then the report on their folder.
+
+    Where a stage fails there is a report too, of what there is and with the reason; main prints the error.
+    """
     from srppo.config import is_embedded, recipe_id, with_overrides
     from srppo.console import Console
     from srppo.environment import environment
@@ -274,35 +269,20 @@ def _train(
     if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with stopping_at_once():
-        from srppo.models.device import pick_device
+        from srppo.models.loading import pick_device
         from srppo.report.record import report_run
-        from srppo.stages.run import Pipeline, run_sft, run_train  # torch comes with this
-        from srppo.training.trackers import trackers
+        from srppo.stages.run import prepare_run  # torch comes with this
 
-    trackers(track, folder.name, folder, {})  # an unknown or missing one is said now; none starts before it is used
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
+    options: dict[str, Any] = {
+        "device": pick_device(device),
+        "environment": environment(),
+        "seeds": [one.seed for one in recipes],
+    }
     try:
-        for each in recipes:
-            if seeds > 1:
-                console.say(f"seed {each.seed}, {recipes.index(each) + 1} of {seeds}")
-            pipeline = Pipeline(
-                each,
-                folder,
-                console,
-                device=pick_device(device),
-                environment=environment(),
-                seeds=[each.seed for each in recipes],
-                needs_prompts=ppo,
-                make_trackers=lambda stage: trackers(
-                    track, f"{folder.name}-{stage.id}", stage.path, recipe.model_dump(mode="json")
-                ),
-            )
-            if ppo:
-                run_train(pipeline, baselines=baselines)
-            else:
-                run_sft(pipeline)
+        yield (prepare_run(one, kinds, folder, console, track=track, **options) for one in recipes)
     except Diverged:
-        report_run(folder, console)  # what there is, with the reason; main prints the error and sets the exit code
+        report_run(folder, console)
         raise
     report_run(folder, console)
 

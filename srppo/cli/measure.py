@@ -80,7 +80,8 @@ def evaluate(
     """Measure a model on tasks of lm-eval, on ours, or on yours. Results are cached, and never stale."""
     from srppo.console import Console
     from srppo.evaluation.harness.run import evaluate_command
-    from srppo.models.device import pick_device
+    from srppo.models.loading import pick_device
+    from srppo.stages.arms import stages_by_arm
 
     evaluate_command(
         model,
@@ -102,6 +103,7 @@ def evaluate(
         system=system,
         cluster=cluster,
         console=Console(),
+        arms=stages_by_arm,
     )
 
 
@@ -153,7 +155,7 @@ def score(
     """Look inside the reward: each token coloured by its log-ratio, and whether the reward is right."""
     from srppo.analysis.score import score_command
     from srppo.console import Console
-    from srppo.models.device import pick_device
+    from srppo.models.loading import pick_device
     from srppo.record.folder import check_place
     from srppo.report.places import RUNS, page_folder
     from srppo.report.score_page import report_score
@@ -200,7 +202,7 @@ def forecast(
     """What the objective itself can give, before any PPO: its optimum's reward, KL, length and accuracy over beta."""
     from srppo.analysis import forecast as module
     from srppo.console import Console
-    from srppo.models.device import pick_device
+    from srppo.models.loading import pick_device
     from srppo.record.folder import check_place
     from srppo.report.forecast_page import report_forecast
     from srppo.report.places import RUNS, page_folder

@@ -1,50 +1,38 @@
-"""Rows to token ids: templates, the loss boundary, order, held-out rows, and the account of what was used.
+"""Rows to token ids: what is trained on, what is held out, the prompts of PPO, and the account of what was used.
 
-`prepare` is the one call of the stages. Reading is in `formats.py`, order in `rows.py`, noise in `noise.py`, the choice
-of PPO prompts in `mixing.py`, the likeness of prompts in `overlap.py`.
+`prepare` is the one call of the stages. Reading is in `sources.py` and `rows.py`, templates in `chat.py`, order in
+`order.py`, noise in `noise.py`, the choice of PPO's prompts in `prompts.py`, the likeness of prompts in `overlap.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from srppo.config import DataConfig
-from srppo.data.chat import encode_demonstrations, encode_prompts, ensure_chat_template, stop_ids
-from srppo.data.formats import Loaded, Unused, load_demonstrations, load_prompts, reasons
-from srppo.data.memo import Kept, Memo, stamps_of
+from srppo.data.chat import (
+    encode_demonstrations,
+    encode_prompts,
+    ensure_chat_template,
+    special_tokens,
+    stop_ids,
+    template_notes,
+)
 from srppo.data.noise import Ask, Noise, add_noise
-from srppo.data.overlap import Overlap, measure_overlap, without_overlap
+from srppo.data.order import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
+from srppo.data.overlap import measure_overlap
 from srppo.data.prompts import Chosen, EncodePrompts, choose_prompts
 from srppo.data.report import DataReport, Part
-from srppo.data.rows import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
+from srppo.data.rows import Loaded, Unused, load_demonstrations, load_prompts, one_more, reasons, warned
 from srppo.data.types import Demonstration, EncodedDemonstration, Prompt
 from srppo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "DataReport",
-    "Loaded",
-    "Overlap",
-    "Part",
-    "PreparedData",
-    "Sample",
-    "Unused",
-    "load_demonstrations",
-    "load_prompts",
-    "measure_overlap",
-    "permute",
-    "prepare",
-    "prompt_text",
-    "row_id",
-    "split_held_out",
-    "without_overlap",
-]
 
 Sample = Callable[[Sequence[tuple[int, ...]], int], Sequence[str]]
 """(prompts as token ids, seed) to what the base says to each."""
@@ -57,13 +45,16 @@ _NO_PROMPTS: Loaded[Prompt] = Loaded((), {}, (), "")
 class PreparedData:
     """Everything the stages train on, in training order.
 
-    `prompt_texts` are the users' words of `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds,
-    before any noise; `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]` are those of either.
+    `sources` and `prompt_sources` are the places of the rows in the files; `prompt_texts` the users' words of
+    `prompts`. `sha` is the sha256 of all usable rows' content, of both kinds, before any noise;
+    `manifest["demonstrations"]["sha256"]` and `manifest["prompts"]["sha256"]` are those of either.
     """
 
     demonstrations: list[EncodedDemonstration]
+    sources: list[str]
     held_out: list[EncodedDemonstration]
     prompts: list[tuple[int, ...]]
+    prompt_sources: list[str]
     prompt_texts: list[str]
     sha: str
     report: DataReport
@@ -79,68 +70,49 @@ def prepare(
     max_new_tokens: int = 1,
     stop: Sequence[int] | None = None,
     sample: Sample | None = None,
-    memo: Memo | None = None,
 ) -> PreparedData:
     """Load, order, split, size, add noise, choose prompts and encode. A tokenizer without chat template is given ours.
 
     `context_length` is the model's: data.max_tokens is lowered to it, and PPO prompts leave room for `max_new_tokens`.
     Rows that can't be encoded are passed over before `size` is counted, so a size is met exactly or is an error. Noise
-    changes answers of the rows that are trained on, never those held out. `sample` is needed by data.noise =
-    "base-answers" alone. `memo` keeps rows and token ids for other settings, and the outcome for the same ones, unless
-    the base had a part in it.
+    changes answers of the rows that are trained on, never those held out, and of a conversation the last answer.
+    `sample` is needed by data.noise = "base-answers" alone.
 
     Raises:
         DataError: nothing to read or use, or fewer rows than asked for.
         ModelError: no EOS token. ConfigError: no room for a prompt in the context.
     """
-    stops = tuple(stop) if stop else tuple(stop_ids(tokenizer))
+    stops = list(stop) if stop else stop_ids(tokenizer)
     given = ensure_chat_template(tokenizer)
-    notes = ("the tokenizer has no chat template and was given ours, Q: ... A: ...",) if given else ()
-    how = _Encoding(tokenizer, str(tokenizer.chat_template), config.system, stops, context_length, max_new_tokens)
-    read = _read("all", (*config.demonstrations, *config.prompts))
-    decides = None if read is None or asks_base(config) else (read, config.model_dump_json(), how, notes)
-    kept = (memo or Memo(1)).of(seed)
-    return kept.value(decides, lambda: _prepare(config, seed, how, sample, kept, notes))
-
-
-def asks_base(config: DataConfig) -> bool:
-    """Whether wrong answers are sampled from the base, which takes the model itself."""
-    return config.noise == "base-answers" and config.noise_rate > 0
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """What decides the token ids of a row, beside the recipe's limits: the same tokenizer, with the same template."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    system: str | None
-    stops: tuple[int, ...]
-    context: int
-    max_new_tokens: int
-
-
-def _prepare(
-    config: DataConfig, seed: int, how: _Encoding, sample: Sample | None, kept: Kept, notes: tuple[str, ...]
-) -> PreparedData:
-    limits = _limits(config, how.context, how.max_new_tokens)
-    encode, encode_asked = _encoders(how, limits, kept)
+    limits = _limits(config, context_length, max_new_tokens)
+    encode = partial(
+        encode_demonstrations,
+        tokenizer,
+        system=config.system,
+        max_tokens=limits.tokens,
+        max_prompt_tokens=limits.prompt,
+        stop=stops,
+        turns=config.turns,
+    )
+    encode_asked = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=limits.ppo_prompt)
+    loaded = load_demonstrations(config.demonstrations, seed=seed)
     ask = partial(_ask, sample, encode_asked) if sample else None
-    loaded = kept.value(
-        _read("demonstrations", config.demonstrations), lambda: load_demonstrations(config.demonstrations, seed=seed)
-    )
-    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, list(how.stops))
-    questions = kept.value(
-        _read("prompts", config.prompts),
-        lambda: load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS,
-    )
+    train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
+    questions = load_prompts(config.prompts, seed=seed) if config.prompts else _NO_PROMPTS
     asked, prompts = _prompts(questions, config, seed, loaded.rows, train.rows, encode_asked)
-    notes = (*limits.notes, *notes, *([asked.note] if asked.note else []))
 
     texts = [prompt_text(row) for row in asked.rows]
     overlap = measure_overlap([prompt_text(row) for row in train.rows], texts)
     pair = overlap.first and f"{asked.rows[overlap.first[0]].source} and {train.rows[overlap.first[1]].source}"
-    report = DataReport(demonstrations, prompts, overlap, pair, noise, notes)
+    notes = [
+        *limits.notes,
+        *(["the tokenizer has no chat template and was given ours, Q: ... A: ..."] if given else []),
+        *template_notes(tokenizer),
+        *([asked.note] if asked.note else []),
+    ]
+    odd = [line for part in (loaded, questions) for line in (*part.warnings, *_special(tokenizer, part.rows))]
+    odd += _unread_tools(tokenizer, train.rows, asked.rows)
+    report = DataReport(demonstrations, prompts, overlap, pair, noise, tuple(notes), tuple(dict.fromkeys(odd)))
     sha = hashlib.sha256(f"{loaded.sha} {questions.sha}".encode()).hexdigest()
     manifest = {
         "sha256": sha,
@@ -149,13 +121,13 @@ def _prepare(
         "prompts": _manifest(questions, seed, used=asked.rows),
         "report": report.as_dict(),
     }
-    return PreparedData(train.ids, held.ids, asked.ids, texts, sha, report, manifest)
+    places, asked_places = ([row.source for row in rows] for rows in (train.rows, asked.rows))
+    return PreparedData(train.ids, places, held.ids, asked.ids, asked_places, texts, sha, report, manifest)
 
 
-def _read(what: str, sources: Sequence[str]) -> Hashable | None:
-    """A key for what is read from some sources; None where nothing cheap tells whether it is still the same."""
-    found = stamps_of(sources)
-    return None if found is None else (what, found)
+def asks_base(config: DataConfig) -> bool:
+    """Whether wrong answers are sampled from the base, which takes the model itself."""
+    return config.noise == "base-answers" and config.noise_rate > 0
 
 
 class _Limits(NamedTuple):
@@ -165,23 +137,6 @@ class _Limits(NamedTuple):
     prompt: int
     ppo_prompt: int
     notes: list[str]
-
-
-def _encoders(how: _Encoding, limits: _Limits, kept: Kept) -> tuple[EncodeDemonstrations, EncodePrompts]:
-    """For demonstrations and for PPO's prompts, each remembering what it has encoded."""
-    taught = partial(
-        encode_demonstrations,
-        how.tokenizer,
-        system=how.system,
-        max_tokens=limits.tokens,
-        max_prompt_tokens=limits.prompt,
-        stop=how.stops,
-    )
-    asked = partial(encode_prompts, how.tokenizer, system=how.system, max_prompt_tokens=limits.ppo_prompt)
-    return (
-        kept.rows(("taught", how, limits.tokens, limits.prompt), taught),
-        kept.rows(("asked", how, limits.ppo_prompt), asked),
-    )
 
 
 def _limits(config: DataConfig, context: int, max_new_tokens: int) -> _Limits:
@@ -234,7 +189,7 @@ def _demonstrations(
 
 def _ask(sample: Sample, encode: EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
     """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
-    asked = iter(encode([Prompt(row.prompt, row.source) for row in rows if row.prompt]))
+    asked = iter(encode([Prompt(row.prompt, row.source, row.tools) for row in rows if row.prompt]))
     ids = [next(asked) if row.prompt else "plain text" for row in rows]
     said = iter(sample([prompt for prompt in ids if not isinstance(prompt, str)], seed))
     return [None if isinstance(prompt, str) else next(said) for prompt in ids]
@@ -278,7 +233,7 @@ def _unused(
     place = {row.source: position for position, row in enumerate(loaded.rows)}
     unused = {**loaded.unused, **(first or {})}
     for reason, source in sorted(refused, key=lambda pair: place[pair[1]]):
-        unused[reason] = unused.get(reason, Unused(0, source)).one_more()
+        one_more(unused, reason, source)
     return unused
 
 
@@ -289,6 +244,28 @@ def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, unused
         raise DataError(f"{key} asks for {size:,} {what}, but only {usable:,} can be used{why}; lower it or add data")
     if not usable and unused:
         raise DataError(f"no {what} can be used{why}")
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration | Prompt]) -> list[str]:
+    """Warnings, one a file, of prompts whose own text spells special tokens: they are read as such."""
+    pattern = special_tokens(tokenizer)
+    files: dict[str, list[bool]] = {}
+    odd: dict[str, dict[str, Unused]] = {}
+    for row in rows:
+        name = re.sub(r"[:#]\d+$", "", row.source)
+        spelled = any(pattern.search(turn.content) for turn in row.asked)
+        files.setdefault(name, []).append(spelled)
+        if spelled:
+            one_more(odd.setdefault(name, {}), "prompts spell special tokens, which are read as such", row.source)
+    return [line for name, found in odd.items() for line in warned(name, len(files[name]), found)]
+
+
+def _unread_tools(tokenizer: PreTrainedTokenizerBase, *parts: Sequence[Demonstration | Prompt]) -> list[str]:
+    """A warning where rows have tools on offer and the chat template does not write them."""
+    count = sum(bool(row.tools) for part in parts for row in part)
+    if not count or "tools" in str(tokenizer.chat_template):
+        return []
+    return [f"{count:,} rows have tools on offer, of which the chat template writes nothing; set model.chat_template"]
 
 
 def _manifest(loaded: Loaded[Any], seed: int, **groups: list[Any]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from srppo.config import DataConfig
-from srppo.data.formats import Unused, reasons
+from srppo.data.order import Encoded, encoded, prompt_text
 from srppo.data.overlap import measure_overlap, normalise
-from srppo.data.rows import Encoded, encoded, prompt_text
+from srppo.data.rows import Unused, reasons
 from srppo.data.types import Demonstration, Prompt
 from srppo.errors import DataError
 
@@ -87,7 +87,7 @@ def _own(
     distinct: dict[str, Prompt] = {}
     for row in used:
         if row.prompt:
-            distinct.setdefault(normalise(prompt_text(row)), Prompt(row.prompt, row.source))
+            distinct.setdefault(normalise(prompt_text(row)), Prompt(row.prompt, row.source, row.tools))
     found = encoded(list(distinct.values()), encode, shared)
     if not found.rows:
         raise DataError(

@@ -1,13 +1,25 @@
-"""The account of the data: what was read, used and left out and why, what was noised, how far prompts repeat."""
+"""The account of the data: what was read, used and left out and why, what is odd about it, and what is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from srppo.data.formats import Opened, Unused, reasons
+from rich.cells import chop_cells
+
+from srppo.data.chat import special_ids
 from srppo.data.noise import Noise
 from srppo.data.overlap import Overlap
+from srppo.data.rows import Opened, Unused, reasons
+from srppo.data.types import EncodedDemonstration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "→", "\r": "␍"}
+_HEAD, _TAIL = 6, 3  # lines shown of a longer stretch of text, at its beginning and its end
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class DataReport:
     overlap_first: str | None
     noise: Noise
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
         """Plain words for the console."""
@@ -69,8 +82,8 @@ class DataReport:
             f"overlap: of {found.n:,} prompts used {found.exact:,} equal a demonstration's prompt, "
             f"{found.half_ngram:,} more share over half of their 8-grams with one{first}"
         )
-        notes = [f"note: {note}" for note in self.notes]
-        return [*self.demonstrations.lines(), *self.noise.lines(), *self.prompts.lines(), overlap, *notes]
+        said = [f"note: {note}" for note in self.notes] + [f"warning: {warning}" for warning in self.warnings]
+        return [*self.demonstrations.lines(), *self.noise.lines(), *self.prompts.lines(), overlap, *said]
 
     def as_dict(self) -> dict[str, Any]:
         """The same for the manifest."""
@@ -79,4 +92,58 @@ class DataReport:
             "prompts": self.prompts.as_dict(),
             "overlap": self.overlap.as_dict(),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
+
+
+# ---- what `srppo data` shows beside it
+
+
+def length_lines(demonstrations: Sequence[EncodedDemonstration], prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Lengths in tokens: of demonstrations whole and trained, of PPO's prompts."""
+    kinds = {
+        "demonstrations": [len(row.ids) for row in demonstrations],
+        "of which trained": [row.trained for row in demonstrations],
+        "prompts": [len(ids) for ids in prompts],
+    }
+    lines = [f"{'tokens':<18}{'rows':>9}{'shortest':>10}{'median':>10}{'95%':>10}{'longest':>10}{'all':>13}"]
+    for what, lengths in kinds.items():
+        if ordered := sorted(lengths):
+            at_95 = ordered[min(round(0.95 * len(ordered)), len(ordered) - 1)]
+            figures = (ordered[0], round(median(ordered)), at_95, ordered[-1])
+            cells = "".join(f"{figure:>10,}" for figure in figures)
+            lines.append(f"{what:<18}{len(ordered):>9,}{cells}{sum(ordered):>13,}")
+    return lines
+
+
+def row_lines(
+    row: EncodedDemonstration, source: str, tokenizer: PreTrainedTokenizerBase, width: int
+) -> Iterator[tuple[str, bool]]:
+    """(line, whether it is trained) of one demonstration: trained tokens apart from the others, `T|` before them.
+
+    White space is visible (· a space, ⏎ the end of a line, → a tab), and special tokens stand in brackets 「 」, so
+    that text which merely looks like one can be told from it.
+    """
+    yield f"{source}: {len(row.ids):,} tokens, {row.trained:,} of them trained", False
+    cursor = 0
+    for start, stop in row.spans:
+        yield from ((f"   | {line}", False) for line in _shown(tokenizer, row.ids[cursor:start], width - 5))
+        yield from ((f" T | {line}", True) for line in _shown(tokenizer, row.ids[start:stop], width - 5))
+        cursor = stop
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], width: int) -> list[str]:
+    """Tokens as visible text in lines of at most `width` characters, the middle of a long one left out."""
+    special = special_ids(tokenizer)
+    text, plain = "", list[int]()
+    for token in (*ids, None):
+        if token is not None and token not in special:
+            plain.append(token)
+            continue
+        said = str(tokenizer.decode(plain)) if plain else ""
+        text += "".join(_VISIBLE.get(character, character) for character in said)
+        text += "" if token is None else f"「{tokenizer.convert_ids_to_tokens(token)}」"
+        plain = []
+    lines = [part for line in text.removesuffix("\n").split("\n") for part in chop_cells(line, width) or [""]]
+    dropped = len(lines) - _HEAD - _TAIL
+    return lines if dropped < 2 else [*lines[:_HEAD], f"... {dropped:,} lines more ...", *lines[-_TAIL:]]

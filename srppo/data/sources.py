@@ -1,6 +1,6 @@
 """From a source (file, folder, hub set, or `embedded`, `embedded:group`) to tables of rows with their places.
 
-A line that does not parse ends the command; a row that parses and can't be used is left to `formats.py`.
+A line that does not parse ends the command; a row that parses and can't be used is left to `rows.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from srppo.config import is_embedded
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import DataError
 
@@ -50,7 +51,7 @@ def short(names: Iterable[Any], most: int = 12) -> str:
 
 def files_of(source: str) -> list[Path] | None:
     """The files that a source is read from: none of an embedded one; None for a hub set or what is not there."""
-    if _is_embedded(source):
+    if is_embedded(source):
         return []
     path = Path(source).expanduser()
     if path.is_dir():
@@ -58,12 +59,8 @@ def files_of(source: str) -> list[Path] | None:
     return [path] if path.exists() else None
 
 
-def _is_embedded(source: str) -> bool:
-    return source == "embedded" or source.startswith("embedded:")
-
-
 def tables(source: str, what: str, seed: int) -> Iterator[Table]:
-    if _is_embedded(source):
+    if is_embedded(source):
         yield _embedded(source, what, seed)
         return
     path = Path(source).expanduser()

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srppo.errors import DataError
-from srppo.evaluation.choice import made_alike, without_repeats
-from srppo.evaluation.pairing import Paired, by_seed, pair
-from srppo.evaluation.results import DECODINGS, TaskResult
-from srppo.evaluation.verdicts import Difference, Verdict, sentence
+from srppo.evaluation.pairing import Arms, Paired, by_seed, made_alike, pair
+from srppo.evaluation.results import DECODINGS, TaskResult, not_scored_file
 from srppo.statistics.intervals import (
+    Estimate,
     IqmDifference,
     calibrated_interval,
     cluster_values,
@@ -28,6 +29,38 @@ from srppo.statistics.intervals import (
     iqm_difference,
 )
 from srppo.statistics.tests import PValue, detectable, holm, mcnemar, seeds_needed, sign_flip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A model minus the baseline on one task under one decoding, in the metric's unit.
+
+    difference: with its interval of confidence 1 - alpha; its n counts items. clusters: how many, None without.
+    p, p_holm: two-sided, before and after Holm's correction over so many comparisons. detectable: the true difference
+    that such data show with 80% power before correction, infinite where the test cannot reach alpha. left_out: items by
+    reason.
+    """
+
+    baseline: str
+    model: str
+    task: str
+    decoding: str
+    metric: str
+    group: str | None
+    seeds: tuple[int | None, ...]
+    clusters: int | None
+    baseline_mean: float
+    model_mean: float
+    difference: Estimate
+    p: float
+    test: str
+    p_holm: float
+    comparisons: int
+    detectable: float
+    verdict: Literal["better", "worse", "cannot tell"]
+    sentence: str
+    left_out: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,8 +76,19 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All differences and aggregates, and what was not compared."""
+class Unscored:
+    """Items of one task without a score for one reason: how many, of which models, and the file that lists them."""
+
+    task: str
+    reason: str
+    items: int
+    models: tuple[str, ...]
+    file: Path
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """All differences and aggregates, what was not compared, and once for all differences what has no score."""
 
     baseline: str
     models: tuple[str, ...]
@@ -52,6 +96,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     aggregates: tuple[Aggregate, ...]
     notes: tuple[str, ...]
+    unscored: tuple[Unscored, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +110,7 @@ class _Case:
     tested: PValue
 
 
-def compare(arms: Mapping[str, Sequence[TaskResult]], *, alpha: float = 0.05) -> Comparison:
+def compare(arms: Arms, *, alpha: float = 0.05) -> ComparisonResult:
     """Compare every arm with the first. Raises DataError where nothing can be paired."""
     if len(arms) < 2:
         raise DataError(
@@ -74,10 +119,8 @@ def compare(arms: Mapping[str, Sequence[TaskResult]], *, alpha: float = 0.05) ->
     if not 0 < alpha < 1:
         raise DataError(f"alpha {alpha} is not between 0 and 1; 0.05 is usual")
     baseline, *models = arms
-    once, repeated = without_repeats(arms)
-    alike, ways = made_alike(once)
+    alike, notes = made_alike(arms)
     tables = {name: _by_task(results) for name, results in alike.items()}
-    notes = [*repeated, *ways]
     differences: list[Difference] = []
     aggregates: list[Aggregate] = []
     for decoding in DECODINGS:
@@ -91,7 +134,25 @@ def compare(arms: Mapping[str, Sequence[TaskResult]], *, alpha: float = 0.05) ->
     notes = list(dict.fromkeys(notes))
     if not differences:
         raise DataError(f"nothing to compare: {'; '.join(notes)}")
-    return Comparison(baseline, tuple(models), alpha, tuple(differences), tuple(aggregates), tuple(notes))
+    return ComparisonResult(
+        baseline, tuple(models), alpha, tuple(differences), tuple(aggregates), tuple(notes), _unscored(alike)
+    )
+
+
+def _unscored(arms: Arms) -> tuple[Unscored, ...]:
+    """By task and reason, the models that lack a score on the same items together, whatever the seed and decoding."""
+    found: dict[tuple[str, str, frozenset[str]], dict[str, Path]] = {}
+    for name, results in arms.items():
+        for result in results:
+            by_reason: dict[str, list[str]] = {}
+            for item, reason in result.not_scored.items():
+                by_reason.setdefault(reason, []).append(item)
+            for reason, items in by_reason.items():
+                found.setdefault((result.task, reason, frozenset(items)), {}).setdefault(name, result.path)
+    return tuple(
+        Unscored(task, reason, len(items), tuple(paths), not_scored_file(next(iter(paths.values()))))
+        for (task, reason, items), paths in found.items()
+    )
 
 
 def _by_task(results: Sequence[TaskResult]) -> dict[tuple[str, str], list[TaskResult]]:
@@ -165,9 +226,7 @@ def _difference(case: _Case, p_holm: float, comparisons: int, alpha: float) -> D
     draws = max(500, min(4000, 8_000_000 // gaps.shape[1]))  # only the interval's shape hangs on them
     interval = calibrated_interval(gaps, paired.clusters, limits=paired.limits, draws=draws, confidence=1 - alpha)
     shown = p_holm <= alpha and (interval.low > 0 or interval.high < 0)
-    verdict: Verdict = "cannot tell"
-    if shown:
-        verdict = "better" if (interval.mean > 0) == first.higher_is_better else "worse"
+    better = (interval.mean > 0) == first.higher_is_better
     reach = case.tested.n >= seeds_needed(alpha, comparisons)
     found = Difference(
         baseline=case.baseline,
@@ -186,7 +245,7 @@ def _difference(case: _Case, p_holm: float, comparisons: int, alpha: float) -> D
         p_holm=p_holm,
         comparisons=comparisons,
         detectable=_detectable(paired, gaps, alpha) if reach else math.inf,
-        verdict=verdict,
+        verdict="cannot tell" if not shown else "better" if better else "worse",
         sentence="",
         left_out=paired.left_out,
         notes=paired.notes,
@@ -201,3 +260,48 @@ def _detectable(paired: Paired, gaps: NDArray[np.float64], alpha: float) -> floa
     if not error > 1e-12:
         error = math.sqrt(constant_bound(units.shape[1]) / units.shape[1]) if paired.limits else math.nan
     return detectable(error, df, alpha=alpha)
+
+
+# ---- plain words
+
+
+def sentence(found: Difference, alpha: float) -> str:
+    """What a comparison shows, in plain words."""
+    where, interval = f"on {found.task} ({found.decoding})", found.difference
+    data = f"{interval.n} items" + (f" in {found.clusters} clusters" if found.clusters else "")
+    data += f" and {len(found.seeds)} seeds" if len(found.seeds) > 1 else ""
+    p = p_text(found.p_holm) + (f" after Holm over {found.comparisons}" if found.comparisons > 1 else "")
+    if found.verdict != "cannot tell":
+        bounds = sorted([abs(interval.low), abs(interval.high)])
+        by = f"{number(abs(interval.mean))} [{number(bounds[0])}, {number(bounds[1])}]"
+        return f"{found.model} is {found.verdict} than {found.baseline} {where} by {by}, p {p}; {data}{_one(found)}."
+    text = f"cannot tell whether {found.model} differs from {found.baseline} {where}: {signed(interval)}, p {p}; "
+    units, kind = (len(found.seeds), "seeds") if len(found.seeds) > 1 else (found.clusters or interval.n, "units")
+    if not math.isfinite(found.detectable) and units < seeds_needed(alpha, found.comparisons):
+        least = f"{units} {kind} cannot give a p below {p_text(2.0 ** (1 - units))} before correction"
+        many = f" with Holm over {found.comparisons}" if found.comparisons > 1 else ""
+        return f"{text}{least}, whatever the difference; {seeds_needed(alpha, found.comparisons)} could{many}."
+    if found.p_holm <= alpha:
+        return f"{text}these items agree, but the interval says that other items may not; {data}{_one(found)}."
+    shown = f"could have shown a difference of about {number(found.detectable)} or more"
+    return f"{text}{data} {shown}{_one(found)}."
+
+
+def _one(found: Difference) -> str:
+    """The warning of a trained model that stands alone for its method."""
+    return " (one training seed; others may differ)" if len(found.seeds) == 1 and found.seeds != (None,) else ""
+
+
+def number(value: float, sign: str = "") -> str:
+    """Three decimals, one from 10 on; a dash where there is no number."""
+    return "-" if not math.isfinite(value) else format(value, f"{sign}.3f" if abs(value) < 10 else f"{sign},.1f")
+
+
+def signed(estimate: Estimate) -> str:
+    """`+0.120 [+0.050, +0.190]`."""
+    return f"{number(estimate.mean, '+')} [{number(estimate.low, '+')}, {number(estimate.high, '+')}]"
+
+
+def p_text(p: float) -> str:
+    """Three decimals, `<0.001` below."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"

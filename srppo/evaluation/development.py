@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,26 +14,16 @@ from srppo.config import Recipe, derive_seed
 from srppo.data.chat import encode_prompts
 from srppo.data.types import EncodedDemonstration, Message, Prompt
 from srppo.errors import DataError
-from srppo.models.language_model import LanguageModel, forward_flops
-from srppo.models.memory import advising
+from srppo.evaluation.items import load_items, spread
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
 from srppo.training.batch import Generated, answer_nll_sum, training_flops
 from srppo.training.rollout import generate
+from srppo.world.items import Item
+from srppo.world.tasks import check
 
-GROUPS = ("demonstrated", "prompted", "unseen")  # in-domain; seen by PPO only; out-of-domain
 EVAL_BATCH = 300  # rows of one call of generate, which takes fewer at a time where the memory has it
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EvalItem:
-    """A question with one right answer; right means equal after stripping spaces."""
-
-    prompt: str
-    answer: str
-    task: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -60,70 +48,23 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def load_items(recipe: Recipe, split: str) -> list[EvalItem]:
-    """Items of one split (`dev` or `test`): the user's file, or the embedded ones where the data are embedded, or none.
-
-    A row of the file holds prompt and answer, and may hold task, group and split (default: every second row is dev).
-    """
-    if recipe.eval.items is not None:
-        return _read_items(Path(recipe.eval.items), split)
-    if recipe.data.demonstrations != ("embedded",):
-        return []
-    from srppo.world.items import items
-
-    return [EvalItem(i.prompt, i.answer, i.task, i.group) for group in GROUPS for i in items(group, split)]
-
-
-def _read_items(path: Path, split: str) -> list[EvalItem]:
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"eval.items {path} cannot be read: {error}") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            own_split = row.get("split", "dev" if number % 2 else "test")
-            group = str(row.get("group", "items"))
-            item = EvalItem(row["prompt"], str(row["answer"]), str(row.get("task", group)), group)
-            if not isinstance(item.prompt, str) or own_split not in ("dev", "test"):
-                raise TypeError(f"prompt {item.prompt!r}, split {own_split!r}; a prompt is text, a split dev or test")
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: not an item ({error}); a line is a JSON object with prompt and answer, and may have "
-                "task, group and split"
-            ) from None
-        if own_split == split:
-            found.append(item)
-    if not found:
-        raise DataError(f"eval.items {path} has no rows of split {split!r}; mark rows with split: dev or test")
-    return found
-
-
-def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[EvalItem], recipe: Recipe) -> list[Sequence[int]]:
+def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], recipe: Recipe) -> list[Sequence[int]]:
     """Token ids of each item's prompt, up to where the answer begins. Raises DataError for one that cannot be used."""
-    found = encode_prompts(
-        tokenizer,
-        [Prompt((Message("user", item.prompt),), "eval") for item in items],
-        system=recipe.data.system,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-    )
-    prompts: list[Sequence[int]] = []
+    prompts = [Prompt((Message("user", item.prompt),), "eval") for item in items]
+    limit = recipe.data.max_prompt_tokens
+    found = encode_prompts(tokenizer, prompts, system=recipe.data.system, max_prompt_tokens=limit)
     for item, ids in zip(items, found, strict=True):
         if isinstance(ids, str):
             raise DataError(f"evaluation item {item.prompt[:60]!r} cannot be used: {ids}")
-        prompts.append(ids)
-    return prompts
+    return [ids for ids in found if not isinstance(ids, str)]
 
 
-def verdict_of(item: EvalItem, answers: Sequence[Answer]) -> Verdict:
+def verdict_of(item: Item, answers: Sequence[Answer]) -> Verdict:
     """What was written for an item, each answer right where it equals the known one."""
     return Verdict(
         **vars(item),
         responses=tuple(answer.text for answer in answers),
-        correct=tuple(answer.text.strip() == item.answer.strip() for answer in answers),
+        correct=tuple(check(item.answer, answer.text) for answer in answers),
         ended=tuple(answer.ended for answer in answers),
         tokens=tuple(answer.tokens for answer in answers),
     )
@@ -133,7 +74,7 @@ def verdict_of(item: EvalItem, answers: Sequence[Answer]) -> Verdict:
 def answer_items(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[EvalItem],
+    items: Sequence[Item],
     recipe: Recipe,
     *,
     samples: int | None,
@@ -180,7 +121,6 @@ def accuracy_by_group(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     return {group: item_interval(values) for group, values in shares.items()}
 
 
-@advising("scoring held-out demonstrations", "lower sft.micro_batch: it changes memory, not the result")
 def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, micro_batch: int) -> float:
     """Mean NLL of the answers, nats a token, over all answer tokens."""
     total, tokens = 0.0, 0
@@ -207,11 +147,9 @@ class Development:
         held_out: Sequence[EncodedDemonstration],
         stops: Sequence[int],
     ) -> None:
-        self.recipe, self.tokenizer, self.held_out, self.stops = recipe, tokenizer, held_out, stops
-        self.items = load_items(recipe, "dev")
-        if recipe.eval.limit is not None:
-            self.items = _spread(self.items, recipe.eval.limit)
-            self.held_out = _spread(self.held_out, recipe.eval.limit)
+        self.recipe, self.tokenizer, self.stops = recipe, tokenizer, stops
+        self.items = spread(load_items(recipe, "dev"), recipe.eval.limit)
+        self.held_out = spread(held_out, recipe.eval.limit)
 
     @property
     def ranks(self) -> bool:
@@ -246,10 +184,3 @@ class Development:
             if self.recipe.eval.metric == "accuracy":
                 score = row.get("dev/demonstrated", row["dev/accuracy"])
         return row, score
-
-
-def _spread(items: Sequence[T], limit: int) -> list[T]:
-    """At most `limit` items, evenly over the list, so that every task keeps its share."""
-    if limit >= len(items):
-        return list(items)
-    return [items[i * len(items) // limit] for i in range(limit)]

@@ -1,19 +1,30 @@
-"""Two models' results on one task, paired on training seeds and on items; what cannot be paired is named. No torch."""
+"""Which results of two models are set against each other: asked in one way, of one seed, item by item. No torch.
+
+`made_alike` takes one of several results of one thing, `pair` pairs two models' results on seeds and items. What is not
+taken, and what cannot be paired, is named.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srppo.errors import DataError
-from srppo.evaluation.results import TaskResult
+from srppo.evaluation.results import SUMMARY, TaskResult, question_name
+from srppo.world.items import items
+from srppo.world.tasks import GROUPS
 
+Arms = Mapping[str, Sequence[TaskResult]]
 BySeed = Mapping[int | None, TaskResult]
+SUITE = "embedded_"  # before the name of a group: its task in the embedded suite
 
 DECISIVE = {
     "harness": ("version of srppo eval", "with one version of srppo"),
@@ -44,6 +55,132 @@ HARMLESS = {
     "environment.packages.lm-eval": "lm-eval",
 }
 """Settings that change precision or rounding, not the question."""
+OF_SAMPLING = {"samples": HARMLESS["samples"], "eval_seed": "seed of the samples (--seed)"}
+
+
+# ---- one way of asking
+
+
+def made_alike(arms: Arms) -> tuple[dict[str, list[TaskResult]], list[str]]:
+    """Where one thing was measured in several ways, the one that all arms share; and notes that say which.
+
+    A way: the settings that decide what is asked (DECISIVE), samples and their seed included, or, where arms share none
+    of those, without these two. Of several shared ways the one with the most arms and training seeds, then items, then
+    the newest. A run's own test of a group of the embedded world and the embedded suite's are ways of one thing, and
+    the suite's comes first where both have as much. Where nothing is shared all stay, and pairing says what differs.
+    """
+    tasks = {result.task for results in arms.values() for result in results}
+    by_questions: dict[tuple[str, str], dict[str, list[TaskResult]]] = {}
+    for name, results in arms.items():
+        for result in results:
+            on = by_questions.setdefault((_questions(result, tasks), result.decoding), {})
+            on.setdefault(name, []).append(result)
+    kept: dict[str, list[TaskResult]] = {name: [] for name in arms}
+    notes: list[str] = []
+    for on in by_questions.values():
+        several = any(len(cell) > 1 for cell in _cells(on).values())
+        for name, taken in (_shared(on, notes) if several else on).items():
+            kept[name] += taken
+    return kept, notes
+
+
+def _questions(result: TaskResult, tasks: Collection[str]) -> str:
+    """The task, or the embedded suite's, where results on that exist too, for a run's own test on the same items."""
+    suite = SUITE + result.task
+    same = suite in tasks and result.task in GROUPS and _of_world(result.task).issuperset(result.items)
+    return suite if same else result.task
+
+
+@cache
+def _of_world(group: str) -> frozenset[str]:
+    return frozenset(question_name(item.task, item.prompt, item.answer) for item in items(group, "test"))
+
+
+def _shared(on: Arms, notes: list[str]) -> Arms:
+    """The results of one thing, one an arm and seed, all made alike; all results where that cannot be."""
+    for further in (OF_SAMPLING, {}):
+        ways: dict[str, dict[str, list[TaskResult]]] = {}
+        for name, results in on.items():
+            for result in results:
+                ways.setdefault(str(_way(result, further)), {}).setdefault(name, []).append(result)
+        shared = [way for way in ways.values() if way.keys() == on.keys()]
+        if shared:
+            best = max(shared, key=_rank)
+            notes += _not_taken(on, best, [_first(way).task for way in ways.values()])
+            cells = _cells(best)
+            return {name: [_fullest(cell) for (own, _), cell in cells.items() if own == name] for name in on}
+    return on
+
+
+def _way(result: TaskResult, further: Mapping[str, str]) -> dict[str, Any]:
+    settings = comparable(result)
+    wanted = [*DECISIVE, *(further if result.decoding == "sampled" else ())]
+    return {"task": result.task, "metric": result.metric} | {key: settings[key] for key in wanted if key in settings}
+
+
+def _rank(way: Arms) -> tuple[int, int, bool, float]:
+    """Arms and seeds, items, whether it is the suite's, and when the newest was written."""
+    cells = _cells(way).values()
+    items_in_all = sum(len(_fullest(cell).items) for cell in cells)
+    newest = max(_time(result) for cell in cells for result in cell)
+    return len(cells), items_in_all, _first(way).task.startswith(SUITE), newest
+
+
+def _first(arms: Arms) -> TaskResult:
+    return next(result for results in arms.values() for result in results)
+
+
+def _not_taken(on: Arms, best: Arms, tasks: Sequence[str]) -> list[str]:
+    """Notes on the results that are not taken; tasks: that of each way."""
+    first = _first(best)
+    others = [result for name, results in on.items() for result in results if result not in best[name]]
+    where = f"({first.decoding})"
+    notes = [
+        f"{task} {where} is left out: {first.task} asks the same questions, and each counts once"
+        for task in dict.fromkeys(result.task for result in others if result.task != first.task)
+    ]
+    if same := [result for result in others if result.task == first.task]:
+        notes.append(
+            f"{first.task} {where} was evaluated in {tasks.count(first.task)} ways; compared is the newest that all "
+            f"share{_words(first, same)}"
+        )
+    if max(map(len, _cells(best).values())) > 1:
+        notes.append(f"{first.task} {where}: of several results of a model, that with most items counts")
+    return notes
+
+
+def _words(first: TaskResult, others: Sequence[TaskResult]) -> str:
+    """` (samples a prompt 2, not 4; ...)`: where the chosen way differs from the others."""
+    names = {key: words for key, (words, _) in DECISIVE.items()} | (OF_SAMPLING if first.decoding == "sampled" else {})
+    own, every = comparable(first), [comparable(result) for result in others]
+    parts = []
+    for key, words in names.items():
+        unlike = dict.fromkeys(said(each[key]) for each in every if key in each and each[key] != own.get(key))
+        parts += [f"{words}: {said(own.get(key))}, not {', '.join(unlike)}"] if unlike else []
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _cells(arms: Arms) -> dict[tuple[str, int | None], list[TaskResult]]:
+    """Results by arm and training seed."""
+    found = defaultdict(list)
+    for name, results in arms.items():
+        for result in results:
+            found[name, result.seed].append(result)
+    return found
+
+
+def _fullest(cell: Sequence[TaskResult]) -> TaskResult:
+    """The result with most items, the newest of several."""
+    return max(cell, key=lambda result: (len(result.items), _time(result)))
+
+
+def _time(result: TaskResult) -> float:
+    """When a result was written, as its file says; 0 where there is none."""
+    file = Path(result.path) / SUMMARY
+    return file.stat().st_mtime if file.is_file() else 0.0
+
+
+# ---- pairs of one seed and one item
 
 
 @dataclass(frozen=True)
@@ -77,22 +214,23 @@ def by_seed(results: Sequence[TaskResult]) -> tuple[dict[int | None, TaskResult]
 
     Raises DataError where several have equally many.
     """
-    found: dict[int | None, TaskResult] = {}
-    notes = []
+    cells: dict[int | None, list[TaskResult]] = defaultdict(list)
     for result in results:
-        other = found.get(result.seed)
-        if other is None:
-            found[result.seed] = result
-            continue
-        if len(other.items) == len(result.items):
-            seed = "" if result.seed is None else f", seed {result.seed}"
+        cells[result.seed].append(result)
+    found, notes = {}, list[str]()
+    for seed in sorted(cells, key=lambda seed: (seed is None, seed or 0)):
+        first, *others = sorted(cells[seed], key=lambda result: -len(result.items))
+        found[seed] = first
+        if others and len(others[0].items) == len(first.items):
+            which = "" if seed is None else f", seed {seed}"
             raise DataError(
-                f"two results of {result.model} on {result.task} ({result.decoding}{seed}) with {len(result.items)} "
-                f"items: {other.path} and {result.path}; give the path of the one that is meant, or move the other away"
+                f"two results of {first.model} on {first.task} ({first.decoding}{which}) with {len(first.items)} "
+                f"items: {first.path} and {others[0].path}; give the path of the one that is meant, or move the other "
+                "away"
             )
-        found[result.seed] = max(other, result, key=lambda each: len(each.items))
-        notes.append(f"{result.model} on {result.task}: of several results the one with most items is used")
-    return dict(sorted(found.items(), key=lambda each: (each[0] is None, each[0] or 0))), tuple(dict.fromkeys(notes))
+        if others:
+            notes.append(f"{first.model} on {first.task}: of several results the one with most items is used")
+    return found, tuple(dict.fromkeys(notes))
 
 
 def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:
@@ -109,7 +247,7 @@ def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:
                     f"{first.task}: {first.path} has the metric {first.metric}, {result.path} has {result.metric}; "
                     "pick one that both have with --metric"
                 )
-    made = _made_alike([result for each in pairs for result in each])
+    made = _check_settings([result for each in pairs for result in each])
     scores = [[dict(zip(r.items, r.scores, strict=True)) for r in each] for each in pairs]
     items, left_out = _pair_items(pairs, scores, names)
     clusters = _clusters(pairs, items)
@@ -118,7 +256,7 @@ def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:
     return Paired(arrays[0], arrays[1], seeds, clusters, left_out, (*notes, *made))
 
 
-def _made_alike(results: Sequence[TaskResult]) -> tuple[str, ...]:
+def _check_settings(results: Sequence[TaskResult]) -> list[str]:
     """What a reader should know of how results were made. Raises DataError where they cannot be compared."""
     every = [comparable(result) for result in results]
     first = every[0]
@@ -131,24 +269,16 @@ def _made_alike(results: Sequence[TaskResult]) -> tuple[str, ...]:
                 f"{result.task}: {results[0].path} and {result.path} were made in ways that cannot be compared "
                 f"({what}); make both {ways}"
             )
-    return (*_harmless(every), *_unrecorded(results, every))
-
-
-def _harmless(every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Notes on settings that differ and do not forbid to compare."""
-    values = {key: list(dict.fromkeys(said(each[key]) for each in every if key in each)) for key in HARMLESS}
-    differ = [f"{HARMLESS[key]} ({', '.join(found)})" for key, found in values.items() if len(found) > 1]
+    values = {name: dict.fromkeys(said(e[key]) for e in every if key in e) for key, name in HARMLESS.items()}
+    differ = [f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1]
     notes = [f"results differ in {', '.join(differ)}; the questions are the same"] if differ else []
     if len({each["chat_template"] for each in every if each.get("templated")}) > 1:
         notes.append("the models have different chat templates; each was asked in its own")
-    return notes
-
-
-def _unrecorded(results: Sequence[TaskResult], every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note where some results, such as older ones, do not say what others do."""
     recorded = {key for each in every for key in DECISIVE if key in each}
     lacking = [result.path for result, each in zip(results, every, strict=True) if not recorded <= each.keys()]
-    return [f"{lacking[0]} does not record all of its settings: move it away and evaluate again"] if lacking else []
+    if lacking:
+        notes.append(f"{lacking[0]} does not record all of its settings: move it away and evaluate again")
+    return notes
 
 
 def comparable(result: TaskResult) -> dict[str, Any]:
@@ -170,16 +300,16 @@ def said(value: Any) -> str:
 
 def _pair_seeds(
     baseline: BySeed, model: BySeed, names: tuple[str, str]
-) -> tuple[list[tuple[TaskResult, TaskResult]], tuple[str, ...]]:
+) -> tuple[list[tuple[TaskResult, TaskResult]], list[str]]:
     """Results of one seed each. One result without a seed, such as a model from the hub, meets every seed."""
     if len(baseline) == len(model) == 1:
         (a,), (b,) = baseline, model
-        note = () if a == b else (f"seeds {_seed(a)} and {_seed(b)} are not the same: paired on items only",)
-        return [(baseline[a], model[b])], note
+        note = f"seeds {_seeds([a])} and {_seeds([b])} are not the same: paired on items only"
+        return [(baseline[a], model[b])], [] if a == b else [note]
     for one, several, name in ((baseline, model, names[0]), (model, baseline, names[1])):
         if set(one) == {None}:
             pairs = [(one[None], r) if one is baseline else (r, one[None]) for r in several.values()]
-            return pairs, (f"{name} is one model without a training seed, set against every seed of the other",)
+            return pairs, [f"{name} is one model without a training seed, set against every seed of the other"]
     common = [seed for seed in baseline if seed in model]
     if not common:
         raise DataError(
@@ -187,19 +317,15 @@ def _pair_seeds(
             "can be paired; train both with the same seeds, or give one result of each"
         )
     notes = [
-        f"{name}: seeds {', '.join(map(_seed, alone))} left out, {other} lacks them"
+        f"{name}: seeds {_seeds(alone)} left out, {other} lacks them"
         for name, other, own, others in ((*names, baseline, model), (*names[::-1], model, baseline))
         if (alone := [seed for seed in own if seed not in others])
     ]
-    return [(baseline[seed], model[seed]) for seed in common], tuple(notes)
+    return [(baseline[seed], model[seed]) for seed in common], notes
 
 
-def _seed(seed: int | None) -> str:
-    return "unknown" if seed is None else str(seed)
-
-
-def _seeds(results: BySeed) -> str:
-    return ", ".join(map(_seed, results))
+def _seeds(seeds: Iterable[int | None]) -> str:
+    return ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
 
 
 def _pair_items(

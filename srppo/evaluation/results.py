@@ -14,6 +14,7 @@ import json
 import math
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,13 @@ from typing import Any
 
 from srppo.config import canonical_json
 from srppo.errors import DataError, RecordError
-from srppo.record.arms import one_run, stages_by_arm
+from srppo.record.arms import ArmsOf, one_run, stages_by_kind
 from srppo.record.files import MANIFEST, damage, replace_folder, storing
 from srppo.record.json import plain, read_json, read_lines, revive
-from srppo.record.store import Run, Stage
+from srppo.record.store import Stage
 
 DECODINGS = ("greedy", "sampled")
-SUMMARY, SAMPLES = "summary.json", "samples.parquet"
+SUMMARY, SAMPLES, NOT_SCORED = "summary.json", "samples.parquet", ".not-scored.jsonl"
 _OWN = {"max_new_tokens": "rollout.max_new_tokens", "data.system": "data.system", "precision": "precision"}
 """What decides a run's own test answers beside model and items: names in a stage's identity, and in `settings`."""
 _NEEDED = ("model", "task", "decoding", "metric", "seed", "key", "group")
@@ -43,7 +44,7 @@ class TaskResult:
     unknown. items: ids, unique within the task. scores: one an item, the mean over its samples, in the metric's own
     unit (a share for accuracies); NaN where any sample was not scored, with the reason in not_scored. clusters: the
     cluster of each item, None where items are independent. group: such as in-domain or out-of-domain. settings: how it
-    was made, as far as that is recorded, with dotted names (`matching` says which of them must be equal).
+    was made, as far as that is recorded, with dotted names (`pairing` says which of them must be equal).
     """
 
     model: str
@@ -88,6 +89,13 @@ def write_result(parent: Path, summary: Mapping[str, Any], samples: Sequence[Map
     return folder
 
 
+def not_scored_file(folder: Path) -> Path:
+    """Where a result's items without a score are listed: a file beside its folder (`srppo eval` writes it), a line an
+    item with the reason; or else the samples themselves."""
+    listed = folder.with_name(f"{folder.name}{NOT_SCORED}")
+    return listed if listed.exists() else folder / SAMPLES
+
+
 def read_result(folder: Path, metric: str | None = None) -> TaskResult:
     """The result in one folder; `metric` picks another column of its samples than the primary one.
 
@@ -107,8 +115,10 @@ def read_result(folder: Path, metric: str | None = None) -> TaskResult:
     return _result(folder, summary, rows, metric)
 
 
-def read_results(path: Path, metric: str | None = None) -> list[TaskResult]:
+def read_results(path: Path, metric: str | None = None, arms: ArmsOf = stages_by_kind) -> list[TaskResult]:
     """Every result in a result folder, in a folder of them, or in a run (then a model an arm, a result a seed).
+
+    arms: what the arms of a run are; each kind of stage is one, unless the caller knows them by their names.
 
     Stages that are not finished well are left out (`arms.problem_of` says why). Raises RecordError when there is
     nothing, or something damaged.
@@ -119,7 +129,7 @@ def read_results(path: Path, metric: str | None = None) -> list[TaskResult]:
     if (path / SUMMARY).exists():
         return [read_result(path, metric)]
     if (path / "sweep.json").exists():
-        found = _of_run(one_run(path), metric)
+        found = _of_run(arms(one_run(path)), metric)
         missing = "has no evaluated stage yet; finish the run, or evaluate it: srppo eval"
     else:
         found = _read(path, metric)
@@ -143,9 +153,9 @@ def _read(path: Path, metric: str | None) -> list[TaskResult]:
     return found
 
 
-def _of_run(run: Run, metric: str | None) -> list[TaskResult]:
+def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[TaskResult]:
     found = []
-    for arm, stages in stages_by_arm(run).items():
+    for arm, stages in arms.items():
         for stage in stages:
             if not stage.done:
                 continue
@@ -163,13 +173,15 @@ def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResu
     config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}
+    copies = Counter[tuple[str, str]]()
     for row in read_lines(folder / "samples.jsonl"):
-        scores = by_group.setdefault(row["group"], {})
-        scores[_item_id(row, scores)] = sum(row["correct"]) / len(row["correct"])
+        name, group = question_name(row["task"], row["prompt"], row["answer"]), row["group"]
+        copies[group, name] += 1
+        item = name if copies[group, name] == 1 else f"{name} ({copies[group, name]})"
+        by_group.setdefault(group, {})[item] = sum(row["correct"]) / len(row["correct"])
+    made = (decoding, "accuracy", seed)
     return [
-        TaskResult(
-            arm, group, decoding, "accuracy", seed, tuple(s), tuple(s.values()), None, group, folder, settings=settings
-        )
+        TaskResult(arm, group, *made, tuple(s), tuple(s.values()), None, group, folder, settings=settings)
         for group, s in by_group.items()
     ]
 
@@ -182,15 +194,9 @@ def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _item_id(row: Mapping[str, Any], taken: Mapping[str, Any]) -> str:
-    """Legible, and the same for the same question in any run: task, start of the prompt, and a hash of all of it."""
-    name = question_name(row["task"], row["prompt"], row["answer"])
-    copies = sum(name == each or each.startswith(f"{name} (") for each in taken) if name in taken else 0
-    return f"{name} ({copies + 1})" if copies else name
-
-
 @lru_cache(maxsize=100_000)  # a sweep reads the same questions hundreds of times
 def question_name(task: str, prompt: str, answer: str) -> str:
+    """Legible, and the same for the same question in any run: task, start of the prompt, and a hash of all of it."""
     text = json.dumps([task, prompt, answer])
     return f"{task}: {prompt[:40]} #{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from srppo.config import Recipe, to_toml
 from srppo.models.language_model import LanguageModel
+from srppo.models.loading import no_bars
 
 CARD = """---
 library_name: transformers
@@ -46,8 +47,9 @@ def export_model(
     model.model.generation_config = GenerationConfig(
         eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
-    model.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with no_bars():
+        model.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""How many rows fit the memory, and what is said where they do not.
+"""How many rows fit the memory, and how it is noticed that they did not.
 
 Products of batches of another size are rounded otherwise, which may change a near tie and so a response. A size is
 therefore a function of model, request and machine alone, never of the memory that happens to be free.
@@ -7,13 +7,11 @@ therefore a function of model, request and machine alone, never of the memory th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from srppo.errors import OutOfMemory
 from srppo.models.language_model import LanguageModel
 
 MOST = 512  # rows; beyond it small models gain nothing
@@ -28,7 +26,7 @@ def rows_that_fit(model: LanguageModel, positions: int, *, scored: int = 1, held
 
     held: bytes that the memory holds besides, None: the model's weights.
     """
-    config: Any = model.model.config.get_text_config()
+    config = model.config
     queries = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or queries
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
@@ -71,10 +69,6 @@ def by_length(rows: Sequence[T], length: Callable[[T], int], size: int) -> Itera
         yield order[start : start + size]
 
 
-@contextmanager
-def advising(doing: str, advice: str) -> Iterator[None]:
-    """Restate a device's out-of-memory error in one line: what was being done, and what helps. Also a decorator."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"{doing} ran out of memory ({str(error).splitlines()[0]}); {advice}") from error
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, in Python, or where torch's allocator of the CPU refuses."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

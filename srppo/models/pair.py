@@ -6,19 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srppo.config import Recipe, build_recipe, resolved
+from srppo.config import ModelConfig, Recipe, build_recipe, resolved
 from srppo.data.chat import ensure_chat_template, stop_ids
-from srppo.errors import RecordError, UserError
-from srppo.models.language_model import (
-    LanguageModel,
-    check_same_tokens,
-    check_same_vocabulary,
-    context_length,
-    load_model,
-    load_tokenizer,
-)
+from srppo.errors import ModelError, RecordError, UserError
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import context_length, load_model, load_tokenizer
 from srppo.record.arms import is_sweep, one_run
 from srppo.record.store import Run, Stage
 
@@ -100,13 +94,27 @@ def load_pair(
 
 
 def _load(recipe: Recipe, sft: str, device: str) -> Pair:
-    tokenizer = load_tokenizer(sft, recipe.model)
-    check_same_tokens(load_tokenizer(recipe.model.base, recipe.model), tokenizer)
+    tokenizer, base, policy = load_models(recipe.model, sft, device)
     ensure_chat_template(tokenizer)
+    assert policy is not None
+    return Pair(policy, base, tokenizer, recipe, sft, recipe.model.base)
+
+
+def load_models(
+    config: ModelConfig, sft: str | None, device: str
+) -> tuple[PreTrainedTokenizerBase, LanguageModel, LanguageModel | None]:
+    """(tokenizer, base, SFT model, None where there is none yet); the tokenizer is the SFT model's, whose template it
+    knows, else the base's. Raises ModelError for two models that do not have the same tokens."""
+    tokenizer = load_tokenizer(sft or config.base, config)
+    if sft is not None:
+        check_same_tokens(load_tokenizer(config.base, config), tokenizer)
     size = len(tokenizer)
-    models = [load_model(spec, recipe.model, device=device, vocab_size=size) for spec in (sft, recipe.model.base)]
-    check_same_vocabulary(models[1].model, models[0].model)
-    return Pair(models[0], models[1], tokenizer, recipe, sft, recipe.model.base)
+    base = load_model(config.base, config, device=device, vocab_size=size)
+    if sft is None:
+        return tokenizer, base, None
+    policy = load_model(sft, config, device=device, vocab_size=size)
+    check_same_vocabulary(base.model, policy.model)
+    return tokenizer, base, policy
 
 
 def _newest() -> Path:
@@ -129,3 +137,25 @@ def _sft_stage(run: Run, seed: int | None) -> Stage:
     if seed is not None and seed not in stages:
         raise UserError(f"{run.path} has no finished SFT model of seed {seed}; it has {sorted(stages)}")
     return stages[min(stages) if seed is None else seed]
+
+
+def check_same_vocabulary(base: PreTrainedModel, sft: PreTrainedModel) -> None:
+    """The reward compares log-probs of the same token ids, so both models must have one vocabulary."""
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (base, sft)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the base has a vocabulary of {sizes[0]}, the SFT model of {sizes[1]}; log pi_sft - log pi_base needs the "
+            "same tokens: use an SFT model trained from this base"
+        )
+
+
+def check_same_tokens(base: PreTrainedTokenizerBase, sft: PreTrainedTokenizerBase) -> None:
+    """The same id must be the same token for both models; equal sizes do not make it so."""
+    ours, theirs = base.get_vocab(), sft.get_vocab()
+    if ours != theirs:
+        differing = min(ours.items() ^ theirs.items(), key=lambda pair: (pair[1], pair[0]))
+        raise ModelError(
+            f"base and SFT model number their tokens differently ({len(ours)} and {len(theirs)} tokens, the first that "
+            f"differs is {differing[0]!r}, id {differing[1]}); log pi_sft - log pi_base needs the same tokens: use "
+            "an SFT model trained from this base"
+        )

@@ -1,25 +1,16 @@
-"""The arms of a run: which stage is base, SFT, longer SFT, SRPPO or one of the methods beside it. No torch."""
+"""A record seen from outside: whether it is a run or a sweep, and why a stage of it has no good result. No torch."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from srppo.errors import RecordError
 from srppo.record.store import Run, Stage
 
-METHODS = {
-    "extrapolated": "weight extrapolation",
-    "decoded": "decode-time extrapolation",
-    "resampled": "resampling",
-    "best-of-n": "best-of-n",
-}
-"""Arms made of the SFT model without training; as SRPPO's, their compute comes on top of SFT's."""
-KINDS = {"base": "base", "sft": "SFT", "given-sft": "SFT", "ppo": "SRPPO", **METHODS}
-EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
-ORDER = ("base", "SFT", EQUAL, CHOSEN, *METHODS.values(), "SRPPO")
+ArmsOf = Callable[[Run], Mapping[str, Sequence[Stage]]]
+"""The stages of each arm of a run, by its name in tables."""
 
 
 def is_sweep(spec: Mapping[str, Any]) -> bool:
@@ -38,31 +29,12 @@ def one_run(folder: Path) -> Run:
     return run
 
 
-def stages_by_arm(run: Run) -> dict[str, list[Stage]]:
-    """Stages of each arm, one a seed, arms in the order of a table.
-
-    Longer SFT was trained at several lengths: the longest is at equal compute; the one that scored best on development
-    items, the shorter at a tie, has its epochs chosen.
-    """
-    found: dict[str, list[Stage]] = {name: [] for name in ORDER}
-    longer: dict[int, list[Stage]] = defaultdict(list)
+def stages_by_kind(run: Run) -> dict[str, list[Stage]]:
+    """The arms of a run by themselves: each kind of stage is one."""
+    found: dict[str, list[Stage]] = {}
     for stage in sorted(run.stages(), key=lambda s: s.identity["config"]["seed"]):
-        kind = stage.identity["kind"]
-        if kind == "longer-sft":
-            longer[stage.identity["config"]["seed"]].append(stage)
-        elif kind in KINDS:
-            found[KINDS[kind]].append(stage)
-    for stages in longer.values():
-        stages.sort(key=lambda s: s.identity["config"].get("steps", 0))
-        found[EQUAL].append(stages[-1])
-        if all(stage.done and _score(stage) is not None for stage in stages):
-            found[CHOSEN].append(max(stages, key=lambda stage: _score(stage) or 0.0))
-    return {name: stages for name, stages in found.items() if stages}
-
-
-def _score(stage: Stage) -> float | None:
-    score = (stage.result() or {}).get("figures", {}).get("score")
-    return None if score is None else float(score)
+        found.setdefault(stage.identity["kind"], []).append(stage)
+    return found
 
 
 def problem_of(stage: Stage, result: Mapping[str, Any] | None) -> str | None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from srppo.config import CODE_EPOCH, canonical_json
+from srppo.config import CODE_EPOCH, canonical_json, decisive
 from srppo.errors import RecordError
 from srppo.record.files import (
     create_exclusive,
@@ -43,7 +43,7 @@ from srppo.record.json import differences, plain, read_json, read_lines, revive
 from srppo.record.lease import LEASE_TIMEOUT_S, Lease, now, server_time
 
 SCHEMA_VERSION = 1
-Status = Literal["ok", "failed", "timeout", "diverged", "oom"]
+Status = Literal["ok", "failed", "diverged", "oom"]
 
 
 def stage_id(kind: str, config: Mapping[str, Any], parents: Sequence[str] = (), data_sha: str = "") -> str:
@@ -68,6 +68,7 @@ class Run:
     def open(cls, folder: Path, spec: Mapping[str, Any]) -> Run:
         """Create the folder, or continue the one with the same spec; any number of processes may do so at once.
 
+        Keys of a recipe that do not decide what a run is (`config.FREE`) may differ: the first one's are kept.
         Raises RecordError for a folder with another spec or with something else in it (nothing is touched), and
         StorageError when it cannot be written.
         """
@@ -80,7 +81,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
             create_exclusive(folder / "sweep.json", text)
-        if other := differences(cls.load(folder).spec, json.loads(text)["spec"]):
+        if other := differences(_comparable(cls.load(folder).spec), _comparable(json.loads(text)["spec"])):
             raise RecordError(f"{folder} was made with other settings ({other}); give --out another folder")
         return cls(folder, json.loads(text)["spec"])
 
@@ -409,6 +410,10 @@ class Attempt:
             return f"checkpoint step-{found[0]} survives" if found else "there is no checkpoint yet"
 
         return storing(path, survives=survives)
+
+
+def _comparable(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {**spec, "recipe": decisive(spec["recipe"])} if isinstance(spec.get("recipe"), Mapping) else dict(spec)
 
 
 def _sha256(result: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from srppo.record.arms import CHOSEN, EQUAL, stages_by_arm
 from srppo.record.store import Run
 from srppo.report.answers import (
     GAP,
@@ -26,6 +25,7 @@ from srppo.report.answers import (
 )
 from srppo.report.attempts import environment_of, seconds_of
 from srppo.report.figures import DECODINGS, ArmFigures
+from srppo.stages.arms import CHOSEN, EQUAL, stages_by_arm
 from srppo.statistics.intervals import Estimate
 
 PAIRS = (

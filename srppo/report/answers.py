@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from srppo.record.arms import problem_of, stages_by_arm
+from srppo.record.arms import problem_of
 from srppo.record.store import Run, Stage
 from srppo.report.figures import DECODINGS
+from srppo.stages.arms import stages_by_arm
 from srppo.statistics.intervals import Estimate, calibrated_interval, within
 
 Verdicts = Sequence[Mapping[str, Any]]  # rows of samples.jsonl, an item each: see evaluate.Verdict

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srppo.errors import RecordError
-from srppo.record.arms import CHOSEN, EQUAL, problem_of, stages_by_arm
+from srppo.record.arms import problem_of
 from srppo.record.files import damage
 from srppo.record.json import read_json
 from srppo.record.store import Run, Stage
 from srppo.report.answers import answers_file, figures_of, seed_of
 from srppo.report.figures import DECODINGS
+from srppo.stages.arms import CHOSEN, EQUAL, LONGER, stages_by_arm
+from srppo.stages.kinds import KINDS
 
 NEVER_RUN = {
     "base": "the base was not measured",
@@ -57,7 +59,7 @@ def missing_of_run(run: Run) -> list[str]:
     by_arm = stages_by_arm(run)
     lines = [text for arm, text in NEVER_RUN.items() if arm not in by_arm]
     if "SRPPO" in by_arm and EQUAL not in by_arm:
-        lines.append("longer SFT at equal compute was not run; add --baselines")
+        lines.append(f"{LONGER} at equal compute was not run; add --baselines")
     undecided = sorted({*map(seed_of, by_arm.get(EQUAL, []))} - {*map(seed_of, by_arm.get(CHOSEN, []))})
     if undecided:
         lines.append(f"{CHOSEN}: not chosen for {_seeds(undecided)}, since not every length is finished and scored")
@@ -68,8 +70,9 @@ def missing_of_run(run: Run) -> list[str]:
     shown = {stage.id for stages in by_arm.values() for stage in stages}
     for stage in run.stages():
         kind, steps = stage.identity["kind"], stage.identity["config"].get("steps")
-        problem = problem_of(stage, stage.result()) if kind == "longer-sft" and stage.id not in shown else None
-        lines += [f"longer SFT of {steps} steps: {problem}"] if problem else []
+        beside = kind in KINDS and KINDS[kind].shares and stage.id not in shown  # a length that is no arm by itself
+        if beside and (problem := problem_of(stage, stage.result())):
+            lines.append(f"{LONGER} of {steps} steps: {problem}")
         lines += [f"{kind}, seed {seed_of(stage)}: {line}" for line in _gone(stage)]
     return lines
 

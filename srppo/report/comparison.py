@@ -12,12 +12,13 @@ from srppo.console import Console
 from srppo.errors import DataError, UserError
 from srppo.evaluation.comparison import compare
 from srppo.evaluation.results import TaskResult, read_results
-from srppo.record.arms import ORDER, problem_of, stages_by_arm
+from srppo.record.arms import problem_of
 from srppo.record.files import storing, write_atomic
 from srppo.record.folder import check_place
 from srppo.record.store import Run
 from srppo.report.comparison_files import to_csv, to_json, to_markdown
 from srppo.report.comparison_table import WIDTH, comparison_table
+from srppo.stages.arms import arm_names, stages_by_arm
 
 WRITERS = {".md": to_markdown, ".csv": to_csv, ".json": to_json}
 
@@ -68,7 +69,7 @@ def arms_of(paths: Sequence[Path], metric: str | None = None) -> tuple[dict[str,
     chosen: list[tuple[Path, str, list[TaskResult]]] = []
     for argument in paths:
         path, arm = _split(argument)
-        models = _by_model(read_results(path, metric))
+        models = _by_model(read_results(path, metric, stages_by_arm))
         is_run = (path / "sweep.json").exists()
         if is_run:
             notes += _problems(path)
@@ -95,7 +96,8 @@ def _by_model(results: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
     found: dict[str, list[TaskResult]] = {}
     for result in results:
         found.setdefault(result.model, []).append(result)
-    return {name: found[name] for name in sorted(found, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))}
+    order = arm_names()
+    return {name: found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))}
 
 
 def _named(arm: str, models: Mapping[str, object], path: Path) -> str:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from srppo.evaluation.comparison import Aggregate, Comparison
-from srppo.evaluation.verdicts import Difference, number, p_text, signed
+from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, number, p_text, signed
 from srppo.record.json import plain
 from srppo.report.comparison_table import aggregate_sentence, average, captions, remarks
 from srppo.statistics.intervals import Estimate
@@ -23,7 +22,7 @@ COLUMNS = (
 )
 
 
-def to_markdown(found: Comparison, notes: Sequence[str] = ()) -> str:
+def to_markdown(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
     """Tables for each decoding, the sentences, and what the columns mean."""
     lines = [f"# {', '.join(found.models)} against {found.baseline}", ""]
     heads = ["task", "model", found.baseline, "model's", "difference", "p", "Holm", "detects", "verdict"]
@@ -57,7 +56,7 @@ def _safe(text: str) -> str:
     return "".join(f"\\{each}" if each in "|*_`<#" else " " if each in "\r\n" else each for each in text)
 
 
-def to_csv(found: Comparison, notes: Sequence[str] = ()) -> str:
+def to_csv(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
     """A row a difference (kind difference) and a row an aggregate (kind iqm); left_out counts items."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
@@ -82,7 +81,7 @@ def _estimate(value: Estimate) -> dict[str, float]:
     return {"difference": value.mean, "low": value.low, "high": value.high}
 
 
-def to_json(found: Comparison, notes: Sequence[str] = ()) -> str:
+def to_json(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
     """Everything, items left out by name included; numbers that are not finite are strings, as in the record."""
     content = {"schema_version": SCHEMA_VERSION, **_fields(found), "notes": [*found.notes, *notes]}
     return json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n"

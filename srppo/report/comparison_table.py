@@ -8,8 +8,7 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from srppo.evaluation.comparison import Aggregate, Comparison
-from srppo.evaluation.verdicts import Difference, number, p_text, signed
+from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, number, p_text, signed
 from srppo.statistics.intervals import Estimate
 from srppo.statistics.tests import seeds_needed
 
@@ -18,7 +17,7 @@ COLOURS = {"better": "green", "worse": "red", "cannot tell": ""}
 NAMES_SHOWN = 3
 
 
-def comparison_table(found: Comparison) -> RenderableType:
+def comparison_table(found: ComparisonResult) -> RenderableType:
     """A table and sentences for each decoding and model, then what the columns mean; at most 80 columns."""
     parts: list[RenderableType] = []
     for decoding, model in dict.fromkeys((each.decoding, each.model) for each in found.differences):
@@ -79,7 +78,7 @@ def remarks(found: Difference) -> list[str]:
     return lines
 
 
-def captions(found: Comparison) -> list[str]:
+def captions(found: ComparisonResult) -> list[str]:
     """What the columns are, and what few seeds cannot show."""
     several = [len(each.seeds) for each in found.differences if len(each.seeds) > 1]
     over = "items and training seeds, resampled crossed" if several else "items, resampled"

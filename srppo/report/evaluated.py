@@ -19,6 +19,7 @@ from srppo.report.figures import estimate_text, interval_words
 from srppo.report.html import html_table, soft_text
 from srppo.report.run_parts import Part
 from srppo.report.terminal import Narrow
+from srppo.stages.arms import stages_by_arm
 from srppo.statistics.intervals import Estimate, calibrated_interval, item_interval, within
 
 TITLE = "Tasks of srppo eval"
@@ -42,9 +43,8 @@ class Evaluated:
 def evaluated_of(folder: Path) -> tuple[list[Evaluated], list[str]]:
     """Results of `srppo eval` in a run, by task, and what of them cannot be read."""
     try:
-        found = [
-            result for result in read_results(folder) if result.path.parent.name == "eval" and "@" in result.path.name
-        ]
+        results = read_results(folder, arms=stages_by_arm)
+        found = [result for result in results if result.path.parent.name == "eval" and "@" in result.path.name]
     except SrppoError as error:
         return [], [] if "no evaluated stage" in str(error) else [str(error)]
     groups: dict[tuple[object, ...], list[TaskResult]] = {}

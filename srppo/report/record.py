@@ -6,7 +6,6 @@ from pathlib import Path
 
 from srppo.config import build_recipe, canonical_json, to_toml
 from srppo.console import Console
-from srppo.record.arms import stages_by_arm
 from srppo.record.files import write_atomic
 from srppo.record.store import Run
 from srppo.report.accuracy import PAIRS, arms_of, differences_of, rows_of_run
@@ -18,6 +17,7 @@ from srppo.report.run_parts import accuracy_figure, length_part, task_part, trai
 from srppo.report.samples import CHOICE, samples_of
 from srppo.report.terminal import arms_table, differences_table
 from srppo.report.training import curves_of_run
+from srppo.stages.arms import stages_by_arm
 
 
 def report_run(folder: Path, console: Console) -> None:

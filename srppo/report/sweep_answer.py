@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from srppo.ablations.analysis import SweepResult, Tested
 from srppo.ablations.spec import Comparison
-from srppo.evaluation.verdicts import number, p_text
+from srppo.evaluation.comparison import number, p_text
 from srppo.report.sweep_layout import Pair, joined, metric_words, primary_metric, tested_by_pair, varying
 from srppo.report.sweep_words import NO_RESULT, count_range
 from srppo.statistics.tests import seeds_needed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from srppo.ablations.analysis import CellResult, Metric, SweepResult, Tested
 from srppo.ablations.spec import Cell
-from srppo.evaluation.verdicts import number, p_text, signed
+from srppo.evaluation.comparison import number, p_text, signed
 from srppo.report.figures import GROUP_WORDS, estimate_text, number_text, teraflops
 from srppo.report.sweep_layout import (
     cell_label,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from srppo.ablations.analysis import CellResult, SweepResult
 from srppo.ablations.trends import Peak, Trend
-from srppo.evaluation.verdicts import number, signed
+from srppo.evaluation.comparison import number, signed
 from srppo.report.figures import INTERVAL, number_text
 from srppo.report.sweep_layout import (
     axis_words,

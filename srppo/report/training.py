@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
-from srppo.record.arms import EQUAL, stages_by_arm
 from srppo.record.store import Run, Stage
 from srppo.report.answers import figures_of, seed_of
+from srppo.stages.arms import EQUAL, LONGER, stages_by_arm
+from srppo.stages.kinds import KINDS
 
 Rows = Sequence[Mapping[str, Any]]
-LONGER = "longer SFT"
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def longer_ends(run: Run) -> SeedRows:
     """
     ends: dict[int, list[dict[str, Any]]] = {}
     for stage in run.stages():
-        rows = stage.metrics() if stage.identity["kind"] == "longer-sft" and stage.done else []
-        if rows:
+        kind = KINDS.get(stage.identity["kind"])
+        if kind and kind.shares and stage.done and (rows := stage.metrics()):
             ends.setdefault(seed_of(stage), []).append(dict(rows[-1]))
     starts = {
         seed_of(stage): [dict(row)]

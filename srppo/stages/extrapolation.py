@@ -23,15 +23,39 @@ from torch.nn.functional import pad
 
 from srppo.config import RewardConfig
 from srppo.errors import ConfigError, ModelError
-from srppo.evaluation.development import Development
+from srppo.evaluation.development import Development, answer_flops, encode_items
 from srppo.models.language_model import LanguageModel
+from srppo.models.pair import check_same_vocabulary
 from srppo.reward_kinds import REWARD_KINDS
+from srppo.stages.run import (
+    UNTRAINED,
+    Figures,
+    PreparedRun,
+    Stages,
+    answers_of,
+    export,
+    measure,
+    publish_answers,
+    sft_model,
+)
 from srppo.training.batch import Generated
+from srppo.training.loop import Workbench
 from srppo.training.reward import reward_terms
 from srppo.training.rollout import generate
 from srppo.training.scores import Scores
 
 # ---- weights
+
+
+def extrapolated_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """Weight extrapolation; development items choose alpha, and what that took counts as selection_flops."""
+    sft = sft_model(run, done)
+    target = sft.copy()
+    chosen = choose_alpha(target, sft, run.base, run.recipe.methods.alphas, run.development)
+    figures = UNTRAINED | {"alpha": chosen.alpha, "score": chosen.score, "alphas": list(chosen.tried)}
+    figures |= {"selection_flops": chosen.flops, **measure(run, bench.attempt, target)}
+    export(run, bench, target, figures)
+    return figures
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,17 @@ def choose_alpha(
 
 
 # ---- decoding
+
+
+def decoded_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """Decode-time extrapolation at PPO's own anchor and beta: each token is read by two models."""
+    sft, base = sft_model(run, done), run.base
+    check_same_vocabulary(base.model, sft.model)
+    answers = answers_of(run, sft, partial(generate_decoded, base=base, config=run.recipe.reward))
+    prompts = encode_items(run.tokenizer, run.test_items, run.recipe)
+    plain, more = (answer_flops(model, prompts, answers["greedy"]) for model in (sft, base))
+    cost = {"inference_flops": (plain + more) / len(prompts), "inference_times": (plain + more) / plain}
+    return UNTRAINED | publish_answers(bench.attempt, answers) | cost
 
 
 def check_decodable(config: RewardConfig) -> None:

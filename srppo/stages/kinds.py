@@ -1,62 +1,200 @@
-"""Which settings decide a stage's outcome: the part of a recipe that enters its id. No torch.
+"""What a stage is: the one registry that plan, execution, identity, arms, sweeps and reports read. No torch.
 
-Data, items and models enter by their content, which the pipeline adds; so paths are left out here.
+A new method is one entry in KINDS and the function that its `run` names (docs/architecture.md). What enters a stage's
+id is here too: data, items and models enter by their content, which the run adds, so paths are left out.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
-from srppo.config import Recipe
+from srppo.config import Recipe, decisive
+from srppo.data.chat import template_text
+from srppo.errors import ConfigError
 
-SECTIONS = {
-    "base": (),
-    "given-sft": (),
-    "sft": ("sft",),
-    "longer-sft": ("sft",),
-    "ppo": ("rollout", "reward", "ppo"),
+SHARES = (1.0, 1 / 4, 1 / 16, 1 / 64)
+"""Of the compute of SFT and PPO together, that longer SFT is trained for: the whole is "equal compute"; of all of them
+development items pick "best on dev". Geometric, because the best number of epochs on few demonstrations is far below
+what PPO's compute would pay for; a step along the longest run is no substitute, since its learning rate would still be
+near the peak."""
+SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty")
+"""Keys of the reward that decide what a whole response is paid by itself."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of stage.
+
+    run: `module:function`, imported when the stage runs; it takes (PreparedRun, Workbench, stages by the kinds that had
+    to be done before) and returns the figures to commit. parents: those kinds. reads: sections and `section.key`s of
+    the recipe that enter the id. label: its arm in tables and sweeps, None where it is none. check: `module:function`
+    that raises ConfigError for a reward (RewardConfig) that the kind cannot use. files: folders of the result.
+    shares: it starts from the base anew and trains for these shares of its parents' compute.
+    """
+
+    name: str
+    run: str
+    reads: tuple[str, ...]
+    parents: tuple[str, ...] = ()
+    label: str | None = None
+    check: str | None = None
+    files: tuple[str, ...] = ()
+    needs_prompts: bool = False
+    needs_items: bool = False
+    shares: tuple[float, ...] = ()
+
+    def function(self) -> Callable[..., dict[str, Any]]:
+        """What runs it."""
+        return _named(self.run)
+
+
+_RUN, _EXTRA, _CHOOSE = "srppo.stages.run", "srppo.stages.extrapolation", "srppo.stages.resampling"
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("base", f"{_RUN}:base_stage", ("eval",), label="base"),
+        Kind("sft", f"{_RUN}:sft_stage", ("sft", "eval"), label="SFT", files=("model",)),
+        Kind("given-sft", f"{_RUN}:given_sft_stage", ("eval",), label="SFT"),
+        Kind(
+            "longer-sft",
+            f"{_RUN}:sft_stage",
+            ("sft", "eval"),
+            parents=("sft", "ppo"),
+            label="longer SFT",
+            files=("model",),
+            shares=SHARES,
+        ),
+        Kind(
+            "extrapolated",
+            f"{_EXTRA}:extrapolated_stage",
+            ("methods.alphas", "eval.samples", "eval.metric", "eval.limit"),
+            parents=("sft",),
+            label="weight extrapolation",
+            files=("model",),
+        ),
+        Kind(
+            "decoded",
+            f"{_EXTRA}:decoded_stage",
+            ("reward.kind", "reward.token_clip", "reward.anchor", "reward.beta", "eval.samples"),
+            parents=("sft",),
+            label="decode-time extrapolation",
+            check=f"{_EXTRA}:check_decodable",
+            needs_items=True,
+        ),
+        Kind(
+            "samples",
+            f"{_CHOOSE}:samples_stage",
+            (*(f"reward.{key}" for key in SCORE), "methods.samples"),
+            parents=("sft",),
+            check=f"{_CHOOSE}:check_ranks",
+            files=("samples",),
+            needs_items=True,
+        ),
+        Kind(
+            "resampled",
+            f"{_CHOOSE}:resampled_stage",
+            ("reward.anchor", "reward.beta", "eval.samples"),
+            parents=("samples",),
+            label="resampling",
+            check=f"{_CHOOSE}:check_resamples",
+            needs_items=True,
+        ),
+        Kind(
+            "best-of-n",
+            f"{_CHOOSE}:best_of_n_stage",
+            ("eval.samples",),
+            parents=("samples",),
+            label="best-of-n",
+            needs_items=True,
+        ),
+        Kind(
+            "ppo",
+            f"{_RUN}:ppo_stage",
+            ("rollout", "reward", "ppo", "eval"),
+            parents=("sft",),
+            label="SRPPO",
+            files=("model",),
+            needs_prompts=True,
+        ),
+    )
 }
-"""Sections of the recipe that each kind of stage reads whole."""
-_SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty")  # what a whole response is paid by
-METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "extrapolated": {"methods": ("alphas",), "eval": ("samples", "metric", "limit")},
-    "decoded": {"reward": ("kind", "token_clip", "anchor", "beta"), "eval": ("samples",)},
-    "samples": {"reward": _SCORE, "methods": ("samples",), "eval": ()},
-    "resampled": {"reward": ("anchor", "beta"), "eval": ("samples",)},
-    "best-of-n": {"eval": ("samples",)},
-}
-"""The single keys that a kind of stage reads which trains nothing: what PPO is compared with beside longer SFT."""
-_ADDED: dict[str, dict[str, Any]] = {
-    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None},
+"""Every kind by name, in the order of tables; who needs `sft` is served by `given-sft` where the recipe names one."""
+
+
+def kind_of(name: str, recipe: Recipe) -> Kind:
+    """The kind that stands for `name` under a recipe: an SFT model that is given is only measured."""
+    return KINDS["given-sft" if name == "sft" and recipe.model.sft is not None else name]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """These kinds and all that they need, parents first, each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys([*in_order(KINDS[name].parents), name])
+    return list(found)
+
+
+def check(names: Iterable[str], recipe: Recipe) -> None:
+    """Raises ConfigError for a recipe under which one of these kinds, or of those that they need, has no meaning."""
+    for name in in_order(names):
+        kind = KINDS[name]
+        if kind.shares and recipe.model.sft is not None:
+            raise ConfigError(
+                "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft "
+                "took is not known; leave out --baselines, or leave out model.sft so that it is trained here"
+            )
+        if kind.check:
+            _named(kind.check)(recipe.reward)
+
+
+def _named(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+# ---- identity
+
+_ADDED: Mapping[str, Mapping[str, Any]] = {
+    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last"},
     "sft": {"steps": None},
     "rollout": {"per_prompt": 1},
     "ppo": {"advantage": "gae"},
 }
 """Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
+_ELSEWHERE = {"data": ("demonstrations", "prompts"), "eval": ("every", "items")}  # paths, and what PPO alone reads
 _CRITIC = ("value_lr", "value_clip", "gamma", "lam", "critic_warmup")  # keys of ppo that RLOO does not read
-_PATHS = ("demonstrations", "prompts")
 _ONLY_PPO = ("prompts_size", "overlap", "overlap_share")  # keys of data that SFT never sees
 
 
-def stage_settings(recipe: Recipe, kind: str) -> dict[str, Any]:
+def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Settings that decide the outcome of a stage of this kind, beside its parents and data."""
-    dump = recipe.model_dump(mode="json")
+    kind, dump = KINDS[name], decisive(recipe.model_dump(mode="json"))
     for section, defaults in _ADDED.items():
         dump[section] = {k: v for k, v in dump[section].items() if k not in defaults or v != defaults[k]}
+    for section, keys in _ELSEWHERE.items():
+        dump[section] = {k: v for k, v in dump[section].items() if k not in keys}
     if not recipe.data.noise_rate:
         dump["data"].pop("noise", None)  # at rate 0 every kind is none
     if recipe.ppo.advantage == "rloo":
         dump["ppo"] = {k: v for k, v in dump["ppo"].items() if k not in _CRITIC}
-    prompts = kind == "ppo"
-    outside = _PATHS if prompts else (*_PATHS, *_ONLY_PPO)
-    settings = {name: dump[name] for name in SECTIONS.get(kind, ())} | {
+    settings = {
         "seed": dump["seed"],
         "precision": dump["model"]["precision"],
         "kernels": dump["model"]["kernels"],
-        "data": {key: value for key, value in dump["data"].items() if key not in outside},
-        "eval": {k: v for k, v in dump["eval"].items() if k not in ("every", "items")},
+        "data": {k: v for k, v in dump["data"].items() if kind.needs_prompts or k not in _ONLY_PPO},
+        "eval": {},
         "max_new_tokens": dump["rollout"]["max_new_tokens"],
     }
-    for section, keys in METHODS.get(kind, {}).items():
-        settings[section] = {key: dump[section][key] for key in keys}
-    return settings | ({"every": recipe.eval.every} if prompts else {})
+    if recipe.model.chat_template is not None:  # by its content, wherever it lies
+        settings["chat_template"] = sha256(template_text(recipe.model.chat_template).encode()).hexdigest()
+    if recipe.model.template_kwargs:
+        settings["template_kwargs"] = dump["model"]["template_kwargs"]
+    for read in kind.reads:
+        section, _, key = read.partition(".")
+        settings[section] = {**settings.get(section, {}), key: dump[section][key]} if key else dump[section]
+    return settings | ({"every": recipe.eval.every} if kind.needs_prompts else {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,19 @@ import torch
 from numpy.typing import NDArray
 
 from srppo.analysis.optimum import MIN_ESS, Draws, Floats, effective, enough, log_weights, samples_needed
-from srppo.analysis.questions import Question, sample
-from srppo.analysis.samples import distinct, rewarded
+from srppo.analysis.samples import Question, distinct, rewarded, sample
 from srppo.config import RewardConfig, derive_seed
+from srppo.console import Console
 from srppo.errors import ConfigError
-from srppo.evaluation.development import Answer, EvalItem, encode_items
-from srppo.models.language_model import LanguageModel, forward_flops
-from srppo.models.pair import Pair
+from srppo.evaluation.development import Answer, encode_items, verdict_of
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
+from srppo.models.pair import Pair, check_same_vocabulary
+from srppo.record.store import Stage
 from srppo.reward_kinds import REWARD_KINDS
+from srppo.stages.run import UNTRAINED, Figures, PreparedRun, Stages, publish_answers, sft_model, sft_spec
+from srppo.training.loop import Workbench
+from srppo.world.items import Item
 
 _ARRAYS, _TEXTS = "draws.npz", "answers.json.gz"
 _SAVED = ("reward_QK", "log_ratio_QK", "length_QK", "right_QK")
@@ -87,7 +92,38 @@ def check_ranks(config: RewardConfig) -> None:
         raise ConfigError(f"reward.kind = {config.kind} pays by other rollouts, so it chooses between no samples")
 
 
-def sample_items(pair: Pair, items: Sequence[EvalItem], config: RewardConfig, count: int) -> Sampled:
+# ---- samples
+
+
+def samples_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """Samples of the SFT model for every test item and their rewards, drawn once for all that choose from them."""
+    sft, recipe = sft_model(run, done), run.recipe
+    check_same_vocabulary(run.base.model, sft.model)
+    pair = Pair(sft, run.base, run.tokenizer, recipe, sft_spec(run, done), recipe.model.base)
+    sampled = sample_items(pair, run.test_items, recipe.reward, recipe.methods.samples)
+    bench.attempt.publish("samples", sampled.save)
+    return UNTRAINED | {"sampling_flops": sampled.flops, "plain_flops": sampled.plain_flops}
+
+
+def load_samples(samples: Stage) -> Sampled:
+    """What a finished stage of samples holds."""
+    figures = (samples.result() or {})["figures"]
+    return Sampled.load(samples.path / "samples", flops=figures["sampling_flops"], plain_flops=figures["plain_flops"])
+
+
+def chosen_figures(
+    run: PreparedRun, bench: Workbench, sampled: Sampled, answers: Mapping[str, Sequence[Sequence[Answer]]]
+) -> Figures:
+    """Figures of answers that were chosen from samples, by decoding, and what sampling cost at every answer."""
+    verdicts = {
+        decoding: [verdict_of(item, given) for item, given in zip(run.test_items, chosen, strict=True)]
+        for decoding, chosen in answers.items()
+    }
+    figures = UNTRAINED | publish_answers(bench.attempt, verdicts)
+    return figures | {"samples": run.recipe.methods.samples, **sampled.cost()}
+
+
+def sample_items(pair: Pair, items: Sequence[Item], config: RewardConfig, count: int) -> Sampled:
     """`count` samples of pi_sft at temperature 1 for each item: a function of the recipe's seed, shared by all arms."""
     prompts = encode_items(pair.tokenizer, items, pair.recipe)
     questions = [
@@ -109,6 +145,30 @@ def _flops(model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequenc
 
 
 # ---- resampling
+
+
+def resampled_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """Resampling to the closed form of PPO's own objective; greedy is the weighted set's most likely answer.
+
+    reward.at_limit = drop keeps answers at the length limit here and in best-of-n, as in `srppo forecast`.
+    """
+    recipe, sampled = run.recipe, load_samples(done["samples"])
+    weights_QK = normalised_weights(sampled.draws, recipe.reward)
+    ess = ess_of(weights_QK)
+    _warn_of_few(run.console, ess, recipe.methods.samples)
+    drawn = resampled(sampled, weights_QK, recipe.eval.samples, recipe.seed)
+    answers = {"greedy": most_weighted(sampled, weights_QK), "sampled": drawn}
+    return chosen_figures(run, bench, sampled, answers) | {"ess": ess._asdict()}
+
+
+def _warn_of_few(console: Console, ess: Ess, samples: int) -> None:
+    if ess.enough:
+        return
+    more = f"about {ess.needed} would do" if ess.needed else "single samples hold nearly all the weight"
+    console.warn(
+        f"resampling has {ess.harmonic:.1f} effective samples an item of methods.samples = {samples}, too few for the "
+        f"closed form ({more}): its figures say little of it"
+    )
 
 
 def normalised_weights(draws: Draws, config: RewardConfig) -> Floats:
@@ -148,6 +208,14 @@ def ess_of(weights_QK: Floats) -> Ess:
 
 
 # ---- best of n
+
+
+def best_of_n_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The samples with the highest reward: of all n as the greedy answer, of each of eval.samples equal parts of
+    them as the sampled ones (best of n // eval.samples). The samples are a function of the seed, so both are."""
+    sampled = load_samples(done["samples"])
+    answers = {"greedy": best_of(sampled, 1), "sampled": best_of(sampled, run.recipe.eval.samples)}
+    return chosen_figures(run, bench, sampled, answers)
 
 
 def best_of(sampled: Sampled, groups: int) -> list[list[Answer]]:

@@ -1,363 +1,378 @@
-"""A run from end to end: stages in order, each skipped when its result is there, then figures for every arm.
+"""A run from end to end: a recipe made ready, then its stages in order, each skipped when its result is there.
 
 base -> SFT -> PPO          the arms "base", "SFT", "SRPPO"
-base -> longer SFT          the baselines, at the counted compute of SFT and PPO together
-base, SFT -> (no training)  what else is made of the two (`methods`)
+base -> longer SFT          the baselines, at shares of the counted compute of SFT and PPO together
+base, SFT -> (no training)  what else is made of the two (`extrapolation`, `resampling`)
+
+What each kind of stage is stands in `kinds`; the functions that run the trained ones are below.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srppo.config import ModelConfig, Recipe, canonical_json, recipe_warnings, resolved
+from srppo.config import Recipe, canonical_json, free_settings, recipe_warnings, resolved
 from srppo.console import Console
-from srppo.data.memo import Memo
-from srppo.data.prepare import PreparedData, ensure_chat_template, prepare, stop_ids
-from srppo.errors import ConfigError, Diverged, RecordError
+from srppo.data.chat import ensure_chat_template, stop_ids
+from srppo.data.prepare import PreparedData, prepare
+from srppo.errors import ConfigError, Diverged, Interrupted, OutOfMemory, RecordError, RunError, StorageError
 from srppo.evaluation.development import (
     Development,
-    EvalItem,
     Verdict,
     accuracy_by_group,
     answer_items,
     answer_nll,
-    load_items,
 )
+from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
-from srppo.models.language_model import (
-    LanguageModel,
-    check_same_tokens,
-    check_same_vocabulary,
-    context_length,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import context_length, fingerprint, load_model
+from srppo.models.memory import is_out_of_memory
+from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
 from srppo.record.store import Attempt, Run, Stage
-from srppo.stages.base_answers import sample_texts
-from srppo.stages.baselines import SHARES, longer_sft_steps
-from srppo.stages.kinds import stage_settings
+from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
 from srppo.training.batch import Generated
-from srppo.training.loop import Session, Tracker, Workbench, load_weights
+from srppo.training.loop import Session, Workbench, load_weights
 from srppo.training.ppo import train_ppo
 from srppo.training.rollout import generate
-from srppo.training.sft import train_sft
+from srppo.training.sft import steps_within, train_sft
+from srppo.training.trackers import trackers
+from srppo.world.items import Item
 
 Figures = dict[str, Any]
+Stages = Mapping[str, Stage]  # by the name of their kind
 UNTRAINED: Figures = {"kept_step": 0, "steps": 0, "flops": 0}
 
 
-@dataclass
-class Pipeline:
-    """One recipe in one folder. Loads what stages share once; each method runs (or finds) one stage.
+@dataclass(frozen=True)
+class PreparedRun:
+    """A recipe made ready: what all its stages share. Nothing has been run.
 
-    `seeds`, where several pipelines share the folder, lists the seeds of all of them. `shared`: the open record of a
-    sweep, where pipelines of many recipes meet; `on_stage` hears of each stage before it runs. `memo` and
-    `tokenizer_of`: what the worker of a sweep keeps for all its stages.
+    kinds: what is to be run, parents first. given_sft: the SFT model that the recipe names, None where one is trained.
+    base_id, sft_id: the models by their content. items_sha: the items of development and test, likewise.
     """
 
     recipe: Recipe
-    folder: Path
+    kinds: tuple[str, ...]
+    record: Run
     console: Console
-    device: str = "cpu"
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    seeds: Sequence[int] = ()
-    needs_prompts: bool = True
-    make_trackers: Callable[[Stage], tuple[Tracker, ...]] = lambda stage: ()
-    shared: Run | None = None
-    on_stage: Callable[[Stage], None] = lambda stage: None
-    memo: Memo | None = None
-    tokenizer_of: Callable[[str, ModelConfig], PreTrainedTokenizerBase] = load_tokenizer
-
-    def __post_init__(self) -> None:
-        for warning in recipe_warnings(self.recipe):
-            self.console.warn(warning)
-        self.recipe = resolved(self.recipe)
-        self.data: PreparedData = prepare(
-            self.recipe.data,
-            self.tokenizer,
-            self.recipe.seed,
-            context_length(self.base),
-            max_new_tokens=self.recipe.rollout.max_new_tokens,
-            stop=self.stop_ids,
-            sample=partial(sample_texts, self.base, self.tokenizer, self.stop_ids, self.recipe.rollout.max_new_tokens),
-            memo=self.memo,
-        )
-        for line in self.data.report.lines():
-            self.console.say(line)
-        # Mistakes in what is needed later are found now: nothing is measured in vain, and no folder is left behind.
-        if self.recipe.model.sft is not None:
-            check_same_vocabulary(self.base.model, self.given_sft.model)
-            if fingerprint(self.recipe.model.sft, self.recipe.model) == self.base_id:
-                raise ConfigError(
-                    "model.sft is the base itself: the reward would be 0 everywhere; give a fine-tuned model"
-                )
-        if self.needs_prompts and not self.data.prompts:
-            raise ConfigError(
-                "PPO needs prompts: set data.prompts to files with prompts (answers in them are not read), for example "
-                "the demonstrations' own file"
-            )
-        self.development = Development(self.recipe, self.tokenizer, self.data.held_out, self.stop_ids)
-        if self.recipe.eval.keep == "best" and not self.development.ranks:
-            self.console.warn(
-                f"nothing measures eval.metric = {self.recipe.eval.metric} here (accuracy needs eval.items, nll needs "
-                "data.held_out): the last step of each arm is kept"
-            )
-        self.items_sha = items_sha(self.recipe)
-        recipe = self.recipe.model_dump(mode="json", exclude={"seed"})
-        self.run = self.shared or Run.open(self.folder, {"recipe": recipe, "seeds": self.seeds or [self.recipe.seed]})
-        decides = [recipe["data"], recipe["model"], recipe["rollout"]["max_new_tokens"]]  # what the manifest holds
-        choice = f"{_sha(decides)[:8]}-" if self.shared else ""  # a sweep has several
-        self.run.write_data_manifest(self.data.manifest, f"manifest-{choice}seed-{self.recipe.seed}")
-
-    @cached_property
-    def base(self) -> LanguageModel:
-        """The frozen base."""
-        return self.load(self.recipe.model.base)
-
-    def fresh_base(self) -> LanguageModel:
-        """Another copy of the base, to be trained."""
-        return self.base.copy()
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model that PPO starts from, whose template it knows; with ours where it has none."""
-        config = self.recipe.model
-        tokenizer = self.tokenizer_of(config.sft or config.base, config)
-        if config.sft is not None:
-            check_same_tokens(self.tokenizer_of(config.base, config), tokenizer)
-        if ensure_chat_template(tokenizer):
-            self.console.say(
-                "the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models"
-            )
-        return tokenizer
-
-    @cached_property
-    def stop_ids(self) -> list[int]:
-        """Token ids that end a response."""
-        model = self.base if self.recipe.model.sft is None else self.given_sft
-        return stop_ids(self.tokenizer, model.model.generation_config)
-
-    @cached_property
-    def given_sft(self) -> LanguageModel:
-        """The SFT model that the recipe names."""
-        return self.load(str(self.recipe.model.sft))
+    device: str
+    environment: Mapping[str, Any]
+    track: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[int]
+    base: LanguageModel
+    given_sft: LanguageModel | None
+    base_id: str
+    sft_id: str | None
+    data: PreparedData
+    development: Development
+    test_items: list[Item]
+    items_sha: str
 
     @property
     def pad_id(self) -> int:
         """The padding id; masks never look at it."""
         return int(self.tokenizer.pad_token_id)
 
-    # ---- stages
 
-    @cached_property
-    def base_id(self) -> str:
-        """The base by its content."""
-        return fingerprint(self.recipe.model.base, self.recipe.model)
+def prepare_run(
+    recipe: Recipe,
+    kinds: Iterable[str],
+    place: Path | Run,
+    console: Console,
+    *,
+    device: str = "cpu",
+    environment: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (),
+    track: Sequence[str] = (),
+) -> PreparedRun:
+    """Load the models, encode the data and open the record, so that every mistake of a user's shows before any work.
 
-    def base_stage(self) -> Stage:
-        """The base as it is: nothing to train, only to measure."""
-        return self._only_measure("base", [self.base_id], lambda: self.base)
-
-    def sft_stage(self) -> tuple[Stage, Path]:
-        """(stage, folder of the SFT model): the given one, or one trained from the base."""
-        given = self.recipe.model.sft
-        if given is not None:
-            path = Path(resolve(given))
-            content = fingerprint(given, self.recipe.model)
-            return self._only_measure("given-sft", [content], lambda: self.load(given)), path
-        stage = self.run.stage(
-            "sft", self._identity("sft"), [self.base_id], self.data.manifest["demonstrations"]["sha256"]
-        )
-
-        def train(model: LanguageModel, bench: Workbench) -> Session:
-            return train_sft(self.recipe, bench, model, self.data.demonstrations, self.development, pad_id=self.pad_id)
-
-        self._train(stage, "SFT", self.fresh_base, train)
-        return stage, stage.path / "model"
-
-    def ppo_stage(self, sft: Stage, sft_path: Path) -> Stage:
-        """SRPPO from an SFT model."""
-        stage = self.run.stage("ppo", self._identity("ppo"), [self.base_id, sft.id], self.data.sha)
-
-        def train(policy: LanguageModel, bench: Workbench) -> Session:
-            check_same_vocabulary(self.base.model, policy.model)
-            return train_ppo(
-                self.recipe,
-                bench,
-                policy,
-                policy.copy(),  # the SFT model, while nothing is trained or resumed
-                self.base,
-                self.data.prompts,
-                self.development,
-                stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
-            )
-
-        return self._train(stage, "SRPPO", lambda: self.load(str(sft_path)), train)
-
-    def longer_sft_stages(self, sft: Stage, ppo: Stage) -> list[Stage]:
-        """The baselines; their budget is the counted compute of the two stages they are compared with."""
-        return [self.longer_sft_stage(sft, ppo, share) for share in SHARES]
-
-    def longer_sft_stage(self, sft: Stage, ppo: Stage, share: float) -> Stage:
-        """SFT anew from the base, for a share of the counted compute of the two stages."""
-        budget = sum((stage.result() or {})["figures"]["flops"] for stage in (sft, ppo))
-        return self._longer_sft_stage(longer_sft_steps(self.recipe, self.base, self.data.demonstrations, budget, share))
-
-    def _longer_sft_stage(self, steps: int) -> Stage:
-        identity = self._identity("longer-sft") | {"steps": steps}
-        stage = self.run.stage("longer-sft", identity, [self.base_id], self.data.manifest["demonstrations"]["sha256"])
-
-        def train(model: LanguageModel, bench: Workbench) -> Session:
-            rows = self.data.demonstrations
-            return train_sft(self.recipe, bench, model, rows, self.development, pad_id=self.pad_id, total=steps)
-
-        return self._train(stage, f"longer SFT ({steps} steps)", self.fresh_base, train)
-
-    # ---- shared
-
-    def _only_measure(self, kind: str, parents: Sequence[str], load: Callable[[], LanguageModel]) -> Stage:
-        return self.untrained(kind, parents, lambda attempt: self.measure(attempt, load(), "kept"))
-
-    def untrained(
-        self, kind: str, parents: Sequence[str], measure: Callable[[Attempt], Figures], files: Iterable[Path] = ()
-    ) -> Stage:
-        """Run a stage that trains nothing to its commit, or find it done."""
-        stage = self.run.stage(kind, self._identity(kind), parents, self.data.manifest["demonstrations"]["sha256"])
-        self.on_stage(stage)
-        if stage.done:
-            stage.verify()
-            return stage
-        stage.reopen()
-        with stage.attempt(self.environment) as attempt:
-            attempt.commit("ok", UNTRAINED | measure(attempt), files)
-        return stage
-
-    def _identity(self, kind: str) -> dict[str, Any]:
-        """What enters a stage's id beside parents and data: settings that decide its outcome, and no path."""
-        return stage_settings(self.recipe, kind) | {"eval_items": self.items_sha}
-
-    def load(self, spec: str) -> LanguageModel:
-        """A model on this pipeline's device."""
-        model = load_model(spec, self.recipe.model, device=self.device, vocab_size=len(self.tokenizer))
+    kinds: the stages wanted; what they need comes with them. place: a folder, or the open record of a sweep, where runs
+    of many recipes meet. seeds: of all runs that share the folder. track: names of trackers. Raises UserError.
+    """
+    if len(seeds) > 1:
+        console.say(f"seed {recipe.seed}, {[*seeds].index(recipe.seed) + 1} of {len(seeds)}")
+    trackers(track, "", Path(), {})  # an unknown or missing one is said now; none starts before it is used
+    for warning in recipe_warnings(recipe):
+        console.warn(warning)
+    recipe, kinds = resolved(recipe), tuple(in_order(kinds))
+    check(kinds, recipe)
+    tokenizer, base, given_sft = load_models(recipe.model, recipe.model.sft, device)
+    if ensure_chat_template(tokenizer):
+        console.say("the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models")
+    for model in filter(None, (base, given_sft)):
         if not model.head.linear:
-            self.console.warn(
+            console.warn(
                 f"the head of {type(model.model).__name__} is not linear, or does more than scale and softcap: whole "
                 "logits are built, which costs memory; results are the same"
             )
-        return model
-
-    def _train(
-        self,
-        stage: Stage,
-        name: str,
-        load: Callable[[], LanguageModel],
-        train: Callable[[LanguageModel, Workbench], Session],
-    ) -> Stage:
-        """Run one stage to its commit, or find it done. A diverged one raises again; a failed one is tried again."""
-        self.on_stage(stage)
-        result = stage.result()
-        if result and result["status"] == "ok":
-            stage.verify()
-            self.console.say(f"{name}: finished before, in {stage.path}")
-            return stage
-        if result and result["status"] == "diverged":
-            raise Diverged(f"{name} in {stage.path} diverged before, at {result['figures']['reason']}")
-        stage.reopen()
-        with stage.attempt(self.environment) as attempt:
-            model = load()
-            bench = Workbench(stage, attempt, self.tokenizer, self.console, name, self.make_trackers(stage))
-            try:
-                session = train(model, bench)
-            except Diverged as error:
-                survivor = stage.latest_checkpoint()
-                kept = f"the last good checkpoint is {survivor[1]}" if survivor else "there was no checkpoint yet"
-                attempt.commit("diverged", {"reason": str(error)})
-                raise Diverged(f"{name} diverged at {error}; {kept}") from error
-            attempt.commit("ok", self._finish(bench, model, session), files=[Path("model")])
-            for tracker in bench.trackers:
-                tracker.finish()
-        return stage
-
-    def _finish(self, bench: Workbench, model: LanguageModel, session: Session) -> Figures:
-        """Measure the kept step (and the last, where it is another) on test items, and export the kept one."""
-        kept = int(session.state.counters["kept_step"])
-        counters = session.state.counters
-        figures: Figures = {"kept_step": kept, "steps": session.total, "flops": counters["flops"]}
-        figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
-        if kept != session.total:
-            figures["last"] = self.measure(bench.attempt, model, "last")
-            load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")
-        figures |= self.measure(bench.attempt, model, "kept")
-        for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
-            write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
-        self.export(bench.attempt, model, bench.name, figures)
-        return figures
-
-    def export(self, attempt: Attempt, model: LanguageModel, name: str, figures: Figures) -> None:
-        """Publish a model, with a card that tells its figures, in the stage's folder `model`."""
-        card = model_card(self.recipe, name, figures)
-        attempt.publish(
-            "model", lambda folder: export_model(folder, model, self.tokenizer, stop_ids=self.stop_ids, card=card)
+    stops = stop_ids(tokenizer, (given_sft or base).model.generation_config)
+    limit = recipe.rollout.max_new_tokens
+    data = prepare(
+        recipe.data,
+        tokenizer,
+        recipe.seed,
+        context_length(base),
+        max_new_tokens=limit,
+        stop=stops,
+        sample=partial(sample_texts, base, tokenizer, stops, limit),
+    )
+    for line in data.report.lines():
+        console.say(line)
+    base_id = fingerprint(recipe.model.base, recipe.model)
+    sft_id = fingerprint(recipe.model.sft, recipe.model) if recipe.model.sft is not None else None
+    if sft_id == base_id:
+        raise ConfigError("model.sft is the base itself: the reward would be 0 everywhere; give a fine-tuned model")
+    test_items = load_items(recipe, "test")
+    check_needs(kinds, data, test_items)
+    development = Development(recipe, tokenizer, data.held_out, stops)
+    if recipe.eval.keep == "best" and not development.ranks:
+        console.warn(
+            f"nothing measures eval.metric = {recipe.eval.metric} here (accuracy needs eval.items, nll needs "
+            "data.held_out): the last step of each arm is kept"
         )
-
-    def measure(self, attempt: Attempt, model: LanguageModel, which: str) -> Figures:
-        """Held-out NLL and test figures of one model."""
-        figures: Figures = {}
-        if self.data.held_out:
-            figures["held_out_nll"] = answer_nll(model, self.data.held_out, micro_batch=self.recipe.sft.micro_batch)
-        if load_items(self.recipe, "test"):
-            figures |= self.test(attempt, which, partial(self.answers, model, generate))[0]
-        return figures
-
-    def test(
-        self, attempt: Attempt, which: str, answer: Callable[[int | None], list[Verdict]]
-    ) -> tuple[Figures, dict[str, list[Verdict]]]:
-        """Test figures, greedy (None samples) and sampled; verdicts go to eval/<which>-<decoding>/samples.jsonl."""
-        figures: Figures = {}
-        found: dict[str, list[Verdict]] = {}
-        for decoding, samples in (("greedy", None), ("sampled", self.recipe.eval.samples)):
-            verdicts = found[decoding] = answer(samples)
-            for group, estimate in accuracy_by_group(verdicts).items():
-                figures.setdefault("test", {}).setdefault(group, {})[decoding] = estimate._asdict()
-            figures[f"{decoding}_ended"] = mean(end for verdict in verdicts for end in verdict.ended)
-            figures[f"{decoding}_tokens"] = mean(count for verdict in verdicts for count in verdict.tokens)
-            attempt.publish(f"eval/{which}-{decoding}", partial(write_verdicts, verdicts))
-        return figures, found
-
-    def answers(self, model: LanguageModel, decode: Callable[..., Generated], samples: int | None) -> list[Verdict]:
-        """A model's answers to the test items."""
-        items, stops = self.test_items(), self.stop_ids
-        return answer_items(model, self.tokenizer, items, self.recipe, samples=samples, stops=stops, decode=decode)
-
-    def test_items(self) -> list[EvalItem]:
-        """The test items, which a method without a model of its own cannot do without."""
-        items = load_items(self.recipe, "test")
-        if not items:
-            raise ConfigError("there are no test items to answer; set eval.items to a file with prompts and answers")
-        return items
+    tree = recipe.model_dump(mode="json", exclude={"seed"})
+    record = place if isinstance(place, Run) else Run.open(place, {"recipe": tree, "seeds": seeds or [recipe.seed]})
+    decides = [tree["data"], tree["model"], tree["rollout"]["max_new_tokens"]]  # what the manifest holds
+    choice = f"{_sha(decides)[:8]}-" if place is record else ""  # a sweep has several
+    record.write_data_manifest(data.manifest, f"manifest-{choice}seed-{recipe.seed}")
+    return PreparedRun(
+        recipe,
+        kinds,
+        record,
+        console,
+        device,
+        environment or {},
+        tuple(track),
+        tokenizer,
+        stops,
+        base,
+        given_sft,
+        base_id,
+        sft_id,
+        data,
+        development,
+        test_items,
+        _sha([vars(item) for item in (*load_items(recipe, "dev"), *test_items)])[:16],
+    )
 
 
-def items_sha(recipe: Recipe) -> str:
-    """What the items of development and test are, by content."""
-    items = [vars(item) for split in ("dev", "test") for item in load_items(recipe, split)]
-    return _sha(items)[:16]
+def check_needs(kinds: Iterable[str], data: PreparedData, test_items: Sequence[Item]) -> None:
+    """Raises ConfigError where a kind that is to be run has no prompts or no test items to work on."""
+    needed = [KINDS[name] for name in in_order(kinds)]
+    if any(kind.needs_prompts for kind in needed) and not data.prompts:
+        raise ConfigError(
+            "PPO needs prompts: set data.prompts to files with prompts (answers in them are not read), for example "
+            "the demonstrations' own file"
+        )
+    if any(kind.needs_items for kind in needed) and not test_items:
+        raise ConfigError("there are no test items to answer; set eval.items to a file with prompts and answers")
 
 
 def _sha(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sample_texts(
+    base: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    max_new_tokens: int,
+    prompts: Sequence[tuple[int, ...]],
+    seed: int,
+) -> list[str]:
+    """What the base says to each prompt (token ids), sampled at temperature 1, without stop tokens and outer white
+    space: the wrong answers of data.noise = "base-answers"."""
+    if not prompts:
+        return []
+    pad = int(tokenizer.pad_token_id)
+    said = generate(base, prompts, stop_ids=stops, pad_id=pad, max_new_tokens=max_new_tokens, seed=seed).responses()
+    kept = [[token for token in ids if token not in stops] for ids in said]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in kept]
+
+
+# ---- stages in order
+
+
+def run_stages(
+    run: PreparedRun, *, share: float | None = None, on_stage: Callable[[str, Stage], None] = lambda name, stage: None
+) -> dict[str, Stage]:
+    """Run every stage of a prepared run to its commit, or find it committed; the stages by kind.
+
+    share: the one of a kind that has several, None for all of them, of which the last is returned. on_stage hears of
+    each stage before it runs. Raises what a stage raises; what was committed before stays.
+    """
+    done: dict[str, Stage] = {}
+    for name in run.kinds:
+        kind = kind_of(name, run.recipe)
+        for each in (share,) if kind.shares and share else kind.shares or (None,):
+            stage = open_stage(run, kind, done, each)
+            on_stage(name, stage)
+            if not _is_finished(run, kind, stage):
+                with at_work(run, kind, stage, each) as bench:
+                    bench.attempt.commit("ok", kind.function()(run, bench, done), map(Path, kind.files))
+            done[name] = stage
+    return done
+
+
+def open_stage(run: PreparedRun, kind: Kind, done: Stages, share: float | None = None) -> Stage:
+    """The stage of a kind: known by its settings, the content of data and items, the base and its own parents."""
+    config = stage_settings(run.recipe, kind.name) | {"eval_items": run.items_sha}
+    parents = [run.sft_id if kind.name == "given-sft" else run.base_id]
+    if kind.shares:  # it starts from the base: of its parents it takes no more than their compute
+        budget = sum((done[name].result() or {})["figures"]["flops"] for name in kind.parents)
+        config["steps"] = longer_steps(run, budget, share or 1.0)
+    else:
+        parents += [done[name].id for name in kind.parents]
+    data_sha = run.data.sha if kind.needs_prompts else run.data.manifest["demonstrations"]["sha256"]
+    return run.record.stage(kind.name, config, [str(parent) for parent in parents], data_sha)
+
+
+def longer_steps(run: PreparedRun, budget: int, share: float) -> int:
+    """Optimizer steps of a longer SFT that takes a share of a budget (operations); each has a schedule of its own."""
+    return max(round(steps_within(run.base, run.data.demonstrations, run.recipe, budget) * share), 1)
+
+
+def _is_finished(run: PreparedRun, kind: Kind, stage: Stage) -> bool:
+    """Whether nothing is left to do. What diverged raises again; what failed otherwise is opened for another try."""
+    result = stage.result()
+    if result and result["status"] == "ok":
+        stage.verify()
+        run.console.say(f"{_title(kind, stage)}: finished before, in {stage.path}")
+        return True
+    if result and result["status"] == "diverged":
+        raise Diverged(f"{_title(kind, stage)} in {stage.path} diverged before, at {result['figures']['reason']}")
+    stage.reopen()
+    return False
+
+
+def _title(kind: Kind, stage: Stage) -> str:
+    steps = f" ({stage.identity['config']['steps']} steps)" if kind.shares else ""
+    return f"{kind.label or kind.name}{steps}"
+
+
+@contextmanager
+def at_work(run: PreparedRun, kind: Kind, stage: Stage, share: float | None = None) -> Iterator[Workbench]:
+    """One attempt at a stage. What it was told beside its identity is written down, and so is how it failed; trackers
+    are finished whatever happens. What is stopped on purpose, or cannot write any more, leaves no result."""
+    name, folder = _title(kind, stage), run.record.path
+    watching = trackers(run.track, f"{folder.name}-{stage.id}", stage.path, run.recipe.model_dump(mode="json"))
+    with stage.attempt(run.environment) as attempt, ExitStack() as closing:
+        for tracker in watching:
+            closing.callback(tracker.finish)
+        attempt.log_event("settings", **free_settings(run.recipe), **({"share": share} if share else {}))
+        try:
+            yield Workbench(stage, attempt, run.tokenizer, run.console, name, watching)
+        except (Interrupted, RecordError, StorageError):
+            raise
+        except Diverged as error:
+            survivor = stage.latest_checkpoint()
+            kept = f"the last good checkpoint is {survivor[1]}" if survivor else "there was no checkpoint yet"
+            attempt.commit("diverged", {"reason": str(error)})
+            raise Diverged(f"{name} diverged at {error}; {kept}") from error
+        except OutOfMemory as error:  # in generation, which says itself what helps
+            attempt.commit("oom", {"reason": str(error)})
+            raise
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if is_out_of_memory(error):
+                attempt.commit("oom", {"reason": f"out of memory ({reason})"})
+                raise RunError(f"{name} ran out of memory ({reason}); {_what_helps(run, kind)}") from error
+            attempt.commit("failed", {"reason": f"{type(error).__name__}: {reason}"})
+            raise
+
+
+def _what_helps(run: PreparedRun, kind: Kind) -> str:
+    for section in ("ppo", "sft"):
+        if section in kind.reads and (rows := getattr(run.recipe, section).micro_batch) > 1:
+            return (
+                f"lower {section}.micro_batch ({rows}), which changes memory and rounding alone, and run the same "
+                "command: finished stages stay, and this one goes on from its last checkpoint"
+            )
+    return "free memory, or take another --device, and run the same command: finished stages stay"
+
+
+# ---- the trained stages, and those that are only measured
+
+
+def base_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The base as it is: nothing to train, only to measure."""
+    return UNTRAINED | measure(run, bench.attempt, run.base)
+
+
+def given_sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The SFT model that the recipe names, likewise."""
+    return UNTRAINED | measure(run, bench.attempt, sft_model(run, done))
+
+
+def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """SFT from the base: for as long as the recipe says, or for the steps that a longer SFT is known by."""
+    model, total = run.base.copy(), bench.stage.identity["config"].get("steps")
+    rows = run.data.demonstrations
+    session = train_sft(run.recipe, bench, model, rows, run.development, pad_id=run.pad_id, total=total)
+    return finish(run, bench, model, session)
+
+
+def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """SRPPO from the SFT model."""
+    sft = sft_model(run, done)
+    policy = sft.copy()
+    session = train_ppo(
+        run.recipe,
+        bench,
+        policy,
+        sft,
+        run.base,
+        run.data.prompts,
+        run.development,
+        stop_ids=run.stops,
+        pad_id=run.pad_id,
+    )
+    return finish(run, bench, policy, session)
+
+
+def sft_model(run: PreparedRun, done: Stages) -> LanguageModel:
+    """The SFT model as it is exported or given; who changes it takes a copy."""
+    return run.given_sft or load_model(
+        sft_spec(run, done), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
+    )
+
+
+def sft_spec(run: PreparedRun, done: Stages) -> str:
+    """Where the SFT model is."""
+    return run.recipe.model.sft or str(done["sft"].path / "model")
+
+
+# ---- what a stage leaves behind
+
+
+def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Session) -> Figures:
+    """Measure the kept step (and the last, where it is another) on test items, and export the kept one."""
+    counters = session.state.counters
+    kept = int(counters["kept_step"])
+    figures: Figures = {"kept_step": kept, "steps": session.total, "flops": counters["flops"]}
+    figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
+    if kept != session.total:
+        figures["last"] = measure(run, bench.attempt, model, "last")
+        load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")
+    figures |= measure(run, bench.attempt, model)
+    for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
+        write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
+    export(run, bench, model, figures)
+    return figures
 
 
 def kept_checkpoint(stage: Stage, step: int) -> Path:
@@ -369,26 +384,47 @@ def kept_checkpoint(stage: Stage, step: int) -> Path:
         raise RecordError(f"{reason}; it holds the kept step: remove {stage.path} to train that stage again") from error
 
 
-def write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
+def export(run: PreparedRun, bench: Workbench, model: LanguageModel, figures: Figures) -> None:
+    """Publish a model, with a card that tells its figures, in the stage's folder `model`."""
+    card = model_card(run.recipe, bench.name, figures)
+    write = partial(export_model, model=model, tokenizer=run.tokenizer, stop_ids=run.stops, card=card)
+    bench.attempt.publish("model", write)
+
+
+def measure(run: PreparedRun, attempt: Attempt, model: LanguageModel, which: str = "kept") -> Figures:
+    """Held-out NLL and test figures of one model, as far as there is anything to measure them on."""
+    figures: Figures = {}
+    if run.data.held_out:
+        figures["held_out_nll"] = answer_nll(model, run.data.held_out, micro_batch=run.recipe.sft.micro_batch)
+    if run.test_items:
+        figures |= publish_answers(attempt, answers_of(run, model), which)
+    return figures
+
+
+def answers_of(
+    run: PreparedRun, model: LanguageModel, decode: Callable[..., Generated] = generate
+) -> dict[str, list[Verdict]]:
+    """A model's answers to the test items, greedy and sampled."""
+    return {
+        decoding: answer_items(
+            model, run.tokenizer, run.test_items, run.recipe, samples=samples, stops=run.stops, decode=decode
+        )
+        for decoding, samples in (("greedy", None), ("sampled", run.recipe.eval.samples))
+    }
+
+
+def publish_answers(attempt: Attempt, answers: Mapping[str, list[Verdict]], which: str = "kept") -> Figures:
+    """Figures of answers by decoding; the answers go to eval/<which>-<decoding>/samples.jsonl."""
+    figures: Figures = {}
+    for decoding, verdicts in answers.items():
+        for group, estimate in accuracy_by_group(verdicts).items():
+            figures.setdefault("test", {}).setdefault(group, {})[decoding] = estimate._asdict()
+        figures[f"{decoding}_ended"] = mean(end for verdict in verdicts for end in verdict.ended)
+        figures[f"{decoding}_tokens"] = mean(count for verdict in verdicts for count in verdict.tokens)
+        attempt.publish(f"eval/{which}-{decoding}", partial(_write_verdicts, verdicts))
+    return figures
+
+
+def _write_verdicts(verdicts: Sequence[Verdict], folder: Path) -> None:
     """One JSON line an item, in the order of the items."""
     (folder / "samples.jsonl").write_text("".join(canonical_json(vars(v)) + "\n" for v in verdicts))
-
-
-def run_sft(pipeline: Pipeline) -> None:
-    """Base figures and SFT."""
-    pipeline.base_stage()
-    pipeline.sft_stage()
-
-
-def run_train(pipeline: Pipeline, *, baselines: bool) -> None:
-    """SFT (unless one is given), PPO, and with `baselines` the equal-compute SFT."""
-    if baselines and pipeline.recipe.model.sft is not None:
-        raise ConfigError(
-            "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft took "
-            "is not known; leave out --baselines, or leave out model.sft so that it is trained here"
-        )
-    pipeline.base_stage()
-    sft, sft_path = pipeline.sft_stage()
-    ppo = pipeline.ppo_stage(sft, sft_path)
-    if baselines:
-        pipeline.longer_sft_stages(sft, ppo)

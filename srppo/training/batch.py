@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from srppo.data.types import EncodedDemonstration
-from srppo.models.language_model import LanguageModel, forward_flops
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
 
 _DTYPES = {"tokens_BS": torch.int64, "old_logprobs_BT": torch.float32, "old_values_BT": torch.float32}
 
@@ -118,10 +119,13 @@ def collate(rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, 
 
 
 def answer_nll_sum(model: LanguageModel, rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, int]:
-    """(summed NLL of the answers in nats, their token count). Differentiable."""
+    """(summed NLL of the trained tokens in nats, their count). Differentiable."""
     tokens_BS, attention_mask_BS, width = collate(rows, pad_id)
     logprobs_BT = model.response_logprobs(tokens_BS.to(model.device), attention_mask_BS.to(model.device), width)
-    return -logprobs_BT.sum(), int(attention_mask_BS[:, -width:].sum())
+    for place, row in enumerate(rows):
+        for start, stop in row.gaps:  # the first column is the row's first answer token
+            logprobs_BT[place, start - row.prompt_tokens : stop - row.prompt_tokens] = 0.0
+    return -logprobs_BT.sum(), sum(row.trained for row in rows)
 
 
 def training_flops(model: LanguageModel, rows: Sequence[EncodedDemonstration]) -> int:

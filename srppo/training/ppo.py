@@ -23,8 +23,10 @@ from torch import Tensor
 from srppo.config import PpoConfig, Recipe, derive_seed
 from srppo.data.order import scheduled
 from srppo.errors import Diverged
-from srppo.models.language_model import LanguageModel, ValueModel, forward_flops
-from srppo.models.memory import advising, weight_bytes
+from srppo.models.flops import forward_flops
+from srppo.models.language_model import LanguageModel
+from srppo.models.memory import weight_bytes
+from srppo.models.value_model import ValueModel
 from srppo.training.advantage import gae, rloo, whiten, whitening_std
 from srppo.training.batch import RolloutBatch, micro_slices
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
@@ -80,7 +82,6 @@ class Targets:
     kl_scale: float
 
 
-@advising("PPO", "lower ppo.micro_batch: it changes memory, not the result")
 def train_ppo(
     recipe: Recipe,
     bench: Workbench,

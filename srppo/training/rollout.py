@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from srppo.config import derive_seed
-from srppo.models.language_model import LanguageModel, ValueModel
-from srppo.models.memory import advising, rows_that_fit
+from srppo.errors import OutOfMemory
+from srppo.models.language_model import LanguageModel
+from srppo.models.memory import is_out_of_memory, rows_that_fit
+from srppo.models.value_model import ValueModel
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.scores import score_logprobs
 
@@ -32,7 +34,6 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far BS, logits BV) -> logits BV."""
 
 
-@advising("generating", "lower rollout.max_new_tokens or data.max_prompt_tokens: batches go by memory already")
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -77,7 +78,7 @@ def generate(
     size = rows or rows_that_fit(model, tokens_BP.shape[1] + max_new_tokens, held=held)
     parts: list[Tensor] = []
     half = model.precision == "bf16" and processor is None
-    with _own_settings_aside(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
+    with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         for part in micro_slices(len(prompts), size):
             processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
             processors += [processor(mask_BP[part])] if processor else []
@@ -104,11 +105,20 @@ def generate(
 
 
 @contextmanager
-def _own_settings_aside(model: LanguageModel) -> Iterator[None]:
+def _writing(model: LanguageModel) -> Iterator[None]:
+    """The model's own settings aside; raises OutOfMemory, in one line, where its memory does not suffice."""
     own = model.model.generation_config
     model.model.generation_config = GenerationConfig()  # generate() fills gaps of ours from the model's own
     try:
         yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OutOfMemory(
+            f"generating ran out of memory ({reason}), with batches that go by memory already: lower "
+            "rollout.max_new_tokens or data.max_prompt_tokens, or take another --device"
+        ) from error
     finally:
         model.model.generation_config = own
 

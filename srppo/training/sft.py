@@ -11,7 +11,6 @@ from srppo.config import Recipe, derive_seed
 from srppo.data.order import pass_order
 from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
-from srppo.models.memory import advising
 from srppo.training.batch import answer_nll_sum, micro_slices, training_flops
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
 
@@ -50,7 +49,6 @@ def evenly(total: int, count: int) -> set[int]:
     return {max(round(total * i / count), 1) for i in range(1, count + 1)}
 
 
-@advising("SFT", "lower sft.micro_batch: it changes memory, not the result")
 def train_sft(
     recipe: Recipe,
     bench: Workbench,
@@ -85,7 +83,7 @@ def train_sft(
     for step in session.steps():
         watch = Stopwatch()
         batch = epoch_rows(rows, config.batch, step, recipe.seed)
-        answer_tokens = sum(len(row.ids) - max(row.prompt_tokens, 1) for row in batch)
+        answer_tokens = sum(row.trained for row in batch)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for part in micro_slices(len(batch), config.micro_batch):

@@ -16,8 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -26,7 +29,7 @@ import pytest
 
 from srppo.ablations import local
 from srppo.ablations.ledger import Ledger
-from srppo.ablations.local import Worker
+from srppo.ablations.local import Worker, run_apart
 from srppo.ablations.plan import Task
 from srppo.ablations.progress import Watch
 from srppo.ablations.run import forgive
@@ -36,7 +39,7 @@ from srppo.errors import ConfigError, Diverged, SrppoError
 from srppo.record.lease import Lease, _process_start
 from srppo.record.store import Attempt, Run
 
-WAIT_S = 40.0
+WAIT_S = 120.0
 TRIES = 3
 RECIPE = Recipe()
 processes = multiprocessing.get_context("forkserver")
@@ -50,23 +53,19 @@ def task(key: str, kind: str = "plain", *needs: str) -> Task:
     return Task(key, kind, RECIPE, needs)
 
 
-def pretend(folder: Path) -> Callable[[Task, Ledger], None]:
-    """An `execute` that behaves as the task's kind says, and commits who it was."""
-
-    def execute(task: Task, ledger: Ledger) -> None:
-        stage = ledger.run.stage("pretended", {"key": task.key})
-        ledger.link(task, stage)
-        if stage.done:
-            return
-        with stage.attempt() as attempt:
-            note(folder, "begin", task.key, os.getpid(), attempt.number)
-            if not task.kind.endswith("silently"):
-                print(f"{task.key} prints")
-            BEHAVIOURS[task.kind](folder, task, attempt)
-            note(folder, "end", task.key, os.getpid())
-            attempt.commit("ok", {"by": attempt.number})
-
-    return execute
+def pretend(task: Task, ledger: Ledger, folder: Path) -> None:
+    """Behaves as the task's kind says, and commits who it was."""
+    stage = ledger.run.stage("pretended", {"key": task.key})
+    ledger.link(task, stage)
+    if stage.done:
+        return
+    with stage.attempt() as attempt:
+        note(folder, "begin", task.key, os.getpid(), attempt.number)
+        if not task.kind.endswith("silently"):
+            print(f"{task.key} prints")
+        BEHAVIOURS[task.kind](folder, task, attempt)
+        note(folder, "end", task.key, os.getpid())
+        attempt.commit("ok", {"by": attempt.number})
 
 
 def note(folder: Path, *words: object) -> None:
@@ -201,16 +200,26 @@ def _work(
     tries: int,
     retry_s: float,
     slow_birth: bool,
+    apart: bool,
+    odd: bool,
+    overdue: str,
     options: dict[str, Any],
 ) -> None:
     local.GRACE_S, local.RETRY_S = grace_s, retry_s
+    if odd:
+        sys.stdout = Table()  # type: ignore[assignment]
+    if overdue:
+        kill = Worker._kill_overdue
+        Worker._kill_overdue = lambda self: kill(self) if diary(folder, overdue) else None  # type: ignore
     if slow_birth:
         born = os.setsid
         os.setsid = lambda: (note(folder, "birth", os.getpid()), until((folder / "born").exists), born())  # type: ignore
     events = {"on_event": lambda text: note(folder, "event", text)}
     try:
         note(folder, "worker", os.getpid())
-        Worker({t.key: t for t in tasks}, open_ledger(folder, tries), pretend(folder), **events, **options).run()
+        execute = partial(pretend, folder=folder)
+        worker = Worker({t.key: t for t in tasks}, open_ledger(folder, tries), execute, **events, **options)
+        run_apart(worker) if apart else worker.run()
     except SrppoError as error:
         note(folder, "error", error)
         sys.exit(error.exit_code)
@@ -238,9 +247,15 @@ def start(
     tries: int = TRIES,
     retry_s: float = 0.0,
     slow_birth: bool = False,
+    apart: bool = False,
+    odd: bool = False,
+    overdue: str = "",
     **options: Any,
 ) -> Any:
-    worker = processes.Process(target=_work, args=(folder, list(tasks), grace_s, tries, retry_s, slow_birth, options))
+    """apart: a worker in a further process, as a sweep starts it. odd: with something else in place of stdout.
+    overdue: stages are overdue once the diary has such a line."""
+    ways = (grace_s, tries, retry_s, slow_birth, apart, odd, overdue)
+    worker = processes.Process(target=_work, args=(folder, list(tasks), *ways, options))
     worker.start()
     STARTED.append(worker)
     return worker
@@ -287,9 +302,9 @@ DIAMOND = (
 )
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_every_task_is_done_once_and_after_what_it_needs(tmp_path, slots):
-    assert work(tmp_path, DIAMOND, slots=slots) == 0
+@pytest.mark.parametrize(("slots", "apart"), [(1, False), (3, False), (2, True)])
+def test_every_task_is_done_once_and_after_what_it_needs(tmp_path, slots, apart):
+    assert work(tmp_path, DIAMOND, slots=slots, apart=apart) == 0
     assert set(status(tmp_path, DIAMOND).values()) == {("done", "")}
     order = [(words[0], words[1]) for words in map(str.split, (tmp_path / "diary").read_text().splitlines())]
     for each in DIAMOND:
@@ -345,24 +360,19 @@ def test_a_crashing_stage_is_retried_then_failed_with_its_reason_and_the_others_
     assert all("Traceback" in log.read_text() for log in logs)
 
 
-def test_a_reason_is_the_stages_own_line_whatever_stands_in_for_stdout(tmp_path, monkeypatch):
-    """A live table replaces sys.stdout, and would print itself after every line of a forked stage."""
+class Table:
+    """Prints more than it is told."""
 
-    class Table:
-        def write(self, text: str) -> int:
-            os.write(1, (text + "\nthe table\n").encode())
-            return len(text)
+    def write(self, text: str) -> int:
+        os.write(1, (text + "\nthe table\n").encode())
+        return len(text)
 
-        def flush(self) -> None: ...
+    def flush(self) -> None: ...
 
-    def crash(task: Task, ledger: Ledger) -> None:
-        raise ValueError("the reward is")
 
-    run = Run.open(tmp_path / "run", {"sweep": "test"})
-    ledger, bad = Ledger(run, 1), task("bad")
-    monkeypatch.setattr(sys, "stdout", Table())
-    Worker({"bad": bad}, ledger, crash).run()
-    assert ledger.failures(bad)[0]["reason"] == "ValueError: the reward is"
+def test_a_reason_is_the_stages_own_line_whatever_stands_in_for_stdout(tmp_path):
+    assert work(tmp_path, [task("a", "crash")], tries=1, odd=True) == 0
+    assert open_ledger(tmp_path).failures(task("a"))[0]["reason"] == "ValueError: the reward is"
 
 
 def test_a_stage_that_crashed_once_is_done_in_the_end(tmp_path):
@@ -424,9 +434,10 @@ def test_retry_forgives_what_was_given_up_and_keeps_its_failures_readable(tmp_pa
 @pytest.mark.parametrize("kind", ["wait", "deaf", "parent"])
 def test_a_hung_stage_is_timed_out_with_all_that_it_started(tmp_path, kind):
     tasks = [task("a", kind), task("child", "plain", "a")]
-    assert work(tmp_path, tasks, timeout_s=3, tries=1) == 0  # time enough to hang with all it is to start
+    begun = {"parent": "grandchild", "deaf": "deaf"}.get(kind, "begin")
+    assert work(tmp_path, tasks, timeout_s=0.01, tries=1, overdue=begun) == 0
     found = open_ledger(tmp_path, tries=1)
-    assert found.state(tasks[0]).status == "failed" and found.state(tasks[0]).reason == "timed out after 3 s"
+    assert found.state(tasks[0]).status == "failed" and found.state(tasks[0]).reason == "timed out after 0.01 s"
     assert tries_of(tmp_path, "child") == 0
     pids = [int(words[1]) for words in diary(tmp_path, "begin")]
     pids += [int(words[0]) for words in diary(tmp_path, "grandchild")]
@@ -573,6 +584,74 @@ def test_a_stage_stopped_by_hand_is_saved_and_goes_on(tmp_path):
     assert open_ledger(tmp_path).failures(task("a")) == []
 
 
+# ---- a worker in a process of its own
+
+
+def threads_run(task: Task, ledger: Ledger, folder: Path) -> None:
+    """A stage that has one thread when it begins, and whose torch then works with two."""
+    note(folder, "threads", len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1)
+    import torch
+
+    torch.set_num_threads(2)
+    x = torch.ones(512, 512, requires_grad=True)
+    (x @ x).sum().backward()
+    pretend(task, ledger, folder)
+
+
+def test_a_process_whose_threads_have_run_may_run_a_sweep(tmp_path):
+    """It may have used torch with several threads, and have others of its own; what it forked would be stuck."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    (torch.ones(512, 512) @ torch.ones(512, 512)).sum()
+    waits = threading.Event()
+    (other := threading.Thread(target=waits.wait)).start()
+    said: list[str] = []
+    try:
+        tasks = {each.key: each for each in (task("a"), task("b", "mistake"))}
+        execute = partial(threads_run, folder=tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Python 3.12 and newer warn of a fork where there are threads
+            run_apart(Worker(tasks, open_ledger(tmp_path), execute, on_event=said.append))
+    finally:
+        torch.set_num_threads(before)
+        waits.set()
+        other.join()
+    assert diary(tmp_path, "threads") == [["1"], ["1"]]
+    assert status(tmp_path, list(tasks.values())) == {"a": ("done", ""), "b": ("failed", "ppo.lr is too pretty")}
+    assert len(said) == 1 and said[0].endswith("failed: ppo.lr is too pretty; given up")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_passed_on(tmp_path, number):
+    worker = start(tmp_path, [task("a", "save")], apart=True)
+    pid = begun(tmp_path, "a")
+    os.kill(worker.pid, number)
+    assert end(worker) == 130 and diary(tmp_path, "saved") == [["a"]] and dead(pid)
+    assert "the same command goes on" in the_error(tmp_path)
+
+
+def test_a_worker_apart_dies_with_its_caller_and_so_do_its_stages(tmp_path):
+    worker = start(tmp_path, [task("a", "wait")], apart=True)
+    pid = begun(tmp_path, "a")
+    worker.kill()
+    assert end(worker) == -signal.SIGKILL
+    until(lambda: dead(pid))
+
+
+def test_a_full_disk_ends_a_worker_apart_with_the_same_line(tmp_path):
+    assert work(tmp_path, [task("a", "limited")], apart=True) == 1
+    assert "cannot write" in the_error(tmp_path) and "run the same command again" in the_error(tmp_path)
+
+
+def test_a_worker_apart_that_is_killed_is_said(tmp_path):
+    worker = start(tmp_path, [task("a", "wait")], apart=True)
+    with open(f"/proc/{begun(tmp_path, 'a')}/status") as file:
+        parent = next(int(line.split()[1]) for line in file if line.startswith("PPid"))
+    os.kill(parent, signal.SIGKILL)
+    assert end(worker) == 1 and "the sweep's worker died (exit code -9)" in the_error(tmp_path)
+
+
 # ---- a full disk
 
 
@@ -616,7 +695,7 @@ def test_on_a_disk_without_a_byte_left_there_is_one_line_too(tmp_path, kind, wor
 
 def _on_a_small_disk(kind: str, disk: Path) -> int:
     try:
-        Worker({"a": task("a", kind)}, open_ledger(disk), pretend(disk), on_event=print).run()
+        Worker({"a": task("a", kind)}, open_ledger(disk), partial(pretend, folder=disk), on_event=print).run()
     except SrppoError as error:
         print(error)
         return error.exit_code

@@ -20,7 +20,7 @@ import srppo.cli.app
 from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, grid
 from srppo.ablations.estimate import power_lines
 from srppo.ablations.options import build_sweep, read_axis, read_options
-from srppo.ablations.plan import PARENTS, Plan, Task, task_key
+from srppo.ablations.plan import Plan, Task, task_key
 from srppo.ablations.scale import parameter_count
 from srppo.ablations.spec import MOST_COMPARISONS, every
 from srppo.ablations.sweeps import ARMS, SWEEPS
@@ -29,6 +29,7 @@ from srppo.config import Recipe, all_keys, canonical_json, load_recipe, with_ove
 from srppo.errors import ConfigError, SrppoError
 from srppo.record.arms import is_sweep
 from srppo.record.store import Run
+from srppo.stages.kinds import KINDS
 from srppo.world import base_path
 
 RECIPE = load_recipe(None, SMALL)
@@ -201,7 +202,7 @@ def test_parents_come_first_and_each_stage_once(name, quick):
     seen: set[str] = set()
     for key, task in plan.tasks.items():
         assert key == task.key and set(task.needs) <= seen and key not in seen
-        assert tuple(plan.tasks[need].kind for need in task.needs) == PARENTS[task.kind]
+        assert tuple(plan.tasks[need].kind for need in task.needs) == KINDS[task.kind].parents
         assert {plan.tasks[need].recipe.seed for need in task.needs} <= {task.recipe.seed}
         seen.add(key)
     measured = {key for keys in plan.measured_by.values() for key in keys}
@@ -240,7 +241,7 @@ def kinds(plan: Plan) -> dict[str, int]:
     ("name", "expected"),
     [
         # 4 sizes x 2 budgets, but 32 demonstrations are not among them: same steps is never same epochs
-        ("data-size", {"sft": 80, "ppo": 80, "longer-sft": 240}),
+        ("data-size", {"sft": 80, "ppo": 80, "longer-sft": 320}),
         ("noise", {"sft": 100, "ppo": 100}),  # 3 kinds x 3 rates, and rate 0 once
         ("model-scale", {"base": 30, "sft": 30, "ppo": 30}),
         ("reward", {"sft": 10, "ppo": 80}),
@@ -260,7 +261,7 @@ def test_overlap_shares_the_demonstrations_sft(name="overlap"):
 def test_the_method_sweep_tells_its_arms_apart():
     plan = Plan(the_sweep("method"))
     keys = [plan.measured_by[cell, 0] for cell in plan.sweep.cells()]
-    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 7 + 3
+    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 7 + 4
     assert kinds(plan)["sft"] == 10 and kinds(plan)["ppo"] == 20  # SRPPO and RLOO
 
 
@@ -288,7 +289,7 @@ def test_keys_are_the_same_in_another_process_folder_and_hash_seed(tmp_path):
     assert done.stdout.split() == list(Plan(the_sweep("kl")).tasks), done.stderr
 
 
-# What a setting changes, by the longest prefix of its key: an oracle beside `identity.stage_settings`.
+# What a setting changes, by the longest prefix of its key: an oracle beside `kinds.stage_settings`.
 BASE, SFT, PPO, LONGER = "base", "sft", "ppo", "longer-sft"
 ALL, TRAINED, FROM_PPO = {BASE, SFT, PPO, LONGER}, {SFT, PPO, LONGER}, {PPO, LONGER}
 CHANGES: dict[str, set[str]] = {
@@ -299,6 +300,9 @@ CHANGES: dict[str, set[str]] = {
     "reward.": FROM_PPO,
     "ppo.": FROM_PPO,
     "eval.every": FROM_PPO,
+    "sft.micro_batch": set(),
+    "ppo.micro_batch": set(),
+    "ppo.checkpoint_every": set(),
     "data.prompts": FROM_PPO,
     "data.prompts_size": FROM_PPO,
     "data.overlap": FROM_PPO,
@@ -407,7 +411,7 @@ def test_rloo_reads_no_critic():
 
 def test_methods_read_only_their_own_settings():
     def key(kind: str, recipe: Recipe) -> str:
-        return task_key(kind, recipe, tuple(key(parent, recipe) for parent in PARENTS[kind]))
+        return task_key(kind, recipe, tuple(key(parent, recipe) for parent in KINDS[kind].parents))
 
     more = with_overrides(RECIPE, {"methods.samples": 9, "methods.alphas": [1.0]})
     beta = with_overrides(RECIPE, {"reward.beta": 3.0})

@@ -1,4 +1,4 @@
-"""The forecast against enumeration, where pi* and every expectation under it are exact (design section 1)."""
+"""The forecast against enumeration, where pi* and every expectation under it are exact (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from srppo.analysis.optimum import (
     enough,
     measured,
     optimum,
-    over_prompts,
     point_of,
     samples_needed,
     share_reached,
 )
-from srppo.analysis.questions import Question
+from srppo.analysis.samples import Question
 from srppo.config import build_recipe
 from srppo.errors import UserError
 from srppo.models.pair import Pair, load_pair
 from srppo.report.forecast_page import report_forecast, sentences
 from srppo.report.forecast_plot import frontier_plot
-from srppo.statistics.intervals import Estimate
+from srppo.statistics.intervals import Estimate, item_interval
 
 CASES = [("sft", 0.5), ("sft", 1.0), ("base", 0.3), ("base", 0.6), ("base", 1.0), ("base", 2.0)]
 NAMES = ("reward_Q", "kl_sft_Q", "kl_anchor_Q", "objective_Q", "length_Q", "right_Q")
@@ -132,7 +131,7 @@ def test_intervals_over_prompts_cover(prompts: int) -> None:
     truth, trials = exact("sft", 0.7), 200
     values = optimum(draws(prompts * trials, 64, seed=2), "sft", 0.7)
     for name in ("kl_sft_Q", "objective_Q", "reward_Q"):
-        found = [over_prompts(row) for row in getattr(values, name).reshape(trials, prompts)]
+        found = [item_interval(row, limits=None) for row in getattr(values, name).reshape(trials, prompts)]
         held = np.mean([each.low <= truth[name] <= each.high for each in found])
         print(f"\ncoverage, {name}, {prompts} prompts: {held:.3f}")
         assert 0.91 <= held <= 0.99

@@ -12,11 +12,10 @@ import torch
 from scipy.stats import mannwhitneyu, spearmanr
 from tiny import quiet_console
 
-from srppo.analysis.pieces import pieces
-from srppo.analysis.questions import load_questions, sample
-from srppo.analysis.score import Scored, ScoreResult, Token, given_row, score_command, score_rows
+from srppo.analysis.samples import load_questions, sample
+from srppo.analysis.score import Scored, ScoreResult, Token, given_row, pieces, score_command, score_rows
 from srppo.errors import DataError, UserError
-from srppo.models.language_model import load_model
+from srppo.models.loading import load_model
 from srppo.models.pair import Pair, load_pair
 from srppo.report.score_page import report_score
 from srppo.report.score_text import ranked, scale_of, score_text
@@ -29,7 +28,7 @@ TEXTS = [" plain words", "naïve — 東京 😀👩‍👩‍👧 ok", "\n\ttab
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest base with noise on its weights: an "SFT model" that differs."""
     from srppo.config import ModelConfig
-    from srppo.models.language_model import load_tokenizer
+    from srppo.models.loading import load_tokenizer
 
     folder = tmp_path_factory.mktemp("sft") / "model"
     model = load_model("embedded:xs", ModelConfig()).model

@@ -18,7 +18,7 @@ from srppo.console import Console
 from srppo.data.chat import ensure_chat_template
 from srppo.errors import ConfigError
 from srppo.evaluation.harness import model as harness_model
-from srppo.models.language_model import load_tokenizer
+from srppo.models.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from srppo.ablations.estimate import task_seconds
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.live import LEGEND, LiveTable
 from srppo.ablations.pace import Pace
-from srppo.ablations.plan import PARENTS, Task
+from srppo.ablations.plan import Task
 from srppo.ablations.progress import Watch
 from srppo.ablations.run import LEAST_TIMEOUT_S, load_sweep
 from srppo.cli.sweep import SMALL
@@ -25,6 +25,7 @@ from srppo.config import build_recipe, load_recipe, with_overrides
 from srppo.console import Console
 from srppo.record.json import read_lines
 from srppo.record.store import Run
+from srppo.stages.kinds import KINDS
 
 SETTINGS = ["ppo.steps=1", "ppo.epochs=1", "ppo.minibatches=1", "rollout.batch=8", "data.size=8", "eval.limit=4"]
 SETS = [f"--set={each}" for each in (*SETTINGS, "eval.every=0", "eval.samples=1", "eval.items=items.jsonl")]
@@ -143,6 +144,6 @@ def test_every_kind_of_stage_takes_time_by_the_measured_pace(swept: Swept) -> No
     assert min(pace.start_s, pace.sft_step_s, pace.ppo_step_s, pace.answer_s) > 0
     assert (pace.dev_items, pace.test_items) == (4, 4) and pace.rows > 0
     recipe = load_recipe(None, sets)
-    found = {kind: task_seconds(Task("k", kind, recipe, ()), pace) for kind in PARENTS}
+    found = {kind: task_seconds(Task("k", kind, recipe, ()), pace) for kind in KINDS}
     assert all(seconds > 0 for seconds in found.values())
     assert found["ppo"] > found["base"] and found["sft"] > found["base"]

@@ -20,18 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import DataConfig, Recipe, canonical_json, recipe_warnings, with_overrides
 from srppo.console import Console
-from srppo.data.edits import near_miss, truncated
-from srppo.data.formats import load_demonstrations, load_prompts
-from srppo.data.noise import Noise, add_noise, differs, task_of
+from srppo.data.noise import Noise, add_noise, differs, near_miss, task_of, truncated
+from srppo.data.order import prompt_text
 from srppo.data.prepare import PreparedData, prepare
-from srppo.data.rows import prompt_text
+from srppo.data.rows import load_demonstrations, load_prompts
 from srppo.data.sources import EMBEDDED_ROWS
 from srppo.data.types import Demonstration, EncodedDemonstration, Message
 from srppo.errors import ConfigError, DataError, UserError
 from srppo.models.language_model import LanguageModel
-from srppo.stages.base_answers import sample_texts
 from srppo.stages.kinds import stage_settings
-from srppo.stages.run import Pipeline
+from srppo.stages.run import prepare_run, sample_texts
 from srppo.world import base_path
 from srppo.world.items import answers_of_other_tasks, demonstrations, items, prompts, read_question
 from srppo.world.tasks import GROUPS, TASKS, bucket
@@ -359,7 +357,7 @@ def test_a_run_asks_its_own_base(tmp_path: Path) -> None:
     texts: list[list[str]] = []
     for max_new_tokens in (16, 16, 1):
         recipe = with_overrides(Recipe(), keys | {"rollout.max_new_tokens": max_new_tokens})
-        run = Pipeline(recipe, tmp_path / str(len(texts)), Console(plain=True, file=io.StringIO()))
+        run = prepare_run(recipe, ["sft"], tmp_path / str(len(texts)), Console(plain=True, file=io.StringIO()))
         texts.append([entry["noised"] for entry in run.data.manifest["demonstrations"]["noise"]["rows"]["values"]])
     assert texts[0] == texts[1] != texts[2]
     assert all(len(text.split()) == 1 for text in texts[2])

@@ -1,12 +1,80 @@
-"""The order of rows: each once a pass, passes in orders of their own, a function of step and seed alone."""
+"""Order, held-out rows, rows that can be encoded, and passes over rows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from data_cases import demo, message_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import srppo.data.order
-from srppo.data.order import pass_order, scheduled
+from srppo.data.order import encoded, pass_order, permute, prompt_text, row_id, scheduled, split_held_out
+from srppo.data.types import Message, Prompt
+from srppo.errors import DataError
+
+
+@given(st.integers(0, 10**9), st.integers(0, 60))
+def test_permutation_is_one_per_seed(seed, n):
+    ordered = permute(range(n), seed)
+    assert sorted(ordered) == list(range(n))
+    assert ordered == permute(range(n), seed)
+
+
+def test_permutation_is_pinned():
+    assert permute(range(8), 0) == [6, 5, 4, 3, 7, 1, 0, 2]  # another order would train other runs under old ids
+    assert permute(range(8), 1) != permute(range(8), 0)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 40), min_size=5, max_size=60), st.integers(0, 99), st.integers(1, 59))
+def test_held_out_rows_never_move(numbers, seed, cut):
+    rows = [demo(f"task {number}", f"answer {place}", f"a:{place}") for place, number in enumerate(numbers)]
+    try:
+        train, held = split_held_out(rows, 0.3, seed)
+        fewer_train, fewer_held = split_held_out(rows[:cut], 0.3, seed)
+    except DataError:
+        return
+    assert sorted(row.source for row in train + held) == sorted(row.source for row in rows)
+    assert fewer_held == [row for row in rows[:cut] if row in held]
+    assert fewer_train == [row for row in rows[:cut] if row in train]
+    assert not {prompt_text(row) for row in train} & {prompt_text(row) for row in held}
+
+
+def test_held_out_share_and_its_edges():
+    rows = [demo(f"task {number}") for number in range(4000)]
+    held = split_held_out(rows, 0.1, 3)[1]
+    assert 320 < len(held) < 480  # four standard deviations
+    assert split_held_out(rows, 0.1, 4)[1] != held
+    assert split_held_out(rows, 0.0, 3) == (rows, [])
+    with pytest.raises(DataError) as error:
+        split_held_out(rows[:3], 0.9999, 3)
+    assert message_of(error) == "data.held_out = 0.9999 leaves none of 3 demonstrations to train on; lower it"
+
+
+def test_row_ids_name_content():
+    assert row_id(demo(source="x:1")) == row_id(demo(source="y:2")) != row_id(demo(answer="sun cat"))
+
+
+@given(st.lists(st.booleans(), max_size=3000), st.none() | st.integers(1, 2500))
+@settings(max_examples=30, deadline=None)
+def test_size_counts_rows_that_can_be_used_and_few_more_are_encoded(usable, size):
+    rows = [Prompt((Message("user", str(i)),), f"a:{i}") for i in range(len(usable))]
+    asked = []
+
+    def encode(some):
+        asked.extend(some)
+        return [(i,) if usable[i := int(row.messages[0].content)] else "no" for row in some]
+
+    found = encoded(rows, encode, size)
+    right = [row for row, good in zip(rows, usable, strict=True) if good][:size]
+    assert found.rows == right and found.ids == [(int(row.messages[0].content),) for row in right]
+    read = rows.index(right[-1]) + 1 if size is not None and len(right) == size else len(rows)
+    assert found.refused == [("no", row.source) for row, good in zip(rows[:read], usable, strict=False) if not good]
+    assert asked == rows[: len(asked)] and read <= len(asked) <= min(read + 32 if size else read, len(rows))
+
+
+# ---- passes over rows
 
 
 @pytest.mark.parametrize(("count", "batch"), [(7, 3), (5, 5), (3, 8), (1, 2), (10, 4)])

@@ -16,10 +16,9 @@ from scipy import stats as scipy_stats
 
 from srppo.console import Console
 from srppo.errors import DataError, UserError
-from srppo.evaluation.comparison import Comparison, compare
+from srppo.evaluation.comparison import ComparisonResult, Difference, Unscored, compare
 from srppo.evaluation.pairing import by_seed, pair
 from srppo.evaluation.results import TaskResult, write_result
-from srppo.evaluation.verdicts import Difference
 from srppo.record.store import Run
 from srppo.report.comparison import arms_of, compare_command, select
 from srppo.report.comparison_files import to_csv, to_json, to_markdown
@@ -164,6 +163,23 @@ def test_what_cannot_be_paired_is_named() -> None:
     assert found.left_out == {"not in A at every seed": ("c", "d"), "not in B at every seed": ("c", "d")}
 
 
+def test_items_without_a_score_are_counted_once_for_all_models(tmp_path: Path) -> None:
+    """With the file that lists them: the list of `srppo eval` where there is one, else the samples."""
+    lacking = {"items": ("a", "b", "c"), "not_scored": {"a": "no punkt", "b": "no punkt"}}
+    scores, listed = [math.nan, math.nan, 1], tmp_path / "A@k.not-scored.jsonl"
+    listed.touch()
+    arms = {
+        name: [result(scores, name, seed, path=tmp_path / f"{name}@k", **lacking) for seed in (0, 1)] for name in "ABC"
+    }
+    arms["C"] = [result([math.nan, 1, 1], "C", 0, path=tmp_path / "C@k", **lacking | {"not_scored": {"a": "no punkt"}})]
+    arms["A"] += [result(scores, "A", seed, decoding="sampled", **lacking) for seed in (0, 1)]
+    assert compare(arms).unscored == (
+        Unscored("t", "no punkt", 2, ("A", "B"), listed),
+        Unscored("t", "no punkt", 1, ("C",), tmp_path / "C@k" / "samples.parquet"),
+    )
+    assert compare({"A": [result([1])], "B": [result([0], "B")]}).unscored == ()
+
+
 def test_items_are_paired_by_id_not_by_place() -> None:
     after = result([0, 1, 1], "B", items=("i1", "i0", "i2"))
     found = pair({0: result([1, 0, 1])}, {0: after}, ("A", "B"))
@@ -288,7 +304,7 @@ def test_comparisons_of_equals_err_at_most_nominally(seeds: int) -> None:
     assert wrong / trials <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
 
 
-def example() -> Comparison:
+def example() -> ComparisonResult:
     rng = np.random.default_rng(5)
     arms = {
         name: [

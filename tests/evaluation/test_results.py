@@ -12,6 +12,7 @@ import pytest
 from srppo.errors import DataError, RecordError
 from srppo.evaluation.results import TaskResult, read_result, read_results, write_result
 from srppo.record.store import Run
+from srppo.stages.arms import stages_by_arm
 
 SUMMARY = {"model": "m", "task": "t", "decoding": "greedy", "metric": "acc", "seed": 3, "key": "k", "group": None}
 
@@ -111,19 +112,19 @@ def test_a_run_reads_as_arms_seeds_and_groups(tmp_path: Path) -> None:
         make_stage(run, "sft", seed, [verdict("a", [True, False]), verdict("a", [True]), verdict("b", [False], "own")])
         path = make_stage(run, "ppo", seed, [verdict("a", [True])], "ok" if seed else "diverged")
         write_result(path / "eval", {**SUMMARY, "model": "some path", "seed": None}, [row("1", 1.0)])
-    found = read_results(tmp_path / "run")
+    found = read_results(tmp_path / "run", arms=stages_by_arm)
     assert {(each.model, each.seed) for each in found} == {("SFT", 0), ("SFT", 1), ("SRPPO", 1)}
     unseen = next(each for each in found if each.model == "SFT" and each.task == "unseen")
     assert unseen.metric == "accuracy" and unseen.group == "unseen" and unseen.scores == (0.5, 1.0)
     assert unseen.items[0].startswith("copy: a #") and unseen.items[1] == f"{unseen.items[0]} (2)"
     assert {each.task for each in found if each.model == "SRPPO"} == {"unseen", "t"}
-    assert [each.metric for each in read_results(tmp_path / "run", "acc")] == ["acc"]
+    assert [each.metric for each in read_results(tmp_path / "run", "acc", stages_by_arm)] == ["acc"]
 
 
 def test_a_runs_own_answers_say_how_they_were_asked(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", {})
     make_stage(run, "sft", 0, [verdict("a", [True])], max_new_tokens=8, data={"system": "Be brief.", "size": 3})
-    assert {tuple(each.settings.items()) for each in read_results(tmp_path / "run")} == {
+    assert {tuple(each.settings.items()) for each in read_results(tmp_path / "run", arms=stages_by_arm)} == {
         (("rollout.max_new_tokens", 8), ("data.system", "Be brief."))
     }
     folder = write_result(
@@ -136,11 +137,11 @@ def test_a_runs_own_answers_say_how_they_were_asked(tmp_path: Path) -> None:
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", {}).stage("sft", {"seed": 0})
     with pytest.raises(RecordError, match="no evaluated stage yet"):
-        read_results(tmp_path / "run")
+        read_results(tmp_path / "run", arms=stages_by_arm)
 
 
 def test_three_equal_questions_have_three_names(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", {})
     make_stage(run, "sft", 0, [verdict("a", [True])] * 3)
-    (greedy, sampled) = read_results(tmp_path / "run")
+    (greedy, sampled) = read_results(tmp_path / "run", arms=stages_by_arm)
     assert isinstance(greedy, TaskResult) and len(set(greedy.items)) == 3 and greedy.items == sampled.items

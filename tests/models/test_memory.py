@@ -1,4 +1,4 @@
-"""Batches by memory: a function of model, request and machine; and what is said where the memory does not suffice."""
+"""Batches by memory: a function of model, request and machine; and how it is noticed that they did not fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from srppo.errors import OutOfMemory
 from srppo.models.language_model import LanguageModel
-from srppo.models.memory import advising, batch_size, rows_that_fit, weight_bytes
+from srppo.models.memory import batch_size, is_out_of_memory, rows_that_fit, weight_bytes
 
 TOTALS = (1 << 14, 1 << 24, 1 << 27, 1 << 40)
 
@@ -45,15 +44,14 @@ def test_weights_are_counted_by_their_bytes() -> None:
     assert weight_bytes(torch.nn.Linear(3, 5).bfloat16(), torch.nn.Linear(1, 1, bias=False)) == 44
 
 
-def test_out_of_memory_says_what_was_done_and_what_helps() -> None:
-    @advising("reading", "read less")
-    def read(fails: bool) -> int:
-        if fails:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs")
-        return 3
-
-    assert read(False) == read(False) == 3
-    with pytest.raises(OutOfMemory, match=r"^reading ran out of memory \(CUDA out .* 2 GiB\.\); read less$"):
-        read(True)
-    with pytest.raises(ValueError, match="other"), advising("reading", "read less"):
-        raise ValueError("other")
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not fit"), False),
+    ],
+)
+def test_out_of_memory_is_known_on_every_device(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) == is_one

@@ -8,8 +8,8 @@ MUTANTS = [
     Mutant(
         "samples: drawn for each who chooses",
         "ablations/plan.py",
-        '"resampled": ("samples",),',
-        '"resampled": ("sft",),',
+        "tuple(self._add(parent, recipe) for parent in KINDS[kind].parents)",
+        "tuple(self._add(parent, recipe, share) for parent in KINDS[kind].parents)",
         "ablations/test_spec.py::test_what_a_point_leaves_alone_is_run_once",
     ),
     Mutant(
@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         "sweep: longer SFT pays for PPO",
         "ablations/analysis.py",
-        'if task.kind != "longer-sft" else []',
-        'if task.kind != "longer" else []',
+        "[] if KINDS[task.kind].shares else _ancestors(plan, task)",
+        "_ancestors(plan, task)",
         "ablations/test_analysis.py::test_development_items_choose_the_length_of_longer_sft",
     ),
     Mutant(
@@ -144,5 +144,26 @@ MUTANTS = [
         "time.monotonic() + RETRY_S * 2 ** (failed - 1)",
         "0.0",
         "ablations/test_local.py::test_a_failed_stage_is_tried_again_after_a_while_and_others_go_on_meanwhile",
+    ),
+    Mutant(
+        "sweep: who joins later has the micro-batch of the first",
+        "ablations/run.py",
+        "replace(sweep, recipe=with_overrides(sweep.recipe, ledger.settings))",
+        "sweep",
+        "ablations/test_execute.py::test_what_no_result_depends_on_reaches_workers_that_join_later",
+    ),
+    Mutant(
+        "sweep: a method's refusal is not asked for beforehand",
+        "ablations/pace.py",
+        "        check([task.kind], task.recipe)\n",
+        "",
+        "ablations/test_pace.py::test_what_would_fail_every_stage_is_said_before",
+    ),
+    Mutant(
+        "sweep: weights are not looked at beforehand",
+        "ablations/pace.py",
+        "            check_weights(spec, config)\n",
+        "            pass\n",
+        "ablations/test_pace.py::test_weights_that_are_not_whole_are_said_before",
     ),
 ]

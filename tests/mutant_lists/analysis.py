@@ -105,7 +105,7 @@ MUTANTS = [
     ),
     Mutant(
         "forecast: the kept step alone",
-        "analysis/ppo_arms.py",
+        "analysis/forecast.py",
         "            if step != kept:",
         "            if False:",
         "analysis/test_forecast.py::test_every_stage_and_every_step_with_weights_is_drawn",
@@ -133,14 +133,14 @@ MUTANTS = [
     ),
     Mutant(
         "pieces: parts of a character shown",
-        "analysis/pieces.py",
+        "analysis/score.py",
         "whole = not now.endswith(INCOMPLETE) or i == len(ids) - 1",
         "whole = True",
         "analysis/test_score.py::test_a_character_of_several_bytes_goes_to_its_last_token",
     ),
     Mutant(
         "pieces: a token with those before it",
-        "analysis/pieces.py",
+        "analysis/score.py",
         "texts[i] = now[len(before) :]",
         "texts[i] = now",
         "analysis/test_score.py::test_special_tokens_stand_alone",

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from pages import offline_page
-from test_report_runs import finish, new_run
 
 from srppo.console import Console
 from srppo.evaluation.results import write_result
@@ -21,6 +20,7 @@ from srppo.report.places import page_folder
 from srppo.report.plots import narrow_of, save_figure
 from srppo.report.record import report_run
 from srppo.statistics.intervals import item_interval
+from tests.report.test_run_page import finish, new_run
 
 
 def write(stage_path: Path, model: str, seed: int, scores: list[list[float]], **more: Any) -> None:

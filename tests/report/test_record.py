@@ -17,7 +17,7 @@ from srppo.errors import Diverged
 from srppo.record.store import Run
 from srppo.report.accuracy import arms_of_run, differences_of_run, rows_of_run
 from srppo.report.record import report_run
-from srppo.stages.run import Pipeline, run_train
+from srppo.stages.run import prepare_run, run_stages
 from srppo.statistics.intervals import calibrated_interval
 
 
@@ -32,8 +32,8 @@ def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("runs") / "run"
     for seed in (0, 1):
         recipe = with_overrides(world.recipe(), {"seed": seed})
-        pipeline = Pipeline(recipe, folder, Console(plain=True, file=io.StringIO()), seeds=[0, 1])
-        run_train(pipeline, baselines=True)
+        console = Console(plain=True, file=io.StringIO())
+        run_stages(prepare_run(recipe, ["base", "ppo", "longer-sft"], folder, console, seeds=[0, 1]))
     return Run.load(folder)
 
 
@@ -76,9 +76,9 @@ def test_rows_are_complete(run: Run) -> None:
 
 def test_an_arm_that_diverged_is_shown_and_one_that_was_not_run_is_said(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    pipeline = Pipeline(world.recipe({"ppo.max_kl": 1e-6}), folder, Console(plain=True, file=io.StringIO()))
+    recipe, console = world.recipe({"ppo.max_kl": 1e-6}), Console(plain=True, file=io.StringIO())
     with pytest.raises(Diverged, match=r"ppo\.max_kl"):
-        run_train(pipeline, baselines=False)
+        run_stages(prepare_run(recipe, ["base", "ppo"], folder, console))
     out = io.StringIO()
     report_run(folder, Console(plain=True, file=out))
     text, page = " ".join(out.getvalue().split()), (folder / "report" / "index.html").read_text()

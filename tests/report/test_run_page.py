@@ -18,7 +18,6 @@ from scipy import stats as scipy_stats
 from srppo.config import build_recipe, canonical_json
 from srppo.console import Console
 from srppo.errors import RecordError
-from srppo.record.arms import CHOSEN, EQUAL
 from srppo.record.store import Run, Stage
 from srppo.report.accuracy import arms_of, differences_of, tasks_of
 from srppo.report.answers import arm_rows
@@ -28,6 +27,7 @@ from srppo.report.lengths import length_table, lengths_of
 from srppo.report.record import report_run
 from srppo.report.samples import SHOWN, samples_of
 from srppo.report.training import LONGER, SeedRows, band, band_words, curves_of_run, over_seeds
+from srppo.stages.arms import CHOSEN, EQUAL
 from srppo.statistics.intervals import calibrated_interval
 
 TASKS = {"demonstrated": ("first", "swap"), "unseen": ("sort",)}

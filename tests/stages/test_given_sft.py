@@ -14,9 +14,9 @@ from worlds import World, make_world
 
 from srppo.console import Console
 from srppo.errors import ConfigError, DataError, ModelError
-from srppo.evaluation.development import load_items
-from srppo.models.language_model import resolve
-from srppo.stages.run import Pipeline, run_train
+from srppo.evaluation.items import load_items
+from srppo.models.loading import resolve
+from srppo.stages.run import PreparedRun, prepare_run, run_stages
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
@@ -30,8 +30,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def pipeline_of(world: World, folder: Path, overrides: dict[str, object]) -> Pipeline:
-    return Pipeline(world.recipe(overrides), folder, Console(plain=True, file=io.StringIO()))
+def prepared(world: World, folder: Path, overrides: dict[str, object], *kinds: str) -> PreparedRun:
+    console = Console(plain=True, file=io.StringIO())
+    return prepare_run(world.recipe(overrides), kinds or ["ppo"], folder, console)
 
 
 def chat_model(world: World, folder: Path) -> Path:
@@ -47,11 +48,11 @@ def chat_model(world: World, folder: Path) -> Path:
 
 def test_its_template_and_stop_tokens_are_used(world: World, tmp_path: Path) -> None:
     sft = chat_model(world, tmp_path / "chat")
-    pipeline = pipeline_of(world, tmp_path / "run", {"model.sft": str(sft)})
-    assert pipeline.stop_ids == [256, 7]
-    texts = [pipeline.tokenizer.decode(ids) for ids in pipeline.data.prompts]
+    run = prepared(world, tmp_path / "run", {"model.sft": str(sft)})
+    assert run.stops == [256, 7]
+    texts = [run.tokenizer.decode(ids) for ids in run.data.prompts]
     assert all(text.startswith("<u>") and text.endswith("<a>") for text in texts)
-    assert pipeline.development.stops == pipeline.stop_ids
+    assert run.development.stops == run.stops
 
 
 def test_other_tokens_of_the_same_number_are_refused(world: World, tmp_path: Path) -> None:
@@ -63,16 +64,16 @@ def test_other_tokens_of_the_same_number_are_refused(world: World, tmp_path: Pat
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (folder / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(ModelError, match=r"number their tokens differently .* '[ab]'"):
-        pipeline_of(world, tmp_path / "run", {"model.sft": str(folder)})
+        prepared(world, tmp_path / "run", {"model.sft": str(folder)})
     assert not (tmp_path / "run").exists()
 
 
 def test_the_base_as_sft_model_and_baselines_without_sft_are_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.sft is the base itself"):
-        pipeline_of(world, tmp_path / "run", {"model.sft": world.base})
-    pipeline = pipeline_of(world, tmp_path / "run", {"model.sft": world.sft})
+        prepared(world, tmp_path / "run", {"model.sft": world.base})
     with pytest.raises(ConfigError, match="--baselines compares"):
-        run_train(pipeline, baselines=True)
+        prepared(world, tmp_path / "run", {"model.sft": world.sft}, "ppo", "longer-sft")
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_embedded_and_embedded_size_name_the_embedded_bases(
@@ -98,10 +99,7 @@ def test_kl_early_stop_acts_within_a_pass(world: World, tmp_path: Path) -> None:
 
     def last(folder: str, target: float | None) -> dict[str, float]:
         overrides = {"ppo.epochs": 1, "ppo.minibatches": 4, "ppo.target_kl": target, "ppo.steps": 1}
-        pipeline = pipeline_of(world, tmp_path / folder, overrides)
-        run_train(pipeline, baselines=False)
-        (stage,) = [s for s in pipeline.run.stages() if s.identity["kind"] == "ppo"]
-        return stage.metrics()[-1]
+        return run_stages(prepared(world, tmp_path / folder, overrides))["ppo"].metrics()[-1]
 
     free, stopped = last("free", None), last("stopped", 1e-9)
     assert stopped["flops"] < free["flops"], "the minibatches left out are not counted"

@@ -1,4 +1,4 @@
-"""The trainer itself must reach the optimum that its objective has in closed form (design section 1).
+"""The trainer itself must reach the optimum that its objective has in closed form (docs/method.md).
 
 With a KL penalty of weight beta to pi_anchor, the optimum over sequences is pi_anchor (pi_sft / pi_base)^(1/beta). With
 5 tokens and 3 positions all 85 responses can be enumerated, so pi* and every KL are exact, in fp64.

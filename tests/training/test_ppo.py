@@ -16,15 +16,14 @@ import torch
 from safetensors.torch import load_file
 from tiny import EOS, LIMIT, PROMPTS, Bench, NoDevelopment, base_and_sft, tiny_recipe
 from torch import Tensor
-from transformers import LlamaForCausalLM
 from worlds import make_world, run_world
 
 import srppo.training.ppo
 import srppo.training.sft
 from srppo.config import Recipe, RewardConfig
 from srppo.data.types import EncodedDemonstration
-from srppo.errors import OutOfMemory
-from srppo.models.language_model import LanguageModel, ValueModel
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.record.store import Run
 from srppo.training.batch import RolloutBatch, answer_nll_sum, training_flops
 from srppo.training.loop import TrainState, clip_gradients, lr_factor
@@ -380,19 +379,6 @@ def test_rollouts_are_sized_beside_all_that_training_holds(tmp_path: Path, monke
     assert held == [2 * one + 4 * (one + critic)]  # weights, gradients and two moments of what is trained
 
 
-def test_out_of_memory_names_what_helps_where_it_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    recipe = tiny_recipe(rollout={"batch": 4}, ppo={"steps": 1, "epochs": 1})
-    monkeypatch.setattr(srppo.training.ppo, "minibatch_update", full)
-    with pytest.raises(OutOfMemory, match=r"^PPO ran out of memory \(CUDA.*\); lower ppo\.micro_batch"):
-        run_ppo(recipe, tmp_path / "update")
-    monkeypatch.setattr(LlamaForCausalLM, "generate", full)
-    with pytest.raises(OutOfMemory, match=r"^generating ran out of memory \(CUDA.*\); lower rollout\.max_new_tokens"):
-        run_ppo(recipe, tmp_path / "rollout")
-
-
 # ---- SFT
 
 
@@ -404,7 +390,7 @@ def demonstrations() -> list[EncodedDemonstration]:
 def nll_by_hand(lm: LanguageModel, row: EncodedDemonstration) -> list[Tensor]:
     """Of each answer token, EOS included; nothing predicts the first token of all."""
     logprobs = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
-    return [-logprobs[t - 1, row.ids[t]] for t in range(max(row.prompt_tokens, 1), len(row.ids))]
+    return [-logprobs[t - 1, row.ids[t]] for start, stop in row.spans for t in range(start, stop)]
 
 
 def test_the_sft_loss_counts_answers_with_eos_and_nothing_else() -> None:
@@ -414,6 +400,28 @@ def test_the_sft_loss_counts_answers_with_eos_and_nothing_else() -> None:
     total, count = answer_nll_sum(lm, rows, pad_id=EOS)
     assert count == len(by_hand) == 2 + 2 + 5 + 2 + 1
     torch.testing.assert_close(total, torch.stack(by_hand).sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_sft_loss_of_a_conversation_counts_every_answer_and_nothing_between(tmp_path: Path) -> None:
+    """Padded beside rows of one answer; a mean over the trained tokens of the batch, which a step logs."""
+    _, lm = base_and_sft()
+    turns = EncodedDemonstration((1, 2, 3, EOS, 4, 4, 2, EOS, 1, 3, EOS), 2, ((4, 6), (8, 9)))
+    assert turns.spans == [(2, 4), (6, 8), (9, 11)] and turns.trained == 6
+    rows = [turns, *demonstrations()]
+    by_hand = torch.stack([nll for row in rows for nll in nll_by_hand(lm, row)])
+    total, count = answer_nll_sum(lm, rows, pad_id=EOS)
+    assert count == len(by_hand) == 6 + 12
+    torch.testing.assert_close(total, by_hand.sum(), atol=1e-5, rtol=1e-5)
+    weights = [weight for weight in lm.model.parameters() if weight.requires_grad]
+    for ours, theirs in zip(
+        torch.autograd.grad(total, weights), torch.autograd.grad(by_hand.sum(), weights), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    recipe = tiny_recipe(sft={"batch": 6, "micro_batch": 4, "lr": 1e-2, "warmup": 0.0})
+    with Bench(tmp_path, recipe) as bench:
+        train_sft(recipe, bench, lm, rows, NoDevelopment(), pad_id=EOS)
+        (_, first) = bench.stage.metrics()
+    assert first["loss"] == pytest.approx(float(by_hand.mean().detach()), abs=1e-5)
 
 
 def test_an_sft_step_is_a_mean_over_all_answer_tokens_whatever_the_micro_batch(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from transformers import GenerationConfig
 import srppo.training.ppo
 import srppo.training.rollout
 from srppo.config import derive_seed
-from srppo.models.language_model import Head, LanguageModel, ValueModel
+from srppo.errors import OutOfMemory
+from srppo.models.language_model import Head, LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.losses import PolicyLoss, clipped_policy_loss
 from srppo.training.rollout import generate, to_batch
@@ -324,6 +326,24 @@ def test_rows_that_do_not_fit_together_are_written_in_parts(monkeypatch: pytest.
     assert found.ended_B.tolist() == [ended for part in alone for ended in part.ended_B.tolist()]
     greedy = [sample(lm, temperature=None, rows=rows).responses() for rows in (3, 20)]
     assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nTry"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "cpu"],
+)
+def test_out_of_memory_while_writing_names_what_helps(error: Exception) -> None:
+    """No micro-batch does: batches go by memory."""
+    lm = policy()
+
+    def full(**_: Any) -> None:
+        raise error
+
+    lm.model.generate = full
+    advice = r"^generating ran out of memory \((CUDA|Def)[^\n]*\), .* lower rollout\.max_new_tokens or [^\n]*$"
+    with pytest.raises(OutOfMemory, match=advice):
+        sample(lm)
 
 
 def test_a_batch_that_fits_is_written_at_once() -> None:

@@ -22,7 +22,7 @@ from srppo.config import derive_seed
 from srppo.data.chat import render, stop_ids
 from srppo.errors import ModelError, OutOfMemory
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
-from srppo.evaluation.harness.progress import Meter
+from srppo.evaluation.meter import Meter
 from srppo.models.language_model import LanguageModel, model_inputs
 from srppo.models.memory import batch_size, by_length
 from srppo.training.batch import left_pad
@@ -108,9 +108,8 @@ class HarnessModel(TemplateLM):
         from jinja2.exceptions import TemplateError
 
         try:
-            if add_generation_prompt:
-                return render(self.tokenizer, chat_history, generation=True)
-            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=True))
+            unfinished = not add_generation_prompt
+            return render(self.tokenizer, chat_history, generation=add_generation_prompt, unfinished=unfinished)
         except (TemplateError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"the chat template refuses a prompt ({reason}); pass --no-chat-template") from None

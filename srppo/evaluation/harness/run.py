@@ -16,8 +16,9 @@ from srppo.evaluation.harness.quiet import quiet
 from srppo.evaluation.harness.session import Options, Session
 from srppo.evaluation.harness.targets import Target, find_targets
 from srppo.evaluation.harness.tasks import load_tasks, wanted
-from srppo.evaluation.results import SAMPLES, SUMMARY
-from srppo.models.language_model import check_weights
+from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY
+from srppo.models.loading import check_weights
+from srppo.record.arms import ArmsOf, stages_by_kind
 from srppo.record.files import write_atomic
 from srppo.record.folder import check_place
 from srppo.record.json import plain, read_json
@@ -46,21 +47,23 @@ def evaluate_command(
     system: str | None = None,
     cluster: str | None = None,
     console: Console | None = None,
+    arms: ArmsOf = stages_by_kind,
 ) -> list[Path]:
     """Evaluate a model, or every arm of a run, and print a table; returns the folders of the results.
 
     samples: so many a prompt at `temperature`; None: decode as each task says. chat_template None: the tokenizer's own
     if it has one, ours for our models and for the embedded suite. system: a system message, by default that with which
     a run was trained, "" for none. cluster: the items' field that says which belong together, by default as the task's
-    metadata says. Raises a UserError, before anything is generated,
-    for whatever cannot be loaded, scored or fitted into the context.
+    metadata says. arms: what the arms of a run are.
+
+    Raises a UserError, before anything is generated, for whatever cannot be loaded, scored or fitted into the context.
     """
     console = console or Console()
     options = Options(
         samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest, system, cluster
     )
     _check_numbers(options, batch_size)
-    targets = find_targets(model, out, console.say)
+    targets = find_targets(model, out, console.say, arms)
     if model is None:
         console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
     problems = _problems_of(targets)
@@ -154,7 +157,7 @@ def _say_not_scored(console: Console, found: Sequence[Path]) -> None:
             for reason, count in Counter(row["not_scored"] for row in rows).most_common(NAMED):
                 first = next(row for row in rows if row["not_scored"] == reason)
                 console.print(f"  {count}: {reason}; such as {first['item'][:8]} {first['prompt'][:40]!r}")
-            listed = path.with_name(f"{path.name}.not-scored.jsonl")
+            listed = path.with_name(f"{path.name}{NOT_SCORED}")
             lines = ({"item": row["item"], "reason": row["not_scored"], "prompt": row["prompt"]} for row in rows)
             write_atomic(listed, "".join(canonical_json(plain(line)) + "\n" for line in lines))
             console.print(f"  all of them: {listed}")

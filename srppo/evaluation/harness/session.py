@@ -21,12 +21,12 @@ from srppo.evaluation.harness.ifeval import checkers_importable
 from srppo.evaluation.harness.model import HarnessModel
 from srppo.evaluation.harness.preflight import MULTITURN, Prepared, prepare
 from srppo.evaluation.harness.problems import Problems, together
-from srppo.evaluation.harness.progress import Meter
 from srppo.evaluation.harness.scores import Row, figures, metric_names, not_scored_rows, rows_of
 from srppo.evaluation.harness.targets import Target
 from srppo.evaluation.harness.tasks import Loaded
+from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import SUMMARY, read_result, write_result
-from srppo.models.language_model import fingerprint, load_model, load_tokenizer, resolve
+from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolve
 
 EPOCH = 2  # raised when the same request would get another response or score
 

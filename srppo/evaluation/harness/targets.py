@@ -9,7 +9,7 @@ from pathlib import Path
 
 from srppo.config import ModelConfig, Recipe, build_recipe, is_embedded
 from srppo.errors import RecordError
-from srppo.record.arms import is_sweep, one_run, problem_of, stages_by_arm
+from srppo.record.arms import ArmsOf, is_sweep, one_run, problem_of, stages_by_kind
 from srppo.record.store import Run, Stage
 
 RUNS = Path("runs")
@@ -47,24 +47,26 @@ def _last_written(run: Path) -> float:
     return max(path.stat().st_mtime for path in (run / "sweep.json", *run.glob("stages/*/result.json")))
 
 
-def find_targets(model: str | None, out: Path | None, say: Callable[[str], object] = str) -> list[Target]:
+def find_targets(
+    model: str | None, out: Path | None, say: Callable[[str], object] = str, arms: ArmsOf = stages_by_kind
+) -> list[Target]:
     """The models to evaluate and where each one's results go; `say` is told which of a run's arms are left out, and
-    why. Raises RecordError for a run without a model, and for a sweep.
+    why. arms: what the arms of a run are. Raises RecordError for a run without a model, and for a sweep.
     """
     spec = model or str(newest_run() or FALLBACK)
     if (Path(spec) / "sweep.json").is_file():
-        return _of_run(Path(spec), out, say)
+        return _of_run(Path(spec), out, say, arms)
     ours = is_embedded(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.strip("/")).strip("-.")
     return [Target(spec, spec, None, out or RUNS / "eval" / name, ModelConfig(), ours)]
 
 
-def _of_run(folder: Path, out: Path | None, say: Callable[[str], object]) -> list[Target]:
+def _of_run(folder: Path, out: Path | None, say: Callable[[str], object], arms: ArmsOf) -> list[Target]:
     run = one_run(folder)
     recipe = build_recipe({**run.spec["recipe"], "seed": run.spec["seeds"][0]})
     found: dict[Path, Target] = {}
     left_out = []
-    for arm, stages in stages_by_arm(run).items():
+    for arm, stages in arms(run).items():
         for stage in stages:
             spec = _weights_of(stage, recipe)
             if problem := problem_of(stage, stage.result()):

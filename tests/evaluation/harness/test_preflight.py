@@ -19,7 +19,7 @@ from srppo.evaluation.harness.scores import as_float, figures
 from srppo.evaluation.harness.targets import newest_run
 from srppo.evaluation.harness.tasks import wanted
 from srppo.evaluation.results import read_results
-from srppo.models.language_model import load_model
+from srppo.models.loading import load_model
 from srppo.record.store import Run
 
 IFEVAL_DATA = Path(__file__).parents[4] / "shared/data/ifeval/input_data.jsonl"

@@ -18,11 +18,12 @@ from worlds import byte_llama, save_model, write_rows
 
 from srppo.config import ModelConfig, load_recipe, resolved
 from srppo.errors import OutOfMemory
-from srppo.evaluation.development import answer_items, load_items
+from srppo.evaluation.development import answer_items
 from srppo.evaluation.harness import session
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
+from srppo.evaluation.items import load_items
 from srppo.evaluation.results import read_result
-from srppo.models.language_model import load_model, load_tokenizer
+from srppo.models.loading import load_model, load_tokenizer
 from srppo.models.memory import MOST
 from srppo.world.tasks import GROUPS
 

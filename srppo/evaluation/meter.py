@@ -1,4 +1,4 @@
-"""Progress of an evaluation with the time left: lines every few seconds, or a live bar on a terminal."""
+"""Progress of a long measurement with the time left: lines every few seconds, or a live bar on a terminal."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from srppo.console import Console
-from srppo.evaluation.harness.progress import LINE_SECONDS, Meter
+from srppo.evaluation.meter import LINE_SECONDS, Meter
 
 
 class Clock:

@@ -1,0 +1,59 @@
+"""Counted operations of a forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
+
+
+def forward_flops(model: LanguageModel | ValueModel, lengths_B: Tensor, head_tokens: int) -> int:
+    """Counted operations of one forward pass: 2 a weight and token, attention, and the head on `head_tokens` tokens.
+
+    Counts real tokens, not padding, so that the figure repeats on every machine. A token passes through the experts
+    that are chosen for it, not through all. Attention is counted as causal and full, also where a window bounds it;
+    of a recurrent layer its matrices are counted, not the recurrence itself. A training step counts three times.
+    """
+    if isinstance(model, LanguageModel):
+        body, head_weight = model.model.base_model.get_decoder(), model.model.get_output_embeddings().weight
+    else:
+        body, head_weight = model.body.get_decoder(), model.head.weight
+    config = body.config.get_text_config()
+    tokens = int(lengths_B.sum())
+    pairs = int((lengths_B.double() * (lengths_B + 1) / 2).sum())
+    per_token = _matrices(body, head_weight, getattr(config, "num_experts_per_tok", None))
+    return 2 * per_token * tokens + _attention(config) * pairs + 2 * head_weight.numel() * head_tokens
+
+
+def _matrices(body: nn.Module, head_weight: Tensor, experts_per_token: int | None) -> int:
+    """Weights that one token is multiplied with, without embeddings and head. Experts: one 3-D weight or a list."""
+    apart = {id(module.weight) for module in body.modules() if isinstance(module, nn.Embedding)} | {id(head_weight)}
+    convolutions = {id(module.weight) for module in body.modules() if isinstance(module, nn.Conv1d)}
+    lists = {name for name, module in body.named_modules() if isinstance(module, nn.ModuleList)}
+    count = 0
+    for name, weight in body.named_parameters():
+        if weight.dim() < 2 or id(weight) in apart or name.endswith("bias"):
+            continue
+        before, is_expert, _ = name.rpartition("experts.")
+        if experts_per_token and weight.dim() == 3 and id(weight) not in convolutions:
+            count += weight.numel() // len(weight) * experts_per_token
+        elif experts_per_token and is_expert and (path := f"{before}experts") in lists:
+            count += weight.numel() * experts_per_token // len(body.get_submodule(path))  # type: ignore[arg-type]
+        else:
+            count += weight.numel()
+    return count
+
+
+def _attention(config: Any) -> int:
+    """Operations for each pair of a token and one that it looks at: scores, then weighted values, in every layer."""
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return 0
+    kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+    layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_size, value_size = (getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+    return 2 * layers * heads * (key_size + value_size)

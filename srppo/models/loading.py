@@ -1,0 +1,228 @@
+"""Models and tokenizers from a folder, the hub or the embedded world, with refusals of one line.
+
+Every model is loaded in fp32: trained weights are fp32 masters, and at 1e-6 Adam moves nothing in bf16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from srppo.config import ModelConfig, is_embedded
+from srppo.data.chat import use_template
+from srppo.data.hub import offline_when_unreachable
+from srppo.errors import ConfigError, ModelError
+from srppo.models.language_model import LanguageModel
+
+
+def resolve(spec: str) -> str:
+    """A model spec to what from_pretrained takes: `embedded:s` to its folder; folders and hub names as they are."""
+    if is_embedded(spec):
+        from srppo.world import base_path
+
+        return str(base_path(spec.partition(":")[2] or "s"))
+    if not Path(spec).exists() and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
+        raise ModelError(
+            f"model {spec!r} is neither a folder here nor a hub name; give a folder with config.json, org/name, or "
+            "embedded:xs|s|l"
+        )
+    return spec
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Within, loading and saving draw no bars, which would tear the live panel; then all is as it was."""
+    shown, hub_hidden = hf_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    with warnings.catch_warnings(action="ignore"):  # of a variable that decides instead (HF_HUB_DISABLE_PROGRESS_BARS)
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            if shown:
+                hf_logging.enable_progress_bar()
+            if hub_hidden:
+                disable_progress_bars()
+
+
+@contextmanager
+def _one_line(what: str, spec: str) -> Iterator[None]:
+    """Restate what from_pretrained raises in one line. Without a route to the hub a name is looked up in the cache."""
+    names_the_hub = "/" in spec and not Path(spec).exists()
+    try:
+        with no_bars(), offline_when_unreachable(constants) if names_the_hub else nullcontext():
+            yield
+    except Exception as error:  # safetensors and tokenizers have errors of their own, down to plain Exception
+        text = " ".join(str(error).split())
+        if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
+            advice = "the hub cannot be reached; give a local folder, or embedded:xs|s|l"
+        elif "safetensors" in text and "not" in text.lower():
+            advice = "weights that are not safetensors are refused; convert them, or set model.allow_pickle=true"
+        elif "trust_remote_code" in text:
+            advice = "it needs Python code from its repository; read it, then set model.trust_remote_code=true"
+        else:
+            advice = text[:300]
+        raise ModelError(f"{what} {spec!r} cannot be loaded: {advice}") from error
+
+
+def _refuse_pickle(spec: str, folder: Path, config: ModelConfig) -> None:
+    """A folder without safetensors is named for what it holds; a hub model is refused by from_pretrained."""
+    if config.allow_pickle or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model {spec!r} has weights that are not safetensors ({pickled[0]}), which may run any code when loaded: "
+            "refused; convert them, or set model.allow_pickle=true if you trust them"
+        )
+    raise ModelError(f"model {spec!r} has no weights (*.safetensors); give the folder that save_pretrained wrote")
+
+
+def check_weights(spec: str, config: ModelConfig) -> None:
+    """Whether a local model's safetensors are all there and whole, from their headers and sizes, without loading any.
+
+    Raises ModelError in one line. A model of the hub is checked as it is downloaded.
+    """
+    folder = Path(resolve(spec))
+    _refuse_pickle(spec, folder, config)
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"model {spec!r} is damaged: {index.name} cannot be read ({error}); copy it again"
+            ) from None
+        if absent := sorted(name for name in named if not (folder / name).is_file()):
+            raise ModelError(f"model {spec!r} is not whole: {', '.join(absent)} is missing; copy it again")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model {spec!r} is damaged: {file.name}: {error}; copy it again") from None
+
+
+def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_size: int | None = None) -> LanguageModel:
+    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line.
+
+    vocab_size: of its tokenizer, where anything is to be sampled or scored (see LanguageModel).
+    """
+    path = resolve(spec)
+    _refuse_pickle(spec, Path(path), config)
+    with _one_line("model", spec):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+        )
+    model.to(torch.device(device))
+    return LanguageModel(model, precision=config.precision, kernels=config.kernels, vocab_size=vocab_size)
+
+
+def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the chat template that the recipe gives its own models.
+
+    Padding goes left, and a missing pad token becomes EOS (masks never look at ids).
+    """
+    path = resolve(spec)
+    with _one_line("tokenizer of", spec):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if spec in (config.base, config.sft):  # what a run exports has its template already
+        use_template(tokenizer, config.chat_template, config.template_kwargs)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"tokenizer of {spec!r} has neither a pad nor an EOS token; set one in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def fingerprint(spec: str, config: ModelConfig) -> str:
+    """sha256 over config and weights of a local model, or over the hub commit: what a stage's id knows a model by."""
+    path = Path(resolve(spec))
+    if path.is_dir():
+        patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer*.json", "chat_template.jinja")
+        digest = hashlib.sha256()
+        for file in sorted({file for pattern in patterns for file in path.glob(pattern)}):
+            digest.update(f"{file.name}\0".encode())
+            stat = file.stat()
+            digest.update(_file_sha(file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        return digest.hexdigest()
+    with _one_line("model", spec):
+        hub_config: Any = AutoConfig.from_pretrained(spec, trust_remote_code=config.trust_remote_code)
+    return f"{spec}@{getattr(hub_config, '_commit_hash', None)}"
+
+
+@lru_cache(maxsize=1024)
+def _file_sha(file: Path, *stamp: int) -> bytes:
+    """Read once a process while nothing of its stamp (inode, size, times) changes: the seeds of a run share models."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def context_length(model: LanguageModel) -> int:
+    """Positions the model was made for; 2^20 where its configuration names none (ALiBi, recurrence)."""
+    return _positions(model.config)
+
+
+def _positions(config: Any) -> int:
+    named = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return int(next(filter(None, named), 1 << 20))
+
+
+def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
+    """(context length, generation config) as a model itself says, without its weights. Raises ModelError."""
+    with _one_line("model", spec):
+        said: Any = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=config.trust_remote_code)
+    try:
+        return _positions(said.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
+    except OSError:  # there is no such file
+        return _positions(said.get_text_config()), GenerationConfig.from_model_config(said)
+
+
+def import_model(spec: str) -> None:
+    """Load the code of a local model, and what transformers builds once a process to read checkpoints: no weights."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    config = AutoConfig.from_pretrained(resolve(spec))
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    get_checkpoint_conversion_mapping(config.model_type)
+
+
+def pick_device(name: str) -> str:
+    """`auto` to cuda where there is one, else cpu; other names as they are. ConfigError where it cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, mps, or auto")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
+        ) from None
+    return name

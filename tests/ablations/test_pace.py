@@ -1,0 +1,91 @@
+"""What is tried before a sweep: data are checked in this process and leave nothing; steps are measured in a new one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import World, make_world
+
+from srppo.ablations.pace import Pace, check_data, measure_pace
+from srppo.ablations.plan import Task
+from srppo.errors import ConfigError, DataError, ModelError, UserError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.set_num_threads(1)
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def task(world: World, kind: str = "ppo", **keys: Any) -> Task:
+    recipe = world.recipe({name.replace("__", "."): value for name, value in keys.items()})
+    return Task(kind, kind, recipe, ())
+
+
+def test_data_are_checked_without_a_process_a_folder_or_a_model(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **more: Any) -> Any:
+        raise AssertionError("the data alone are to be read")
+
+    for module, name in ((os, "fork"), (multiprocessing, "get_context"), (tempfile, "mkdtemp")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr("srppo.models.loading.load_model", refuse)
+    monkeypatch.chdir(tmp_path)
+    given = task(world, model__sft=world.sft)
+    noisy = task(world, data__noise="base-answers", data__noise_rate=0.5)
+    check_data([task(world), task(world, "best-of-n"), given, noisy])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "error", "words"),
+    [
+        ("sft", {"data__size": 99}, DataError, "data.size asks for 99 demonstrations"),
+        ("ppo", {"data__prompts": []}, ConfigError, "PPO needs prompts"),
+        ("longer-sft", {"data__prompts": []}, ConfigError, "PPO needs prompts"),
+        ("decoded", {"eval__items": None}, ConfigError, "no test items to answer"),
+        ("decoded", {"reward__kind": "shuffled"}, ConfigError, "reward.kind = shuffled is about whole responses"),
+        ("best-of-n", {"reward__kind": "shuffled"}, ConfigError, "reward.kind = shuffled pays by other rollouts"),
+        ("resampled", {"reward__beta": 0.0}, ConfigError, "reward.beta = 0 has no closed-form optimum"),
+        ("longer-sft", {"model__sft": "some"}, ConfigError, "--baselines compares"),
+        ("sft", {"model__base": "./missing"}, ModelError, "is neither a folder here nor a hub name"),
+        ("sft", {"data__demonstrations": ["missing.jsonl"]}, DataError, "missing.jsonl"),
+    ],
+)
+def test_what_would_fail_every_stage_is_said_before(
+    kind: str, keys: dict[str, Any], error: type[UserError], words: str, world: World
+) -> None:
+    with pytest.raises(error) as caught:
+        check_data([task(world), task(world, kind, **keys)])
+    assert words in str(caught.value)
+
+
+def test_weights_that_are_not_whole_are_said_before(world: World, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for file in Path(world.base).iterdir():
+        content = file.read_bytes()
+        (tmp_path / "model" / file.name).write_bytes(content[:-9] if file.suffix == ".safetensors" else content)
+    with pytest.raises(ModelError, match=r"is damaged: model\.safetensors"):
+        check_data([task(world, model__base=str(tmp_path / "model"))])
+
+
+def test_steps_are_measured_from_a_process_whose_threads_have_run(world: World) -> None:
+    """A fork of it would fail or hang in torch's thread pool; errors come back as the kind they were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.ones(512, 512).matmul(torch.ones(512, 512)).sum() == 512**3
+        pace = measure_pace(world.recipe(), "cpu")
+        with pytest.raises(UserError, match=r"data\.size asks for 99"):
+            measure_pace(world.recipe({"data.size": 99}), "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert isinstance(pace, Pace) and min(pace.start_s, pace.sft_step_s, pace.ppo_step_s, pace.answer_s) > 0
+    assert (pace.dev_items, pace.test_items, pace.rows) == (4, 4, 13)

@@ -1,0 +1,171 @@
+"""The registry of stages: what decides a stage and nothing else, and that a new kind is one entry and one function."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import make_world
+
+from srppo.ablations import Ablation, Analysis, Arm, Sweep
+from srppo.ablations.analysis import analyse
+from srppo.ablations.execute import execute
+from srppo.ablations.ledger import Ledger
+from srppo.ablations.plan import Plan
+from srppo.config import FREE, Recipe, RewardConfig, free_settings, recipe_id, with_overrides
+from srppo.console import Console
+from srppo.errors import ConfigError
+from srppo.record.store import Run, stage_id
+from srppo.report.accuracy import arms_of_run
+from srppo.stages.kinds import KINDS, Kind, check, in_order, stage_settings
+from srppo.stages.run import UNTRAINED, PreparedRun, measure, prepare_run, run_stages, sft_model
+
+CHANGES: dict[str, Any] = {
+    "reward.beta": 0.7,
+    "reward.anchor": "base",
+    "reward.kind": "sft",
+    "reward.token_clip": 2.0,
+    "reward.clip": 5.0,
+    "reward.limit_penalty": 1.0,
+    "reward.length_norm": True,
+    "reward.at_limit": "zero",
+    "reward.scale": False,
+    "reward.placement": "token",
+    "reward.kl": "k2",
+    "methods.alphas": [3.0],
+    "methods.samples": 9,
+    "eval.samples": 3,
+    "eval.metric": "nll",
+    "eval.limit": 4,
+    "eval.keep": "last",
+    "rollout.max_new_tokens": 9,
+    "rollout.batch": 24,
+    "rollout.temperature": 0.7,
+    "sft.lr": 0.5,
+    "ppo.lr": 0.5,
+    "ppo.steps": 3,
+    "seed": 4,
+    "model.precision": "bf16",
+}
+COMMON = {"eval.samples", "rollout.max_new_tokens", "seed", "model.precision"}
+SCORE = {f"reward.{k}" for k in ("kind", "token_clip", "clip", "limit_penalty", "length_norm", "at_limit")}
+DECIDES = {
+    "extrapolated": COMMON | {"methods.alphas", "eval.metric", "eval.limit"},
+    "decoded": COMMON | {"reward.kind", "reward.token_clip", "reward.anchor", "reward.beta"},
+    "samples": COMMON - {"eval.samples"} | SCORE | {"methods.samples"},
+    "resampled": COMMON | {"reward.anchor", "reward.beta"},  # beside what its samples are
+    "best-of-n": COMMON,
+}
+
+
+@pytest.mark.parametrize("kind", DECIDES)
+def test_a_stage_is_known_by_the_settings_it_reads_and_no_others(kind: str) -> None:
+    before = stage_settings(Recipe(), kind)
+    found = {key for key, v in CHANGES.items() if stage_settings(with_overrides(Recipe(), {key: v}), kind) != before}
+    assert found == DECIDES[kind]
+
+
+def test_all_that_choose_share_the_samples_of_an_sft_model() -> None:
+    """One draw a seed for three betas, two anchors and best-of-n."""
+    points = [
+        Ablation(f"{anchor} {beta}", {"reward.anchor": anchor, "reward.beta": beta})
+        for anchor in ("sft", "base")
+        for beta in (0.25, 0.5, 1.0)
+    ]
+    arms = (Arm("SFT", "sft"), Arm("resampling", "resampled"), Arm("best-of-n", "best-of-n"))
+    sweep = Sweep("s", "?", Recipe(), (), tuple(points), arms, (0, 1), Analysis("unseen", "greedy", ()))
+    kinds = Counter(task.kind for task in Plan(sweep).tasks.values())
+    assert kinds == {"sft": 2, "samples": 2, "resampled": 12, "best-of-n": 2}
+
+
+OLD_IDS = {
+    "base": "39ef83c7c2610857",
+    "given-sft": "bed47a96efe5d7aa",
+    "sft": "3a208abb510a0634",
+    "longer-sft": "0fee1388d384b8ce",
+    "ppo": "df38de725c52a3f8",
+}
+
+
+def test_stages_made_before_these_keys_came_keep_their_ids() -> None:
+    """Ids of the default recipe as commit f551e2b had them; records of that time are found again."""
+    assert {kind: stage_id(kind, stage_settings(Recipe(), kind)) for kind in OLD_IDS} == OLD_IDS
+
+
+def test_what_rloo_does_not_read_is_not_in_its_id() -> None:
+    rloo_recipe = with_overrides(Recipe(), {"rollout.per_prompt": 4, "ppo.advantage": "rloo"})
+    before = stage_settings(rloo_recipe, "ppo")
+    assert before["ppo"]["advantage"] == "rloo" and before["rollout"]["per_prompt"] == 4
+    for key, value, same in (("ppo.lam", 0.5, True), ("ppo.value_lr", 0.5, True), ("ppo.lr", 0.5, False)):
+        assert (stage_settings(with_overrides(rloo_recipe, {key: value}), "ppo") == before) is same
+    assert stage_settings(with_overrides(Recipe(), {"ppo.lam": 0.5}), "ppo") != stage_settings(Recipe(), "ppo")
+
+
+def test_what_changes_no_result_is_in_no_id() -> None:
+    """Micro-batches move rounding and checkpoints what a stop costs: finished stages are found under other ones."""
+    changed = with_overrides(Recipe(), {"sft.micro_batch": 2, "ppo.micro_batch": 12, "ppo.checkpoint_every": 3})
+    assert all(stage_settings(changed, kind) == stage_settings(Recipe(), kind) for kind in KINDS)
+    assert recipe_id(changed) == recipe_id(Recipe()) != recipe_id(with_overrides(Recipe(), {"ppo.lr": 0.1}))
+    assert free_settings(changed) == {"sft.micro_batch": 2, "ppo.micro_batch": 12, "ppo.checkpoint_every": 3}
+    defaults = {f"{section}.{key}": value for section, keys in FREE.items() for key, value in keys.items()}
+    assert free_settings(Recipe()) == defaults, "or ids of the default recipe would have moved"
+
+
+def test_parents_come_first_and_once() -> None:
+    assert in_order(["best-of-n", "longer-sft", "resampled"]) == [
+        *("sft", "samples", "best-of-n"),
+        *("ppo", "longer-sft", "resampled"),
+    ]
+
+
+# ---- a kind of one's own
+
+
+def own_stage(run: PreparedRun, bench: Any, done: Any) -> dict[str, Any]:
+    """Registered below as a method that answers as the SFT model does."""
+    return UNTRAINED | measure(run, bench.attempt, sft_model(run, done))
+
+
+def own_check(config: RewardConfig) -> None:
+    if config.kind == "zero":
+        raise ConfigError("reward.kind = zero tells this method nothing")
+
+
+def test_a_new_method_is_one_entry_and_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned, executed, analysed, an arm in the report's tables; refused where its check says so."""
+    torch.set_num_threads(1)
+    world = make_world(tmp_path)
+    own = Kind(
+        "own",
+        f"{__name__}:own_stage",
+        ("reward.beta", "eval.samples"),
+        parents=("sft",),
+        label="my method",
+        check=f"{__name__}:own_check",
+        needs_items=True,
+    )
+    monkeypatch.setitem(KINDS, "own", own)
+    recipe = world.recipe()
+    points = tuple(Ablation(f"beta {beta}", {"reward.beta": beta}) for beta in (0.5, 1.0))
+    arms = (Arm("SFT", "sft"), Arm("my method", "own"))
+    sweep = Sweep("grid", "?", recipe, (), points, arms, (0,), Analysis("unseen", "greedy", ()))
+    plan = Plan(sweep)
+    assert Counter(task.kind for task in plan.tasks.values()) == {"sft": 1, "own": 2}
+    ledger = Ledger(Run.open(tmp_path / "sweep", sweep.as_spec()), 1)
+    for task in plan.tasks.values():
+        execute(task, ledger, console=Console(quiet=True))
+    accuracy = {(row["point"], row["arm"]): row["accuracy"] for row in analyse(plan, ledger).rows}
+    assert accuracy.keys() == {(point.name, arm.name) for point in points for arm in arms}
+    assert accuracy["beta 1.0", "my method"] == accuracy["beta 1.0", "SFT"]
+
+    run = prepare_run(recipe, ["base", "own"], tmp_path / "run", Console(plain=True, file=io.StringIO()))
+    assert [*run_stages(run)] == ["base", "sft", "own"]
+    rows = {arm.name: arm for arm in arms_of_run(run.record)}
+    assert [*rows] == ["base", "SFT", "my method"] and rows["my method"].figures == rows["SFT"].figures
+    assert rows["my method"].flops == rows["SFT"].flops > 0, "its cost includes that of its SFT"
+    with pytest.raises(ConfigError, match="tells this method nothing"):
+        check(["own"], with_overrides(recipe, {"reward.kind": "zero"}))
