@@ -238,7 +238,7 @@ MUTANTS = [
     ),
     Mutant(
         "eval: batches by the memory that is free",
-        "evaluation/harness/batches.py",
+        "models/memory.py",
         "psutil.virtual_memory().total",
         "psutil.virtual_memory().available",
         "evaluation/harness/test_session.py::test_batches_are_the_same_whatever_memory_is_free_and_are_recorded",
