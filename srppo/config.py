@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from srppo.errors import ConfigError
+from srppo.reward_kinds import COHERENT, REWARD_KINDS, described
 
 CODE_EPOCH = 2  # raised when the same config would train to another result; part of every stage's id
 
@@ -140,11 +141,7 @@ class RolloutConfig(_Section):
 
 
 class RewardConfig(_Section):
-    kind: Literal["ratio", "sft", "base", "zero", "shuffled"] = Field(
-        "ratio",
-        description="log pi_sft - log pi_base | its first part | its second part (-log pi_base) | 0 | the ratio of "
-        "another rollout of the batch",
-    )
+    kind: str = Field(COHERENT, description=described(REWARD_KINDS))
     placement: Literal["eos", "token"] = Field("eos", description="the sum at the last token, or each term at its own")
     length_norm: bool = Field(False, description="divide by the response's length in tokens")
     token_clip: float | None = Field(None, gt=0, description="clip each token's term to +-this, nats")
@@ -159,6 +156,13 @@ class RewardConfig(_Section):
     kl: Literal["k1", "k2", "k3"] = Field(
         "k1", description="k1 in the reward; k2 (of the response) or k3 (of each token, biased) in the loss"
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in REWARD_KINDS:
+            raise ValueError(f"the kinds of reward are {', '.join(REWARD_KINDS)}")
+        return value
 
 
 class PpoConfig(_Section):
@@ -490,7 +494,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
         warnings.append(
             "reward.kl = k3 in the loss is biased and ends elsewhere than the KL-regularised optimum; use k1 or k2"
         )
-    if reward.anchor == "base" and reward.kind == "ratio" and reward.beta >= 1:
+    if reward.anchor == "base" and reward.kind == COHERENT and reward.beta >= 1:
         warnings.append(
             f"with reward.anchor = base and beta = {reward.beta:g} the optimum is no sharper than the SFT model: "
             "nothing can be gained; use anchor = sft, or beta below 1"

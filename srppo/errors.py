@@ -8,6 +8,7 @@ SrppoError                  exit code 1
 │   └── RecordError         a run folder that belongs to another run, process or disk state
 └── RunError                a run that began and did not finish
     ├── Diverged            non-finite loss, or KL beyond its limit; the last good checkpoint is kept
+    ├── OutOfMemory         the device's memory did not suffice; the last checkpoint survives
     ├── StorageError        the disk is full or refuses to write; the last checkpoint survives
     └── Interrupted         stopped by Ctrl-C or SIGTERM after saving (exit code 130); the same command resumes
 """
@@ -47,6 +48,10 @@ class RunError(SrppoError):
 
 class Diverged(RunError):
     """Training left the region where its numbers mean anything. Carries the step and the reason in its message."""
+
+
+class OutOfMemory(RunError):
+    """The memory of the device did not suffice; the message says for what, and what helps."""
 
 
 class StorageError(RunError):

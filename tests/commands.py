@@ -22,7 +22,7 @@ ENVIRONMENT = {
 }
 SERVER = """
 import json, os, signal, sys
-import srppo.stages.run, srppo.report.record, srppo.environment, srppo.training.trackers, srppo.cli.app
+import srppo.stages.run, srppo.report.run, srppo.environment, srppo.training.trackers, srppo.cli.app
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 for line in sys.stdin:
     job = json.loads(line)

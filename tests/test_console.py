@@ -1,25 +1,18 @@
-"""The console in plain and live form, and the trackers."""
+"""The console in plain and live form."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import json
 import os
 import pty
 import subprocess
 import sys
-import time
-import types
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
 
 from srppo.console import Console, StageView, duration, figure, percent, rate, sparkline
-from srppo.errors import ConfigError
-from srppo.training.trackers import trackers
 
 
 def ppo_row(step: int, **more: Any) -> dict[str, Any]:
@@ -192,12 +185,12 @@ def test_live_on_a_terminal_only(term: str, live: bool) -> None:
     assert "warning: look" in text and "PPO  2/2 steps" in text.replace("\x1b[2K", "")
 
 
-def test_update_costs_less_than_a_millisecond() -> None:
+def test_a_step_is_taken_in_without_being_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     view = StageView(Console(plain=False, file=io.StringIO()), "PPO", 10_000)
-    start = time.perf_counter()
+    monkeypatch.setattr(StageView, "__rich__", lambda view: pytest.fail("a step was drawn as it came"))
     for step in range(1, 1001):
         view.update(ppo_row(step))
-    assert (time.perf_counter() - start) / 1000 < 1e-3
+    assert view.step == 1000
 
 
 def test_number_forms() -> None:
@@ -215,56 +208,3 @@ def test_console_and_trackers_import_no_torch() -> None:
     code = "import sys, srppo.console, srppo.training.trackers\n"
     code += "assert not {'torch', 'accelerate', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_tensorboard_is_written_and_a_resumed_stage_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for steps in (range(0, 6), range(4, 8)):  # killed after step 5, resumed from the checkpoint of step 3
-        (tracker,) = trackers(["tensorboard"], "ppo", tmp_path, {"seed": 0, "ppo": {"lr": 1e-4}})
-        for step in steps:
-            tracker.log({"reward": float(step), "kl_sft": 0.5}, step=step)
-        tracker.finish()
-        tracker.finish()
-    assert list((tmp_path / "tensorboard" / "ppo").glob("events.out.tfevents.*"))
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "ppo")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(s, float(s)) for s in range(8)]
-
-
-def test_wandb_gets_one_stable_id_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    class Run:
-        def log(self, values: dict[str, Any], step: int, **_: Any) -> None:
-            calls.append((step, values))
-
-        def finish(self) -> None:
-            calls.append("finish")
-
-    fake: Any = types.ModuleType("wandb")
-    fake.__spec__ = importlib.util.spec_from_loader("wandb", None)
-    fake.init = lambda **kwargs: calls.append(kwargs) or Run()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for _ in range(2):
-        (tracker,) = trackers(["wandb", "wandb"], "run/ppo", tmp_path, {"seed": 0})
-        tracker.log({"reward": 1.0}, step=1)
-        tracker.finish()
-    first, second = calls[0], calls[3]
-    assert calls[1:3] == [(1, {"reward": 1.0}), "finish"]
-    assert first == second and first["resume"] == "allow" and first["project"] == "srppo" and first["name"] == "run-ppo"
-    assert json.dumps(first)
-
-
-def test_an_unused_tracker_leaves_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    trackers(["tensorboard"], "ppo", tmp_path, {})[0].finish()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tracker_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="unknown tracker 'mlflow'; choose from tensorboard, wandb"):
-        trackers(["mlflow"], "ppo", tmp_path, {})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'srppo\[wandb\]'"):
-        trackers(["wandb"], "ppo", tmp_path, {})

@@ -60,7 +60,7 @@ def serve() -> None:
 
     import srppo.cli.app
     import srppo.environment
-    import srppo.report.record
+    import srppo.report.run
     import srppo.stages.run
     import srppo.training.trackers  # noqa: F401
 
@@ -93,7 +93,7 @@ def live(order: dict[str, Any]) -> None:
     """One life: `srppo train` with the order's arguments; does not return."""
     import srppo.cli.app
     import srppo.record.files
-    import srppo.report.record
+    import srppo.report.run
 
     code: Any = 70
     try:
@@ -102,7 +102,7 @@ def live(order: dict[str, Any]) -> None:
         os.dup2(1, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(order["env"])
-        srppo.report.record.report_run = lambda *_: None  # reads a finished record, and takes longer than the run
+        srppo.report.run.report_run = lambda *_: None  # reads a finished record, and takes longer than the run
         if order["points"]:
             plain = srppo.record.files._durable
 

@@ -4,9 +4,9 @@
     python tests/torture_sweep.py --kills 4 --runs 1        a sample of it
 
 The sweep is `srppo ablate data-size` with two sizes, one seed and two stages at once, on the smallest embedded base. A
-driver is `srppo worker`, forked from this process, which has imported everything and run nothing. At random moments one
-of {driver, stage process} gets SIGKILL. What was committed before a kill must stay as it is, and a stage may only be
-run again if its process had died.
+driver is `srppo worker`, forked from this process, which has imported everything and run nothing; its worker is a
+process of its own. At random moments one of {driver, stage process} gets SIGKILL. What was committed before a kill must
+stay as it is, and a stage may only be run again if its process had died.
 """
 
 from __future__ import annotations
@@ -84,23 +84,18 @@ def ended(driver: int) -> bool:
     return os.waitid(os.P_PID, driver, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def stages_of(driver: int) -> list[int]:
-    """Stages that a driver's worker, a process of its own, has forked: leaders of sessions, children of its child."""
-    return [pid for child in children_of(driver) for pid in children_of(child) if _leads(pid)]
-
-
 def children_of(pid: int) -> list[int]:
+    """Those that lead sessions: a driver's worker, and a worker's stages."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [pid for pid in children if os.getsid(pid) == pid]
     except OSError:
         return []
 
 
-def _leads(pid: int) -> bool:
-    try:
-        return os.getsid(pid) == pid
-    except OSError:
-        return False
+def stages_of(driver: int) -> list[int]:
+    """Stages that a driver's worker has forked."""
+    return [stage for worker in children_of(driver) for stage in children_of(worker)]
 
 
 def wait_until(condition: Any, what: str) -> None:
@@ -123,10 +118,11 @@ class Trial:
     complaints: list[str] = field(default_factory=list)
 
     def disturb(self, dice: random.Random, count: int, longest_s: float) -> None:
-        """Up to `count` kills, each a random while after the one before, once the driver has begun a stage."""
+        """Up to `count` kills, each a random while after the one before, the driver's start, or mostly its stages'."""
         driver = start(self.folder)
         while len(self.kills) < count:
-            wait_until(lambda driver=driver: stages_of(driver) or ended(driver), "a stage")
+            if dice.random() < 0.8:
+                wait_until(lambda driver=driver: stages_of(driver) or ended(driver), "a stage")
             moment = time.monotonic() + dice.uniform(0, longest_s)
             wait_until(lambda moment=moment, driver=driver: time.monotonic() >= moment or ended(driver), "a moment")
             if ended(driver):

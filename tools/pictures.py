@@ -14,9 +14,9 @@ from rich.console import Console
 from srppo.console import Console as SrppoConsole
 from srppo.console import StageView
 from srppo.record.store import Run
-from srppo.report.accuracy import PAIRS, arms_of_run, differences_of_run
-from srppo.report.figures import INTERVAL, estimate_text, group_words, groups_of
-from srppo.report.terminal import arms_table, differences_table
+from srppo.report.answers import arm_rows, arms_of, differences_of, groups_of
+from srppo.report.run import accuracy_table, cost_table, differences_table
+from srppo.report.words import INTERVAL, estimate_text, group_words
 from srppo.stages.arms import stages_by_arm
 
 
@@ -33,14 +33,17 @@ def terminal_picture(run: Run, command: str, path: Path) -> None:
         view.update(row)
     console.print(f"$ {command}", style="bold", highlight=False)
     console.print(view)
-    console.print(arms_table(arms_of_run(run)))
-    console.print(differences_table(differences_of_run(run), caption=PAIRS))
+    rows_of_arms = arm_rows(run)
+    arms = arms_of(rows_of_arms)
+    for table in (accuracy_table(arms), cost_table(arms), differences_table(differences_of(rows_of_arms))):
+        console.print(table)
     console.save_svg(str(path), title="srppo")
 
 
 def markdown_table(run: Run, decoding: str) -> str:
     """Accuracy of every arm under one decoding, and the paired differences."""
-    arms, pairs = arms_of_run(run), differences_of_run(run)
+    rows = arm_rows(run)
+    arms, pairs = arms_of(rows), differences_of(rows)
     groups = groups_of(arms)
     lines = [f"| {decoding} | {' | '.join(map(group_words, groups))} |", "|---" * (len(groups) + 1) + "|"]
     for arm in arms:

@@ -8,11 +8,10 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from srppo.ablations.estimate import Estimate, Pace, check_data, estimate, measure_pace
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.options import build_sweep
-from srppo.ablations.pace import Pace, check_data, measure_pace
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import LiveTable, Watch, counts
 from srppo.ablations.spec import Sweep, label
@@ -23,9 +22,6 @@ from srppo.errors import ConfigError, RecordError, RunError
 from srppo.record.arms import is_sweep
 from srppo.record.folder import check_place
 from srppo.record.store import Run
-
-if TYPE_CHECKING:
-    from srppo.ablations.estimate import Estimate
 
 ENGINES = ("local", "ray", "slurm")
 TRIES = 3  # of a stage that fails
@@ -141,19 +137,20 @@ def work(
 
     watch = Watch(plan, ledger)
     table = LiveTable(plan, watch, console, slots)
+    worker = Worker(
+        plan.tasks,
+        ledger,
+        partial(execute, device=device),
+        before=make_ready,
+        slots=slots,
+        timeout_s=timeout_s,
+        gpus=gpus,
+        on_change=table,
+        on_event=console.warn,
+    )
     with table.shown():
-        worker = Worker(
-            plan.tasks,
-            ledger,
-            partial(execute, device=device),
-            before=make_ready,
-            slots=slots,
-            timeout_s=timeout_s,
-            gpus=gpus,
-            on_change=table,
-            on_event=console.warn,
-        )
-        run_apart(worker)
+        if any(state.status in ("waiting", "running") for state in watch.states().values()):
+            run_apart(worker)
     console.say(table.summary())
 
 
@@ -237,8 +234,6 @@ def _kinds(plan: Plan) -> str:
 
 def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
     """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
-    from srppo.ablations.estimate import estimate
-
     tasks = [task for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
     console.say("checking the data")
     check_data(tasks)

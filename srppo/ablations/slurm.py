@@ -21,11 +21,8 @@ from srppo.console import Console
 from srppo.errors import ConfigError, RunError
 from srppo.record.files import storing, write_atomic
 
-SLACK, STEP_MIN, MOST_MIN = (
-    2,
-    10,
-    24 * 60,
-)  # the time limit: twice the estimate, in steps; a day is what most sites grant
+# The time limit: twice the estimate, in steps of ten minutes; a day is what most sites grant.
+SLACK, STEP_MIN, MOST_MIN = 2, 10, 24 * 60
 
 SCRIPT = """#!/bin/bash
 # Workers of the srppo sweep in this folder; any number may run, at any time. Submit again when the time was too short:

@@ -12,6 +12,7 @@ from typing import Any
 from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe, is_embedded
 from srppo.errors import ConfigError
+from srppo.reward_kinds import COHERENT, REWARD_KINDS
 from srppo.stages.kinds import KINDS
 from srppo.statistics.tests import EXACT_FLIPS
 from srppo.world import base_path
@@ -189,32 +190,32 @@ def parameter_count(base: str) -> int | None:
     return sum(map(math.prod, shapes.values())) or None
 
 
-_VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "coherent reward": {},
-    "zero": {"reward.kind": "zero"},
-    "SFT only": {"reward.kind": "sft"},
-    "base only": {"reward.kind": "base"},
-    "shuffled": {"reward.kind": "shuffled"},
-    "token-placed": {"reward.placement": "token"},
-    "length-normalised": {"reward.length_norm": True},
-    "clipped": {"reward.token_clip": 1.0},
-}
-COHERENT: Mapping[str, Any] = {
-    "reward.kind": "ratio",
+COHERENT_PLAIN: Mapping[str, Any] = {
+    "reward.kind": COHERENT,
     "reward.placement": "eos",
     "reward.length_norm": False,
     "reward.token_clip": None,
     "reward.clip": None,
 }
-REWARDS = tuple(Arm(name, "ppo", {**COHERENT, **changed}) for name, changed in _VARIANTS.items())
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "token-placed": {"reward.placement": "token"},
+    "length-normalised": {"reward.length_norm": True},
+    "clipped": {"reward.token_clip": 1.0},
+}
+
+
+def rewards(*, variants: bool = True) -> tuple[Arm, ...]:
+    """An arm for each kind of reward, the coherent one first, and with `variants` for each way to put that one."""
+    kinds = {kind.label: {"reward.kind": name} for name, kind in REWARD_KINDS.items()}
+    changes = {**kinds, **(_VARIANTS if variants else {})}
+    return tuple(Arm(name, "ppo", {**COHERENT_PLAIN, **changed}) for name, changed in changes.items())
 
 
 def reward(options: Options) -> Sweep:
     """The coherent reward against its parts and variants, under one KL penalty."""
     points = [Ablation("all", {}, {})]
-    arms = (SFT, *REWARDS) if not options.quick else (SFT, *REWARDS[:5])
-    names = [arm.name for arm in arms]
-    coherent = REWARDS[0].name
+    arms = (SFT, *rewards(variants=not options.quick))
+    _, coherent, *others = (arm.name for arm in arms)
     return options.sweep(
         "reward",
         "What does the coherent reward contribute, beside its parts and its variants?",
@@ -222,8 +223,8 @@ def reward(options: Options) -> Sweep:
         points,
         arms,
         [
-            *every(points, coherent, *(name for name in names if name != coherent)),
-            *(each for name in names[2:] for each in every(points, name, "SFT")),
+            *every(points, coherent, SFT.name, *others),
+            *(each for name in others for each in every(points, name, SFT.name)),
         ],
         notes=("clipped: each token's term to +-1 nat", "no reward had its learning rate or beta tuned for itself"),
     )

@@ -24,6 +24,7 @@ from srppo.evaluation.results import dotted
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair, load_pair
 from srppo.record.store import Stage
+from srppo.reward_kinds import REWARD_KINDS
 from srppo.training.loop import load_weights
 
 PROMPTS = 120
@@ -156,8 +157,10 @@ def _grid(configs: Sequence[RewardConfig], betas: Sequence[float], anchors: Sequ
 
 def _notes(pair: Pair, config: RewardConfig) -> list[str]:
     """Where the recipe's PPO does not aim at the closed form. Raises ConfigError where there is none."""
-    if config.kind == "shuffled":
-        raise ConfigError("reward.kind = shuffled pays by other rollouts, so it has no closed-form optimum to forecast")
+    if REWARD_KINDS[config.kind].among is not None:
+        raise ConfigError(
+            f"reward.kind = {config.kind} pays by other rollouts, so it has no closed-form optimum to forecast"
+        )
     notes = []
     if config.kl == "k3":
         notes.append("reward.kl = k3 in the loss is biased: this PPO aims elsewhere than at the optimum shown")

@@ -19,13 +19,14 @@ from srppo.errors import DataError, UserError
 from srppo.evaluation.items import load_items, read_rows, spread
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair
-from srppo.training.batch import left_pad
-from srppo.training.reward import RunningStd, compute_rewards
-from srppo.training.rollout import Generated, generate, score_log_ratio, score_logprobs
+from srppo.training.batch import Generated, left_pad
+from srppo.training.reward import rewards_before_kl
+from srppo.training.rollout import generate
+from srppo.training.scores import score_log_ratio, score_logprobs
 from srppo.world.tasks import check
 
-SAMPLE_BATCH = 512  # rows of one call of generate
-SCORE_BATCH = 128  # rows of one forward pass
+SAMPLE_BATCH = 512  # rows of one call of generate, which takes fewer at a time where the memory has it
+SCORE_BATCH = 128  # rows scored at once, or in parts where the memory has it
 
 
 @dataclass(frozen=True)
@@ -177,21 +178,12 @@ def _score(
     for start in range(0, len(rows), SCORE_BATCH):
         chunk = order[start : start + SCORE_BATCH]
         batch = as_generated(pair, [questions[rows[j][0]].ids for j in chunk], [rows[j][1] for j in chunk])
-        ratio = score_log_ratio(pair.sft, pair.base, batch, micro_batch=SCORE_BATCH)
-        rewards = compute_rewards(
-            config,
-            **ratio._asdict(),
-            policy_logprobs_BT=ratio.sft_logprobs_BT,
-            mask_BT=batch.response_mask_BT,
-            ended_B=batch.ended_B,
-            running=RunningStd(),
-            seed=0,
-        )
-        columns[0][chunk] = rewards.score_B.double().cpu()
-        columns[1][chunk] = ratio.log_ratio_BT.double().sum(dim=1).cpu()
+        scores = score_log_ratio(pair.sft, pair.base, batch)
+        columns[0][chunk] = rewards_before_kl(config, scores, batch).sum(dim=1).double().cpu()
+        columns[1][chunk] = scores.log_ratio_BT.double().sum(dim=1).cpu()
         if policy is not None:
-            theirs_BT = score_logprobs(policy, batch, micro_batch=SCORE_BATCH, temperature=temperature)
-            columns[2][chunk] = (theirs_BT - ratio.sft_logprobs_BT).double().sum(dim=1).cpu()
+            theirs_BT = score_logprobs(policy, batch, temperature=temperature)
+            columns[2][chunk] = (theirs_BT - scores.sft_logprobs_BT).double().sum(dim=1).cpu()
     texts = pair.tokenizer.batch_decode([list(ids) for _, ids in rows], skip_special_tokens=True)
     right = [float(bool(questions[i].is_right(text))) for (i, _), text in zip(rows, texts, strict=True)]
     return [*columns, np.array([float(len(ids)) for _, ids in rows]), np.array(right)]

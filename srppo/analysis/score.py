@@ -29,9 +29,9 @@ from srppo.models.pair import Pair, load_pair
 from srppo.statistics.association import Floats, auc, auc_within, over_prompts, rank_correlation
 from srppo.statistics.intervals import Estimate, item_interval
 from srppo.training.reward import OFF_SUPPORT_NATS, reward_diagnostics, reward_warnings
-from srppo.training.rollout import score_log_ratio
+from srppo.training.scores import score_log_ratio
 
-SCORE_BATCH = 64  # rows of one forward pass
+SCORE_BATCH = 64  # rows of one forward pass, fewer where the memory has it
 SAMPLES = 4  # fresh ones a prompt
 FEWEST = 20  # responses from which diagnostics over all of them mean something
 INCOMPLETE = "\ufffd"  # how decoders write the bytes of an unfinished character
@@ -174,7 +174,7 @@ def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> 
     for start in range(0, len(rows), SCORE_BATCH):
         chunk = order[start : start + SCORE_BATCH]
         batch = as_generated(pair, [rows[i][0].ids for i in chunk], [rows[i][1] for i in chunk])
-        ratio = score_log_ratio(pair.sft, pair.base, batch, micro_batch=SCORE_BATCH)
+        ratio = score_log_ratio(pair.sft, pair.base, batch)
         for i, ratios_T, bases_T in zip(chunk, ratio.log_ratio_BT.cpu(), ratio.base_logprobs_BT.cpu(), strict=True):
             n = len(rows[i][1])
             terms.append(ratios_T[:n])

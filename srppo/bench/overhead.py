@@ -93,8 +93,7 @@ class _Bench:
                 pad_id=int(self.tokenizer.pad_token_id),
                 max_new_tokens=how.max_new_tokens,
                 seed=0,
-                greedy=how.temperature is None,
-                temperature=how.temperature or 1.0,
+                temperature=how.temperature,
             )
         return []
 

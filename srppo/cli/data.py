@@ -6,31 +6,21 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from srppo.cli.options import Debug
+from srppo.cli.options import Debug, Sets
 
 
 def data(
     source: Annotated[
-        str | None,
-        typer.Argument(
-            help="A TOML recipe, or a file, folder or hub set of rows. Without: the embedded recipe.",
-            show_default=False,
-        ),
+        str | None, Argument(help="A recipe, or a file, folder or hub set of rows. Without: the embedded recipe.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Whose tokenizer and template to use. (default: the recipe's base)"),
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set data.turns=all (repeatable)."),
-    ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Demonstrations shown with each token.")] = 3,
+    model: Annotated[str | None, Option(metavar="MODEL", help="Whose tokenizer to use. (default: the base's)")] = None,
+    sets: Sets = None,
+    rows: Annotated[int, Option(min=0, help="Demonstrations shown with each token.")] = 3,
     debug: Debug = False,
 ) -> None:
-    """What training will see: rows used and left out, lengths, cuts, repeats, overlap, and which tokens are trained."""
+    """What training will see of the data. Rows used and left out, lengths, cuts, repeats, overlap, trained tokens."""
     from rich.text import Text
 
     from srppo.config import load_recipe

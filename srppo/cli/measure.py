@@ -54,9 +54,11 @@ def evaluate(
     from srppo.console import Console
     from srppo.evaluation.harness.run import evaluate_command
     from srppo.models.loading import pick_device
+    from srppo.report.evaluated import scores_table
     from srppo.stages.arms import stages_by_arm
 
-    evaluate_command(
+    console = Console()
+    found = evaluate_command(
         model,
         tasks=[name for name in tasks.split(",") if name],
         suite=suite,
@@ -75,9 +77,10 @@ def evaluate(
         score_rest=score_rest,
         system=system,
         cluster=cluster,
-        console=Console(),
+        console=console,
         arms=stages_by_arm,
     )
+    console.print(scores_table(found))
 
 
 def compare(
@@ -124,8 +127,8 @@ def score(
     from srppo.console import Console
     from srppo.models.loading import pick_device
     from srppo.record.folder import check_place
-    from srppo.report.places import RUNS, page_folder
-    from srppo.report.score_page import report_score
+    from srppo.report.page import RUNS, page_folder
+    from srppo.report.score import report_score
 
     console = Console()
     check_place(out or RUNS)
@@ -171,8 +174,8 @@ def forecast(
     from srppo.console import Console
     from srppo.models.loading import pick_device
     from srppo.record.folder import check_place
-    from srppo.report.forecast_page import report_forecast
-    from srppo.report.places import RUNS, page_folder
+    from srppo.report.forecast import report_forecast
+    from srppo.report.page import RUNS, page_folder
 
     console = Console()
     check_place(out or RUNS)
@@ -204,6 +207,6 @@ def report(run: Annotated[Path, Argument(help="The folder of a run, or of a swee
 
         report_sweep(run, Console())
     else:
-        from srppo.report.record import report_run
+        from srppo.report.run import report_run
 
         report_run(run, Console())

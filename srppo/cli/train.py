@@ -122,7 +122,7 @@ def _runs(
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with stopping_at_once():
         from srppo.models.loading import pick_device
-        from srppo.report.record import report_run
+        from srppo.report.run import report_run
         from srppo.stages.run import prepare_run  # torch comes with this
 
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]

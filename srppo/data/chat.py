@@ -41,6 +41,7 @@ end in a newline, a system message stands first with a blank line after it. The 
 writes the same."""
 _BOS = "{{ bos_token }}"
 _MARK = "\ue000\ue001\ue000"  # stands for an answer where the text around it is looked for: private characters
+_NOTHING = "the chat template makes nothing of the prompt"
 _STOPPED = "a stop token inside the answer"
 _KEYS = "model.template_kwargs (such as enable_thinking = false) or model.chat_template"
 
@@ -158,10 +159,9 @@ def _parts(content: Any) -> Any:
 
 def template_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What is to be said of a template: that it writes answers otherwise than after its generation prompt."""
-    asked = Message("user", "q")
-    before, whole = _rendered(tokenizer, [([asked], "")], True) + _rendered(
-        tokenizer, [([asked, Message("assistant", _MARK)], "")], False
-    )
+    asked = [Message("user", "q")]
+    before = _attempt(_rendered, tokenizer, asked, "", True)
+    whole = _attempt(_rendered, tokenizer, [*asked, Message("assistant", _MARK)], "", False)
     if isinstance(before, _LeftOut) or isinstance(whole, _LeftOut) or (whole.startswith(before) and _MARK in whole):
         return []
     return [
@@ -217,22 +217,24 @@ class _LeftOut(Exception):
     """Stands for a row that cannot be encoded, among those that can; the message is the reason."""
 
 
-_Row = tuple[Sequence[Message], str]  # (turns, tools)
+def _attempt(make: Callable[..., _T], *args: Any) -> _T | _LeftOut:
+    try:
+        return make(*args)
+    except _LeftOut as reason:
+        return reason
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[_Row], generation: bool) -> list[str | _LeftOut]:
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], tools: str, generation: bool) -> str:
     from jinja2.exceptions import TemplateError
 
-    found: list[str | _LeftOut] = []
-    for turns, tools in rows:
-        try:
-            text = render(tokenizer, _as_asked(turns), generation=generation, tools=tools)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # A model without system messages, for example; or a template that stumbles over a turn.
-            found.append(_LeftOut(f"the chat template refuses it: {' '.join(str(error).split())[:200]}"))
-        else:
-            found.append(text if _has_tools(text, turns) else _LeftOut("the chat template leaves out turns of tools"))
-    return found
+    try:
+        text = render(tokenizer, _as_asked(turns), generation=generation, tools=tools)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # A model without system messages, for example; or a template that stumbles over a turn.
+        raise _LeftOut(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
+    if not _has_tools(text, turns):
+        raise _LeftOut("the chat template leaves out turns of tools")
+    return text
 
 
 def _as_asked(turns: Sequence[Message]) -> list[dict[str, Any]]:
@@ -283,73 +285,33 @@ def _with_system(turns: tuple[Message, ...], system: str | None) -> tuple[Messag
     return (Message("system", system), *turns)
 
 
-# ---- prompts
+# ---- rows to tokens
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, system: str | None, max_prompt_tokens: int
-) -> tuple[int, ...] | str:
-    """Token ids of a prompt up to where the answer begins, or the reason why it is left out."""
-    return encode_prompts(tokenizer, [prompt], system=system, max_prompt_tokens=max_prompt_tokens)[0]
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **how: Any) -> tuple[int, ...] | str:
+    """`encode_prompts` of one."""
+    return encode_prompts(tokenizer, [prompt], **how)[0]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, system: str | None, max_prompt_tokens: int
 ) -> list[tuple[int, ...] | str]:
-    """`encode_prompt` of each, at less than half the cost: template and tokenizer are called once for all."""
-    rows = [(_with_system(prompt.messages, system), prompt.tools) for prompt in prompts]
-    texts = _rendered(tokenizer, rows, generation=True)
-    found = iter(_ids(tokenizer, [text for text in texts if isinstance(text, str)]))
-    heads = [
-        text if isinstance(text, _LeftOut) else _attempt(_check_length, ids := next(found), max_prompt_tokens, len(ids))
-        for text in texts
-    ]
-    return [str(head) if isinstance(head, _LeftOut) else head for head in heads]
+    """Token ids of each prompt up to where the answer begins, or the reason why it is left out."""
+    texts = [_attempt(_rendered, tokenizer, _with_system(row.messages, system), row.tools, True) for row in prompts]
+    ids = iter(_ids(tokenizer, [text for text in texts if isinstance(text, str)]))
+    found = [next(ids) if isinstance(text, str) else str(text) for text in texts]
+    return [each if isinstance(each, str) else _too_long(len(each), max_prompt_tokens) or each for each in found]
 
 
-def _check_length(head: tuple[int, ...], most: int, prompt_tokens: int) -> tuple[int, ...]:
-    if not head:
-        raise _LeftOut("the chat template makes nothing of the prompt")
-    if prompt_tokens > most:
-        raise _LeftOut(f"prompt longer than {most:,} tokens")
-    return head
-
-
-# ---- demonstrations
+def _too_long(tokens: int, most: int) -> str:
+    return f"prompt longer than {most:,} tokens" if tokens > most else "" if tokens else _NOTHING
 
 
 def encode_demonstration(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstration: Demonstration,
-    *,
-    system: str | None,
-    max_tokens: int,
-    max_prompt_tokens: int,
-    stop: Sequence[int] | None = None,
-    turns: str = "last",
+    tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, **how: Any
 ) -> EncodedDemonstration | str:
-    """Token ids of prompt and answer, or the reason why the row is left out.
-
-    The prompt's ids are those that `encode_prompt` feeds to generation, and the answer ends in a stop token (`stop`,
-    default the tokenizer's EOS): what a template puts after it (ChatML's newline) is dropped, and the first of `stop`
-    is added where the template ends without one. Beyond `max_tokens` the answer is cut and has no stop token.
-
-    With `turns` = "all" the assistant's earlier turns are trained too, each from its generation prompt to the stop
-    token that the template writes after it, or to its own end where it writes none there; then the prompt, which
-    `max_prompt_tokens` limits, ends where the first of them begins.
-
-    A plain text has no prompt; it begins as the tokenizer begins texts (BOS or nothing), takes no system message, and
-    without BOS its first token counts as prompt, since nothing stands before it to predict it from.
-    """
-    return encode_demonstrations(
-        tokenizer,
-        [demonstration],
-        system=system,
-        max_tokens=max_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        stop=stop,
-        turns=turns,
-    )[0]
+    """`encode_demonstrations` of one."""
+    return encode_demonstrations(tokenizer, [demonstration], **how)[0]
 
 
 def encode_demonstrations(
@@ -362,107 +324,68 @@ def encode_demonstrations(
     stop: Sequence[int] | None = None,
     turns: str = "last",
 ) -> list[EncodedDemonstration | str]:
-    """`encode_demonstration` of each, with template and tokenizer called once for all."""
+    """Token ids of each prompt and answer, or the reason why the row is left out.
+
+    The prompt's ids are those that `encode_prompts` feeds to generation, and the answer ends in a stop token (`stop`,
+    default the tokenizer's EOS): what a template puts after it (ChatML's newline) is dropped, and the first of `stop`
+    is added where the template ends without one. Beyond `max_tokens` the answer is cut and has no stop token.
+
+    With `turns` = "all" the assistant's earlier turns are trained too, each from its generation prompt to the stop
+    token that the template writes after it, or to its own end where it writes none there; then the prompt, which
+    `max_prompt_tokens` limits, ends where the first of them begins.
+
+    A plain text has no prompt; it begins as the tokenizer begins texts (BOS or nothing), takes no system message, and
+    without BOS its first token counts as prompt, since nothing stands before it to predict it from.
+    """
     stops = list(stop) if stop else stop_ids(tokenizer)
-    asked = [row for row in demonstrations if row.prompt]
-    rows = [(_with_system(row.prompt, system), row.tools) for row in asked]
-    taught = [((*before, row.turns[-1]), tools) for (before, tools), row in zip(rows, asked, strict=True)]
-    drawn = zip(rows, asked, _rendered(tokenizer, rows, True), _rendered(tokenizer, taught, False), strict=True)
-    texts = [_attempt(_trained_text, tokenizer, *each) for each in drawn]
-    ids = iter(_ids(tokenizer, [text for pair in texts if not isinstance(pair, _LeftOut) for text in pair]))
-    pairs = iter(zip(rows, texts, strict=True))
-
-    plain = [row.answer for row in demonstrations if not row.prompt]
-    begin = tuple(tokenizer("a")["input_ids"][:1]) if plain and _begins_with_bos(tokenizer) else ()
-    tails = iter(_ids(tokenizer, plain))
     most, every = min(max_prompt_tokens, max_tokens - 1), turns == "all"
-    result: list[EncodedDemonstration | str] = []
-    for row in demonstrations:
-        found: EncodedDemonstration | _LeftOut
-        if not row.prompt:
-            found = _attempt(_encoded, tokenizer, row, row.answer, begin, next(tails), [], stops, max_tokens)
-        else:
-            asking, pair = next(pairs)
-            if isinstance(pair, _LeftOut):
-                found = pair
-            else:
-                both = (next(ids), next(ids))
-                found = _attempt(_encoded_asked, tokenizer, row, asking, pair, both, stops, most, max_tokens, every)
-        result.append(str(found) if isinstance(found, _LeftOut) else found)
-    return result
+    texts = [_attempt(_texts, tokenizer, row, _with_system(row.prompt, system)) for row in demonstrations]
+    ids = iter(_ids(tokenizer, [text for pair in texts if not isinstance(pair, _LeftOut) for text in pair]))
+    begin = tuple(tokenizer("a")["input_ids"][:1]) if _begins_with_bos(tokenizer) else ()
 
+    def encoded(row: Demonstration, before: str, text: str, head: _Ids, whole: _Ids) -> EncodedDemonstration:
+        earlier = _earlier(tokenizer, row, _with_system(row.prompt, system), before, stops) if every else []
+        if row.prompt and (reason := _too_long(earlier[0][0] if earlier else len(head), most)):
+            raise _LeftOut(reason)
+        answer = text[len(before) :]
+        # Where a token spans the boundary: generation cannot make it, it starts after the prompt's last token.
+        tail = whole[len(head) :] if whole[: len(head)] == head else _ids(tokenizer, [answer])[0]
+        head = head if row.prompt else begin
+        ids = head + _ended(tokenizer, tail, answer, row.answer, stops)
+        spans = [*earlier, (max(len(head), 1), len(ids))]
+        kept = [
+            (start, min(stop, max_tokens)) for start, stop in spans if start < max_tokens
+        ]  # ends in what is trained
+        gaps = tuple((one[1], other[0]) for one, other in pairwise(kept) if one[1] < other[0])
+        return EncodedDemonstration(ids[: kept[-1][1]], kept[0][0], gaps)
 
-def _attempt(make: Callable[..., _T], *args: Any) -> _T | _LeftOut:
-    try:
-        return make(*args)
-    except _LeftOut as reason:
-        return reason
+    found = [
+        pair if isinstance(pair, _LeftOut) else _attempt(encoded, row, *pair, next(ids), next(ids))
+        for row, pair in zip(demonstrations, texts, strict=True)
+    ]
+    return [str(each) if isinstance(each, _LeftOut) else each for each in found]
 
 
 _Ids = tuple[int, ...]
 _Spans = list[tuple[int, int]]  # ranges [start, stop) of trained tokens
 
 
-def _encoded_asked(
-    tokenizer: PreTrainedTokenizerBase,
-    row: Demonstration,
-    asking: _Row,
-    texts: tuple[str, str],
-    ids: tuple[_Ids, _Ids],
-    stops: list[int],
-    most_prompt: int,
-    most: int,
-    every: bool,
-) -> EncodedDemonstration:
-    """The row from `texts` and their `ids`: the prompt, which `asking` makes, and the whole that is trained on."""
-    (before, text), (head, whole) = texts, ids
-    earlier = _earlier(tokenizer, asking, before, stops) if every else []
-    _check_length(head, most_prompt, earlier[0][0] if earlier else len(head))
-    answer = text[len(before) :]
-    # Where a token spans the boundary: generation cannot make it, it starts after the prompt's last token.
-    tail = whole[len(head) :] if whole[: len(head)] == head else _ids(tokenizer, [answer])[0]
-    return _encoded(tokenizer, row, answer, head, tail, earlier, stops, most)
+def _texts(tokenizer: PreTrainedTokenizerBase, row: Demonstration, asked: Sequence[Message]) -> tuple[str, str]:
+    """(what stands before the answer, the text to train on).
 
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase,
-    row: Demonstration,
-    text: str,
-    head: _Ids,
-    tail: _Ids,
-    earlier: _Spans,
-    stops: list[int],
-    most: int,
-) -> EncodedDemonstration:
-    """The tokens before the answer and those of the answer, whose text is `text`, up to its stop token; `most` of all,
-    without what would stand untrained at their end."""
-    ids = head + _ended(tokenizer, tail, text, row.answer, stops)
-    spans = [*earlier, (max(len(head), 1), len(ids))]
-    kept = [(start, min(stop, most)) for start, stop in spans if start < most]
-    gaps = tuple((one[1], other[0]) for one, other in pairwise(kept) if one[1] < other[0])
-    return EncodedDemonstration(ids[: kept[-1][1]], kept[0][0], gaps)
-
-
-def _trained_text(
-    tokenizer: PreTrainedTokenizerBase,
-    asking: _Row,
-    row: Demonstration,
-    before: str | _LeftOut,
-    whole: str | _LeftOut,
-) -> tuple[str, str]:
-    """(the generation prompt `before`, the text to train on): the whole conversation as its template writes it, where
-    that begins with the generation prompt and holds the answer; else the generation prompt, the answer, and what the
-    template writes after an answer."""
-    if isinstance(before, _LeftOut):
-        raise before
-    if isinstance(whole, _LeftOut):
-        raise whole
+    The text is the whole conversation as its template writes it, where that begins with the generation prompt and holds
+    the answer; else the generation prompt, the answer, and what the template writes after an answer.
+    """
+    if not row.prompt:
+        return "", row.answer
+    before = _rendered(tokenizer, asked, row.tools, True)
+    whole = _rendered(tokenizer, [*asked, row.turns[-1]], row.tools, False)
     after = whole.removeprefix(before)
     named = all(call["name"] in after for call in json.loads(row.calls or "[]"))
     if whole.startswith(before) and named and _holds(after, row.answer):
         return before, whole
-    marked = _rendered(tokenizer, [((*asking[0], Message("assistant", _MARK)), asking[1])], generation=False)[0]
-    if row.calls or isinstance(marked, _LeftOut) or _MARK not in marked:
+    marked = _rendered(tokenizer, [*asked, Message("assistant", _MARK)], row.tools, False)
+    if row.calls or _MARK not in marked:
         what = "a call of a tool" if row.calls else "the answer"
         raise _LeftOut(f"the chat template does not write {what} after its generation prompt; set {_KEYS}")
     return before, before + _continued(before, row.answer) + marked.rpartition(_MARK)[2]
@@ -501,40 +424,32 @@ def _end_of(answer: str, text: str) -> int:
     return solid[last] + 1 if said and last >= 0 else 0
 
 
-def _earlier(tokenizer: PreTrainedTokenizerBase, row: _Row, before: str, stops: list[int]) -> _Spans:
+def _earlier(
+    tokenizer: PreTrainedTokenizerBase, row: Demonstration, turns: Sequence[Message], before: str, stops: list[int]
+) -> _Spans:
     """Where the assistant's turns stand in the prompt `before` (those after a user's), as ranges of its tokens.
 
     No template says so itself. The text of an answer stands where a mark stands when the same conversation is written
     with marks in place of answers, and what is trained begins where its own generation prompt ends.
     """
-    turns, tools = row
     places = [i for i, turn in enumerate(turns) if turn.role == "assistant" and "user" in [t.role for t in turns[:i]]]
-    said = _ids(tokenizer, [turns[i].content for i in places])
-    if any(token in stops for ids in said for token in ids):
-        raise _LeftOut(_STOPPED)
     if not places:
         return []
-    marked = _rendered(
-        tokenizer,
-        [([Message("assistant", _MARK) if i in places and not t.calls else t for i, t in enumerate(turns)], tools)],
-        generation=True,
-    )[0]
-    openings = _rendered(tokenizer, [(turns[:i], tools) for i in places], generation=True)
+    if any(token in stops for ids in _ids(tokenizer, [turns[i].content for i in places]) for token in ids):
+        raise _LeftOut(_STOPPED)
     changed = _LeftOut("the chat template changes or drops an earlier answer (data.turns = all)")
-    if isinstance(marked, _LeftOut):
-        raise changed
-    pieces = iter(marked.split(_MARK))
+    hidden = [Message("assistant", _MARK) if i in places and not t.calls else t for i, t in enumerate(turns)]
+    pieces = iter(_rendered(tokenizer, hidden, row.tools, True).split(_MARK))
     cursor, following = 0, next(pieces)
     spans: list[tuple[int, int]] = []  # in characters, from where it is trained to the answer's end
-    for place, opening in zip(places, openings, strict=True):
+    for place in places:
+        opening = _attempt(_rendered, tokenizer, turns[:place], row.tools, True)
         begin = len(opening) if isinstance(opening, str) and before.startswith(opening) else None
         if turns[place].calls:  # no mark can stand for calls: they go on as where the conversation ends with them
-            closing = _rendered(tokenizer, [(turns[: place + 1], tools)], generation=False)[0]
-            if begin is None or isinstance(closing, _LeftOut):
-                raise changed
+            closing = _rendered(tokenizer, turns[: place + 1], row.tools, False)
             name = json.loads(turns[place].calls)[-1]["name"]
             here, there = before.find(name, begin), closing.find(name, begin)
-            if min(here, there) < 0:
+            if begin is None or min(here, there) < 0:
                 raise changed
             spans.append((begin, here + _common(before[here:], closing[there:])))
             continue

@@ -92,12 +92,6 @@ def measure_overlap(sft_prompts: Sequence[str], ppo_prompts: Sequence[str]) -> O
     return Overlap(len(ppo), exact, half, tuple(kept), first)
 
 
-def without_overlap(sft_prompts: Sequence[str], ppo_prompts: Sequence[str]) -> tuple[list[str], Overlap]:
-    """The PPO prompts that do not overlap, in order, and what was found."""
-    overlap = measure_overlap(sft_prompts, ppo_prompts)
-    return [ppo_prompts[position] for position in overlap.kept], overlap
-
-
 def _grams(normalised: str, vocabulary: dict[str, int]) -> NDArray[np.uint64]:
     """Distinct 64-bit hashes of the 8-grams of words, sorted; empty for fewer than 8 words."""
     words = normalised.split()

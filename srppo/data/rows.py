@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from srppo.config import canonical_json, is_embedded
@@ -141,7 +142,8 @@ def _part(part: Row, what: str) -> Any:
     return part.get("text", part.get("value"))
 
 
-def _turns(value: Any, column: str) -> Turns:
+def _turns(row: Row, column: str) -> Turns:
+    value = row.get(column)
     if value is None:
         raise _Unusable(f"{column} is missing")
     if column in ("prompt", "chosen") and not _is_conversation(value):
@@ -208,19 +210,15 @@ def _conversation(turns: Turns) -> tuple[Turns, Message]:
     return turns[:-1], turns[-1]
 
 
-def _messages(column: str) -> Callable[[Row], tuple[Turns, Message]]:
-    return lambda row: _conversation(_turns(row.get(column), column))
-
-
 def _asked_and(prompt: str, answer: str) -> Callable[[Row], tuple[Turns, Message]]:
     """A prompt in one column and its answer in another: text, a message, messages, or the whole conversation again."""
 
     def read(row: Row) -> tuple[Turns, Message]:
-        asked, found = _turns(row.get(prompt), prompt), row.get(answer)
+        asked, found = _turns(row, prompt), row.get(answer)
         found = [found] if isinstance(found, dict) else found
         if not _is_conversation(found):
-            return asked, _answer(row, answer)
-        turns = _turns(found, answer)
+            return asked, Message("assistant", _text(row, answer))
+        turns = _turns({answer: found}, answer)
         return _conversation(turns if turns[0].role in ("system", "user") else asked + turns)
 
     return read
@@ -241,8 +239,8 @@ def _user(column: str) -> Callable[[Row], Turns]:
     return lambda row: (Message("user", _text(row, column)),)
 
 
-def _answer(row: Row, column: str) -> Message:
-    return Message("assistant", _text(row, column))
+def _and(asked: Callable[[Row], Turns | None], answer: str) -> Callable[[Row], tuple[Turns | None, Message]]:
+    return lambda row: (asked(row), Message("assistant", _text(row, answer)))
 
 
 def _first_turn(row: Row) -> Turns:
@@ -256,20 +254,18 @@ _Columns = dict[tuple[str, ...], Callable[[Row], Any]]
 _DEMONSTRATION_COLUMNS: _Columns = {
     ("prompt", "completion"): _asked_and("prompt", "completion"),
     ("prompt", "response"): _asked_and("prompt", "response"),
-    ("messages",): _messages("messages"),
+    ("messages",): lambda row: _conversation(_turns(row, "messages")),
     ("conversations", "chosen"): _asked_and("conversations", "chosen"),
-    ("conversations",): _messages("conversations"),
-    ("instruction", "output"): lambda row: (_instruction(row), _answer(row, "output")),
-    ("instruction", "response"): lambda row: (_instruction(row), _answer(row, "response")),
-    ("question", "answer"): lambda row: (_user("question")(row), _answer(row, "answer")),
+    ("conversations",): lambda row: _conversation(_turns(row, "conversations")),
+    ("instruction", "output"): _and(_instruction, "output"),
+    ("instruction", "response"): _and(_instruction, "response"),
+    ("question", "answer"): _and(_user("question"), "answer"),
     ("prompt", "chosen"): _asked_and("prompt", "chosen"),
-    ("query", "response"): lambda row: (_user("query")(row), _answer(row, "response")),
-    ("text",): lambda row: (None, _answer(row, "text")),
+    ("query", "response"): _and(_user("query"), "response"),
+    ("text",): _and(lambda row: None, "text"),
 }
 _PROMPT_COLUMNS: _Columns = {
-    ("prompt",): lambda row: _turns(row.get("prompt"), "prompt"),
-    ("messages",): lambda row: _turns(row.get("messages"), "messages"),
-    ("conversations",): lambda row: _turns(row.get("conversations"), "conversations"),
+    **{(column,): partial(_turns, column=column) for column in ("prompt", "messages", "conversations")},
     ("instruction",): _instruction,
     ("question",): _user("question"),
     ("query",): _user("query"),

@@ -49,16 +49,6 @@ def short(names: Iterable[Any], most: int = 12) -> str:
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
-def files_of(source: str) -> list[Path] | None:
-    """The files that a source is read from: none of an embedded one; None for a hub set or what is not there."""
-    if is_embedded(source):
-        return []
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
-    return [path] if path.exists() else None
-
-
 def tables(source: str, what: str, seed: int) -> Iterator[Table]:
     if is_embedded(source):
         yield _embedded(source, what, seed)
@@ -66,7 +56,7 @@ def tables(source: str, what: str, seed: int) -> Iterator[Table]:
     path = Path(source).expanduser()
     hub = _HUB.fullmatch(source)
     if path.is_dir():
-        files = files_of(source)
+        files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
         if not files:
             found = short(sorted(file.name for file in path.iterdir())) or "nothing"
             raise DataError(f"folder {source} holds no data file: found {found}; allowed are {_ALLOWED}")

@@ -178,8 +178,7 @@ def _cases(
         if missing:
             notes.append(f"{task} ({decoding}) is not compared: {missing[0]} has no result on it")
             continue
-        (before, said), (after, also) = (by_seed(tables[name][task, decoding]) for name in (baseline, model))
-        notes += [*said, *also]
+        before, after = (by_seed(tables[name][task, decoding]) for name in (baseline, model))
         paired = pair(before, after, (baseline, model))
         cases.append(_Case(baseline, model, next(iter(before.values())), paired, _test(paired)))
     return cases

@@ -18,12 +18,12 @@ from srppo.evaluation.items import load_items, spread
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
-from srppo.training.batch import answer_nll_sum, training_flops
-from srppo.training.rollout import Generated, generate
+from srppo.training.batch import Generated, answer_nll_sum, training_flops
+from srppo.training.rollout import generate
 from srppo.world.items import Item
 from srppo.world.tasks import check
 
-EVAL_BATCH = 300
+EVAL_BATCH = 300  # rows of one call of generate, which takes fewer at a time where the memory has it
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def answer_items(
                 pad_id=pad,
                 max_new_tokens=recipe.rollout.max_new_tokens,
                 seed=derive_seed(recipe.seed, "eval", draw * len(items) + start),
-                greedy=samples is None,
+                temperature=None if samples is None else 1.0,
             )
             written = generated.responses()
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -62,12 +62,12 @@ OF_SAMPLING = {"samples": HARMLESS["samples"], "eval_seed": "seed of the samples
 
 
 def made_alike(arms: Arms) -> tuple[dict[str, list[TaskResult]], list[str]]:
-    """Where one thing was measured in several ways, the one that all arms share; and notes that say which.
+    """One result a model, training seed, task and decoding, of several the one made as the others'; and notes on it.
 
     A way: the settings that decide what is asked (DECISIVE), samples and their seed included, or, where arms share none
-    of those, without these two. Of several shared ways the one with the most arms and training seeds, then items, then
-    the newest. A run's own test of a group of the embedded world and the embedded suite's are ways of one thing, and
-    the suite's comes first where both have as much. Where nothing is shared all stay, and pairing says what differs.
+    of those, without these two. Of several ways that all arms share the one with the most arms and training seeds, then
+    items, then the newest. A run's own test of a group of the embedded world and the embedded suite's are ways of one
+    thing, and the suite's comes first where both have as much. Where nothing is shared `pair` says what differs.
     """
     tasks = {result.task for results in arms.values() for result in results}
     by_questions: dict[tuple[str, str], dict[str, list[TaskResult]]] = {}
@@ -78,9 +78,10 @@ def made_alike(arms: Arms) -> tuple[dict[str, list[TaskResult]], list[str]]:
     kept: dict[str, list[TaskResult]] = {name: [] for name in arms}
     notes: list[str] = []
     for on in by_questions.values():
-        several = any(len(cell) > 1 for cell in _cells(on).values())
-        for name, taken in (_shared(on, notes) if several else on).items():
-            kept[name] += taken
+        of_models = {(name, result.seed) for name, results in on.items() for result in results}
+        several = sum(map(len, on.values())) > len(of_models)
+        for (name, _, _), cell in _cells(_shared(on, notes) if several else on).items():
+            kept[name].append(max(cell, key=lambda result: (len(result.items), _time(result))))
     return kept, notes
 
 
@@ -97,18 +98,17 @@ def _of_world(group: str) -> frozenset[str]:
 
 
 def _shared(on: Arms, notes: list[str]) -> Arms:
-    """The results of one thing, one an arm and seed, all made alike; all results where that cannot be."""
+    """The results of one thing that are made in the way to be compared; all of them where arms share none."""
     for further in (OF_SAMPLING, {}):
         ways: dict[str, dict[str, list[TaskResult]]] = {}
         for name, results in on.items():
             for result in results:
                 ways.setdefault(str(_way(result, further)), {}).setdefault(name, []).append(result)
-        shared = [way for way in ways.values() if way.keys() == on.keys()]
-        if shared:
-            best = max(shared, key=_rank)
+        if shared := [way for way in ways.values() if way.keys() == on.keys()]:
+            best: Arms = max(shared, key=_rank)
             notes += _not_taken(on, best, [_first(way).task for way in ways.values()])
-            cells = _cells(best)
-            return {name: [_fullest(cell) for (own, _), cell in cells.items() if own == name] for name in on}
+            return best
+    notes += _not_taken(on, on, [])
     return on
 
 
@@ -121,7 +121,7 @@ def _way(result: TaskResult, further: Mapping[str, str]) -> dict[str, Any]:
 def _rank(way: Arms) -> tuple[int, int, bool, float]:
     """Arms and seeds, items, whether it is the suite's, and when the newest was written."""
     cells = _cells(way).values()
-    items_in_all = sum(len(_fullest(cell).items) for cell in cells)
+    items_in_all = sum(max(len(result.items) for result in cell) for cell in cells)
     newest = max(_time(result) for cell in cells for result in cell)
     return len(cells), items_in_all, _first(way).task.startswith(SUITE), newest
 
@@ -160,18 +160,13 @@ def _words(first: TaskResult, others: Sequence[TaskResult]) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def _cells(arms: Arms) -> dict[tuple[str, int | None], list[TaskResult]]:
-    """Results by arm and training seed."""
+def _cells(arms: Arms) -> dict[tuple[str, str, int | None], list[TaskResult]]:
+    """Results by arm, task and training seed."""
     found = defaultdict(list)
     for name, results in arms.items():
         for result in results:
-            found[name, result.seed].append(result)
+            found[name, result.task, result.seed].append(result)
     return found
-
-
-def _fullest(cell: Sequence[TaskResult]) -> TaskResult:
-    """The result with most items, the newest of several."""
-    return max(cell, key=lambda result: (len(result.items), _time(result)))
 
 
 def _time(result: TaskResult) -> float:
@@ -209,28 +204,9 @@ class Paired:
         return (-1.0, 1.0) if both.min() >= 0 and both.max() <= 1 else None
 
 
-def by_seed(results: Sequence[TaskResult]) -> tuple[dict[int | None, TaskResult], tuple[str, ...]]:
-    """One result a training seed, and a note where there were more: the one with most items counts.
-
-    Raises DataError where several have equally many.
-    """
-    cells: dict[int | None, list[TaskResult]] = defaultdict(list)
-    for result in results:
-        cells[result.seed].append(result)
-    found, notes = {}, list[str]()
-    for seed in sorted(cells, key=lambda seed: (seed is None, seed or 0)):
-        first, *others = sorted(cells[seed], key=lambda result: -len(result.items))
-        found[seed] = first
-        if others and len(others[0].items) == len(first.items):
-            which = "" if seed is None else f", seed {seed}"
-            raise DataError(
-                f"two results of {first.model} on {first.task} ({first.decoding}{which}) with {len(first.items)} "
-                f"items: {first.path} and {others[0].path}; give the path of the one that is meant, or move the other "
-                "away"
-            )
-        if others:
-            notes.append(f"{first.model} on {first.task}: of several results the one with most items is used")
-    return found, tuple(dict.fromkeys(notes))
+def by_seed(results: Sequence[TaskResult]) -> dict[int | None, TaskResult]:
+    """Results by training seed, in the order of the seeds; one without a seed stands last."""
+    return {each.seed: each for each in sorted(results, key=lambda each: (each.seed is None, each.seed or 0))}
 
 
 def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:

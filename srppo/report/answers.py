@@ -1,26 +1,28 @@
-"""Test answers of a run's arms, read from the record: what every accuracy and length is computed from."""
+"""What the test answers of a run say: accuracy by group and task, paired differences, lengths, samples to read."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import mean, median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from srppo.record.arms import problem_of
 from srppo.record.store import Run, Stage
-from srppo.report.figures import DECODINGS
-from srppo.stages.arms import stages_by_arm
+from srppo.report.words import DECODINGS, GROUP_WORDS, group_words
+from srppo.stages.arms import CHOSEN, EQUAL, stages_by_arm
 from srppo.statistics.intervals import Estimate, calibrated_interval, within
 
-Verdicts = Sequence[Mapping[str, Any]]  # rows of samples.jsonl, an item each: see evaluate.Verdict
-Key = TypeVar("Key", bound=Hashable)
+Verdicts = Sequence[Mapping[str, Any]]  # rows of samples.jsonl, an item each
 SHARE, GAP = (0.0, 1.0), (-1.0, 1.0)  # what an accuracy and a difference of two cannot leave
+SHORT = {EQUAL: "longer", CHOSEN: "chosen"}  # names of arms in the table of differences
+SAMPLES = 3  # of each group, to read
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,33 @@ class ArmRow:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class ArmFigures:
+    """What is known of one arm. A missing or failed arm has a `problem`, and whatever figures it got to.
+
+    figures: accuracy by (group, decoding), decoding `greedy` or `sampled`. nll: held-out answers, nats a token.
+    flops, seconds: everything trained for this arm, its SFT included; flops are counted. kept_step of steps: the step
+    whose weights were measured. mean_length (tokens) and ended_share: of the sampled answers to test items.
+    seeds: training seeds behind the figures.
+    """
+
+    name: str
+    figures: Mapping[tuple[str, str], Estimate] = field(default_factory=dict)
+    flops: float | None = None
+    seconds: float | None = None
+    kept_step: int | None = None
+    steps: int | None = None
+    mean_length: float | None = None
+    ended_share: float | None = None
+    nll: float | None = None
+    note: str = ""
+    problem: str | None = None
+    seeds: int = 1
+
+
+# ---- answers on disk
+
+
 def seed_of(stage: Stage) -> int:
     return int(stage.identity["config"]["seed"])
 
@@ -52,6 +81,14 @@ def answers_file(stage: Stage, which: str, decoding: str) -> Path:
     return stage.path / "eval" / f"{which}-{decoding}" / "samples.jsonl"
 
 
+def read_verdicts(path: Path) -> list[dict[str, Any]]:
+    """Rows of a samples.jsonl; none where it is gone or cannot be read, which `attempts.missing_of` says."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
 def arm_rows(run: Run) -> list[ArmRow]:
     """Rows in the order of the tables; an arm has one for its last step too where development items picked another."""
     rows = []
@@ -60,8 +97,7 @@ def arm_rows(run: Run) -> list[ArmRow]:
         problem = "; ".join(text for text in problems.values() if text) or None
         good = tuple(stage for stage in stages if problems[stage.id] is None)
         picked = any("last" in figures_of(stage) for stage in good)
-        names = {"last": f"{arm}, last step"} if picked else {}
-        names["kept"] = f"{arm}, best on dev" if picked else arm
+        names = {"last": f"{arm}, last step", "kept": f"{arm}, best on dev"} if picked else {"kept": arm}
         for which, name in names.items():
             answers = {decoding: _answers(good, which, decoding) for decoding in DECODINGS}
             rows.append(ArmRow(arm, name, which, good, answers, problem))
@@ -93,26 +129,9 @@ def left_out(rows: Sequence[ArmRow]) -> list[str]:
     ]
 
 
-def read_verdicts(path: Path) -> list[dict[str, Any]]:
-    """Rows of a samples.jsonl; none where it is gone or cannot be read, which `missing_of_run` says."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return []
-
-
 def items_of(verdicts: Verdicts) -> list[tuple[str, str, str]]:
     """What makes two lists of verdicts comparable item by item."""
     return [(row["group"], row["task"], row["prompt"]) for row in verdicts]
-
-
-def group_of(row: Mapping[str, Any]) -> str:
-    return str(row["group"])
-
-
-def task_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(group, task): two groups may have a task of the same name."""
-    return str(row["group"]), str(row["task"])
 
 
 def right_share(row: Mapping[str, Any]) -> float:
@@ -121,16 +140,14 @@ def right_share(row: Mapping[str, Any]) -> float:
 
 
 def cells(
-    by_seed: Mapping[int, Verdicts],
-    key: Callable[[Mapping[str, Any]], Key],
-    value: Callable[[Mapping[str, Any]], float] = right_share,
-) -> dict[Key, NDArray[np.float64]]:
-    """(seeds, items) values of each group or task, seeds in the order given."""
-    found: dict[Key, list[list[float]]] = defaultdict(list)
+    by_seed: Mapping[int, Verdicts], *keys: str, value: Callable[[Mapping[str, Any]], float] = right_share
+) -> dict[tuple[str, ...], NDArray[np.float64]]:
+    """(seeds, items) values of the items that have the same values of `keys` (group, task), seeds as they are given."""
+    found: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
     for verdicts in by_seed.values():
-        one: dict[Key, list[float]] = defaultdict(list)
+        one: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for row in verdicts:
-            one[key(row)].append(value(row))
+            one[tuple(str(row[key]) for key in keys)].append(value(row))
         for name, values in one.items():
             found[name].append(values)
     return {name: np.array(values) for name, values in found.items()}
@@ -139,3 +156,170 @@ def cells(
 def interval(values_by_seed_item: NDArray[np.float64], limits: tuple[float, float], draws: int = 4000) -> Estimate:
     """`calibrated_interval`, cut where no value can lie; `draws` decide its shape, not its width."""
     return within(calibrated_interval(values_by_seed_item, limits=limits, draws=draws), limits)
+
+
+# ---- accuracy
+
+
+def arms_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
+    """Figures of each row; its cost includes that of the stages it builds on, as SRPPO does on SFT."""
+    costs = {stage.id: (figures_of(stage)["flops"], seconds_of(stage)) for row in rows for stage in row.stages}
+    return [_figures(row, costs) for row in rows]
+
+
+def _figures(row: ArmRow, costs: Mapping[str, tuple[float, float]]) -> ArmFigures:
+    if not row.stages:
+        return ArmFigures(row.name, problem=row.problem)
+    accuracy = {
+        (group, decoding): interval(values, SHARE)
+        for decoding in DECODINGS
+        for (group,), values in cells(row.answers[decoding], "group").items()
+    }
+    results = [figures_of(stage) for stage in row.stages]
+    measured = [result.get("last", result) if row.which == "last" else result for result in results]
+    spent = [[costs[each] for each in (stage.id, *stage.identity["parents"]) if each in costs] for stage in row.stages]
+    steps = [result["steps"] for result in results]
+    kept = [result["kept_step"] for result in results] if row.which == "kept" else steps
+    spread = f"kept steps {min(kept)} to {max(kept)} over the seeds; the median is shown" if len(set(kept)) > 1 else ""
+    return ArmFigures(
+        row.name,
+        accuracy,
+        flops=mean(sum(flops for flops, _ in one) for one in spent),
+        seconds=mean(sum(seconds for _, seconds in one) for one in spent),
+        kept_step=int(median(kept)),
+        steps=int(median(steps)),
+        mean_length=_mean_of(measured, "sampled_tokens"),
+        ended_share=_mean_of(measured, "sampled_ended"),
+        nll=_mean_of(measured, "held_out_nll"),
+        problem=row.problem,
+        note=spread,
+        seeds=max([len(row.answers[decoding]) for decoding in DECODINGS] + [0]) or len(row.stages),
+    )
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if key in row]
+    return mean(values) if values else None
+
+
+def seconds_of(stage: Stage) -> float:
+    """Seconds of training, as logged."""
+    laps = (row.get("timing", {}).items() for row in stage.metrics())
+    return sum(v for timing in laps for k, v in timing if k.endswith("_s") and k != "tokens_per_s")
+
+
+def groups_of(arms: Sequence[ArmFigures]) -> list[str]:
+    """Group names of all arms: the embedded three in their order, then others as they come."""
+    seen = dict.fromkeys(group for arm in arms for group, _ in arm.figures)
+    return [g for g in GROUP_WORDS if g in seen] + [g for g in seen if g not in GROUP_WORDS]
+
+
+def decodings_of(arms: Sequence[ArmFigures]) -> list[str]:
+    """Decodings that any arm has, greedy first."""
+    seen = dict.fromkeys(decoding for arm in arms for _, decoding in arm.figures)
+    return [d for d in DECODINGS if d in seen] + [d for d in seen if d not in DECODINGS]
+
+
+def differences_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
+    """SRPPO minus each other trained arm, kept steps, paired on items and seeds."""
+    kept = {row.arm: row for row in rows if row.which == "kept"}
+    found = []
+    for other in (arm for arm in kept if "SRPPO" in kept and arm not in ("base", "SRPPO")):
+        figures: dict[tuple[str, str], Estimate] = {}
+        seeds: set[int] = set()
+        for decoding in DECODINGS:
+            ours, theirs = (kept[arm].answers[decoding] for arm in ("SRPPO", other))
+            both = [s for s in ours if s in theirs and items_of(ours[s]) == items_of(theirs[s])]
+            seeds |= set(both)
+            before = cells({seed: theirs[seed] for seed in both}, "group")
+            for group, values in cells({seed: ours[seed] for seed in both}, "group").items():
+                figures[group[0], decoding] = interval(values - before[group], GAP)
+        if figures:
+            found.append(ArmFigures(SHORT.get(other, other), figures, seeds=len(seeds)))
+    return found
+
+
+def tasks_of(rows: Sequence[ArmRow]) -> dict[str, dict[tuple[str, str, str], Estimate]]:
+    """By the row's name: accuracy by (group, task, decoding), intervals over seeds and the task's items."""
+    return {
+        row.name: {
+            (group, task, decoding): interval(values, SHARE, draws=1000)
+            for decoding in DECODINGS
+            for (group, task), values in cells(row.answers[decoding], "group", "task").items()
+        }
+        for row in rows
+    }
+
+
+# ---- lengths
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of one arm's sampled answers over all seeds: how many answers have so many tokens, EOS included.
+
+    ended: by EOS; cut: by the limit. cut_share: of all answers, with its 95% interval over items and seeds.
+    """
+
+    name: str
+    ended: Counter[int]
+    cut: Counter[int]
+    cut_share: Estimate
+
+
+def lengths_of(rows: Sequence[ArmRow]) -> list[Lengths]:
+    """Of every row that has sampled answers."""
+    found = []
+    for row in rows:
+        by_seed = row.answers["sampled"]
+        ended: Counter[int] = Counter()
+        cut: Counter[int] = Counter()
+        for verdict in (each for verdicts in by_seed.values() for each in verdicts):
+            for tokens, whole in zip(verdict["tokens"], verdict["ended"], strict=True):
+                (ended if whole else cut)[tokens] += 1
+        if by_seed:
+            shares = cells(by_seed, value=lambda verdict: 1 - sum(verdict["ended"]) / len(verdict["ended"]))[()]
+            found.append(Lengths(row.name, ended, cut, interval(shares, SHARE)))
+    return found
+
+
+# ---- samples
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A test prompt and what each arm wrote; `right` says which answers were right, where that is known."""
+
+    prompt: str
+    responses: Mapping[str, str]
+    answer: str | None = None
+    group: str = ""
+    right: Mapping[str, bool] = field(default_factory=dict)
+
+
+def samples_of(rows: Sequence[ArmRow]) -> list[Sample]:
+    """The greedy answers of every arm's first seed, at its kept step, to SAMPLES items of each group: chosen by place,
+    never by outcome."""
+    by_arm: dict[str, Verdicts] = {}
+    for row in rows:
+        first = next(iter(row.answers["greedy"].values()), None)
+        if row.which == "kept" and first and items_of(first) == items_of(next(iter(by_arm.values()), first)):
+            by_arm[row.arm] = first
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, verdict in enumerate(next(iter(by_arm.values()), [])):
+        places[verdict["group"]].append(i)
+    counts = {group: min(SAMPLES, len(found)) for group, found in places.items()}
+    chosen = [found[len(found) * i // counts[group]] for group, found in places.items() for i in range(counts[group])]
+    return [_sample({arm: verdicts[i] for arm, verdicts in by_arm.items()}) for i in chosen]
+
+
+def _sample(by_arm: Mapping[str, Mapping[str, Any]]) -> Sample:
+    verdict = next(iter(by_arm.values()))
+    group, task = group_words(verdict["group"]), verdict["task"]
+    return Sample(
+        verdict["prompt"],
+        {arm: own["responses"][0].strip() for arm, own in by_arm.items()},
+        answer=verdict["answer"],
+        group=group if task == verdict["group"] else f"{group}, task {task}",
+        right={arm: own["correct"][0] for arm, own in by_arm.items()},
+    )

@@ -1,26 +1,39 @@
-"""`srppo compare`: which results the paths name, and the comparison as a table, Markdown, CSV and JSON."""
+"""`srppo compare`: which results the paths name, and the comparison in the terminal, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rich.constrain import Constrain
 from rich.text import Text
 
 from srppo.console import Console
 from srppo.errors import DataError, UserError
-from srppo.evaluation.comparison import compare
-from srppo.evaluation.results import TaskResult, read_results
+from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, compare, number, p_text, signed
+from srppo.evaluation.results import SAMPLES, TaskResult, read_results
 from srppo.record.arms import problem_of
 from srppo.record.files import storing, write_atomic
 from srppo.record.folder import check_place
+from srppo.record.json import plain
 from srppo.record.store import Run
-from srppo.report.comparison_files import to_csv, to_json, to_markdown
-from srppo.report.comparison_table import WIDTH, comparison_table
+from srppo.report.table import Column, Row, Table, paragraph, plain_markdown, records, to_csv, to_markdown
+from srppo.report.words import span
 from srppo.stages.arms import arm_names, stages_by_arm
+from srppo.statistics.intervals import Estimate
+from srppo.statistics.tests import seeds_needed
 
-WRITERS = {".md": to_markdown, ".csv": to_csv, ".json": to_json}
+SCHEMA_VERSION = 1
+MARKS = {"better": "good", "worse": "bad", "cannot tell": ""}
+COLOURS = {"better": "green", "worse": "red", "cannot tell": ""}
+NAMED, ID_LENGTH = 3, 12  # items named in a line, and characters of an item's id there
+COLUMNS = (
+    *("kind", "decoding", "task", "group", "metric", "baseline", "model", "baseline_mean", "model_mean"),
+    *("difference", "low", "high", "p", "p_holm", "comparisons", "test", "detectable", "verdict"),
+    *("items", "clusters", "seeds", "left_out", "sentence"),
+)
 
 
 def compare_command(
@@ -46,10 +59,10 @@ def compare_command(
         if path.is_dir():
             raise UserError(f"--out {path} is a folder; give a file's name, or a folder without such an ending")
     arms, notes = arms_of(paths, metric)
-    found = compare(select(arms, task, decoding), alpha=alpha)
-    console.print(comparison_table(found))
-    for note in (*notes, *found.notes):
-        console.print(Constrain(Text(note, "dim"), WIDTH))
+    chosen = select(arms, task, decoding)
+    found = compare(chosen, alpha=alpha)
+    notes += unscored(chosen)
+    print_comparison(found, notes, console)
     for path in files:
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,3 +165,157 @@ def select(
 
 def _list(names: Iterable[str]) -> str:
     return "; ".join(names)  # arms have commas in their names
+
+
+# ---- what a comparison says
+
+
+def print_comparison(found: ComparisonResult, notes: Sequence[str], console: Console) -> None:
+    """A table and sentences for each decoding and model, then what the columns mean; at most 80 columns."""
+    for decoding, model in dict.fromkeys((each.decoding, each.model) for each in found.differences):
+        rows = [each for each in found.differences if (each.decoding, each.model) == (decoding, model)]
+        whole = [each for each in found.aggregates if (each.decoding, each.model) == (decoding, model)]
+        console.print(differences_table(f"{decoding}: {model} minus {found.baseline}", found.baseline, rows, whole))
+        for each in rows:
+            console.print(paragraph(each.sentence, COLOURS[each.verdict]))
+        for line in dict.fromkeys(line for each in rows for line in remarks(each)):
+            console.print(paragraph(line, "dim"))
+        console.print(Text(""))
+    for line in (*captions(found), *notes, *found.notes):
+        console.print(paragraph(line, "dim"))
+
+
+def differences_table(title: str, baseline: str, rows: Sequence[Difference], whole: Sequence[Aggregate] = ()) -> Table:
+    """A row a task and model, then one an average over tasks; files name the model and the verdict in columns too."""
+    heads = [Column("task", ""), Column("model", only="page"), Column(baseline, "baseline"), Column("model's", "model")]
+    heads += [Column("difference"), Column("p"), Column("Holm"), Column("detects"), Column("verdict", only="page")]
+    made: list[Row | str] = []
+    for each in rows:
+        figures = [number(each.baseline_mean), number(each.model_mean), signed(each.difference)]
+        tests = [p_text(each.p), p_text(each.p_holm), number(each.detectable), each.verdict]
+        made.append(Row([each.task, each.model, *figures, *tests], MARKS[each.verdict]))
+    for one in whole:
+        means = [number(one.iqm.baseline.mean), number(one.iqm.model.mean), signed(one.iqm.difference)]
+        made.append(Row([average(one), one.model, *means, "", "", "", ""]))
+    return Table.of(title, heads, made)
+
+
+def average(one: Aggregate) -> str:
+    """`IQM, 3 tasks`; with fewer than four values nothing is cut, and it is a mean."""
+    return f"{'IQM' if len(one.tasks) * one.seeds > 3 else 'mean'}, {len(one.tasks)} tasks"
+
+
+def aggregate_sentence(one: Aggregate) -> str:
+    """Both models' interquartile means and their difference, with intervals."""
+    over = f"{len(one.tasks)} tasks" + (f" and {one.seeds} seeds" if one.seeds > 1 else "")
+    arms = f"{one.model} {_unsigned(one.iqm.model)}, {one.baseline} {_unsigned(one.iqm.baseline)}"
+    return f"{average(one)} ({one.decoding}), over {over}: {arms}, difference {signed(one.iqm.difference)}."
+
+
+def _unsigned(estimate: Estimate) -> str:
+    return f"{number(estimate.mean)} [{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def remarks(found: Difference) -> list[str]:
+    """What could not be paired, counted, the first few named; and how seeds were paired. `unscored` says the rest."""
+    lines = [f"{found.task}: {note}" for note in found.notes]
+    for reason, items in found.left_out.items():
+        if not reason.startswith("not scored"):
+            ids = [item if len(item) <= ID_LENGTH else f"{item[:ID_LENGTH]}..." for item in items[:NAMED]]
+            named = "; ".join([*ids, *(["..."] if len(items) > NAMED else [])])
+            lines.append(f"{found.task}: {span([len(items)], 'item')} left out, {reason} ({named})")
+    return lines
+
+
+def unscored(arms: Mapping[str, Sequence[TaskResult]]) -> list[str]:
+    """Items without a score and so in no difference: counted once a task and reason, with a file that lists them."""
+    found: dict[tuple[str, str], dict[str, TaskResult]] = {}
+    for name, results in arms.items():
+        for result in results:
+            for reason in dict.fromkeys(result.not_scored.values()):
+                found.setdefault((f"{result.task} ({result.decoding})", reason), {}).setdefault(name, result)
+    lines = []
+    for (task, reason), by_arm in found.items():
+        counts = [sum(why == reason for why in result.not_scored.values()) for result in by_arm.values()]
+        path = next(iter(by_arm.values())).path
+        listed = path.with_name(f"{path.name}.not-scored.jsonl")
+        where = listed if listed.exists() else path / SAMPLES
+        lines.append(
+            f"{task}: {span(counts, 'item')} left out, not scored in {', '.join(by_arm)}: {reason} (listed in {where})"
+        )
+    return lines
+
+
+def captions(found: ComparisonResult) -> list[str]:
+    """What the columns are, and what few seeds cannot show."""
+    several = [len(each.seeds) for each in found.differences if len(each.seeds) > 1]
+    over = "items and training seeds, resampled crossed" if several else "items, resampled"
+    if any(each.clusters for each in found.differences):
+        over += " in their clusters"
+    tests = ", ".join(dict.fromkeys(each.test for each in found.differences))
+    comparisons = max(each.comparisons for each in found.differences)
+    family = f"Holm: p corrected over the {comparisons} comparisons of a decoding. " if comparisons > 1 else ""
+    lines = [
+        f"Paired on items{' and seeds' if several else ''}. {100 * (1 - found.alpha):.4g}% intervals over {over}, as "
+        f"wide as t intervals. p: {tests}, two-sided. {family}Better or worse: Holm at most {found.alpha:g} and an "
+        "interval without 0. Detects: the true difference that 80% of such comparisons would show, before correction."
+    ]
+    for one, needed in ((1, seeds_needed(found.alpha)), (comparisons, seeds_needed(found.alpha, comparisons))):
+        if several and min(several) < needed:
+            asked = f"p <= {found.alpha:g}" + (f" by Holm over {one} comparisons" if one > 1 else "")
+            lines.append(f"Too few seeds ({min(several)}): the exact sign-flip test needs {needed} to reach {asked}.")
+            break
+    return lines
+
+
+# ---- files
+
+
+def as_markdown(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
+    """A table for each decoding, the sentences, and what the columns mean."""
+    parts = [f"# {', '.join(found.models)} against {found.baseline}\n"]
+    for decoding in dict.fromkeys(each.decoding for each in found.differences):
+        rows = [each for each in found.differences if each.decoding == decoding]
+        whole = [each for each in found.aggregates if each.decoding == decoding]
+        sentences = [*(each.sentence for each in rows), *map(aggregate_sentence, whole)]
+        parts += [f"## {decoding}\n", to_markdown(differences_table(decoding, found.baseline, rows, whole))]
+        parts.append("".join(f"- {plain_markdown(line)}\n" for line in sentences))
+    said = [*captions(found), *(line for each in found.differences for line in remarks(each)), *found.notes, *notes]
+    return "\n".join([*parts, *(f"{plain_markdown(line)}\n" for line in dict.fromkeys(said))])
+
+
+def as_csv(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
+    """A row a difference (kind difference) and a row an aggregate (kind iqm), no number rounded; left_out counts
+    items."""
+    rows: list[dict[str, Any]] = []
+    for each in found.differences:
+        counts = {"items": each.difference.n, "seeds": len(each.seeds)}
+        counts["left_out"] = len({item for items in each.left_out.values() for item in items})
+        rows.append(asdict(each) | _estimate(each.difference) | counts | {"kind": "difference"})
+    for one in found.aggregates:
+        means = {"baseline_mean": one.iqm.baseline.mean, "model_mean": one.iqm.model.mean}
+        row = asdict(one) | _estimate(one.iqm.difference) | means
+        rows.append(row | {"kind": "iqm", "task": "+".join(one.tasks), "sentence": aggregate_sentence(one)})
+    return to_csv(records({name: row.get(name) for name in COLUMNS} for row in rows))
+
+
+def _estimate(value: Estimate) -> dict[str, float]:
+    return {"difference": value.mean, "low": value.low, "high": value.high}
+
+
+def as_json(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
+    """Everything, items left out by name included; numbers that are not finite are strings, as in the record."""
+    content = {"schema_version": SCHEMA_VERSION, **_fields(found), "notes": [*found.notes, *notes]}
+    return json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def _fields(value: Any) -> Any:
+    """Dataclasses and named tuples as mappings."""
+    if hasattr(value, "_asdict"):
+        return {key: _fields(each) for key, each in value._asdict().items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: _fields(getattr(value, key)) for key in value.__dataclass_fields__}
+    return [_fields(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+WRITERS = {".md": as_markdown, ".csv": as_csv, ".json": as_json}

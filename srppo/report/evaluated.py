@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from srppo.errors import SrppoError
-from srppo.evaluation.results import TaskResult, read_results
-from srppo.report.figures import estimate_text, interval_words
-from srppo.report.html import html_table, soft_text
-from srppo.report.run_parts import Part
-from srppo.report.terminal import Narrow
+from srppo.evaluation.results import SUMMARY, TaskResult, read_results
+from srppo.record.json import read_json
+from srppo.report.table import Row, Table
+from srppo.report.words import estimate_text, interval_words
 from srppo.stages.arms import stages_by_arm
 from srppo.statistics.intervals import Estimate, calibrated_interval, item_interval, within
 
@@ -103,33 +98,31 @@ def _score(values: np.ndarray, clusters: Sequence[str] | None) -> Estimate:
     return within(calibrated_interval(values, clusters, limits=limits), limits)
 
 
-def _by_way(found: Sequence[Evaluated]) -> dict[tuple[str, ...], dict[str, Evaluated]]:
-    """(task, metric, decoding, shots) of each way to evaluate, and in it what each arm has."""
-    ways: dict[tuple[str, ...], dict[str, Evaluated]] = {}
+def evaluated_table(found: Sequence[Evaluated]) -> Table:
+    """A row an arm under a heading for each task and way to evaluate."""
+    ways: dict[str, list[Evaluated]] = {}
     for one in found:
-        ways.setdefault((one.task, one.metric, one.decoding, one.shots), {})[one.arm] = one
-    return ways
+        ways.setdefault(f"{one.task}, {one.metric}, {one.decoding}, {one.shots} shots", []).append(one)
+    rows: list[Row | str] = []
+    for way, members in ways.items():
+        rows.append(way)
+        rows += [Row([one.arm, estimate_text(one.score), str(one.score.n)]) for one in members]
+    return Table.of(TITLE, ["", "score", "n"], rows, captions(found))
 
 
-def _page_tables(found: Sequence[Evaluated]) -> str:
-    """A table for each metric, decoding and shots, as those of the results: a row an arm, a column a task."""
-    tables: dict[tuple[str, ...], list[Evaluated]] = {}
-    for one in found:
-        tables.setdefault((one.metric, one.decoding, one.shots), []).append(one)
-    html = ""
-    for (metric, decoding, shots), members in tables.items():
-        tasks, arms = (list(dict.fromkeys(values)) for values in zip(*((m.task, m.arm) for m in members), strict=True))
-        by_place = {(one.arm, one.task): one.score for one in members}
-        rows = [[arm, *(estimate_text(by_place.get((arm, task))) for task in tasks)] for arm in arms]
-        heads = [
-            f"{task}, n\u00a0=\u00a0{_range([one.score.n for one in members if one.task == task])}" for task in tasks
-        ]
-        html += html_table([f"{decoding}, {shots} shots, {metric}", *heads], rows)
-    return html
-
-
-def _range(counts: Sequence[int]) -> str:
-    return " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
+def scores_table(folders: Sequence[Path]) -> Table:
+    """Results of `srppo eval` as it ends: a row a metric, the primary one first, under a heading a task and model."""
+    rows: list[Row | str] = []
+    for path in folders:
+        summary = read_json(path / SUMMARY)
+        seed = "" if summary["seed"] is None else f", seed {summary['seed']}"
+        decoding = "" if summary["decoding"] == "greedy" else f", {summary['samples']} samples"
+        rows.append(f"{summary['task']}: {summary['model']}{seed}{decoding}")
+        items = str(summary["items"] - summary["not_scored"])
+        for name, each in sorted(summary["metrics"].items(), key=lambda pair: pair[0] != summary["metric"]):
+            interval = "" if each["low"] is None else f"[{each['low']:.3f}, {each['high']:.3f}]"
+            rows.append(Row([name, f"{each['value']:.3f}", interval, items]))
+    return Table.of("Scores with 95% intervals over items", ["metric", "score", "interval", "items"], rows)
 
 
 def captions(found: Sequence[Evaluated]) -> list[str]:
@@ -140,22 +133,3 @@ def captions(found: Sequence[Evaluated]) -> list[str]:
         lines[0] += " Items in clusters count by cluster."
     left = [f"{one.not_scored} of {one.task} ({one.arm})" for one in found if one.not_scored]
     return lines + ([f"Not scored, and in no score: {'; '.join(left)}."] if left else [])
-
-
-def evaluated_part(found: Sequence[Evaluated]) -> Part:
-    """The section of the page; without HTML where nothing was evaluated."""
-    return TITLE, _page_tables(found) + "".join(map(soft_text, captions(found))) if found else ""
-
-
-def evaluated_table(found: Sequence[Evaluated]) -> RenderableType:
-    """The same for the terminal, at most 80 columns."""
-    table = Table(title=Text(TITLE), title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", width=50, overflow="fold")
-    table.add_column("score", width=17, justify="right")
-    table.add_column("n", width=5, justify="right")
-    for (task, metric, decoding, shots), by_arm in _by_way(found).items():
-        table.add_section()
-        table.add_row(Text(f"{task}, {metric}, {decoding}, {shots} shots", "bold"), "", "")
-        for arm, one in by_arm.items():
-            table.add_row(Text(f"  {arm}"), Text(estimate_text(one.score)), str(one.score.n))
-    return Group(table, *(Narrow(Text(line, "dim")) for line in captions(found)))

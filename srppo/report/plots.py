@@ -1,20 +1,39 @@
-"""Plots with matplotlib, drawn without a display: accuracy with intervals, by group and by task. PNG and SVG."""
+"""Every plot, drawn by matplotlib without a display and written as PNG, SVG and a narrow SVG for phones.
+
+`save_figure` and the pieces below it are shared; then come the plots of a run, of scored responses, of a forecast and
+of a sweep. A function returns the files that it wrote, or nothing where there is nothing to draw.
+"""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srppo.report.figures import GROUP_WORDS, ArmFigures, decodings_of, groups_of
+import numpy as np
+
+from srppo.console import rate
+from srppo.report import sweep_tables as tables
+from srppo.report.answers import ArmFigures, Lengths, decodings_of, groups_of
+from srppo.report.history import Line, SeedRows, over_seeds
+from srppo.report.page import narrow_of
 from srppo.report.style import GRID, INK, PAPER, STYLE
+from srppo.report.words import GROUP_WORDS, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from srppo.ablations.analysis import Metric, SweepResult
+    from srppo.ablations.spec import Ablation
+    from srppo.analysis.forecast import ForecastResult
+    from srppo.analysis.optimum import Point
+    from srppo.analysis.score import Scored, ScoreResult
     from srppo.statistics.intervals import Estimate
 
 # Okabe and Ito's colours, told apart also without red-green vision.
@@ -29,153 +48,22 @@ ARM_COLOURS = {
     "SRPPO, last step": "#e69f00",
 }
 BEST = ", best on dev"  # an arm's row at its kept step has the arm's colour
-OTHER_COLOURS = (
-    "#cc79a7",
-    "#44aa99",
-    "#999933",
-    "#ab6857",
-    "#0072b2",
-    "#009e73",
-    "#e69f00",
-    "#56b4e9",
-    "#d55e00",
-    "#7f7f7f",
-)
+OTHER_COLOURS = ["#cc79a7", "#44aa99", "#999933", "#ab6857", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#d55e00"]
 WIDTH_INCHES, NARROW_INCHES = 10.0, 4.6
+LABEL_CHARACTERS = 30  # a line of a row's name
 MOST_TASKS = 24  # drawn in a group; the table holds all
-TaskFigures = Mapping[str, Mapping[tuple[str, str, str], "Estimate"]]
+MOST_GROUPS = 3  # panels side by side; the tables hold all groups
+BAND = 0.2  # opacity
+TaskFigures = Mapping[str, Mapping[tuple[str, str, str], "Estimate"]]  # by row, then by group, task and decoding
 
 
-def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
-    """A dot with its 95% interval for each arm, group and decoding. Returns the files, or nothing to show."""
-    shown, groups, decodings = [arm for arm in arms if arm.figures], groups_of(arms), decodings_of(arms)
-    if not shown:
-        return []
-    colours = arm_colours([arm.name for arm in shown])
-    columns = min(len(groups), 3)
-    rows = math.ceil(len(groups) / columns)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        for axis in axes[len(groups) :]:
-            axis.set_visible(False)
-        for place, group in enumerate(groups):
-            _dots(axes[place], shown, group, decodings, colours)
-            axes[place].tick_params(labelbottom=place + columns >= len(groups))
-        axes[0].set_yticks(range(len(shown)), [_short(arm.name) for arm in shown])
-        axes[0].set_ylim(len(shown) - 0.5, -0.5)
-        axes[0].set_xlim(left=min(-0.02, axes[0].get_xlim()[0]))
-        figure.supxlabel("accuracy on test items, 95% interval", fontsize=10)
-        handles = [axes[0].plot([], [], _marker(d), color=INK, mfc=_fill(d, INK))[0] for d in decodings]
-        figure.legend(handles, decodings, loc="outside upper left", ncols=2)
-
-    return save_figure(draw, path, height=1.1 + rows * (0.5 + 0.42 * len(shown)))
-
-
-def task_plot(by_row: TaskFigures, decoding: str, path: Path) -> list[Path]:
-    """Accuracy of every row on each task with its 95% interval, a panel a group.
-
-    by_row: by the row's name, estimates by (group, task, decoding). Of a group's tasks the first MOST_TASKS are drawn.
-    Returns the files, or nothing where the decoding has no figures.
-    """
-    rows = [name for name, figures in by_row.items() if any(key[2] == decoding for key in figures)]
-    tasks: dict[str, list[str]] = {}
-    for group, task in dict.fromkeys(key[:2] for name in rows for key in by_row[name] if key[2] == decoding):
-        tasks.setdefault(group, []).append(task)
-    if not rows:
-        return []
-    colours = arm_colours(rows)
-    columns = min(len(tasks), 3)
-    lines = math.ceil(len(tasks) / columns)
-    most = min(max(map(len, tasks.values())), MOST_TASKS)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
-        for axis in axes[len(tasks) :]:
-            axis.set_visible(False)
-        for axis, (group, names) in zip(axes, tasks.items(), strict=False):
-            _task_dots(axis, by_row, [(group, task, decoding) for task in names[:MOST_TASKS]], colours)
-            axis.set_title(GROUP_WORDS.get(group, group))
-            axis.set_ylim(most - 0.5, -0.5)
-        figure.supxlabel(f"accuracy, {decoding}, 95% interval", fontsize=10)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, handlelength=1.2)
-
-    return save_figure(draw, path, height=1.3 + lines * (0.4 + most * (0.14 + 0.13 * len(rows))))
-
-
-def _task_dots(
-    axis: Axes, by_row: TaskFigures, keys: Sequence[tuple[str, str, str]], colours: Mapping[str, str]
-) -> None:
-    """A line a task, in it a dot with whiskers a row; tasks are parted by thin lines."""
-    for place, (name, colour) in enumerate(colours.items()):
-        shift = (place + 0.5) / len(colours) * 0.8 - 0.4
-        known = [(i, by_row[name][key]) for i, key in enumerate(keys) if key in by_row[name]]
-        dots = [(estimate.mean, i + shift) for i, estimate in known]
-        whiskers = [_whiskers(estimate) for _, estimate in known]
-        if dots:
-            x, y = zip(*dots, strict=True)
-            error = list(zip(*whiskers, strict=True))
-            axis.errorbar(x, y, xerr=error, fmt="o", ms=3.5, elinewidth=1, color=colour, label=name)
-    axis.set_yticks(range(len(keys)), [task for _, task, _ in keys])
-    axis.grid(axis="y", visible=False)
-    for i in range(1, len(keys)):
-        axis.axhline(i - 0.5, color=GRID, lw=0.6)
-    axis.tick_params(axis="y", length=0)
-    axis.set_xlim(-0.02, 1.02)
-
-
-def _whiskers(estimate: Estimate) -> tuple[float, float]:
-    return max(estimate.mean - estimate.low, 0.0), max(estimate.high - estimate.mean, 0.0)
-
-
-def arm_colours(names: Sequence[str]) -> dict[str, str]:
-    """A fixed colour for each known arm; the others take turns."""
-    known = {name: ARM_COLOURS.get(name) or ARM_COLOURS.get(name.removesuffix(BEST)) for name in names}
-    free = [colour for colour in OTHER_COLOURS if colour not in known.values()] or list(OTHER_COLOURS)
-    unknown = [name for name in names if known[name] is None]
-    return {name: known[name] or free[unknown.index(name) % len(free)] for name in names}
-
-
-def _dots(
-    axis: Axes, arms: Sequence[ArmFigures], group: str, decodings: Sequence[str], colours: Mapping[str, str]
-) -> None:
-    for place, decoding in enumerate(decodings):
-        shift = (place - (len(decodings) - 1) / 2) * 0.3
-        for row, arm in enumerate(arms):
-            estimate = arm.figures.get((group, decoding))
-            if estimate is None or not math.isfinite(estimate.mean):
-                continue
-            whiskers = [[length] for length in _whiskers(estimate)]
-            colour = colours[arm.name]
-            axis.errorbar(
-                estimate.mean,
-                row + shift,
-                xerr=whiskers,
-                fmt=_marker(decoding),
-                color=colour,
-                mfc=_fill(decoding, colour),
-            )
-    axis.set_title(GROUP_WORDS.get(group, group))
-    axis.grid(axis="y", visible=False)
-    axis.tick_params(axis="y", length=0)
-
-
-def _marker(decoding: str) -> str:
-    return "D" if decoding == "sampled" else "o"
-
-
-def _fill(decoding: str, colour: str) -> str:
-    return PAPER if decoding == "sampled" else colour
-
-
-def _short(name: str) -> str:
-    return name.replace(" (", "\n(") if len(name) > 18 else name
+# ---- what all plots share
 
 
 def save_figure(draw: Callable[[Figure], None], path: Path, *, height: float) -> list[Path]:
     """Draw and write `path` as .png and .svg, in the common style; `height` in inches. Returns both.
 
-    Beside them `path`-narrow.svg, for phones: the same panels one below the other (`html.inline_plot` takes both).
+    Beside them `path`-narrow.svg, for phones: the same panels one below the other (`page.plot` takes both).
     """
     import matplotlib
 
@@ -194,11 +82,6 @@ def save_figure(draw: Callable[[Figure], None], path: Path, *, height: float) ->
             except UserWarning:  # names too long for it: phones get the wide one
                 narrow_of(svg).unlink(missing_ok=True)
     return [png, svg]
-
-
-def narrow_of(svg: Path) -> Path:
-    """Where the plot for phones lies."""
-    return svg.with_name(f"{svg.stem}-narrow.svg")
 
 
 def _figure(draw: Callable[[Figure], None], width: float, height: float) -> Figure:
@@ -227,7 +110,7 @@ def _stack(figure: Figure, height: float) -> None:
     for axis in figure.axes:
         if not axis.get_visible():
             axis.remove()
-    drawn = {label: line for axis in shown for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    drawn = _handles(shown)
     entries = 0
     for legend in list(figure.legends):
         labels = [text.get_text() for text in legend.get_texts()]
@@ -236,3 +119,555 @@ def _stack(figure: Figure, height: float) -> None:
         figure.legend(handles, labels, loc="outside upper left", handlelength=1.6)
         entries += len(labels)
     figure.set_size_inches(NARROW_INCHES, len(shown) * (height / len(rows) + 0.2) + 0.2 * entries)
+
+
+def _handles(axes: Iterable[Axes]) -> dict[str, Any]:
+    """By label, each once; the first axis that has it gives it its look."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return found
+
+
+def _legend(figure: Figure, handles: Mapping[str, Any], where: str = "upper", ncols: int = 5) -> None:
+    place: Any = f"outside {where} left"
+    figure.legend([*handles.values()], [*handles], loc=place, ncols=ncols, handlelength=1.6)
+
+
+def _panels(figure: Figure, count: int, columns: int = 3, **grid: Any) -> list[Axes]:
+    """So many panels, at most `columns` beside each other; the places that are left over are hidden."""
+    columns = min(count, columns)
+    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False, **grid).flatten())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return axes[:count]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A panel of named rows from the top down, and in it dots with intervals: (place, estimate, colour, filled).
+
+    at: where the names stand, None for one a row. borders: between groups of rows.
+    """
+
+    title: str
+    names: Sequence[str]
+    dots: Sequence[tuple[float, Estimate, str, bool]]
+    at: Sequence[float] | None = None
+    borders: Sequence[int] = ()
+
+
+def _dot_plot(
+    panels: Sequence[Dots],
+    path: Path,
+    label: str,
+    *,
+    height: float,
+    legend: Mapping[str, Any] | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+    rows: int | None = None,
+    zero: bool = False,
+    **grid: Any,
+) -> list[Path]:
+    """Panels of dots over one axis, `label`, that does not run beyond the limits of its values.
+
+    rows: of every panel, None for each its own. zero: with a line there.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = _panels(figure, len(panels), sharex=True, **grid)
+        for axis, panel in zip(axes, panels, strict=True):
+            if zero:
+                axis.axvline(0.0, color=INK, lw=1)
+            for place, estimate, colour, filled in panel.dots:
+                if math.isfinite(estimate.mean):
+                    reach, fill = _reach([estimate]), colour if filled else PAPER
+                    axis.errorbar(estimate.mean, place, xerr=reach, fmt="o", ms=4.5, color=colour, mfc=fill)
+            for border in panel.borders:
+                axis.axhline(border - 0.5, color=GRID, lw=0.7)
+            short = [textwrap.wrap(name, LABEL_CHARACTERS, max_lines=2, placeholder="…") for name in panel.names]
+            axis.set_yticks(range(len(short)) if panel.at is None else panel.at, ["\n".join(lines) for lines in short])
+            axis.set_ylim((rows or len(panel.names)) - 0.5, -0.5)
+            axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
+            axis.set_title(panel.title)
+        _clamp(axes[0].get_xlim, axes[0].set_xlim, *limits)
+        figure.supxlabel(label, fontsize=10)
+        if legend:
+            _legend(figure, legend)
+
+    return save_figure(draw, path, height=height)
+
+
+def _arm_handles(colours: Mapping[str, str]) -> dict[str, Any]:
+    from matplotlib.lines import Line2D
+
+    return {name: Line2D([], [], color=colour, marker="o", ms=4, lw=1.6) for name, colour in colours.items()}
+
+
+def _reach(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """How far intervals reach below and above their means, 0 where there are none."""
+
+    def finite(value: float) -> float:
+        return max(value, 0.0) if math.isfinite(value) else 0.0
+
+    return [[finite(e.mean - e.low) for e in estimates], [finite(e.high - e.mean) for e in estimates]]
+
+
+def _clamp(get: Callable[[], tuple[float, float]], put: Callable[..., Any], low: float, high: float) -> None:
+    """Let no axis run beyond what a value can be, however wide the intervals of few seeds are."""
+    (start, end), margin = get(), 0.02 * (high - low)
+    put(max(start, low - margin), min(end, high + margin))
+
+
+def arm_colours(names: Sequence[str]) -> dict[str, str]:
+    """A fixed colour for each known arm; the others take turns."""
+    known = {name: ARM_COLOURS.get(name) or ARM_COLOURS.get(name.removesuffix(BEST)) for name in names}
+    free = [colour for colour in OTHER_COLOURS if colour not in known.values()] or OTHER_COLOURS
+    unknown = [name for name in names if known[name] is None]
+    return {name: known[name] or free[unknown.index(name) % len(free)] for name in names}
+
+
+# ---- a run
+
+
+def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
+    """A dot with its 95% interval for each arm, group and decoding; sampled answers are hollow."""
+    from matplotlib.lines import Line2D
+
+    shown, groups, decodings = [arm for arm in arms if arm.figures], groups_of(arms), decodings_of(arms)
+    if not shown:
+        return []
+    colours, names = arm_colours([arm.name for arm in shown]), [arm.name for arm in shown]
+    shifts = {decoding: (i - (len(decodings) - 1) / 2) * 0.3 for i, decoding in enumerate(decodings)}
+
+    def dots(group: str) -> list[tuple[float, Estimate, str, bool]]:
+        return [
+            (row + shift, arm.figures[group, decoding], colours[arm.name], decoding != "sampled")
+            for row, arm in enumerate(shown)
+            for decoding, shift in shifts.items()
+            if (group, decoding) in arm.figures
+        ]
+
+    panels = [Dots(GROUP_WORDS.get(group, group), names, dots(group)) for group in groups]
+    fills = {each: PAPER if each == "sampled" else INK for each in decodings}
+    legend = {each: Line2D([], [], marker="o", ls="", color=INK, mfc=fill) for each, fill in fills.items()}
+    height = 1.1 + math.ceil(len(groups) / 3) * (0.5 + 0.42 * len(shown))
+    return _dot_plot(panels, path, "accuracy on test items, 95% interval", height=height, legend=legend, sharey=True)
+
+
+def task_plot(by_row: TaskFigures, decoding: str, path: Path) -> list[Path]:
+    """Accuracy of every row on each task with its 95% interval, a panel a group, of its tasks the first MOST_TASKS."""
+    colours = arm_colours([name for name, own in by_row.items() if any(key[2] == decoding for key in own)])
+    tasks: dict[str, list[str]] = {}
+    for group, task in dict.fromkeys(key[:2] for name in colours for key in by_row[name] if key[2] == decoding):
+        tasks.setdefault(group, []).append(task)
+    if not tasks:
+        return []
+    most = min(max(map(len, tasks.values())), MOST_TASKS)
+    panels = []
+    for group, names in tasks.items():
+        dots = [
+            (i + (place + 0.5) / len(colours) * 0.8 - 0.4, by_row[name][group, task, decoding], colour, True)
+            for place, (name, colour) in enumerate(colours.items())
+            for i, task in enumerate(names[:MOST_TASKS])
+            if (group, task, decoding) in by_row[name]
+        ]
+        shown = names[:MOST_TASKS]
+        panels.append(Dots(GROUP_WORDS.get(group, group), shown, dots, borders=range(1, len(shown))))
+    height = 1.3 + math.ceil(len(tasks) / 3) * (0.4 + most * (0.14 + 0.13 * len(colours)))
+    label, legend = f"accuracy, {decoding}, 95% interval", _arm_handles(colours)
+    return _dot_plot(panels, path, label, height=height, legend=legend, rows=most)
+
+
+def length_plot(lengths: Sequence[Lengths], path: Path) -> list[Path]:
+    """A histogram an arm, as shares of its answers: ended in the arm's colour, cut by the limit on top, in ink."""
+    if not lengths:
+        return []
+    longest = max(max(each.ended + each.cut) for each in lengths)
+    width = math.ceil(longest / 40)
+    edges = np.arange(0.5, longest + width + 0.5, width)
+    colours = arm_colours([each.name for each in lengths])
+
+    def draw(figure: Figure) -> None:
+        axes = _panels(figure, len(lengths), sharex=True, sharey=True)
+        for axis, each in zip(axes, lengths, strict=True):
+            total, bottom = (each.ended + each.cut).total(), np.zeros(len(edges) - 1)
+            for counts, fill in ((each.ended, colours[each.name]), (each.cut, INK)):
+                if counts:
+                    shares = np.histogram(list(counts), edges, weights=list(counts.values()))[0] / total
+                    axis.bar(edges[:-1], shares, np.diff(edges) * 0.9, bottom, color=fill, align="edge")
+                    bottom = bottom + shares
+            axis.set_title(each.name)
+            cut = f"{each.cut_share.mean:.2%} cut"
+            axis.annotate(cut, (1, 1), xycoords="axes fraction", ha="right", va="top", fontsize=9, color=INK)
+            axis.grid(axis="x", visible=False)
+            axis.set_axisbelow(True)
+            axis.locator_params(axis="x", integer=True, nbins=8)
+        axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])
+        axes[0].plot([], [], "s", color=INK, label="cut by the limit")
+        figure.supxlabel("tokens of a sampled answer, EOS included", fontsize=10)
+        figure.supylabel("share of the arm's answers", fontsize=10)
+        _legend(figure, _handles(axes[:1]))
+
+    return save_figure(draw, path, height=0.9 + 1.9 * math.ceil(len(lengths) / 3))
+
+
+PPO_PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("reward, nats", (("reward", "-"),)),
+    ("KL, nats (dotted: to base)", (("kl_sft", "-"), ("kl_base", ":"))),
+    ("length, tokens", (("length", "-"),)),
+    ("ended by EOS", (("ended", "-"),)),
+)
+WIDE = 30  # a range of compute this wide is drawn on a logarithmic axis
+
+
+def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
+    """Reward, KL to both models, length and EOS share of the PPO arms by step; development accuracy by operations.
+
+    A ring marks the kept step of an arm with one seed.
+    """
+    ppo = {name: arm for name, arm in arms.items() if any("reward" in row for row in arm.rows())}
+    development = _development_panels(arms)
+    if not ppo and not development:
+        return []
+    colours, rows = arm_colours([*arms]), bool(ppo) + bool(development)
+
+    def draw(figure: Figure) -> None:
+        grid = figure.add_gridspec(rows, 12)
+        for i, (title, series) in enumerate(PPO_PANELS if ppo else ()):
+            axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
+            for name, arm in ppo.items():
+                for key, style in series:
+                    _course(axis, arm, "step", key, style, colours[name], name if style == "-" else "_")
+            axis.set_title(title)
+            _step_axis(axis, ppo)
+            if title == "ended by EOS":
+                axis.set_ylim(-0.03, 1.03)
+        shared = None
+        for i, (key, title) in enumerate(development):
+            size = min(12 // len(development), 6 if ppo else 12)
+            axis = figure.add_subplot(grid[-1, size * i : size * (i + 1)], sharey=None if key == "nll" else shared)
+            shared = shared or axis
+            _development(axis, f"dev/{key}", arms, colours)
+            axis.set_title(title)
+        _legend(
+            figure, _handles(reversed(figure.axes)), "lower", ncols=4
+        )  # development panels first: their handles have dots
+
+    return save_figure(draw, path, height=0.6 + 2.6 * rows)
+
+
+def _course(axis: Axes, arm: SeedRows, x: str, y: str, style: str, colour: str, label: str, **more: Any) -> None:
+    """Mean and band of the finished seeds, and each other seed as it is."""
+    line = over_seeds(arm.done, x, y)
+    if line is not None:
+        dots = "o" if len(line.x) == 1 and "o" not in style else ""  # a line of one point cannot be seen
+        axis.plot(line.x, line.mean, dots + style, color=colour, label=label, **{"lw": 1.8, "ms": 3.5, **more})
+        if (line.high > line.low).any():
+            axis.fill_between(line.x, line.low, line.high, color=colour, alpha=BAND, lw=0)
+    for seed, rows in arm.broken.items():
+        _broken(axis, over_seeds({seed: rows}, x, y), colour, label if line is None else "_")
+
+
+def _broken(axis: Axes, line: Line | None, colour: str, label: str) -> None:
+    """A seed that did not finish: thin, dashed, a cross at its end."""
+    if line is not None:
+        axis.plot(line.x, line.mean, "--", color=colour, lw=0.9, label=label)
+        axis.plot(line.x[-1:], line.mean[-1:], "x", color=colour, ms=5, label="_")
+
+
+def _step_axis(axis: Axes, ppo: Mapping[str, SeedRows]) -> None:
+    axis.set_xlabel("PPO step")
+    steps = {row["step"] for arm in ppo.values() for row in arm.rows() if "reward" in row}
+    if len(steps) < 5:  # no room for fractions of a step
+        axis.set_xticks(sorted(steps))
+        axis.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
+    else:
+        axis.locator_params(axis="x", integer=True, nbins=5)
+    axis.locator_params(axis="y", nbins=5)
+
+
+def _development_panels(arms: Mapping[str, SeedRows]) -> list[tuple[str, str]]:
+    """(key, title) of each panel: accuracy by group, on all items where groups are many, or NLL."""
+    keys = dict.fromkeys(key[4:] for arm in arms.values() for row in arm.rows() for key in row if key[:4] == "dev/")
+    groups = [g for g in dict.fromkeys((*GROUP_WORDS, *keys)) if g in keys and g not in ("accuracy", "nll")]
+    if len(groups) > MOST_GROUPS:
+        groups = ["accuracy"]
+    panels = [(g, f"dev accuracy, {GROUP_WORDS.get(g, 'all items' if g == 'accuracy' else g)}") for g in groups]
+    return panels or ([("nll", "held-out NLL, nats a token")] if "nll" in keys else [])
+
+
+def _development(axis: Axes, key: str, arms: Mapping[str, SeedRows], colours: Mapping[str, str]) -> None:
+    for name, arm in arms.items():
+        points = max((len(rows) for rows in (*arm.done.values(), *arm.broken.values())), default=0)
+        front = 2 + 1 / (1 + points)  # an arm that is another's beginning stays visible
+        _course(axis, arm, "tflops", key, "o-", colours[name], name, zorder=front)
+        for row in arm.rows() if arm.kept is not None else ():
+            if row["step"] == arm.kept and is_number(row.get(key)):
+                axis.plot(row["tflops"], row[key], "o", ms=10, mfc="none", mec=colours[name], mew=1.5, label="_")
+    if any(arm.kept is not None for arm in arms.values()):
+        axis.plot([], [], "o", ms=9, mfc="none", mec=INK, mew=1.5, label="kept step")
+    axis.set_xlabel("training TFLOPs, counted")
+    spent = [row["tflops"] for arm in arms.values() for row in arm.rows() if key in row and row["tflops"] > 0]
+    if not spent or max(spent) < WIDE * min(spent):
+        axis.locator_params(axis="x", nbins=5)
+        return
+    axis.set_xscale("symlog", linthresh=min(spent), linscale=0.5)  # PPO costs hundreds of times a short SFT
+    powers = range(math.ceil(math.log10(min(spent))), math.floor(math.log10(max(spent))) + 1)
+    axis.minorticks_off()
+    axis.set_xticks([0.0, *(10.0**power for power in powers[:: -(len(powers) // 4 + 1)])])
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def reward_kl_plot(arm: SeedRows, path: Path, colour: str) -> list[Path]:
+    """PPO's reward against its KL to SFT and to the base, a point a step: each seed thin, the mean of the finished
+    ones thick, its first and last step marked."""
+    pairs = [("kl_sft", "KL to SFT, nats"), ("kl_base", "KL to base, nats")]
+    lines = {key: [over_seeds({seed: rows}, key, "reward") for seed, rows in arm.done.items()] for key, _ in pairs}
+    broken = {key: [over_seeds({seed: rows}, key, "reward") for seed, rows in arm.broken.items()] for key, _ in pairs}
+    if not any(line for group in (lines, broken) for many in group.values() for line in many):
+        return []
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (key, title) in zip(axes, pairs, strict=True):
+            several = len(lines[key]) > 1
+            for line in filter(None, lines[key] if several else []):
+                axis.plot(line.x, line.mean, "-", color=colour, lw=0.8, alpha=0.5, label="a seed")
+            for other in broken[key]:
+                _broken(axis, other, colour, "a seed, not finished or failed")
+            whole = over_seeds(arm.done, key, "reward")
+            if whole is not None:
+                label = "mean over seeds" if several else "the seed"
+                axis.plot(whole.x, whole.mean, "o-", color=colour, lw=2.0, ms=3.5, label=label, zorder=3)
+                first, last = (whole.x[:1], whole.mean[:1]), (whole.x[-1:], whole.mean[-1:])
+                axis.plot(*first, "o", color=colour, mfc="none", ms=10, mew=1.5, label="first step")
+                axis.plot(*last, "D", color=colour, ms=8, label="last step", zorder=3)
+            axis.set_xlabel(title)
+        axes[0].set_ylabel("reward, nats")
+        _legend(figure, _handles(axes), "lower", ncols=4)
+
+    return save_figure(draw, path, height=4.0)
+
+
+# ---- scored responses
+
+RIGHT, WRONG = "#0072b2", "#d55e00"
+
+
+def score_plot(result: ScoreResult, path: Path) -> list[Path]:
+    """Reward against length, and the share right by reward; nothing for fewer than 3 responses."""
+    if len(result.responses) < 3:
+        return []
+    known = [each for each in result.responses if each.correct is not None]
+    kinds = [("right", True, RIGHT), ("wrong", False, WRONG)] if known else [("responses", None, RIGHT)]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
+        for label, value, colour in kinds:
+            rows = [each for each in result.responses if each.correct is value]
+            x = [len(each.tokens) + {None: 0.0, True: -0.15, False: 0.15}[value] for each in rows]
+            axes[0].plot(x, [each.reward for each in rows], ".", color=colour, ms=5, alpha=0.7, label=label)
+        axes[0].set_title("reward, nats, against length")
+        axes[0].set_xlabel("length, tokens")
+        axes[0].locator_params(axis="x", integer=True)
+        if known:
+            axes[0].legend()
+            _right_shares(axes[1], sorted(known, key=lambda each: each.reward))
+
+    return save_figure(draw, path, height=3.6)
+
+
+def _right_shares(axis: Axes, by_reward: Sequence[Scored]) -> None:
+    """Share right in up to ten equal groups by reward."""
+    bins = min(10, max(len(by_reward) // 10, 1))
+    groups = [by_reward[a:b] for a, b in pairwise(len(by_reward) * i // bins for i in range(bins + 1))]
+    x = [sum(each.reward for each in group) / len(group) for group in groups]
+    axis.plot(x, [sum(bool(each.correct) for each in group) / len(group) for group in groups], "o-", color=RIGHT, ms=4)
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_title(f"share right, {bins} equal groups by reward")
+    axis.set_xlabel("mean reward of the group, nats")
+
+
+# ---- a forecast
+
+SFT_COLOUR, OPTIMA = "#7f7f7f", (("sft", "#0072b2", "o-"), ("base", "#009e73", "s:"))
+SEEN = ("demonstrated", "prompted")  # groups that PPO prompts come from
+STAGES = ("#d55e00", "#cc79a7", "#e69f00", "#56b4e9")  # PPO stages; they take turns
+
+
+def frontier_plot(result: ForecastResult, path: Path) -> list[Path]:
+    """Reward and accuracy of optima and PPO checkpoints against KL to SFT, and what training measured."""
+    keys = [("reward", "reward, nats a response")]
+    keys += [("accuracy", "accuracy, sampled")] if result.start.accuracy else []
+    counts = [sum(_seen_accuracy(row) is not None for row in rows) for rows in result.training.values()]
+    keys += [("development", "accuracy in training, greedy")] if max(counts, default=0) > 1 else []
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, len(keys), squeeze=False)[0]
+        for axis, (key, title) in zip(axes, keys, strict=True):
+            _frontier(axis, key, result)
+            axis.set_title(title)
+            axis.set_xlabel("KL to SFT, nats a response")
+        _legend(figure, _handles(axes), "lower", ncols=2)
+
+    return save_figure(draw, path, height=4.4 + 0.2 * len(result.training))
+
+
+def _frontier(axis: Axes, key: str, result: ForecastResult) -> None:
+    names = dict.fromkeys([*(point.arm for point in result.checkpoints), *result.training])
+    if key != "development":
+        for anchor, colour, style in OPTIMA:
+            points = [p for p in result.points if p.anchor == anchor and p.answered]
+            own = anchor == result.anchor
+            label = f"optimum, anchor {anchor}" + (" (beta beside it)" if own else "")
+            _points(axis, key, sorted(points, key=lambda p: -p.beta), style, colour, label, small=True)
+            for point in points if own else []:
+                _beside(axis, key, point, f"{point.beta:g}" + (" *" if point is result.own else ""))
+        _points(axis, key, [result.start], "D", SFT_COLOUR, "SFT")
+    for name, colour in zip(names, cycle(STAGES), strict=False):
+        of = _seen_accuracy if key == "development" else lambda row: row["reward"]
+        rows = result.training.get(name, ()) if key != "accuracy" else ()
+        known = [(row["kl_sft"], value) for row in rows if (value := of(row)) is not None]
+        if known:
+            label = f"{name}, as measured in training, by step"
+            axis.plot(*zip(*known, strict=True), ".-", color=colour, lw=0.9, ms=4, alpha=0.7, label=label)
+        points = [point for point in result.checkpoints if point.arm == name and key != "development"]
+        _points(axis, key, points, "D", colour, f"{name}, checkpoints (step beside)")
+        for point in points:
+            _beside(axis, key, point, f"{point.step}" + (" kept" if point.name.endswith("(kept)") else ""))
+
+
+def _seen_accuracy(row: Mapping[str, Any]) -> float | None:
+    """Mean of the groups that PPO sees, or over all items where no group is named so; None where none was measured."""
+    values = [float(row[f"dev/{group}"]) for group in SEEN if f"dev/{group}" in row]
+    return sum(values) / len(values) if values else row.get("dev/accuracy")
+
+
+def _points(
+    axis: Axes, key: str, points: Sequence[Point], style: str, colour: str, label: str, *, small: bool = False
+) -> None:
+    """Points with whiskers in both directions."""
+    if points:
+        values, kls = [getattr(point, key) for point in points], [point.kl_sft for point in points]
+        x, y = [kl.mean for kl in kls], [value.mean for value in values]
+        look: dict[str, Any] = {"ms": 4, "lw": 1.6, "zorder": 2} if small else {"ms": 7, "zorder": 3}
+        error: dict[str, Any] = {"xerr": _reach(kls), "yerr": _reach(values), "elinewidth": 0.7}
+        axis.errorbar(x, y, fmt=style, color=colour, label=label, **error, **look)
+
+
+def _beside(axis: Axes, key: str, point: Point, words: str) -> None:
+    place = (point.kl_sft.mean, getattr(point, key).mean)
+    box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}  # lines run behind it
+    look: dict[str, Any] = {"fontsize": 8.5, "color": INK, "zorder": 5, "bbox": box}
+    axis.annotate(words, place, xytext=(5, -11), textcoords="offset points", **look)
+
+
+# ---- a sweep
+
+
+def sweep_plot(result: SweepResult, path: Path) -> list[Path]:
+    """Accuracy of each arm on each group under the primary decoding, 95% intervals: lines with bands along an axis of
+    numbers, a row of panels for each value of the other axes; else dots."""
+    decoding = tables.primary_metric(result.plan.sweep)[1]
+    metrics = [metric for metric in tables.metrics_of(result) if metric[1] == decoding][:MOST_GROUPS]
+    if not metrics:
+        return []
+    axis = tables.line_axis(result.plan.sweep)
+    return _sweep_lines(result, axis, metrics, path) if axis else _sweep_dots(result, metrics, path)
+
+
+def _cells(result: SweepResult, metric: Metric) -> dict[tuple[str, str], Estimate]:
+    """Accuracy by point and arm."""
+    return {(c.cell.point, c.cell.arm): c.accuracy[metric] for c in result.cells if metric in c.accuracy}
+
+
+def _sweep_lines(result: SweepResult, axis: str, metrics: Sequence[Metric], path: Path) -> list[Path]:
+    sweep = result.plan.sweep
+    rows, colours = tables.panels(sweep, axis), arm_colours([arm.name for arm in sweep.arms])
+    values = sorted({float(point.values[axis]) for point in sweep.points})
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(len(rows), len(metrics), sharex=True, sharey="col", squeeze=False)
+        for line, (where, points) in zip(grid, rows.items(), strict=True):
+            for panel, metric in zip(line, metrics, strict=True):
+                _bands(panel, axis, points, _cells(result, metric), colours)
+                title = GROUP_WORDS.get(metric[0], metric[0])
+                panel.set_title(f"{title}, {where}" if where else title, fontsize=9.5)
+        for panel in grid[0]:
+            _clamp(panel.get_ylim, panel.set_ylim, 0.0, 1.0)
+        if tables.is_log(sweep, axis):
+            grid[0][0].set_xscale("log", base=2)
+        grid[0][0].set_xticks(values, [f"{value:g}" if value < 1e5 else rate(value) for value in values])
+        grid[0][0].minorticks_off()
+        figure.supxlabel(tables.axis_words(axis), fontsize=10)
+        figure.supylabel(f"accuracy, {metrics[0][1]}", fontsize=10)
+        _legend(figure, _arm_handles(colours))
+
+    return save_figure(draw, path, height=1.2 + 2.5 * len(rows))
+
+
+def _bands(
+    panel: Axes,
+    axis: str,
+    points: Sequence[Ablation],
+    known: Mapping[tuple[str, str], Estimate],
+    colours: Mapping[str, str],
+) -> None:
+    for arm, colour in colours.items():
+        shown = [(float(p.values[axis]), known[p.name, arm]) for p in points if (p.name, arm) in known]
+        xs, estimates = [x for x, _ in shown], [estimate for _, estimate in shown]
+        low, high = [each.low for each in estimates], [each.high for each in estimates]
+        panel.fill_between(xs, low, high, color=colour, alpha=BAND, lw=0)
+        panel.plot(xs, [each.mean for each in estimates], "o-", ms=4, lw=1.6, color=colour)
+        if len(shown) == 1:  # a band of one point cannot be seen
+            panel.errorbar(xs, [each.mean for each in estimates], yerr=_reach(estimates), color=colour)
+
+
+def _sweep_dots(result: SweepResult, metrics: Sequence[Metric], path: Path) -> list[Path]:
+    """A line a cell: points in groups, in each a dot with whiskers an arm."""
+    sweep, arms = result.plan.sweep, len(result.plan.sweep.arms)
+    colours = arm_colours([arm.name for arm in sweep.arms])
+    cells, several = sweep.cells(), len(sweep.points) > 1
+    names = [tables.point_label(sweep, point.name) for point in sweep.points] if several else [c.arm for c in cells]
+    at = [i * arms + (arms - 1) / 2 for i in range(len(names))] if several else None
+    panels = []
+    for metric in metrics:
+        known = _cells(result, metric)
+        found = [(y, cell, (cell.point, cell.arm)) for y, cell in enumerate(cells)]
+        dots = [(y, known[key], colours[cell.arm], True) for y, cell, key in found if key in known]
+        panels.append(Dots(GROUP_WORDS.get(metric[0], metric[0]), names, dots, at, range(arms, len(cells), arms)))
+    label, legend = f"accuracy, {metrics[0][1]}, 95% interval", _arm_handles(colours) if several else None
+    height = 1.3 + 0.3 * len(cells)
+    return _dot_plot(panels, path, label, height=height, legend=legend, rows=len(cells), sharey=True)
+
+
+def differences_plot(result: SweepResult, path: Path) -> list[Path]:
+    """Every planned difference on the primary metric with its interval against zero, a panel a pair; filled where the
+    plan's test calls it better or worse, in the colour of the arm that rows differ by, else of the model."""
+    metric = tables.primary_metric(result.plan.sweep)
+    pairs = tables.tested_by_pair(result, metric)
+    if not any(found for rows in pairs.values() for _, _, found in rows):
+        return []
+    colours = arm_colours([arm.name for arm in result.plan.sweep.arms])
+    panels = []
+    for pair, rows in pairs.items():
+        names = [row if found else f"{row}: no result" for row, _, found in rows]
+        dots = [
+            (
+                y,
+                found.difference,
+                colours[(each.model if pair[1] else each.baseline).arm],
+                found.verdict != "cannot tell",
+            )
+            for y, (_, each, found) in enumerate(rows)
+            if found
+        ]
+        panels.append(Dots(tables.pair_words(pair), names, dots))
+    counts = [len(rows) for rows in pairs.values()]
+    label = f"difference of accuracy, {tables.metric_words(metric)}, 95% interval"
+    grid: dict[str, Any] = {"columns": 1, "gridspec_kw": {"height_ratios": [count + 0.8 for count in counts]}}
+    height = 0.9 + 0.5 * len(pairs) + 0.3 * sum(counts)
+    return _dot_plot(panels, path, label, height=height, limits=(-1.0, 1.0), zero=True, **grid)

@@ -2,57 +2,104 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from srppo.ablations.analysis import SweepResult, analyse
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from srppo.ablations.analysis import CellResult, Metric, SweepResult, analyse
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import stage_seconds
 from srppo.ablations.run import TRIES
 from srppo.ablations.spec import Sweep
+from srppo.config import canonical_json, to_toml
 from srppo.console import Console
-from srppo.record.files import write_atomic
+from srppo.record.files import storing, write_atomic
+from srppo.record.json import plain
 from srppo.record.store import Run, Stage
-from srppo.report.attempts import environment_of
-from srppo.report.sweep_files import write_files
-from srppo.report.sweep_page import sweep_page
-from srppo.report.sweep_plots import differences_plot, sweep_plot
-from srppo.report.sweep_terminal import sweep_text
-from srppo.report.sweep_words import hours_line
+from srppo.report.history import environment_of
+from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
+from srppo.report.plots import differences_plot, sweep_plot
+from srppo.report.sweep_tables import (
+    cells_table,
+    costs_table,
+    course,
+    difference_label,
+    differences_table,
+    figures_table,
+    metric_words,
+    metrics_of,
+    metrics_table,
+    primary_metric,
+    tested_by_pair,
+)
+from srppo.report.sweep_words import (
+    answer,
+    direction,
+    exploratory_line,
+    family_line,
+    interval_line,
+    missing_lines,
+    peak_lines,
+    per,
+    power_lines,
+    progress_line,
+    slope_text,
+    spent_line,
+    trend_caption,
+    trend_lines,
+)
+from srppo.report.table import Column, Table, as_dicts, paragraph, records, to_csv, to_html, to_latex, to_parquet
+from srppo.statistics.intervals import Estimate
+
+STATUSES = ("done", "failed", "diverged", "running", "waiting")
+CELLS = (
+    "seeds: measured of planned. fail, div: failed, diverged. TFLOPs: counted training operations, 10^12, parents "
+    "included. len: tokens of a test answer."
+)
+STYLE = ".answer{font-size:1.1rem;font-weight:600;border-left:4px solid var(--soft);padding-left:.8rem;margin:1rem 0}"
+BANDS = (
+    "Accuracy on test items with 95% intervals over seeds and items. Arms share items and seeds: read the paired "
+    "differences, not the overlap of bands."
+)
+ZERO = "Planned paired differences with 95% intervals against zero. Filled: better or worse by the test of the plan."
+EXPLORATORY = (
+    "Other groups of items and other decodings than the primary metric's, and the same pairs on them. No test and no "
+    "correction: they suggest, they do not show."
+)
+MEASURED = (
+    "Means over seeds, at the kept step. Length: tokens of an answer; ended: by EOS. NLL: of held-out answers, nats a "
+    "token. Reward, KL and rollout length: of PPO's own rollouts, nats and tokens."
+)
 
 
 def report_sweep(folder: Path, console: Console) -> Path:
     """Print what a sweep says, write page, figures and files into its folder `report`, name each, return the page.
 
     A sweep that is half finished, or has failed in part, is reported as far as it goes. Raises RecordError, in one
-    line, for a folder that holds no record or a damaged one.
+    line, for a folder that holds no record or a damaged one, StorageError when the disk refuses.
     """
     run = Run.load(folder)
     plan, ledger = Plan(Sweep.from_spec(run.spec)), Ledger(run, TRIES)
-    result, stages = analyse(plan, ledger), stages_of(plan, ledger)
-    spent, out = spent_line(stages), folder / "report"
+    result, stages, out = analyse(plan, ledger), stages_of(plan, ledger), folder / "report"
+    spent = spent_of(stages)
     console.print(sweep_text(result, spent))
-    page = write_report(result, out, spent, _environment(stages), folder)
+    plots = {"accuracy": sweep_plot(result, out / "accuracy")}
+    plots["differences"] = differences_plot(result, out / "differences")
+    files = [*write_files(result, out), *(path for paths in plots.values() for path in paths)]
+    environment = next((found for stage in stages.values() if (found := environment_of(stage))), {})
+    lines = [*(path.name for path in files), f"record: {folder}", f"made by: srppo report {folder}"]
+    page = _write_page(result, out / "index.html", plots, spent, environment, lines)
     for path in sorted(out.iterdir()):
         if path.is_file() and path != page:
             console.print(f"written: {path}")
     console.print(f"report: {page}")
     return page
-
-
-def write_report(result: SweepResult, out: Path, spent: str, environment: Mapping[str, Any], record: Path) -> Path:
-    """Figures, files and index.html in the folder `out`. Raises StorageError when the disk refuses."""
-    drawn = {
-        "accuracy": sweep_plot(result, out / "accuracy"),
-        "differences": differences_plot(result, out / "differences"),
-    }
-    files = [*write_files(result, out), *(path for paths in drawn.values() for path in paths)]
-    svgs = {name: paths[-1] for name, paths in drawn.items() if paths}
-    lines = [*(path.name for path in files), f"record: {record}", f"made by: srppo report {record}"]
-    write_atomic(out / "index.html", sweep_page(result, svgs, spent, environment, lines))
-    return out / "index.html"
 
 
 def stages_of(plan: Plan, ledger: Ledger) -> dict[str, Stage]:
@@ -61,12 +108,197 @@ def stages_of(plan: Plan, ledger: Ledger) -> dict[str, Stage]:
     return {stage.id: stage for stage in found if stage is not None}
 
 
-def spent_line(stages: Mapping[str, Stage]) -> str:
+def spent_of(stages: Mapping[str, Stage]) -> str:
     """Core-hours of the stages that were committed."""
-    seconds = [each for stage in stages.values() if (each := stage_seconds(stage)) is not None]
-    return hours_line(sum(seconds), len(seconds))
+    return spent_line([each for stage in stages.values() if (each := stage_seconds(stage)) is not None])
 
 
-def _environment(stages: Mapping[str, Stage]) -> dict[str, Any]:
-    """Of the first stage that says one."""
-    return next((found for stage in stages.values() if (found := environment_of(stage))), {})
+def sweep_text(result: SweepResult, spent: str) -> RenderableType:
+    """Everything that is printed, legible in a plain log and in ASCII; `spent` is the line on core-hours."""
+    sweep = result.plan.sweep
+    caption = " ".join([family_line(result), exploratory_line(result)]).strip()
+    cells = dataclasses.replace(cells_table(result), caption=(" ".join([interval_line(result), CELLS]),))
+    parts = [
+        paragraph(f"{sweep.name}: {sweep.question}", "dim"),
+        paragraph(answer(result), "bold"),
+        *map(paragraph, power_lines(result)),
+        *([paragraph(progress_line(result), "bold yellow")] if progress_line(result) else []),
+        Text(""),
+        cells,
+        *([differences_table(result, primary_metric(sweep), [caption])] if sweep.analysis.family else []),
+        *([trends_table(result)] if trend_lines(result) else []),
+        *map(paragraph, [*peak_lines(result), ""] if result.peaks else []),
+        costs_table(result),
+        *(paragraph(line, "red") for line in missing_lines(result)),
+        *(paragraph(f"Note: {note}", "dim") for note in sweep.notes),
+        paragraph(spent, "dim"),
+    ]
+    return Group(*parts)
+
+
+def trends_table(result: SweepResult) -> Table:
+    """A row a slope: in the terminal a sentence with the course of the means, on the page its parts."""
+    heads = [Column(head, only="page") for head in ("what", "where", "slope", "unit", "points", "seeds", "in words")]
+    heads += [Column("", only="terminal"), Column("course", only="terminal")]
+    rows = []
+    for each, line in zip(result.trends, trend_lines(result), strict=False):
+        counts = [str(each.points), str(each.seeds)]
+        cells = [each.what, each.where or "-", slope_text(each), per(each), *counts, direction(each)]
+        rows.append([*cells, line, course(result, each.what, each.where)])
+    unfitted = trend_lines(result)[len(result.trends) :]
+    return Table.of("Trends", heads, rows, [*unfitted, trend_caption(result)])
+
+
+# ---- the page
+
+
+def _write_page(
+    result: SweepResult,
+    path: Path,
+    plots: Mapping[str, list[Path]],
+    spent: str,
+    environment: Mapping[str, Any],
+    files: list[str],
+) -> Path:
+    """plots: files of each plot, by name. files: where things lie."""
+    sweep = result.plan.sweep
+    explained = f"{interval_line(result)} seeds: measured of planned. TFLOPs: a seed, parents included. Length: tokens."
+    differences = to_html(differences_table(result, primary_metric(sweep), [family_line(result)]))
+    trends = to_html(trends_table(result)) if result.trends else "".join(map(soft_text, trend_lines(result)))
+    parts = [
+        text(sweep.question),
+        text(answer(result), "answer"),
+        *map(text, power_lines(result)),
+        text(progress_line(result), "bad"),
+        bullets("Missing, failed and diverged", missing_lines(result), "bad"),
+        section("Accuracy", plot(BANDS, plots["accuracy"]) + to_html(cells_table(result)) + soft_text(explained)),
+        section("Paired differences", plot(ZERO, plots["differences"]) + differences if sweep.analysis.family else ""),
+        section("Trends", trends + "".join(map(soft_text, peak_lines(result)))),
+        section("Training compute", to_html(costs_table(result)) + soft_text(spent)),
+        section("What else was measured", to_html(figures_table(result)) + soft_text(MEASURED)),
+        section("Exploratory: not in the plan", _exploratory(result)),
+        bullets("Notes", sweep.notes, ""),
+        section("The plan, as sweep.json fixed it", _plan(result)),
+        section("Recipe", details("recipe.toml", f"<pre>{escape(to_toml(sweep.recipe))}</pre>")),
+        section("Environment of one attempt", facts(environment)),
+        bullets("Files", files, ""),
+    ]
+    return write_page(path, sweep.name, parts, STYLE)
+
+
+def _exploratory(result: SweepResult) -> str:
+    """All other metrics: accuracy of every cell, then the differences of the plan's pairs, uncorrected."""
+    primary, metrics = primary_metric(result.plan.sweep), metrics_of(result)
+    tables = [metrics_table(result, each) for each in dict.fromkeys(decoding for _, decoding in metrics)]
+    html = "".join(details(table.title, to_html(table)) for table in tables)
+    for metric in metrics if result.plan.sweep.analysis.family else ():
+        if metric != primary:
+            inner = to_html(differences_table(result, metric))
+            html += details(f"differences, {metric_words(metric)} (exploratory: not in the plan)", inner)
+    return soft_text(EXPLORATORY) + html if len(metrics) > 1 else ""
+
+
+def _plan(result: SweepResult) -> str:
+    sweep = result.plan.sweep
+    analysis = {key: value for key, value in dataclasses.asdict(sweep.analysis).items() if key != "family"}
+    plan = {"seeds": sweep.seeds, "arms": [f"{arm.name} ({arm.kind})" for arm in sweep.arms], **analysis}
+    family = "".join(f"<li>{escape(difference_label(sweep, each))}</li>" for each in sweep.analysis.family)
+    return facts(plan) + details(f"family of {len(sweep.analysis.family)} comparisons", f"<ol>{family}</ol>")
+
+
+# ---- files
+
+
+def write_files(result: SweepResult, folder: Path) -> list[Path]:
+    """Rows as CSV, Parquet and JSON lines, cells, differences and slopes as CSV, tables as LaTeX; returns the paths."""
+    rows = records(result.rows)
+    texts = {
+        "rows.csv": to_csv(rows),
+        "rows.jsonl": "".join(canonical_json(plain(row)) + "\n" for row in as_dicts(rows)),
+        "cells.csv": to_csv(cell_records(result)),
+        "differences.csv": to_csv(difference_records(result)),
+        "trends.csv": to_csv(trend_records(result)),
+        "table.tex": latex(result),
+    }
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, content in texts.items():
+        write_atomic(folder / name, content)
+    write_atomic(folder / "rows.parquet", to_parquet(rows))
+    return [*(folder / name for name in texts), folder / "rows.parquet"]
+
+
+def cell_records(result: SweepResult) -> Table:
+    """A row a cell and metric; a cell without a result has one on the primary metric, its figures empty."""
+    primary, metrics = primary_metric(result.plan.sweep), metrics_of(result)
+    return records(
+        _cell_record(result, cell, metric)
+        for cell in result.cells
+        for metric in ([metric for metric in metrics if metric in cell.accuracy] or [primary])
+    )
+
+
+def _cell_record(result: SweepResult, cell: CellResult, metric: Metric) -> dict[str, Any]:
+    sweep, estimate = result.plan.sweep, cell.accuracy.get(metric)
+    values = sweep.point(cell.cell.point).values
+    row = {"sweep": sweep.name, "point": cell.cell.point, **values, "arm": cell.cell.arm}
+    row |= {"group": metric[0], "decoding": metric[1], "primary": metric == primary_metric(sweep)}
+    row |= {"accuracy": estimate.mean if estimate else None, **_bounds(estimate), "iqm": cell.iqm.get(metric)}
+    row |= {"items": estimate.n if estimate else None, "seeds": len(cell.seeds), "planned_seeds": len(sweep.seeds)}
+    row |= {status: cell.statuses.get(status, 0) for status in STATUSES}
+    row |= {"flops": cell.flops, "selection_flops": cell.selection_flops, "seconds": cell.seconds}
+    for key, value in cell.figures.items():
+        row[key if key not in row else f"measured_{key}"] = value
+    return row | {"reasons": "; ".join(cell.reasons)}
+
+
+def _bounds(estimate: Estimate | None) -> dict[str, float | None]:
+    """Columns of a 95% interval; None without an estimate."""
+    return {"low": estimate.low if estimate else None, "high": estimate.high if estimate else None}
+
+
+def difference_records(result: SweepResult) -> Table:
+    """All of the family, those without a result too, then the exploratory ones."""
+    family, metric = result.plan.sweep.analysis.family, primary_metric(result.plan.sweep)
+    tested = {each.comparison: each for each in result.differences if each.primary}
+    found = [(each, metric, tested.get(each)) for each in family]
+    found += [(each.comparison, each.metric, each) for each in result.differences if not each.primary]
+    made = []
+    for comparison, (group, decoding), each in found:
+        row: dict[str, Any] = {"model_point": comparison.model.point, "model": comparison.model.arm}
+        row |= {"baseline_point": comparison.baseline.point, "baseline": comparison.baseline.arm}
+        row |= {"group": group, "decoding": decoding, "planned": (group, decoding) == metric}
+        row |= {"difference": each.difference.mean if each else None, **_bounds(each.difference if each else None)}
+        row |= {"items": each.difference.n if each else None, "seeds": len(each.seeds) if each else 0}
+        row |= {key: getattr(each, key) if each and each.primary else None for key in ("p", "p_holm")}
+        row |= {"detectable": each.detectable if each else None, "comparisons": len(family)}
+        verdict = "no result" if each is None else each.verdict if each.primary else "exploratory"
+        made.append(row | {"verdict": verdict})
+    return records(made)
+
+
+def trend_records(result: SweepResult) -> Table:
+    """A row a slope."""
+    return records(
+        {"what": each.what, "axis": each.axis, "scale": each.scale, "where": each.where, "group": each.metric[0]}
+        | {"decoding": each.metric[1], "slope": each.slope.mean, **_bounds(each.slope)}
+        | {"points": each.points, "seeds": each.seeds}
+        for each in result.trends
+    )
+
+
+def latex(result: SweepResult) -> str:
+    """The cells and the planned differences, two tables."""
+    sweep, metric = result.plan.sweep, primary_metric(result.plan.sweep)
+    missing = "; ".join(missing_lines(result))
+    caption = [
+        *(f"{sweep.name}: {sweep.question}", answer(result), progress_line(result), interval_line(result)),
+        f"Accuracy, {metric_words(metric)}. TFLOPs are counted training operations, parents included.",
+        f"Without all their seeds: {missing}." if missing else "",
+    ]
+    made = to_latex(dataclasses.replace(cells_table(result), caption=tuple(filter(None, caption))), f"tab:{sweep.name}")
+    if not tested_by_pair(result, metric):
+        return made
+    head = f"{sweep.name}: paired differences of accuracy, {metric_words(metric)}."
+    table = differences_table(result, metric, [head, interval_line(result), family_line(result)])
+    return made + "\n" + to_latex(table, f"tab:{sweep.name}-differences")

@@ -1,29 +1,23 @@
-"""The tables of a sweep as plain texts, the same for terminal, page and LaTeX. No torch."""
+"""A sweep of any shape: which axes vary, what its points and comparisons are called, and its tables. No torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from srppo.ablations.analysis import CellResult, Metric, SweepResult, Tested
-from srppo.ablations.spec import Cell
+from srppo.ablations.spec import Ablation, Cell, Comparison, Sweep, label
+from srppo.console import sparkline
 from srppo.evaluation.comparison import number, p_text, signed
-from srppo.report.figures import GROUP_WORDS, estimate_text, number_text, teraflops
-from srppo.report.sweep_layout import (
-    cell_label,
-    label_head,
-    metric_words,
-    metrics_of,
-    pair_words,
-    point_label,
-    primary_metric,
-    reference_arm,
-    tested_by_pair,
-)
-from srppo.report.sweep_words import NO_RESULT, direction, per, slope_text
-from srppo.statistics.intervals import Estimate
+from srppo.report.table import Chart, Column, Row, Table
+from srppo.report.words import DECODINGS, GROUP_WORDS, estimate_text, is_number, number_text, teraflops
 
-Table = tuple[list[str], list[list[str]]]
+NO_RESULT = "no result"
+VERDICT_MARKS = {"better": "good", "worse": "bad", NO_RESULT: "bad"}
+AXIS_WORDS = {"size": "demonstrations", "lr": "learning rate", "beta": "KL coefficient beta"}
+"""What an axis is called in a plot, where its own name says too little."""
+LOG_SPAN = 8.0  # values that span more are drawn evenly by their logarithm
+Pair = tuple[str, str]  # model, baseline; one of them "" where the rows name it
 FIGURES: tuple[tuple[str, str, str], ...] = (
     ("kept_step", "kept step", ".1f"),
     ("steps", "of steps", ".1f"),
@@ -43,115 +37,233 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
 """What else was measured of a cell: key, head, format."""
 
 
-def seeds_text(result: SweepResult, cell: CellResult) -> str:
-    """`8/10`: seeds behind the figures, of those planned."""
-    return f"{len(cell.seeds)}/{len(result.plan.sweep.seeds)}"
+# ---- axes and names
 
 
-def length_of(cell: CellResult, decoding: str) -> float | None:
-    """Tokens of an answer to a test item."""
-    return cell.figures.get(f"{decoding}_tokens")
+def varying(sweep: Sweep) -> list[str]:
+    """The axes on which points differ."""
+    return [axis for axis in sweep.axes if len({label(p.values.get(axis)) for p in sweep.points}) > 1]
+
+
+def axis_words(axis: str) -> str:
+    """An axis as plots name it."""
+    return AXIS_WORDS.get(axis, axis.replace("_", " "))
+
+
+def line_axis(sweep: Sweep) -> str | None:
+    """The axis to draw lines along: the planned one, else the first that varies in numbers; None: draw points."""
+    planned = [sweep.analysis.trend] if sweep.analysis.trend else []
+    for axis in (*planned, *varying(sweep)):
+        values = [point.values.get(axis) for point in sweep.points]
+        if all(map(is_number, values)) and len(set(values)) > 1:
+            return axis
+    return None
+
+
+def is_log(sweep: Sweep, axis: str) -> bool:
+    """Whether an axis is drawn by its logarithm: as its trend is fitted, else where its values span much."""
+    values = [float(point.values[axis]) for point in sweep.points]
+    if min(values) <= 0:
+        return False
+    return sweep.analysis.scale == "log2" if axis == sweep.analysis.trend else max(values) / min(values) > LOG_SPAN
+
+
+def point_label(sweep: Sweep, name: str) -> str:
+    """A point by its values on the axes that vary, its name where these do not tell it; "" where it is the only one."""
+    if len(sweep.points) == 1:
+        return ""
+    texts = {point.name: ", ".join(label(point.values.get(axis)) for axis in varying(sweep)) for point in sweep.points}
+    return texts[name] if len(set(texts.values())) == len(texts) else name
+
+
+def cell_label(sweep: Sweep, cell: Cell) -> str:
+    """`8, epochs: SRPPO`, or only the arm."""
+    where = point_label(sweep, cell.point)
+    return f"{where}: {cell.arm}" if where else cell.arm
+
+
+def panels(sweep: Sweep, axis: str) -> dict[str, list[Ablation]]:
+    """Points along an axis, in its order, apart for each combination of values on the other axes."""
+    beside, found = sweep.beside(axis), dict[str, list[Ablation]]()
+    others = [each for each in varying(sweep) if each in beside]
+    for point in sorted(sweep.points, key=lambda p: float(p.values[axis])):
+        found.setdefault(", ".join(f"{each} {label(point.values.get(each))}" for each in others), []).append(point)
+    return found
+
+
+def metric_words(metric: Metric) -> str:
+    """`out-of-domain, greedy`."""
+    return f"{GROUP_WORDS.get(metric[0], metric[0])}, {metric[1]}"
+
+
+def metrics_of(result: SweepResult) -> list[Metric]:
+    """All that was measured, the primary metric first, then by decoding, groups as they come."""
+    primary = primary_metric(result.plan.sweep)
+    found = dict.fromkeys(metric for cell in result.cells for metric in cell.accuracy)
+    groups = [*dict.fromkeys(group for group, _ in found)]
+    decodings = [*DECODINGS, *dict.fromkeys(decoding for _, decoding in found)]
+    return sorted(found, key=lambda m: (m != primary, decodings.index(m[1]), groups.index(m[0])))
+
+
+def primary_metric(sweep: Sweep) -> Metric:
+    """(group of items, decoding) of the plan."""
+    return sweep.analysis.group, sweep.analysis.decoding
+
+
+def reference_arm(sweep: Sweep) -> str:
+    """The arm whose compute the others are measured by: SRPPO, or the one that most comparisons are of."""
+    names = [arm.name for arm in sweep.arms]
+    return "SRPPO" if "SRPPO" in names else _hub(sweep) or names[-1]
+
+
+def _hub(sweep: Sweep) -> str:
+    """The arm that is the model of most planned comparisons; "" without any."""
+    models = Counter(each.model.arm for each in sweep.analysis.family)
+    return models.most_common(1)[0][0] if models else ""
+
+
+def places(sweep: Sweep) -> dict[Comparison, tuple[Pair, str]]:
+    """For each comparison of the family, in its order: the pair that it belongs to, and its row there.
+
+    Rows are points; at a single point they are the arms that differ.
+    """
+    family, one_point = sweep.analysis.family, len(sweep.points) == 1
+    hub = _hub(sweep)
+    rows = sum(each.model.arm == hub for each in family)
+    found: dict[Comparison, tuple[Pair, str]] = {}
+    for each in family:
+        model, baseline = each.model.arm, each.baseline.arm
+        if one_point and rows > 1 and model == hub:
+            found[each] = ((model, ""), baseline)
+        elif one_point and len(family) > 1:
+            found[each] = (("", baseline), model)
+        elif each.model.point == each.baseline.point:
+            found[each] = ((model, baseline), point_label(sweep, each.model.point))
+        else:
+            where = point_label(sweep, each.baseline.point)
+            found[each] = ((model, f"{baseline} at {where}"), point_label(sweep, each.model.point))
+    return found
+
+
+def pair_words(pair: Pair) -> str:
+    """`SRPPO minus SFT`; `SRPPO minus each` and `each minus SFT`, where rows name the other."""
+    return f"{pair[0] or 'each'} minus {pair[1] or 'each'}"
+
+
+def difference_label(sweep: Sweep, comparison: Comparison) -> str:
+    """A comparison in one line: `8, epochs: SRPPO minus SFT`."""
+    (model, baseline), row = places(sweep)[comparison]
+    if len(sweep.points) > 1:
+        return f"{row}: {model} minus {baseline}"
+    return f"{model or row} minus {baseline or row}"
+
+
+def tested_by_pair(result: SweepResult, metric: Metric) -> dict[Pair, list[tuple[str, Comparison, Tested | None]]]:
+    """All of the family, by pair: (row, comparison, what was found on a metric, None without a result)."""
+    known: Mapping[Comparison, Tested] = {each.comparison: each for each in result.differences if each.metric == metric}
+    found: dict[Pair, list[tuple[str, Comparison, Tested | None]]] = {}
+    for comparison, (pair, row) in places(result.plan.sweep).items():
+        found.setdefault(pair, []).append((row, comparison, known.get(comparison)))
+    return found
+
+
+# ---- tables
 
 
 def cells_table(result: SweepResult) -> Table:
     """A row a cell on the primary metric, with what failed and what it cost."""
-    metric = primary_metric(result.plan.sweep)
-    head = [_head(result), metric_words(metric), "IQM", "seeds", "failed", "diverged", "TFLOPs", "length"]
+    sweep, metric = result.plan.sweep, primary_metric(result.plan.sweep)
+    several, last = len(sweep.points) > 1, ""
+    heads = [Column(_head(sweep), only="page"), Column("arm", only="terminal"), Column("", only="terminal")]
+    heads[1:1] = [Column(_points_head(sweep), only="terminal")] if several else []
+    heads += [Column(metric_words(metric), "accuracy"), Column("IQM", only="page"), Column("seeds")]
+    heads += [Column("failed", "fail"), Column("diverged", "div"), Column("TFLOPs"), Column("length", "len")]
     rows = []
-    for cell in result.cells:
-        iqm = cell.iqm.get(metric)
-        figures = [estimate_text(cell.accuracy.get(metric)), number_text(iqm, ".2f"), seeds_text(result, cell)]
-        counts = [str(cell.statuses.get(status, 0)) for status in ("failed", "diverged")]
-        cost = [teraflops(cell.flops if cell.seeds else None), number_text(length_of(cell, metric[1]))]
-        rows.append([_label(result, cell), *figures, *counts, *cost])
-    return head, rows
+    for each in result.cells:
+        point, arm, estimate = each.cell.point, each.cell.arm, each.accuracy.get(metric)
+        where = [point_label(sweep, point) if point != last else ""] if several else []
+        cells = [cell_label(sweep, each.cell), *where, arm, Chart(estimate, 0.0, 1.0), estimate_text(estimate)]
+        cells += [number_text(each.iqm.get(metric), ".2f"), f"{len(each.seeds)}/{len(sweep.seeds)}"]
+        lost = [each.statuses.get(status, 0) for status in ("failed", "diverged")]
+        cost = [teraflops(each.flops if each.seeds else None), number_text(each.figures.get(f"{metric[1]}_tokens"))]
+        mark = "bad" if any(lost) else "unsure" if set(each.statuses) - {"done"} else ""
+        rows.append(Row([*cells, *map(str, lost), *cost], mark))
+        last = point
+    return Table.of(f"Cells, {metric_words(metric)}", heads, rows, names=1 + several)
 
 
-def _head(result: SweepResult) -> str:
-    return f"{label_head(result.plan.sweep)}: arm" if len(result.plan.sweep.points) > 1 else "arm"
+def _points_head(sweep: Sweep) -> str:
+    return ", ".join(varying(sweep)) or "point"
 
 
-def _label(result: SweepResult, cell: CellResult) -> str:
-    return cell_label(result.plan.sweep, cell.cell.point, cell.cell.arm)
+def _head(sweep: Sweep) -> str:
+    return f"{_points_head(sweep)}: arm" if len(sweep.points) > 1 else "arm"
 
 
 def metrics_table(result: SweepResult, decoding: str) -> Table:
     """Accuracy of every cell on each group of items under one decoding."""
-    metrics = [metric for metric in metrics_of(result) if metric[1] == decoding]
-    head = [_head(result), *(GROUP_WORDS.get(group, group) for group, _ in metrics)]
-    return head, [
-        [_label(result, cell), *(estimate_text(cell.accuracy.get(metric)) for metric in metrics)]
-        for cell in result.cells
-    ]
+    sweep, metrics = result.plan.sweep, [metric for metric in metrics_of(result) if metric[1] == decoding]
+    heads = [_head(sweep), *(GROUP_WORDS.get(group, group) for group, _ in metrics)]
+    cells = ((cell_label(sweep, c.cell), *(estimate_text(c.accuracy.get(m)) for m in metrics)) for c in result.cells)
+    return Table.of(f"accuracy, {decoding}", heads, cells)
 
 
 def figures_table(result: SweepResult) -> Table:
     """Means over seeds of what else was measured, those columns that any cell has."""
-    shown = [each for each in FIGURES if any(each[0] in cell.figures for cell in result.cells)]
-    return [_head(result), *(head for _, head, _ in shown)], [
-        [_label(result, cell), *(number_text(cell.figures.get(key), form) for key, _, form in shown)]
-        for cell in result.cells
-    ]
-
-
-def difference_cells(found: Tested | None) -> list[str]:
-    """difference, p, Holm, detects, verdict; dashes and `no result` without one."""
-    if found is None:
-        return ["-", "-", "-", "-", NO_RESULT]
-    if not found.primary:
-        return [signed(found.difference), "-", "-", number(found.detectable), "exploratory"]
-    return [signed(found.difference), p_text(found.p), p_text(found.p_holm), number(found.detectable), found.verdict]
-
-
-def differences_tables(result: SweepResult, metric: Metric) -> list[tuple[str, Table]]:
-    """All of the family on one metric, a table a pair: (pair, table)."""
-    where = label_head(result.plan.sweep) if len(result.plan.sweep.points) > 1 else "arm"
-    tested = metric == primary_metric(result.plan.sweep)
-    head = [where, "difference", "p", "Holm", "detects", "verdict"] if tested else [where, "difference"]
-    return [
-        (pair_words(pair), (head, [[row, *difference_cells(found)][: len(head)] for row, _, found in rows]))
-        for pair, rows in tested_by_pair(result, metric).items()
-    ]
-
-
-def trends_table(result: SweepResult) -> Table:
-    """A row a slope."""
-    head = ["what", "where", "slope", "unit", "points", "seeds", "in words"]
     rows = [
         [
-            each.what,
-            each.where or "-",
-            slope_text(each),
-            per(each),
-            str(each.points),
-            str(each.seeds),
-            direction(each),
+            cell_label(result.plan.sweep, cell.cell),
+            *(number_text(cell.figures.get(key), form) for key, _, form in FIGURES),
         ]
-        for each in result.trends
+        for cell in result.cells
     ]
-    return head, rows
+    heads = [_head(result.plan.sweep), *(head for _, head, _ in FIGURES)]
+    return Table.of("What else was measured", heads, rows).telling()
+
+
+def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str] = ()) -> Table:
+    """All of the family on one metric, under a heading a pair; tests where the plan has them."""
+    sweep, pairs = result.plan.sweep, tested_by_pair(result, metric)
+    known = [found.difference for rows in pairs.values() for _, _, found in rows if found]
+    reach = max([0.01, *(abs(v) for e in known for v in (e.mean, e.low, e.high) if v == v)])
+    head = _points_head(sweep) if len(sweep.points) > 1 else "arm"
+    heads: list[str | Column] = [head, Column("", only="terminal"), "difference"]
+    heads += ["p", "Holm", "detects", "verdict"] if metric == primary_metric(sweep) else []
+    rows: list[Row | str] = []
+    for pair, members in pairs.items():
+        rows.append(pair_words(pair))
+        for row, _, found in members:
+            told, chart = _difference_cells(found), Chart(found.difference if found else None, -reach, reach)
+            rows.append(Row([row or "all", chart, *told][: len(heads)], VERDICT_MARKS.get(told[-1], "")))
+    return Table.of(f"Paired differences, {metric_words(metric)}", heads, rows, caption).telling()
+
+
+def _difference_cells(found: Tested | None) -> list[str]:
+    """difference, p, Holm, detects, verdict."""
+    if found is None:
+        return ["-", "-", "-", "-", NO_RESULT]
+    return [signed(found.difference), p_text(found.p), p_text(found.p_holm), number(found.detectable), found.verdict]
 
 
 def costs_table(result: SweepResult) -> Table:
     """A row an arm, over its points: counted training operations, their ratio to the reference arm's at the same
     point, and what was spent on candidates that were trained and dropped."""
     reference = reference_arm(result.plan.sweep)
-    head = ["arm", "TFLOPs", f"/ {reference}", "dropped", f"all / {reference}"]
+    heads = ["arm", "TFLOPs", f"/ {reference}", "dropped", f"all / {reference}"]
     rows = []
     for arm in result.plan.sweep.arms:
         cells = [cell for cell in result.cells if cell.cell.arm == arm.name and cell.seeds]
-        alone = _over(cells, lambda cell: cell.flops)
-        dropped = _over(cells, lambda cell: cell.selection_flops)
-        ratio = _over(cells, lambda cell: _ratio(result, cell, 0.0))
-        whole = _over(cells, lambda cell: _ratio(result, cell, cell.selection_flops))
-        rows.append(
-            [arm.name, _span(alone, teraflops), _span(ratio, _times), _span(dropped, teraflops), _span(whole, _times)]
-        )
-    return head, rows
-
-
-def _over(cells: Iterable[CellResult], value: Callable[[CellResult], float | None]) -> list[float]:
-    return [found for cell in cells if (found := value(cell)) is not None]
+        alone = _range((cell.flops for cell in cells), teraflops)
+        dropped = _range((cell.selection_flops for cell in cells), teraflops)
+        ratio = _range((_ratio(result, cell, 0.0) for cell in cells), "{:.2f}".format)
+        whole = _range((_ratio(result, cell, cell.selection_flops) for cell in cells), "{:.2f}".format)
+        rows.append([arm.name, alone, ratio, dropped, whole])
+    caption = (
+        "TFLOPs: counted training operations, 10^12, parents included, a seed; from the cheapest point to the dearest. "
+        f"/ {reference}: at the same point. Dropped: candidates that were trained to choose this one by development "
+        "items."
+    )
+    return Table.of("Training compute", heads, rows, [caption])
 
 
 def _ratio(result: SweepResult, cell: CellResult, extra: float) -> float | None:
@@ -163,52 +275,20 @@ def _ratio(result: SweepResult, cell: CellResult, extra: float) -> float | None:
     return (cell.flops + extra) / at[0].flops
 
 
-def _times(value: float) -> str:
-    return number_text(value, ".2f")
-
-
-def _span(values: Sequence[float], form: Callable[[float], str]) -> str:
+def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
     """`1.20`, or `0.98 to 1.20` over the points."""
-    if not values:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    low, high = form(min(values)), form(max(values))
+    low, high = form(min(known)), form(max(known))
     return low if low == high else f"{low} to {high}"
 
 
-def costs_caption(result: SweepResult) -> str:
-    """What the columns of `costs_table` are."""
-    return (
-        "TFLOPs: counted training operations, 10^12, parents included, a seed; from the cheapest point to the dearest. "
-        f"/ {reference_arm(result.plan.sweep)}: at the same point. Dropped: candidates that were trained to choose "
-        "this one by development items."
-    )
-
-
-def whisker(estimate: Estimate | None, width: int, low: float, high: float) -> str:
-    """`··├─●─┤···` in `width` characters from low to high; where 0 lies inside, it is marked. "" without a number."""
-    if estimate is None or estimate.n == 0 or not math.isfinite(estimate.mean):
+def course(result: SweepResult, what: str, where: str) -> str:
+    """An arm's means along the axis of the plan, as bars; "" for a difference."""
+    sweep, metric = result.plan.sweep, primary_metric(result.plan.sweep)
+    if sweep.analysis.trend is None or what not in [arm.name for arm in sweep.arms]:
         return ""
-
-    def place(value: float) -> int:
-        share = (value - low) / (high - low) if high > low else 0.5
-        return min(max(int(share * width), 0), width - 1)
-
-    marks = ["·"] * width
-    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
-        for i in range(place(estimate.low), place(estimate.high) + 1):
-            marks[i] = "─"
-    if low < 0 < high:
-        marks[place(0.0)] = "│"
-    marks[place(estimate.mean)] = "●"
-    return "".join(marks)
-
-
-def bounds_of(estimates: Iterable[Estimate]) -> float:
-    """The largest distance from 0 that an interval reaches; 0.01 at least, so that there is something to draw."""
-    found = [abs(v) for e in estimates for v in (e.mean, e.low, e.high) if math.isfinite(v)]
-    return max([0.01, *found])
-
-
-def label_of_point(result: SweepResult, cell: CellResult) -> str:
-    """`point_label` of a cell."""
-    return point_label(result.plan.sweep, cell.cell.point)
+    points = sweep.lines(sweep.analysis.trend).get(where, [])
+    known = {(c.cell.point, c.cell.arm): c.accuracy[metric].mean for c in result.cells if metric in c.accuracy}
+    return sparkline([known[p.name, what] for p in points if (p.name, what) in known])

@@ -1,34 +1,124 @@
-"""What a sweep says, in sentences: its trends, what it cost, what is missing, what its numbers mean. No torch."""
+"""What a sweep says, in sentences: its answer and power, trends, what is missing, what its numbers mean. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from srppo.ablations.analysis import CellResult, Peak, SweepResult, Trend
-from srppo.evaluation.comparison import number, signed
-from srppo.report.figures import INTERVAL, number_text
-from srppo.report.sweep_layout import (
+from srppo.ablations.analysis import CellResult, Peak, SweepResult, Tested, Trend
+from srppo.ablations.spec import Comparison
+from srppo.evaluation.comparison import number, p_text, signed
+from srppo.report.sweep_tables import (
+    NO_RESULT,
+    Pair,
     axis_words,
     cell_label,
     difference_label,
     metric_words,
     primary_metric,
+    tested_by_pair,
+    varying,
 )
-from srppo.statistics.intervals import Estimate
+from srppo.report.words import INTERVAL, joined, number_text, short_number, span
+from srppo.statistics.tests import seeds_needed
 
-NO_RESULT = "no result"
+VERDICTS = ("better", "worse", "cannot tell", NO_RESULT)
 LOST, LEFT = ("failed", "diverged"), ("waiting", "running")
 ROUNDING = 1e-12  # of sums of accuracies
 LOOSENS_DOWNWARDS = ("beta",)  # axes at whose small values less holds the policy back: lower there is overshot
 MOST_REASONS = 3  # shown in a line; the record has all
 
 
-def count_range(counts: Sequence[int], noun: str) -> str:
-    """`10 seeds`, `8 to 10 seeds`."""
-    low, high = min(counts), max(counts)
-    text = str(low) if low == high else f"{low} to {high}"
-    return f"{text} {noun}{'' if high == 1 else 's'}"
+# ---- the answer
+
+
+def answer(result: SweepResult) -> str:
+    """The answer to the sweep's question by the tests that were planned, in plain words."""
+    sweep, family = result.plan.sweep, result.plan.sweep.analysis.family
+    metric = primary_metric(sweep)
+    if not family:
+        return "The plan tests no difference: what follows describes, and shows nothing."
+    tested = _tested(result)
+    if not tested:
+        return f"No answer yet: none of the {len(family)} planned comparisons has a result."
+    seeds = span([len(each.seeds) for each in tested], "seed")
+    said = [_pair_sentence(result, pair, rows) for pair, rows in tested_by_pair(result, metric).items()]
+    holm = f"{sweep.analysis.correction} over {len(family)}; " if len(family) > 1 else ""
+    return f"{'. '.join(said)} ({metric_words(metric)}; {holm}{seeds})."
+
+
+def _tested(result: SweepResult) -> list[Tested]:
+    return [each for each in result.differences if each.primary]
+
+
+def _pair_sentence(result: SweepResult, pair: Pair, rows: Sequence[tuple[str, Comparison, Tested | None]]) -> str:
+    """`SRPPO is better than SFT at 3 of 6 sizes, worse at none, cannot tell at 3`; arms by name at a single point."""
+    by: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
+    for row, _, found in rows:
+        by[found.verdict if found else NO_RESULT].append(row)
+    model, baseline = pair
+    if not baseline:  # one arm against several, or several against one
+        return ", ".join(_clause(model, verdict, joined(arms)) for verdict, arms in by.items() if arms)
+    if not model:
+        return ", ".join(_clause(joined(arms), verdict, baseline, len(arms)) for verdict, arms in by.items() if arms)
+    if len(rows) == 1:
+        verdict = next(verdict for verdict, named in by.items() if named)
+        return _clause(model, verdict, baseline) + (f" at {rows[0][0]}" if rows[0][0] else "")
+    axes = varying(result.plan.sweep)
+    where = f"{len(rows)} {axes[0].replace('_', ' ')}s" if len(axes) == 1 else f"{len(rows)} points"
+    without = [f"{NO_RESULT} at {len(by[NO_RESULT])}"] if by[NO_RESULT] else []
+    if len(by[NO_RESULT]) == len(rows):
+        return f"{model} against {baseline}: {NO_RESULT} at any of {where}"
+    if not by["better"] and not by["worse"]:
+        at = len(by["cannot tell"]) if without else "any"
+        return ", ".join([f"{model} cannot be told from {baseline} at {at} of {where}", *without])
+    better, worse, unsure = (len(by[verdict]) or "none" for verdict in VERDICTS[:3])
+    text = f"{model} is better than {baseline} at {better} of {where}, worse at {worse}, cannot tell at {unsure}"
+    return ", ".join([text, *without])
+
+
+def _clause(model: str, verdict: str, baseline: str, models: int = 1) -> str:
+    """`A is better than B`; `models`: how many A names."""
+    be = "is" if models == 1 else "are"
+    words = {"cannot tell": "cannot be told from", NO_RESULT: f"{be} without a result against"}
+    return f"{model} {words.get(verdict, f'{be} {verdict} than')} {baseline}"
+
+
+def power_lines(result: SweepResult) -> list[str]:
+    """Whether so few seeds can show anything at all, and what the tests that cannot tell could have seen."""
+    analysis, tested = result.plan.sweep.analysis, _tested(result)
+    if not tested:
+        return []
+    needed, counts = seeds_needed(analysis.alpha, len(analysis.family)), [len(each.seeds) for each in tested]
+    few = [count for count in counts if count < needed]
+    lines = []
+    if few:
+        holm = f" by {analysis.correction} over {len(analysis.family)}" if len(analysis.family) > 1 else ""
+        who = "Nothing can be significant here"
+        if len(few) < len(counts):  # what stands first in Holm's order may let those through that come after
+            who = f"{len(few)} of {len(counts)} comparisons can only be significant after others"
+        one = " One seed says nothing of other seeds." if max(counts) == 1 else ""
+        lines.append(
+            f"{who}: with {span([max(few)], 'seed')} the {analysis.test} test gives no p below "
+            f"{p_text(2.0 ** (1 - max(few)))}; p <= {analysis.alpha:g}{holm} needs {needed}.{one}"
+        )
+    if few and len(few) == len(counts):
+        above = sum(each.difference.low > 0 for each in tested)
+        below = sum(each.difference.high < 0 for each in tested)
+        lines.append(
+            f"By the intervals alone, which no test backs: above 0 at {above} of {len(few)}, below at {below}."
+        )
+    unsure = [each.detectable for each in tested if each.verdict == "cannot tell" and math.isfinite(each.detectable)]
+    if unsure:
+        sizes = dict.fromkeys((number(min(unsure)), number(max(unsure))))
+        lines.append(
+            f"Where it cannot tell, a true difference of about {' to '.join(sizes)} or more would have been seen in "
+            "80% of such sweeps, before correction."
+        )
+    return lines
+
+
+# ---- trends and peaks
 
 
 def trend_lines(result: SweepResult) -> list[str]:
@@ -49,7 +139,7 @@ def trend_lines(result: SweepResult) -> list[str]:
 
 
 def trend_sentence(trend: Trend) -> str:
-    """`SRPPO (budget epochs) rises by +0.031 [+0.010, +0.052] with each doubling of size`."""
+    """`SRPPO (budget epochs) rises: +0.031 [+0.010, +0.052] per doubling of size`"""
     where = f" ({trend.where})" if trend.where else ""
     return f"{trend.what}{where} {direction(trend)}: {slope_text(trend)} {per(trend)}"
 
@@ -77,6 +167,17 @@ def per(trend: Trend) -> str:
     return f"per doubling of {trend.axis}" if trend.scale == "log2" else f"per unit of {trend.axis}"
 
 
+def trend_caption(result: SweepResult) -> str:
+    """How slopes are fitted; "" where there is none."""
+    trend = result.plan.sweep.analysis.trend
+    if not trend or not result.trends:
+        return ""
+    return (
+        f"Slopes along {axis_words(trend)}: least squares seed by seed and item by item, 95% intervals, no test and no "
+        "correction."
+    )
+
+
 def peak_lines(result: SweepResult) -> list[str]:
     """Where each arm is highest along the axis, under a line that says what that is worth; none without a peak."""
     if not result.peaks:
@@ -85,37 +186,23 @@ def peak_lines(result: SweepResult) -> list[str]:
         "Exploratory, not in the plan: where each arm's mean is highest (picked after the fact: it flatters), and "
         "how far the ends lie below, paired over seeds and items, 95% intervals, no correction."
     )
-    return [head, *(peak_sentence(each) for each in result.peaks)]
+    return [head, *map(peak_sentence, result.peaks)]
 
 
 def peak_sentence(peak: Peak) -> str:
     """`SRPPO is highest at beta 0.25 (0.710); at 0.125 lower by 0.050 [0.020, 0.080]: overshoots; ...`"""
     where = f" ({peak.where})" if peak.where else ""
     edge = ", an end of the axis" if len(peak.drops) < 2 else ""
-    ends = [
-        f"at {short_number(value)} lower by {_drop(drop)}: {_ending(peak, value, drop)}" for value, drop in peak.drops
-    ]
-    top = f"{peak.what}{where} is highest at {peak.axis} {short_number(peak.at)} ({number(peak.height)}){edge}"
-    return "; ".join([top, *ends])
+    said = [f"{peak.what}{where} is highest at {peak.axis} {short_number(peak.at)} ({number(peak.height)}){edge}"]
+    for value, drop in peak.drops:
+        overshot = peak.axis in LOOSENS_DOWNWARDS and value < peak.at
+        ending = "cannot tell" if not drop.low > 0 else "overshoots" if overshot else "falls off"
+        lower = f"{number(drop.mean)} [{number(drop.low)}, {number(drop.high)}]"
+        said.append(f"at {short_number(value)} lower by {lower}: {ending}")
+    return "; ".join(said)
 
 
-def short_number(value: float) -> str:
-    """3,541,760 as 3.54M; small numbers as they are."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e5, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
-    return f"{value:g}"
-
-
-def _drop(drop: Estimate) -> str:
-    return f"{number(drop.mean)} [{number(drop.low)}, {number(drop.high)}]"
-
-
-def _ending(peak: Peak, value: float, drop: Estimate) -> str:
-    """What the interval of an end's drop below the peak allows to say."""
-    if not drop.low > 0:
-        return "cannot tell"
-    return "overshoots" if peak.axis in LOOSENS_DOWNWARDS and value < peak.at else "falls off"
+# ---- what is missing, and what the numbers mean
 
 
 def missing_lines(result: SweepResult) -> list[str]:
@@ -123,62 +210,50 @@ def missing_lines(result: SweepResult) -> list[str]:
     sweep = result.plan.sweep
     lines = [_lost_line(result, cell) for cell in result.cells if set(cell.statuses) & set(LOST)]
     left = [(cell, sum(n for status, n in cell.statuses.items() if status in LEFT)) for cell in result.cells]
-    if open_ := [f"{_label(result, cell)} {count}" for cell, count in left if count]:
-        lines.append(f"Seeds not finished: {'; '.join(open_)}")
-    known = {each.comparison for each in result.differences if each.primary}
+    if waiting := [f"{cell_label(sweep, cell.cell)} {count}" for cell, count in left if count]:
+        lines.append(f"Seeds not finished: {'; '.join(waiting)}")
+    known = {each.comparison for each in _tested(result)}
     if unknown := [difference_label(sweep, each) for each in sweep.analysis.family if each not in known]:
         lines.append(f"Planned, {NO_RESULT}, since no seed has both cells measured: {'; '.join(unknown)}")
     return lines
 
 
 def _lost_line(result: SweepResult, cell: CellResult) -> str:
+    """Of one cell; `seed 1: lost`, `seed 2: lost` as `seeds 1, 2: lost`."""
     counts = ", ".join(f"{cell.statuses[status]} {status}" for status in LOST if cell.statuses.get(status))
-    reasons = _grouped(cell.reasons)
-    if len(reasons) > MOST_REASONS:
-        reasons = [*reasons[:MOST_REASONS], f"{len(reasons) - MOST_REASONS} more"]
-    return f"{_label(result, cell)}: {counts}" + (f" ({'; '.join(reasons)})" if reasons else "")
-
-
-def _grouped(reasons: Sequence[str]) -> list[str]:
-    """`seed 1: lost`, `seed 2: lost` as `seeds 1, 2: lost`."""
-    seeds: dict[str, list[str]] = {}
-    for each in reasons:
+    by_reason: dict[str, list[str]] = {}
+    for each in cell.reasons:
         seed, _, reason = each.removeprefix("seed ").partition(": ")
-        seeds.setdefault(reason, []).append(seed)
-    return [f"seed{'s' if len(named) > 1 else ''} {', '.join(named)}: {reason}" for reason, named in seeds.items()]
-
-
-def _label(result: SweepResult, cell: CellResult) -> str:
-    return cell_label(result.plan.sweep, cell.cell.point, cell.cell.arm)
+        by_reason.setdefault(reason, []).append(seed)
+    said = [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}: {why}" for why, seeds in by_reason.items()]
+    more = [f"{len(said) - MOST_REASONS} more"] if len(said) > MOST_REASONS else []
+    reasons = "; ".join([*said[:MOST_REASONS], *more])
+    return f"{cell_label(result.plan.sweep, cell.cell)}: {counts}" + (f" ({reasons})" if reasons else "")
 
 
 def progress_line(result: SweepResult) -> str:
-    """ "" for a whole sweep; else how much of it there is."""
-    done = sum(cell.statuses.get("done", 0) for cell in result.cells)
+    """How much of a sweep there is; "" for a whole one."""
+    counts: Mapping[str, int] = {
+        status: sum(cell.statuses.get(status, 0) for cell in result.cells) for status in ("done", *LOST)
+    }
     whole = len(result.cells) * len(result.plan.sweep.seeds)
-    lost = {status: sum(cell.statuses.get(status, 0) for cell in result.cells) for status in LOST}
-    parts = [f"{count} {status}" for status, count in lost.items() if count]
-    if waiting := whole - done - sum(lost.values()):
+    parts = [f"{counts[status]} {status}" for status in LOST if counts[status]]
+    if waiting := whole - sum(counts.values()):
         parts.append(f"{waiting} not finished; run the same command to go on")
-    return (
-        f"Incomplete: of {whole} trainings (cells times seeds) {done} are measured, {', '.join(parts)}."
-        if parts
-        else ""
-    )
+    said = f"Incomplete: of {whole} trainings (cells times seeds) {counts['done']} are measured, {', '.join(parts)}."
+    return said if parts else ""
 
 
 def interval_line(result: SweepResult) -> str:
     """What the intervals are over."""
-    items = sorted(
-        {e.n for cell in result.cells for m, e in cell.accuracy.items() if m == primary_metric(result.plan.sweep)}
-    )
-    counts = [len(cell.seeds) for cell in result.cells if cell.seeds]
+    metric, counts = primary_metric(result.plan.sweep), [len(cell.seeds) for cell in result.cells if cell.seeds]
+    items = sorted({cell.accuracy[metric].n for cell in result.cells if metric in cell.accuracy})
     if not items:
         return ""
     sizes = "/".join(map(str, items))
-    over = f"{sizes} items and {count_range(counts, 'training seed')}"
     if max(counts) == 1:
         return f"Intervals: 95% over {sizes} items; one training seed, so they say nothing of other seeds."
+    over = f"{sizes} items and {span(counts, 'training seed')}"
     return f"Intervals: 95% over {over} resampled crossed ({INTERVAL}). Differences are paired by item and seed."
 
 
@@ -199,18 +274,7 @@ def exploratory_line(result: SweepResult) -> str:
     return f"Exploratory, not in the plan, uncorrected, on the page only: {'; '.join(others)}." if others else ""
 
 
-def hours_line(seconds: float, stages: int) -> str:
+def spent_line(seconds: Sequence[float]) -> str:
     """`Spent: 0.12 core-hours: the wall time of 18 finished stages.`"""
-    many = f"{stages} finished stage{'' if stages == 1 else 's'}"
-    return f"Spent: {number_text(seconds / 3600, '.3g')} core-hours: the wall time of {many}."
-
-
-def trend_caption(result: SweepResult) -> str:
-    """How slopes are fitted; "" where there is none."""
-    trend = result.plan.sweep.analysis.trend
-    return (
-        f"Slopes along {axis_words(trend)}: least squares seed by seed and item by item, 95% intervals, no test and no "
-        "correction."
-        if trend and result.trends
-        else ""
-    )
+    many = f"{len(seconds)} finished stage{'' if len(seconds) == 1 else 's'}"
+    return f"Spent: {number_text(sum(seconds) / 3600, '.3g')} core-hours: the wall time of {many}."

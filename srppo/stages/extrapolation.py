@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from srppo.config import RewardConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.evaluation.development import Development, answer_flops, encode_items
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import check_same_vocabulary
+from srppo.reward_kinds import REWARD_KINDS
 from srppo.stages.run import (
     UNTRAINED,
     Figures,
@@ -35,10 +37,11 @@ from srppo.stages.run import (
     publish_answers,
     sft_model,
 )
-from srppo.training.batch import left_pad
+from srppo.training.batch import Generated
 from srppo.training.loop import Workbench
 from srppo.training.reward import reward_terms
-from srppo.training.rollout import Generated, up_to_stop
+from srppo.training.rollout import generate
+from srppo.training.scores import Scores
 
 # ---- weights
 
@@ -116,8 +119,9 @@ def check_decodable(config: RewardConfig) -> None:
     """Raises ConfigError for a reward that is no sum of terms of single tokens, or an objective without an optimum."""
     if config.beta == 0:
         raise ConfigError("reward.beta = 0 has no closed-form optimum to decode towards; give a value above 0")
+    kind = REWARD_KINDS[config.kind]
     whole = {
-        "reward.kind = shuffled": config.kind == "shuffled",
+        f"reward.kind = {config.kind}": kind.among is not None or not kind.by_token,
         "reward.length_norm": config.length_norm,
         "reward.clip": config.clip is not None,
         "reward.at_limit": config.at_limit != "keep",
@@ -133,57 +137,42 @@ def check_decodable(config: RewardConfig) -> None:
 def decoded_logprobs(config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV: Tensor) -> Tensor:
     """log of pi_anchor exp(r / beta), normalised over the vocabulary; BV fp32. r is the reward's term of each token."""
     sft_BV, base_BV = sft_logits_BV.float().log_softmax(-1), base_logits_BV.float().log_softmax(-1)
-    terms_BV = reward_terms(config, sft_BV - base_BV, sft_BV, base_BV, torch.ones_like(sft_BV, dtype=torch.bool), 0)
-    return ((sft_BV if config.anchor == "sft" else base_BV) + terms_BV / config.beta).log_softmax(-1)
+    scores = Scores(sft_BV - base_BV, sft_BV, base_BV)
+    terms_BV = reward_terms(config, scores, torch.ones_like(sft_BV, dtype=torch.bool))
+    return (scores.anchor_BT(config.anchor) + terms_BV / config.beta).log_softmax(-1)
 
 
-class _Reader:
-    """One model that reads a batch token by token, with its own cache; in fp32 throughout."""
+class Towards:
+    """Turns the SFT model's logits into those of the decoded distribution: reads along with the base, token by token.
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model, self.cache = model, None
-        takes = inspect.signature(model.model.forward).parameters
+    For one batch, whose prompts' mask it is given.
+    """
+
+    def __init__(self, base: LanguageModel, config: RewardConfig, mask_BP: Tensor) -> None:
+        self.base, self.config, self.mask_BS = base, config, mask_BP
+        self.read, self.cache = 0, None
+        takes = inspect.signature(base.model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
-    def next_logits(self, new_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Logits after `new_BS`, the columns not read yet; mask_BS covers all columns. BV."""
-        inputs: dict[str, Any] = {"input_ids": new_BS, "attention_mask": mask_BS.long(), **self.extra}
-        if self.model.takes_positions:
-            inputs["position_ids"] = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]
-        out = self.model.model(**inputs, past_key_values=self.cache, use_cache=True)
+    def __call__(self, tokens_BS: Tensor, sft_logits_BV: Tensor) -> Tensor:
+        base_logits_BV = self.base_logits(tokens_BS)[:, : self.base.vocab_size]
+        return decoded_logprobs(self.config, sft_logits_BV, base_logits_BV)
+
+    def base_logits(self, tokens_BS: Tensor) -> Tensor:
+        """The base's logits after these columns, of which all but the newest have been read; BV."""
+        new_BS, self.read = tokens_BS[:, self.read :], tokens_BS.shape[1]
+        self.mask_BS = pad(self.mask_BS, (0, self.read - self.mask_BS.shape[1]), value=True)
+        inputs: dict[str, Any] = {"input_ids": new_BS, "attention_mask": self.mask_BS.long(), **self.extra}
+        if self.base.takes_positions:
+            inputs["position_ids"] = (self.mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]
+        out = self.base.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache = out.past_key_values
-        return out.logits[:, -1]
+        logits_BV: Tensor = out.logits[:, -1]
+        return logits_BV
 
 
-@torch.no_grad()
 def generate_decoded(
-    sft: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    base: LanguageModel,
-    config: RewardConfig,
-    stop_ids: Sequence[int],
-    pad_id: int,
-    max_new_tokens: int,
-    seed: int,
-    greedy: bool = False,
+    sft: LanguageModel, prompts: Sequence[Sequence[int]], *, base: LanguageModel, config: RewardConfig, **how: Any
 ) -> Generated:
-    """Responses by decode-time extrapolation at temperature 1, or greedy; as `rollout.generate` otherwise."""
-    tokens_BS, mask_BP = (x.to(sft.device) for x in left_pad(prompts, pad_id))
-    stops = torch.tensor(list(stop_ids), device=sft.device)
-    readers = _Reader(sft), _Reader(base)
-    mask_BS, new_BS = mask_BP, tokens_BS
-    ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=sft.device)
-    with torch.random.fork_rng(devices=[sft.device] if sft.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for _ in range(max_new_tokens):
-            logprobs_BV = decoded_logprobs(config, *(reader.next_logits(new_BS, mask_BS) for reader in readers))
-            best_B1 = logprobs_BV.argmax(dim=-1, keepdim=True)
-            new_BS = best_B1 if greedy else torch.multinomial(logprobs_BV.exp(), 1)
-            new_BS = new_BS.masked_fill(ended_B.unsqueeze(1), pad_id)
-            tokens_BS = torch.cat([tokens_BS, new_BS], dim=1)
-            mask_BS = torch.cat([mask_BS, torch.ones_like(new_BS, dtype=torch.bool)], dim=1)
-            ended_B = ended_B | torch.isin(new_BS[:, 0], stops)
-            if ended_B.all():
-                break
-    return up_to_stop(tokens_BS, mask_BP, stop_ids)
+    """Responses by decode-time extrapolation; `how` as `rollout.generate` takes it."""
+    return generate(sft, prompts, processor=partial(Towards, base, config), **how)

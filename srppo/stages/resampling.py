@@ -28,6 +28,7 @@ from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair, check_same_vocabulary
 from srppo.record.store import Stage
+from srppo.reward_kinds import REWARD_KINDS
 from srppo.stages.run import UNTRAINED, Figures, PreparedRun, Stages, publish_answers, sft_model
 from srppo.training.loop import Workbench
 from srppo.world.items import Item
@@ -87,8 +88,8 @@ def check_resamples(config: RewardConfig) -> None:
 
 def check_ranks(config: RewardConfig) -> None:
     """Raises ConfigError for a reward that a response does not have by itself."""
-    if config.kind == "shuffled":
-        raise ConfigError("reward.kind = shuffled pays by other rollouts, so it chooses between no samples")
+    if REWARD_KINDS[config.kind].among is not None:
+        raise ConfigError(f"reward.kind = {config.kind} pays by other rollouts, so it chooses between no samples")
 
 
 # ---- samples

@@ -19,14 +19,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from srppo.config import Recipe, canonical_json, free_settings, recipe_warnings, resolved
 from srppo.console import Console
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.data.prepare import PreparedData, prepare
-from srppo.errors import ConfigError, Diverged, Interrupted, RecordError, RunError, StorageError
+from srppo.errors import ConfigError, Diverged, Interrupted, OutOfMemory, RecordError, RunError, StorageError
 from srppo.evaluation.development import (
     Development,
     Verdict,
@@ -38,13 +37,15 @@ from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.language_model import LanguageModel
 from srppo.models.loading import context_length, fingerprint, load_model
+from srppo.models.memory import is_out_of_memory
 from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
 from srppo.record.store import Attempt, Run, Stage
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
+from srppo.training.batch import Generated
 from srppo.training.loop import Session, Workbench, load_weights
 from srppo.training.ppo import train_ppo
-from srppo.training.rollout import Generated, generate
+from srppo.training.rollout import generate
 from srppo.training.sft import steps_within, train_sft
 from srppo.training.trackers import trackers
 from srppo.world.items import Item
@@ -278,18 +279,16 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage, share: float | None = No
             kept = f"the last good checkpoint is {survivor[1]}" if survivor else "there was no checkpoint yet"
             attempt.commit("diverged", {"reason": str(error)})
             raise Diverged(f"{name} diverged at {error}; {kept}") from error
+        except OutOfMemory as error:  # in generation, which says itself what helps
+            attempt.commit("oom", {"reason": str(error)})
+            raise
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 attempt.commit("oom", {"reason": f"out of memory ({reason})"})
                 raise RunError(f"{name} ran out of memory ({reason}); {_what_helps(run, kind)}") from error
             attempt.commit("failed", {"reason": f"{type(error).__name__}: {reason}"})
             raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a GPU, in Python, or where torch's allocator of the CPU refuses."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _what_helps(run: PreparedRun, kind: Kind) -> str:

@@ -1,6 +1,6 @@
 """Means and their 95% intervals. No torch; every random choice comes from an explicit generator.
 
-`significance.py` holds the tests. Values are (training seeds, items) arrays; items that share a passage or a template
+`tests.py` holds the tests. Values are (training seeds, items) arrays; items that share a passage or a template
 form a cluster and are resampled together.
 """
 

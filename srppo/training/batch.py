@@ -6,8 +6,9 @@ A mask is True where a position counts. Models are `policy`, `sft_policy`, `base
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,16 +17,16 @@ from srppo.data.types import EncodedDemonstration
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 
+_DTYPES = {"tokens_BS": torch.int64, "old_logprobs_BT": torch.float32, "old_values_BT": torch.float32}
+
 
 @dataclass(frozen=True)
-class RolloutBatch:
-    """Responses sampled from one policy, left-padded prompts and right-padded responses side by side.
+class Generated:
+    """Responses, left-padded prompts and right-padded responses side by side.
 
     tokens_BS            int64, prompt (left-padded to P) then response (right-padded to T)
     attention_mask_BS    bool, True on real tokens
     response_mask_BT     bool, True on response tokens up to and including EOS: a prefix of every row
-    old_logprobs_BT      float32, behaviour log-probs at the sampling temperature, 0 where masked
-    old_values_BT        float32, the critic's value of the state before each response token, 0 where masked
     ended_B              bool, True when the response ended by a stop token within the length limit
 
     Raises ValueError naming the field whose shape, dtype or content does not fit.
@@ -34,32 +35,24 @@ class RolloutBatch:
     tokens_BS: Tensor
     attention_mask_BS: Tensor
     response_mask_BT: Tensor
-    old_logprobs_BT: Tensor
-    old_values_BT: Tensor
     ended_B: Tensor
 
     def __post_init__(self) -> None:
-        batch, seq = self.tokens_BS.shape
-        response = self.response_mask_BT.shape[1]
-        expected = {
-            "tokens_BS": ((batch, seq), torch.int64),
-            "attention_mask_BS": ((batch, seq), torch.bool),
-            "response_mask_BT": ((batch, response), torch.bool),
-            "old_logprobs_BT": ((batch, response), torch.float32),
-            "old_values_BT": ((batch, response), torch.float32),
-            "ended_B": ((batch,), torch.bool),
-        }
-        for name, (shape, dtype) in expected.items():
-            tensor = getattr(self, name)
+        (batch, seq), response = self.tokens_BS.shape, self.response_mask_BT.shape[1]
+        shapes = {"B": (batch,), "BS": (batch, seq), "BT": (batch, response)}
+        name = type(self).__name__
+        for field in fields(self):
+            tensor, shape = getattr(self, field.name), shapes[field.name.rpartition("_")[2]]
+            dtype = _DTYPES.get(field.name, torch.bool)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 found = f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"RolloutBatch.{name} is {found}, expected {shape} {dtype}")
+                raise ValueError(f"{name}.{field.name} is {found}, expected {shape} {dtype}")
         if response >= seq:
-            raise ValueError(f"RolloutBatch: response length {response} leaves no prompt in {seq} columns")
-        if not torch.equal(self.attention_mask_BS[:, -response:], self.response_mask_BT):
-            raise ValueError("RolloutBatch.attention_mask_BS does not end in response_mask_BT")
+            raise ValueError(f"{name}: response length {response} leaves no prompt in {seq} columns")
+        if not torch.equal(self.attention_mask_BS[:, seq - response :], self.response_mask_BT):
+            raise ValueError(f"{name}.attention_mask_BS does not end in response_mask_BT")
         if (self.response_mask_BT[:, 1:] & ~self.response_mask_BT[:, :-1]).any():
-            raise ValueError("RolloutBatch.response_mask_BT has a hole; it must be a prefix of each row")
+            raise ValueError(f"{name}.response_mask_BT has a hole; it must be a prefix of each row")
 
     @property
     def prompt_width(self) -> int:
@@ -75,18 +68,30 @@ class RolloutBatch:
         """Response lengths in tokens, EOS included; int64."""
         return self.response_mask_BT.sum(dim=1)
 
-    def rows(self, index: Tensor | slice) -> RolloutBatch:
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, EOS included."""
+        return [row[:n] for row, n in zip(self.response_BT.tolist(), self.lengths_B().tolist(), strict=True)]
+
+    def rows(self, index: Tensor | slice) -> Self:
         """The rows at `index`, columns cut to what these rows need (padding changes no result, only time)."""
-        part = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        part = {field.name: getattr(self, field.name)[index] for field in fields(self)}
         response = max(int(part["response_mask_BT"].sum(dim=1).max()), 1)
         width = self.prompt_width
         prompt = int(part["attention_mask_BS"][:, :width].sum(dim=1).max())
-        keep = slice(width - prompt, width + response)
-        for name in ("tokens_BS", "attention_mask_BS"):
-            part[name] = part[name][:, keep]
-        for name in ("response_mask_BT", "old_logprobs_BT", "old_values_BT"):
-            part[name] = part[name][:, :response]
-        return RolloutBatch(**part)
+        kept = {"S": slice(width - prompt, width + response), "T": slice(response)}
+        return type(self)(**{name: x[:, kept[name[-1]]] if name[-1] in kept else x for name, x in part.items()})
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Generated):
+    """Responses sampled from one policy, with what it and the critic said of them then.
+
+    old_logprobs_BT      float32, behaviour log-probs at the sampling temperature, 0 where masked
+    old_values_BT        float32, the critic's value of the state before each response token, 0 where masked
+    """
+
+    old_logprobs_BT: Tensor
+    old_values_BT: Tensor
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -128,3 +133,9 @@ def training_flops(model: LanguageModel, rows: Sequence[EncodedDemonstration]) -
     lengths = torch.tensor([len(row.ids) for row in rows])
     answers = sum(len(row.ids) - max(row.prompt_tokens, 1) for row in rows)
     return 3 * forward_flops(model, lengths, answers)
+
+
+def micro_slices(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows that cover `count` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

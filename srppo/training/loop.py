@@ -39,20 +39,28 @@ class Tracker(Protocol):
 
 
 class TrainState:
-    """Everything a checkpoint holds: named modules (safetensors), named optimizers and plain counters (trainer.pt)."""
+    """Everything a checkpoint holds, by name: modules (safetensors); optimizers, counters and `others` that have a
+    state_dict as they have (trainer.pt). None: left out."""
 
     def __init__(
-        self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], counters: dict[str, Any]
+        self,
+        modules: Mapping[str, nn.Module | None],
+        optimizers: Mapping[str, Optimizer | None],
+        counters: dict[str, Any],
+        **others: Any,
     ) -> None:
-        self.modules, self.optimizers, self.counters = modules, optimizers, counters
+        self.modules = {name: module for name, module in modules.items() if module is not None}
+        self.optimizers = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
+        self.counters, self.others = counters, others
 
     def save(self, folder: Path) -> None:
         """Write into an empty folder."""
         for name, module in self.modules.items():
             save_file(_own_tensors(module), folder / f"{name}.safetensors")
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        counters = {**self.counters, **{name: other.state_dict() for name, other in self.others.items()}}
         # The random state is saved although nothing here draws from it: a model with sampling in its forward would.
-        state = {"optimizers": optimizers, "counters": self.counters, "torch_rng": torch.get_rng_state()}
+        state = {"optimizers": optimizers, "counters": counters, "torch_rng": torch.get_rng_state()}
         torch.save(state, folder / "trainer.pt")
 
     def load(self, folder: Path) -> None:
@@ -62,6 +70,8 @@ class TrainState:
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        for name, other in self.others.items():
+            other.load_state_dict(state["counters"].pop(name))
         self.counters.update(state["counters"])
         torch.set_rng_state(state["torch_rng"])
 
@@ -130,26 +140,25 @@ class Workbench:
     trackers: tuple[Tracker, ...] = ()
 
 
+@dataclass
 class Session:
-    """One attempt at a stage: drives its steps through the record on disk."""
+    """One attempt at a stage: drives its steps through the record on disk.
 
-    def __init__(
-        self,
-        bench: Workbench,
-        state: TrainState,
-        *,
-        total: int,
-        measure_at: Callable[[int], bool],
-        measure: Callable[[], tuple[Row, float | None]],
-        keep: str,
-        checkpoint_every: int,
-        measure_start: bool = True,
-    ) -> None:
-        self.bench, self.state, self.total, self.keep = bench, state, total, keep
-        self.measure_at, self.measure, self.checkpoint_every = measure_at, measure, checkpoint_every
-        self.measure_start = measure_start
-        state.counters.setdefault("kept_step", 0)
-        state.counters.setdefault("kept_score", -math.inf)
+    total: steps. measure_at: which are measured beside the last; measure_start: whether the start is. keep:
+    `eval.keep`.
+    """
+
+    bench: Workbench
+    state: TrainState
+    total: int
+    measure_at: Callable[[int], bool]
+    measure: Callable[[], tuple[Row, float | None]]
+    keep: str
+    checkpoint_every: int
+    measure_start: bool = True
+
+    def __post_init__(self) -> None:
+        self.state.counters = {"kept_step": 0, "kept_score": -math.inf, **self.state.counters}
 
     def steps(self) -> Iterator[int]:
         """The steps that remain after the newest whole checkpoint; step 0, the start, is only measured."""

@@ -12,8 +12,8 @@ the 0.01-0.05 usual with reward models.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,20 @@ import torch
 from torch import Tensor
 
 from srppo.config import PpoConfig, Recipe, derive_seed
+from srppo.data.order import scheduled
 from srppo.errors import Diverged
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
+from srppo.models.memory import weight_bytes
 from srppo.models.value_model import ValueModel
 from srppo.training.advantage import gae, rloo, whiten, whitening_std
-from srppo.training.batch import RolloutBatch
+from srppo.training.batch import RolloutBatch, micro_slices
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
 from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
 from srppo.training.masked import masked_mean
 from srppo.training.reward import Rewards, RunningStd, compute_rewards, reward_diagnostics, reward_warnings
-from srppo.training.rollout import LogRatio, generate, micro_slices, prompt_schedule, score_log_ratio, to_batch
+from srppo.training.rollout import generate, to_batch
+from srppo.training.scores import Scores, score_log_ratio
 
 ROLLOUTS_LOGGED = 16  # responses a step that are written down
 ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first steps of a zero head wild
@@ -53,22 +56,18 @@ class Learners:
         if config.advantage == "rloo":
             return cls(policy, None, policy_optimizer, None)
         value = ValueModel(policy)
-        return cls(
-            policy,
-            value,
-            policy_optimizer,
-            torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS),
-        )
+        value_optimizer = torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS)
+        return cls(policy, value, policy_optimizer, value_optimizer)
 
-    def state(self, counters: dict[str, Any]) -> TrainState:
-        """What a checkpoint holds of them, beside counters."""
-        modules = {"policy": self.policy.model, "value": self.value}
-        optimizers = {"policy": self.policy_optimizer, "value": self.value_optimizer}
-        return TrainState(
-            {name: module for name, module in modules.items() if module is not None},
-            {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None},
-            counters,
-        )
+    def set_lr(self, config: PpoConfig, factor: float) -> None:
+        """Set both learning rates to a share of their peaks."""
+        set_lr(self.policy_optimizer, config.lr * factor)
+        if self.value_optimizer is not None:
+            set_lr(self.value_optimizer, config.value_lr * factor)
+
+    def bytes_held(self) -> int:
+        """Of memory, while they train: weights, gradients and Adam's two moments."""
+        return 4 * weight_bytes(self.policy, *([] if self.value is None else [self.value]))
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,14 @@ def train_ppo(
 ) -> Session:
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
     config, rollout = recipe.ppo, recipe.rollout
-    learners = Learners.start(policy, config)
-    running = RunningStd()
-    state = learners.state({"flops": 0, "running": running.state_dict()})
+    learners, running = Learners.start(policy, config), RunningStd()
+    state = TrainState(
+        {"policy": policy.model, "value": learners.value},
+        {"policy": learners.policy_optimizer, "value": learners.value_optimizer},
+        {"flops": 0},
+        running=running,
+    )
+    held = learners.bytes_held() + weight_bytes(sft_policy, base_policy)
     session = Session(
         bench,
         state,
@@ -111,62 +115,48 @@ def train_ppo(
     )
     for step in session.steps():
         watch = Stopwatch()
-        running.load_state_dict(state.counters["running"])
-        # 1. Rollouts: prompts and random numbers are functions of the step alone.
-        chosen = prompt_schedule(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
+        # 1. Sample: prompts and random numbers are functions of the step alone.
+        places = scheduled(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
+        chosen = [prompts[i] for i in places]
         generated = generate(
             policy,
-            [prompts[i] for i in chosen],
+            chosen,
             stop_ids=stop_ids,
             pad_id=pad_id,
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
             seed=derive_seed(recipe.seed, "rollout", step),
+            held=held,
         )
         watch.lap("generate_s")
-        # 2. Scores, all from the same path as training.
+        # 2. Score, all by the same path as training.
         batch = to_batch(
             generated, policy, learners.value, micro_batch=config.micro_batch, temperature=rollout.temperature
         )
         scores = score_log_ratio(sft_policy, base_policy, batch, micro_batch=config.micro_batch)
-        # 3. Rewards.
-        rewards = compute_rewards(
-            recipe.reward,
-            log_ratio_BT=scores.log_ratio_BT,
-            sft_logprobs_BT=scores.sft_logprobs_BT,
-            base_logprobs_BT=scores.base_logprobs_BT,
-            policy_logprobs_BT=batch.old_logprobs_BT,
-            mask_BT=batch.response_mask_BT,
-            ended_B=batch.ended_B,
-            running=running,
-            seed=derive_seed(recipe.seed, "shuffle", step),
-        )
+        # 3. Reward.
+        rewards = compute_rewards(recipe.reward, scores, batch, running, derive_seed(recipe.seed, "shuffle", step))
         watch.lap("score_s")
-        # 4. Advantages, 5. updates.
-        anchor_BT = scores.sft_logprobs_BT if recipe.reward.anchor == "sft" else scores.base_logprobs_BT
-        targets = make_targets(recipe, batch, rewards, anchor_BT)
+        # 4. Advantages and returns.
+        targets = make_targets(recipe, batch, rewards, scores.anchor_BT(recipe.reward.anchor))
         row = rollout_metrics(batch, rewards, scores)
         if learners.value is not None:
-            returns_BT, mask_BT = targets.returns_BT, batch.response_mask_BT
-            row["explained_variance"] = explained_variance(batch.old_values_BT, returns_BT, mask_BT)
+            row["explained_variance"] = explained_variance(
+                batch.old_values_BT, targets.returns_BT, batch.response_mask_BT
+            )
         stop_if_diverged(row["kl_sft"], config.max_kl, step)
+        # 5. Update.
         factor = lr_factor(config.schedule, config.warmup, step, config.steps)
-        set_lr(learners.policy_optimizer, config.lr * factor)
-        if learners.value_optimizer is not None:
-            set_lr(learners.value_optimizer, config.value_lr * factor)
-        row |= update(recipe, learners, targets, step)
+        learners.set_lr(config, factor)
+        metrics, done = update(recipe, learners, targets, step)
         watch.lap("update_s")
         state.counters["flops"] += step_flops(
-            learners,
-            batch,
-            updates=(row.pop("minibatches"), config.minibatches),
-            critic_only=step <= config.critic_warmup,
+            learners, batch, updates=(done, config.minibatches), critic_only=step <= config.critic_warmup
         )
-        state.counters["running"] = running.state_dict()
-        row |= {"lr": config.lr * factor, "flops": state.counters["flops"]}
+        row |= metrics | {"lr": config.lr * factor, "flops": state.counters["flops"]}
         for warning in reward_warnings(row):
             bench.console.warn(warning)
-        log_rollouts(bench, step, [prompts[i] for i in chosen], generated.responses(), rewards.score_B.tolist())
+        log_rollouts(bench, step, chosen, generated.responses(), rewards.score_B)
         seconds = sum(watch.seconds.values())
         session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds})
     return session
@@ -201,29 +191,38 @@ def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_l
     return Targets(batch, loss_mask_BT, advantages_BT, returns_BT, anchor_logprobs_BT, kl_scale)
 
 
-def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> dict[str, Any]:
-    """Passes of minibatch updates over one batch; returns metrics averaged over the `minibatches` done.
+def update(recipe: Recipe, learners: Learners, targets: Targets, step: int) -> tuple[dict[str, float], int]:
+    """Passes of minibatch updates over one batch: metrics, each the mean over the minibatches that have it, and the
+    number of minibatches done.
 
     Once KL(old || new) a token exceeds ppo.target_kl, nothing further is done with this batch.
     """
-    config = recipe.ppo
-    sums: Counter[str] = Counter()
-    count = 0
-    for epoch in range(config.epochs):
-        generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "minibatches", step * config.epochs + epoch))
-        order = torch.randperm(len(targets.batch.ended_B), generator=generator)
-        for indices in order.tensor_split(config.minibatches):
-            metrics = minibatch_update(recipe, learners, targets, indices.sort().values, step)
-            sums.update(metrics)
-            count += 1
-            if moved_too_far(metrics["approx_kl"], config):
-                return {**{name: number / count for name, number in sums.items()}, "minibatches": count}
-    return {**{name: number / count for name, number in sums.items()}, "minibatches": count}
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: Counter[str] = Counter()
+    done = 0
+    for indices in minibatches(recipe, len(targets.batch.ended_B), step):
+        metrics = minibatch_update(recipe, learners, targets, indices, step)
+        done += 1
+        counts.update(metrics.keys())
+        for name, number in metrics.items():
+            sums[name] += number
+        if moved_too_far(metrics, recipe.ppo):
+            break
+    return {name: number / counts[name] for name, number in sums.items()}, done
 
 
-def moved_too_far(approx_kl: float, config: PpoConfig) -> bool:
+def minibatches(recipe: Recipe, rollouts: int, step: int) -> Iterator[Tensor]:
+    """Indices of the rollouts of each minibatch, in order within it: passes over all, each cut up at random."""
+    for epoch in range(recipe.ppo.epochs):
+        seed = derive_seed(recipe.seed, "minibatches", step * recipe.ppo.epochs + epoch)
+        order = torch.randperm(rollouts, generator=torch.Generator().manual_seed(seed))
+        for indices in order.tensor_split(recipe.ppo.minibatches):
+            yield indices.sort().values
+
+
+def moved_too_far(metrics: dict[str, float], config: PpoConfig) -> bool:
     """KL early stop: whether KL(old || new) a token is beyond ppo.target_kl."""
-    return config.target_kl is not None and approx_kl > config.target_kl
+    return config.target_kl is not None and metrics.get("approx_kl", 0.0) > config.target_kl
 
 
 def minibatch_update(
@@ -232,16 +231,17 @@ def minibatch_update(
     """One optimizer step of policy and critic over the rollouts at `indices`, in micro-batches.
 
     During the critic's warm-up the policy stands still; once the policy has moved too far, neither takes the step.
+    Returns what was measured, and nothing of what was not: no norm of a step not taken, and no loss where every rollout
+    was left out by reward.at_limit = "drop".
     """
     config, count = recipe.ppo, int(targets.loss_mask_BT[indices].sum())
     trains_policy = step > config.critic_warmup
     learners.policy_optimizer.zero_grad(set_to_none=True)
     if learners.value_optimizer is not None:
         learners.value_optimizer.zero_grad(set_to_none=True)
-    names = ("policy_loss", "value_loss", "clip_share", "value_clip_share", "approx_kl")
-    metrics = {name: 0.0 for name in names if learners.value is not None or not name.startswith("value")}
-    if count == 0:  # every rollout of the minibatch was left out by reward.at_limit = "drop"
-        return metrics
+    metrics: defaultdict[str, float] = defaultdict(float)
+    if count == 0:
+        return {}
     for part in micro_slices(len(indices), config.micro_batch):
         chosen = indices[part]
         rows = targets.batch.rows(chosen)
@@ -273,9 +273,9 @@ def minibatch_update(
             critic.loss.backward()
             metrics["value_loss"] += float(critic.loss.detach())
             metrics["value_clip_share"] += float(critic.clip_share)
-    if moved_too_far(metrics["approx_kl"], config):
-        return metrics
-    return metrics | optimizer_steps(learners, config, step, trains_policy=trains_policy)
+    if moved_too_far(metrics, config):
+        return dict(metrics)
+    return dict(metrics) | optimizer_steps(learners, config, step, trains_policy=trains_policy)
 
 
 def optimizer_steps(learners: Learners, config: PpoConfig, step: int, *, trains_policy: bool) -> dict[str, float]:
@@ -290,7 +290,7 @@ def optimizer_steps(learners: Learners, config: PpoConfig, step: int, *, trains_
     return norms
 
 
-def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: LogRatio) -> dict[str, Any]:
+def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: Scores) -> dict[str, Any]:
     """What a batch of rollouts says before any update. KL: k1 over the sampled responses, nats a response.
 
     The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token.
@@ -322,20 +322,10 @@ def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, i
 
 
 def log_rollouts(
-    bench: Workbench,
-    step: int,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    scores: Sequence[float],
+    bench: Workbench, step: int, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], score_B: Tensor
 ) -> None:
     """Write the first few rollouts of a step, as text, to the attempt's rollouts.jsonl."""
-    for prompt, response, score in list(zip(prompts, responses, scores, strict=True))[:ROLLOUTS_LOGGED]:
-        bench.attempt.log_rollout(
-            {
-                "step": step,
-                "prompt": bench.tokenizer.decode(list(prompt)),
-                "response": bench.tokenizer.decode(list(response)),
-                "tokens": len(response),
-                "reward": score,
-            }
-        )
+    decode = bench.tokenizer.decode
+    for prompt, response, score in list(zip(prompts, responses, score_B.tolist(), strict=True))[:ROLLOUTS_LOGGED]:
+        row = {"step": step, "prompt": decode(list(prompt)), "response": decode(list(response))}
+        bench.attempt.log_rollout(row | {"tokens": len(response), "reward": score})

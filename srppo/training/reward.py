@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from srppo.config import RewardConfig
+from srppo.reward_kinds import REWARD_KINDS, called
+from srppo.training.batch import Generated, RolloutBatch
 from srppo.training.losses import k1
 from srppo.training.masked import masked_sum
+from srppo.training.scores import Scores
 
 
 def coherent_reward(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -104,70 +107,56 @@ class Rewards:
 
 
 def compute_rewards(
-    config: RewardConfig,
-    *,
-    log_ratio_BT: Tensor,
-    sft_logprobs_BT: Tensor,
-    base_logprobs_BT: Tensor,
-    policy_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    ended_B: Tensor,
-    running: RunningStd,
-    seed: int,
+    config: RewardConfig, scores: Scores, batch: RolloutBatch, running: RunningStd, seed: int
 ) -> Rewards:
     """The reward of each token of a batch of rollouts, by `config`; updates `running` with this batch first.
 
-    All log-probs in nats, BT fp32; `log_ratio_BT` is their difference taken before rounding; `policy_logprobs_BT` are
-    the behaviour log-probs (at the sampling temperature: they are those of the distribution being optimised). `seed`
-    orders the shuffled kind.
+    KL is taken of the behaviour log-probs (at the sampling temperature: they are those of the distribution being
+    optimised). `seed` orders the shuffled kind.
     """
-    terms_BT = reward_terms(config, log_ratio_BT, sft_logprobs_BT, base_logprobs_BT, mask_BT, seed)
-    if config.at_limit == "zero":
-        terms_BT = terms_BT.masked_fill(~ended_B.unsqueeze(1), 0.0)
-    rewards_BT = place_reward(terms_BT, mask_BT, at=config.placement)
-    penalised_BT = last_token(mask_BT) & ~ended_B.unsqueeze(1)
-    rewards_BT = rewards_BT - config.limit_penalty * penalised_BT
+    rewards_BT = rewards_before_kl(config, scores, batch, seed)
     score_B = rewards_BT.sum(dim=1)
-    trained_B = ended_B.clone() if config.at_limit == "drop" else torch.ones_like(ended_B)
+    trained_B = batch.ended_B.clone() if config.at_limit == "drop" else torch.ones_like(batch.ended_B)
     if config.kl == "k1":
-        anchor_BT = sft_logprobs_BT if config.anchor == "sft" else base_logprobs_BT
-        rewards_BT = rewards_BT - config.beta * k1(policy_logprobs_BT, anchor_BT, mask_BT)
+        kl_BT = k1(batch.old_logprobs_BT, scores.anchor_BT(config.anchor), batch.response_mask_BT)
+        rewards_BT = rewards_BT - config.beta * kl_BT
     if config.scale:
         running.update(rewards_BT.sum(dim=1)[trained_B])
     scale = running.std if config.scale else 1.0
     return Rewards(rewards_BT / scale, score_B, trained_B, scale)
 
 
-def reward_terms(
-    config: RewardConfig,
-    log_ratio_BT: Tensor,
-    sft_logprobs_BT: Tensor,
-    base_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    seed: int,
-) -> Tensor:
+def rewards_before_kl(config: RewardConfig, scores: Scores, batch: Generated, seed: int = 0) -> Tensor:
+    """The reward where it is paid, BT, nats: the terms placed, by the rule for rollouts at the length limit."""
+    mask_BT, at_limit_B1 = batch.response_mask_BT, ~batch.ended_B.unsqueeze(1)
+    terms_BT = reward_terms(config, scores, mask_BT, seed)
+    if config.at_limit == "zero":
+        terms_BT = terms_BT.masked_fill(at_limit_B1, 0.0)
+    penalised_BT = last_token(mask_BT) & at_limit_B1
+    return place_reward(terms_BT, mask_BT, at=config.placement) - config.limit_penalty * penalised_BT
+
+
+def reward_terms(config: RewardConfig, scores: Scores, mask_BT: Tensor, seed: int = 0) -> Tensor:
     """The per-token terms of the reward after its clips and length normalisation; BT, 0 where masked."""
-    ratio_BT = {
-        "ratio": log_ratio_BT,
-        "shuffled": log_ratio_BT,
-        "sft": sft_logprobs_BT,
-        "base": -base_logprobs_BT,
-        "zero": torch.zeros_like(sft_logprobs_BT),
-    }[config.kind].masked_fill(~mask_BT, 0.0)
+    kind = REWARD_KINDS[config.kind]
+    terms_BT: Tensor = called(kind.terms)(scores).masked_fill(~mask_BT, 0.0)
     if config.token_clip is not None:
-        ratio_BT = ratio_BT.clamp(-config.token_clip, config.token_clip)
-    lengths_B1 = mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+        terms_BT = terms_BT.clamp(-config.token_clip, config.token_clip)
     if config.length_norm:
-        ratio_BT = ratio_BT / lengths_B1
-    if config.kind == "shuffled":
-        # Another rollout's sum, spread evenly: the same rewards over the batch, with no relation to the response.
-        other_B = coherent_reward(ratio_BT, mask_BT)[derangement(len(mask_BT), seed).to(mask_BT.device)]
-        ratio_BT = (other_B.unsqueeze(1) / lengths_B1).expand_as(ratio_BT).masked_fill(~mask_BT, 0.0)
+        terms_BT = terms_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    if kind.among is not None:
+        terms_BT = called(kind.among)(terms_BT, mask_BT, seed)
     if config.clip is not None:
-        total_B1 = coherent_reward(ratio_BT, mask_BT).unsqueeze(1)
-        shrink_B1 = (config.clip / total_B1.abs().clamp(min=1e-12)).clamp(max=1.0)
-        ratio_BT = ratio_BT * shrink_B1
-    return ratio_BT
+        total_B1 = coherent_reward(terms_BT, mask_BT).unsqueeze(1)
+        terms_BT = terms_BT * (config.clip / total_B1.abs().clamp(min=1e-12)).clamp(max=1.0)
+    return terms_BT
+
+
+def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
+    """Another rollout's sum, spread evenly: the same rewards over the batch, with no relation to the response."""
+    other_B = coherent_reward(terms_BT, mask_BT)[derangement(len(mask_BT), seed).to(mask_BT.device)]
+    even_B1 = other_B.unsqueeze(1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    return even_B1.expand_as(terms_BT).masked_fill(~mask_BT, 0.0)
 
 
 def derangement(n: int, seed: int) -> Tensor:

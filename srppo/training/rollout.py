@@ -1,111 +1,156 @@
-"""From prompts to a RolloutBatch: sampling from the policy itself, then log-probs and values by the training path."""
+"""From prompts to a RolloutBatch: the one sampler, then log-probs and values by the path that is trained.
+
+`generate` writes everything: rollouts, answers to items, lm-eval's requests, and by a logits processor what two models
+write together (`stages.extrapolation`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from torch.nn.functional import pad
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from srppo.config import derive_seed
-from srppo.kernels import linear_logprob_diff, logprob_diff
-from srppo.models.language_model import LanguageModel, unflatten
+from srppo.errors import OutOfMemory
+from srppo.models.language_model import LanguageModel
+from srppo.models.memory import is_out_of_memory, rows_that_fit
 from srppo.models.value_model import ValueModel
-from srppo.training.batch import RolloutBatch, left_pad
+from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
+from srppo.training.scores import score_logprobs
 
-
-@dataclass(frozen=True)
-class Generated:
-    """Sampled responses; fields as in RolloutBatch, without log-probs."""
-
-    tokens_BS: Tensor
-    attention_mask_BS: Tensor
-    response_mask_BT: Tensor
-    ended_B: Tensor
-
-    def responses(self) -> list[list[int]]:
-        """Token ids of each response, EOS included."""
-        width = self.response_mask_BT.shape[1]
-        lengths = self.response_mask_BT.sum(dim=1).tolist()
-        return [row[:n] for row, n in zip(self.tokens_BS[:, -width:].tolist(), lengths, strict=True)]
-
-
-class LogRatio(NamedTuple):
-    """log pi_sft - log pi_base of responses and its two terms; BT fp32, nats, 0 where masked."""
-
-    log_ratio_BT: Tensor
-    sft_logprobs_BT: Tensor
-    base_logprobs_BT: Tensor
-
-
-def prompt_schedule(count: int, batch: int, step: int, seed: int, *, per_prompt: int = 1) -> list[int]:
-    """Indices of the prompts of one step: passes over all prompts, each in its own seeded order.
-
-    A function of the step alone, so a resumed run needs no cursor. A batch may span two passes; within a pass no prompt
-    comes twice. With `per_prompt`, which divides the batch, each index stands that many times in a row.
-    """
-    orders: dict[int, list[int]] = {}
-    indices = []
-    distinct = batch // per_prompt
-    for position in range(step * distinct, (step + 1) * distinct):
-        epoch, offset = divmod(position, count)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "prompt-order", epoch))
-            orders[epoch] = torch.randperm(count, generator=generator).tolist()
-        indices += [orders[epoch][offset]] * per_prompt
-    return indices
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""(token ids so far BS, logits BV) -> logits BV."""
 
 
 @torch.no_grad()
 def generate(
-    policy: LanguageModel,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Sequence[int],
     pad_id: int,
     max_new_tokens: int,
-    seed: int,
-    temperature: float = 1.0,
-    greedy: bool = False,
+    seed: int | Sequence[int],
+    temperature: float | None = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    processor: Callable[[Tensor], Processor] | None = None,
+    criteria: Sequence[StoppingCriteria] = (),
+    settings: Mapping[str, Any] | None = None,
+    rows: int | None = None,
+    held: int | None = None,
 ) -> Generated:
-    """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy.
+    """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy at None.
 
-    The model's own generation_config is overridden: no top-k, top-p or penalties, or the sampled distribution would
-    not be the one whose log-probs are trained. A response ends with its first stop token, which counts. The global
-    random state is left as it was.
+    The model's own generation_config is overridden: no top-k, top-p or penalties but those asked for, or the sampled
+    distribution would not be the one whose log-probs are trained. Ids that no tokenizer makes are left out. A response
+    ends with its first stop token, which counts. The global random state neither enters nor changes.
+
+    seed: of all random numbers, or one a row, whose numbers are then its own. A row's probabilities come from products
+    over the whole batch, whose last bits hang on its size and width: the same batch gives the same row, another one
+    may, at a near tie, give another token (1 of 48 GSM8K responses of embedded:l, batches of 64 against 5).
+    processor: makes, of the prompts' mask (BP), what turns logits into others for one batch; then the body runs in
+    fp32, since it may blow up their rounding. criteria, settings: more of transformers' own.
+    rows: at most so many at a time; None: as many as fit the memory beside the bytes `held` (`memory.rows_that_fit`).
+    Where one seed is given, each batch after the first has one made of it.
     """
-    tokens_BP, mask_BP = (x.to(policy.device) for x in left_pad(prompts, pad_id))
+    tokens_BP, mask_BP = (x.to(model.device) for x in left_pad(prompts, pad_id))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        temperature=None if greedy else temperature,
-        top_k=None if greedy else 0,
-        top_p=None if greedy else 1.0,
+        do_sample=False,  # the processors leave one token a row
         eos_token_id=list(stop_ids),
         pad_token_id=pad_id,
         use_cache=True,
+        **(settings or {}),
     )
-    own = policy.model.generation_config
-    policy.model.generation_config = GenerationConfig()  # generate() fills gaps of ours from the model's own
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.precision == "bf16"),
-        ):
-            torch.manual_seed(seed)
-            tokens_BS = policy.model.generate(
-                input_ids=tokens_BP, attention_mask=mask_BP.long(), generation_config=config
+    size = rows or rows_that_fit(model, tokens_BP.shape[1] + max_new_tokens, held=held)
+    parts: list[Tensor] = []
+    half = model.precision == "bf16" and processor is None
+    with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
+        for part in micro_slices(len(prompts), size):
+            processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
+            processors += [processor(mask_BP[part])] if processor else []
+            if temperature is not None:
+                processors += [TopKLogitsWarper(top_k)] if top_k else []
+                processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+                if isinstance(seed, int):
+                    own = derive_seed(seed, "part", part.start) if part.start else seed
+                    processors.append(_by_one_seed(own, temperature, model.device))
+                else:
+                    processors.append(_by_row_seeds(seed[part], temperature, max_new_tokens, model.device))
+            parts.append(
+                model.model.generate(
+                    input_ids=tokens_BP[part],
+                    attention_mask=mask_BP[part].long(),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(processors),
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                )
             )
+    width = max(part_BS.shape[1] for part_BS in parts)
+    tokens_BS = torch.cat([pad(part_BS, (0, width - part_BS.shape[1]), value=pad_id) for part_BS in parts])
+    return _up_to_stop(tokens_BS, mask_BP, stop_ids)
+
+
+@contextmanager
+def _writing(model: LanguageModel) -> Iterator[None]:
+    """The model's own settings aside; raises OutOfMemory, in one line, where its memory does not suffice."""
+    own = model.model.generation_config
+    model.model.generation_config = GenerationConfig()  # generate() fills gaps of ours from the model's own
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OutOfMemory(
+            f"generating ran out of memory ({reason}), with batches that go by memory already: lower "
+            "rollout.max_new_tokens or data.max_prompt_tokens, or take another --device"
+        ) from error
     finally:
-        policy.model.generation_config = own
-    return up_to_stop(tokens_BS, mask_BP, stop_ids)
+        model.model.generation_config = own
 
 
-def up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> Generated:
+def _by_one_seed(seed: int, temperature: float, device: torch.device) -> Processor:
+    """Leaves one token a row, drawn with the random numbers of one seed for the whole batch."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(_: Tensor, logits_BV: Tensor) -> Tensor:
+        return _alone(logits_BV, torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator))
+
+    return draw
+
+
+def _by_row_seeds(seeds: Sequence[int], temperature: float, steps: int, device: torch.device) -> Processor:
+    """Leaves one token a row: where the cumulative probability passes the row's own uniform number of the step."""
+    numbers = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniforms = iter(torch.stack(numbers, dim=1).double().unsqueeze(2).to(device))
+
+    def draw(_: Tensor, logits_BV: Tensor) -> Tensor:
+        cumulative_BV = (logits_BV.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+        token_B1 = torch.searchsorted(cumulative_BV, next(uniforms) * cumulative_BV[:, -1:], right=True)
+        return _alone(logits_BV, token_B1.clamp(max=logits_BV.shape[-1] - 1))
+
+    return draw
+
+
+def _alone(logits_BV: Tensor, token_B1: Tensor) -> Tensor:
+    return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B1, 0.0)
+
+
+def _up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> Generated:
     """Prompts with what was sampled after them: a response ends with its first stop token, whatever follows."""
     response_BT = tokens_BS[:, mask_BP.shape[1] :]
     stopped_BT = torch.isin(response_BT, torch.tensor(list(stop_ids), device=tokens_BS.device))
@@ -113,73 +158,6 @@ def up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> G
     first_B = torch.where(ended_B, stopped_BT.int().argmax(dim=1), response_BT.shape[1] - 1)
     response_mask_BT = torch.arange(response_BT.shape[1], device=tokens_BS.device) <= first_B.unsqueeze(1)
     return Generated(tokens_BS, torch.cat([mask_BP, response_mask_BT], dim=1), response_mask_BT, ended_B)
-
-
-def micro_slices(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` rows that cover `count` rows."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
-@torch.no_grad()
-def score_logprobs(
-    model: LanguageModel, generated: Generated | RolloutBatch, *, micro_batch: int, temperature: float = 1.0
-) -> Tensor:
-    """Log-probs of the responses under one model; BT fp32, nats, 0 where masked."""
-    width = generated.response_mask_BT.shape[1]
-    return torch.cat(
-        [
-            model.response_logprobs(
-                generated.tokens_BS[rows], generated.attention_mask_BS[rows], width, temperature=temperature
-            )
-            for rows in micro_slices(len(generated.tokens_BS), micro_batch)
-        ]
-    )
-
-
-@torch.no_grad()
-def response_log_ratio(
-    sft: LanguageModel, base: LanguageModel, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int
-) -> LogRatio:
-    """log pi_sft - log pi_base of the last `response_width` columns at temperature 1, and its two terms."""
-    mask_BT = attention_mask_BS[:, -response_width:]
-    rows = (tokens_BS, attention_mask_BS, response_width)
-    tokens_N = tokens_BS[:, -response_width:][mask_BT]
-    if sft.head.linear and sft.head == base.head:
-        (sft_weight_VD, sft_bias_V), (base_weight_VD, base_bias_V) = sft.frozen_head(), base.frozen_head()
-        parts = linear_logprob_diff(
-            sft.hidden_rows(*rows),
-            sft_weight_VD,
-            base.hidden_rows(*rows),
-            base_weight_VD,
-            tokens_N,
-            sft_bias_V=sft_bias_V,
-            base_bias_V=base_bias_V,
-            logit_scale=sft.head.logit_scale,
-            softcap=sft.head.softcap,
-            ignore_index=None,
-            with_parts=True,
-            impl=sft.kernels,
-        )
-    elif not sft.head.linear and not base.head.linear:
-        sft_NV, base_NV = (model.logit_rows(*rows) for model in (sft, base))
-        parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
-    else:  # two heads of different kinds
-        sft_BT, base_BT = (model.response_logprobs(*rows) for model in (sft, base))
-        return LogRatio(sft_BT - base_BT, sft_BT, base_BT)
-    return LogRatio(*(unflatten(part_N, mask_BT) for part_N in parts[:3]))
-
-
-def score_log_ratio(
-    sft_policy: LanguageModel, base_policy: LanguageModel, batch: Generated | RolloutBatch, *, micro_batch: int
-) -> LogRatio:
-    """log pi_sft - log pi_base of the responses at temperature 1, and its two terms."""
-    width = batch.response_mask_BT.shape[1]
-    parts = [
-        response_log_ratio(sft_policy, base_policy, batch.tokens_BS[rows], batch.attention_mask_BS[rows], width)
-        for rows in micro_slices(len(batch.tokens_BS), micro_batch)
-    ]
-    return LogRatio(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
@@ -196,11 +174,5 @@ def to_batch(
             for rows in micro_slices(len(generated.tokens_BS), micro_batch)
         ]
         values_BT = torch.cat(values)
-    return RolloutBatch(
-        tokens_BS=generated.tokens_BS,
-        attention_mask_BS=generated.attention_mask_BS,
-        response_mask_BT=generated.response_mask_BT,
-        old_logprobs_BT=score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature),
-        old_values_BT=values_BT,
-        ended_B=generated.ended_B,
-    )
+    logprobs_BT = score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature)
+    return RolloutBatch(**vars(generated), old_logprobs_BT=logprobs_BT, old_values_BT=values_BT)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from srppo.config import Recipe, derive_seed
+from srppo.data.order import pass_order
 from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
-from srppo.training.batch import answer_nll_sum, training_flops
+from srppo.training.batch import answer_nll_sum, micro_slices, training_flops
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
-from srppo.training.rollout import micro_slices, prompt_schedule
 
 MEASURED = 5  # times that development items are measured where sft.steps counts steps, the last at the end
 
@@ -25,13 +25,18 @@ def steps_per_epoch(count: int, batch: int) -> int:
 def epoch_rows(rows: Sequence[EncodedDemonstration], batch: int, step: int, seed: int) -> list[EncodedDemonstration]:
     """The demonstrations of optimizer step 1, 2, ...: passes in a seeded order each; a function of the step alone."""
     epoch, index = divmod(step - 1, steps_per_epoch(len(rows), batch))
-    order = prompt_schedule(len(rows), len(rows), epoch, derive_seed(seed, "sft-order"))
-    return [rows[i] for i in order[index * batch : (index + 1) * batch]]
+    order = pass_order(len(rows), derive_seed(seed, "sft-order"), epoch)
+    return [rows[i] for i in order[index * batch : (index + 1) * batch].tolist()]
 
 
 def steps_within(model: LanguageModel, rows: Sequence[EncodedDemonstration], recipe: Recipe, budget_flops: int) -> int:
-    """The number of optimizer steps whose counted operations come nearest to a budget; at least 1."""
-    steps, spent = 0, 0
+    """The number of optimizer steps whose counted operations come nearest to a budget; at least 1.
+
+    Operations add up over rows, so every pass costs the same, and only the one in which the budget ends is counted.
+    """
+    whole = training_flops(model, rows)
+    passes = budget_flops // whole
+    steps, spent = passes * steps_per_epoch(len(rows), recipe.sft.batch), passes * whole
     while True:
         cost = training_flops(model, epoch_rows(rows, recipe.sft.batch, steps + 1, recipe.seed))
         if steps and spent + cost / 2 > budget_flops:

@@ -27,7 +27,7 @@ from pathlib import Path
 from srppo.ablations.execute import execute, make_ready
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.local import Worker
-from srppo.ablations.pace import check_data
+from srppo.ablations.estimate import check_data
 from srppo.record.store import Run
 from test_execute import plan_of
 

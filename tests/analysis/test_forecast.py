@@ -32,8 +32,8 @@ from srppo.analysis.samples import Question
 from srppo.config import build_recipe
 from srppo.errors import UserError
 from srppo.models.pair import Pair, load_pair
-from srppo.report.forecast_page import report_forecast, sentences
-from srppo.report.forecast_plot import frontier_plot
+from srppo.report.forecast import report_forecast, sentences
+from srppo.report.plots import frontier_plot
 from srppo.statistics.intervals import Estimate, item_interval
 
 CASES = [("sft", 0.5), ("sft", 1.0), ("base", 0.3), ("base", 0.6), ("base", 1.0), ("base", 2.0)]

@@ -17,8 +17,7 @@ from srppo.analysis.score import Scored, ScoreResult, Token, given_row, pieces, 
 from srppo.errors import DataError, UserError
 from srppo.models.loading import load_model
 from srppo.models.pair import Pair, load_pair
-from srppo.report.score_page import report_score
-from srppo.report.score_text import ranked, scale_of, score_text
+from srppo.report.score import ranked, report_score, scale_of, score_text
 from srppo.statistics.association import auc, auc_within, over_prompts, rank_correlation
 
 TEXTS = [" plain words", "naïve — 東京 😀👩‍👩‍👧 ok", "\n\ttabs\r\n", "  two  spaces ", "", "a\ufffdb", "<eos> in words"]

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from commands import Cli, Done
 
-from srppo.ablations.estimate import task_seconds
+from srppo.ablations.estimate import Pace, task_seconds
 from srppo.ablations.ledger import Ledger
-from srppo.ablations.pace import Pace
 from srppo.ablations.plan import Task
 from srppo.ablations.progress import LEGEND, LiveTable, Watch
 from srppo.ablations.run import LEAST_TIMEOUT_S, load_sweep
@@ -134,7 +133,7 @@ def test_the_live_table_fits_a_terminal(swept: Swept, monkeypatch: pytest.Monkey
 def test_every_kind_of_stage_takes_time_by_the_measured_pace(swept: Swept) -> None:
     sets = [*SMALL, *(each.removeprefix("--set=") for each in SETS)]
     program = (
-        "import json; from dataclasses import asdict; from srppo.ablations.pace import measure_pace; "
+        "import json; from dataclasses import asdict; from srppo.ablations.estimate import measure_pace; "
         "from srppo.config import load_recipe; "
         f"print(json.dumps(asdict(measure_pace(load_recipe(None, {sets}), 'cpu'))))"
     )

@@ -17,11 +17,10 @@ from scipy import stats as scipy_stats
 from srppo.console import Console
 from srppo.errors import DataError, UserError
 from srppo.evaluation.comparison import ComparisonResult, Difference, Unscored, compare
-from srppo.evaluation.pairing import by_seed, pair
+from srppo.evaluation.pairing import by_seed, made_alike, pair
 from srppo.evaluation.results import TaskResult, write_result
 from srppo.record.store import Run
-from srppo.report.comparison import arms_of, compare_command, select
-from srppo.report.comparison_files import to_csv, to_json, to_markdown
+from srppo.report.comparison import arms_of, as_csv, as_json, as_markdown, compare_command, select
 from srppo.statistics.tests import seeds_needed
 
 
@@ -189,22 +188,26 @@ def test_items_are_paired_by_id_not_by_place() -> None:
 def test_seeds_are_paired() -> None:
     rng = np.random.default_rng(3)
     some, others = seeds_of("A", 0, 4, rng), seeds_of("B", 0, 6, rng)[2:]
-    found = pair(by_seed(some)[0], by_seed(others)[0], ("A", "B"))
+    found = pair(by_seed(some), by_seed(others), ("A", "B"))
     assert found.seeds == (2, 3) and found.baseline.tolist()[0] == list(some[2].scores)
     assert found.notes == ("A: seeds 0, 1 left out, B lacks them", "B: seeds 4, 5 left out, A lacks them")
-    hub = pair({None: result([1] * 50, seed=None)}, by_seed(others)[0], ("A", "B"))
+    hub = pair({None: result([1] * 50, seed=None)}, by_seed(others), ("A", "B"))
     assert hub.seeds == (2, 3, 4, 5) and "A is one model without a training seed" in hub.notes[0]
     with pytest.raises(DataError, match="none in common"):
-        pair(by_seed(some[:2])[0], by_seed(others)[0], ("A", "B"))
+        pair(by_seed(some[:2]), by_seed(others), ("A", "B"))
     one = pair({0: some[0]}, {5: others[3]}, ("A", "B"))
     assert "seeds 0 and 5 are not the same" in one.notes[0]
 
 
 def test_of_several_results_of_a_seed_the_fullest_counts() -> None:
-    found, notes = by_seed([result([1] * 5), result([1] * 9), result([1] * 7)])
-    assert len(found[0].items) == 9 and len(notes) == 1
-    with pytest.raises(DataError, match=r"two results of A on t .* with 5 items"):
-        by_seed([result([1] * 5), result([0] * 5)])
+    """Where they are made in ways that cannot be told apart, and where the other model's way is none of them."""
+    several = [result([1] * 5), result([1] * 9), result([1] * 7)]
+    found, notes = made_alike({"A": several, "B": [result([1] * 9, "B")]})
+    assert [len(each.items) for each in found["A"]] == [9] and "that with most items counts" in notes[0]
+    older = {"B": [result([1] * 9, "B", settings={"num_fewshot": 0})]}
+    found, notes = made_alike({"A": several} | older)
+    assert [len(each.items) for each in found["A"]] == [9] and "that with most items counts" in notes[0]
+    assert any("does not record all" in note for note in compare({"A": several} | older).differences[0].notes)
 
 
 def test_what_cannot_be_compared_is_one_line() -> None:
@@ -320,15 +323,15 @@ def example() -> ComparisonResult:
 
 def test_files_hold_the_same_figures() -> None:
     found = example()
-    content = json.loads(to_json(found, ["a note"]))
+    content = json.loads(as_json(found, ["a note"]))
     assert content["schema_version"] == 1 and content["notes"] == [*found.notes, "a note"]
     first = content["differences"][0]
     assert first["difference"] == found.differences[0].difference._asdict() and first["verdict"] == "better"
-    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [each["kind"] for each in rows] == ["difference", "difference", "iqm"]
     assert float(rows[0]["low"]) == first["difference"]["low"] and rows[0]["items"] == "40" and rows[0]["seeds"] == "10"
     assert rows[0]["sentence"] == found.differences[0].sentence and float(rows[2]["model_mean"]) > 0.7
-    text = to_markdown(found, ["a note"])
+    text = as_markdown(found, ["a note"])
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 5 and {line.replace("\\|", "").count("|") for line in table} == {10}
     assert "b\\*task" in text and "a note" in text and "alone (greedy) is not compared" in text

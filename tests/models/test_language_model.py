@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from worlds import World, make_world
 
 import srppo.models.language_model
-import srppo.training.rollout
+import srppo.training.scores
 from srppo.config import ModelConfig
 from srppo.console import Console
 from srppo.errors import ModelError
@@ -26,7 +26,7 @@ from srppo.models.loading import load_model, load_tokenizer
 from srppo.models.pair import load_pair
 from srppo.models.value_model import ValueModel
 from srppo.stages.run import prepare_run, run_stages
-from srppo.training.rollout import response_log_ratio
+from srppo.training.scores import response_log_ratio
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: 
         taken.update(sft=arguments[1].dtype, base=arguments[3].dtype)
         return linear_logprob_diff(*arguments, **named)
 
-    monkeypatch.setattr(srppo.training.rollout, "linear_logprob_diff", look)
+    monkeypatch.setattr(srppo.training.scores, "linear_logprob_diff", look)
     after = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
     assert taken == {"sft": torch.float32, "base": torch.bfloat16}
     direct = base.response_logprobs(tokens_BS, mask_BS, width)

@@ -238,7 +238,7 @@ MUTANTS = [
     ),
     Mutant(
         "eval: batches by the memory that is free",
-        "evaluation/harness/batches.py",
+        "models/memory.py",
         "psutil.virtual_memory().total",
         "psutil.virtual_memory().available",
         "evaluation/harness/test_session.py::test_batches_are_the_same_whatever_memory_is_free_and_are_recorded",
@@ -407,7 +407,7 @@ MUTANTS = [
     Mutant(
         "choice: the suite whatever it holds",
         "evaluation/pairing.py",
-        "sum(len(_fullest(cell).items) for cell in cells)",
+        "sum(max(len(result.items) for result in cell) for cell in cells)",
         "0",
         "evaluation/test_pairing.py::test_the_fuller_of_both_stays",
     ),
@@ -428,8 +428,8 @@ MUTANTS = [
     Mutant(
         "choice: a way that one model lacks",
         "evaluation/pairing.py",
-        "for way in ways.values() if way.keys() == on.keys()]",
-        "for way in ways.values()]",
+        "for way in ways.values() if way.keys() == on.keys()]:",
+        "for way in ways.values()]:",
         "evaluation/test_pairing.py::test_all_seeds_before_few_and_all_items_before_few",
     ),
 ]

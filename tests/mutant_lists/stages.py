@@ -36,8 +36,8 @@ MUTANTS = [
     Mutant(
         "decoding: anchors exchanged",
         "stages/extrapolation.py",
-        '(sft_BV if config.anchor == "sft" else base_BV)',
-        '(sft_BV if config.anchor == "base" else base_BV)',
+        "scores.anchor_BT(config.anchor)",
+        'scores.anchor_BT("base" if config.anchor == "sft" else "sft")',
         "stages/test_extrapolation.py::test_next_token_distribution_by_hand",
     ),
     Mutant(
@@ -99,15 +99,15 @@ MUTANTS = [
     Mutant(
         "decoding: positions count padding",
         "stages/extrapolation.py",
-        'inputs["position_ids"] = (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]',
-        'inputs["position_ids"] = torch.arange(mask_BS.shape[1]).expand_as(mask_BS)[:, -new_BS.shape[1] :]',
+        'inputs["position_ids"] = (self.mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]',
+        'inputs["position_ids"] = torch.arange(self.mask_BS.shape[1]).expand_as(self.mask_BS)[:, -new_BS.shape[1] :]',
         "stages/test_extrapolation.py::test_reading_with_a_cache_gives_the_logits_of_unpadded_rows",
     ),
     Mutant(
         "decoding: padding is read",
         "stages/extrapolation.py",
-        '"attention_mask": mask_BS.long()',
-        '"attention_mask": torch.ones_like(mask_BS).long()',
+        '"attention_mask": self.mask_BS.long()',
+        '"attention_mask": torch.ones_like(self.mask_BS).long()',
         "stages/test_extrapolation.py::test_reading_with_a_cache_gives_the_logits_of_unpadded_rows",
     ),
     Mutant(
@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "decoding: a model with itself",
         "stages/extrapolation.py",
-        "readers = _Reader(sft), _Reader(base)",
-        "readers = _Reader(sft), _Reader(sft)",
+        "base_logits_BV = self.base_logits(tokens_BS)[:, : self.base.vocab_size]",
+        "base_logits_BV = sft_logits_BV",
         "stages/test_extrapolation.py::test_greedy_decoding_is_the_argmax_without_cache_or_padding",
     ),
     Mutant(
@@ -174,6 +174,20 @@ MUTANTS = [
         "data/test_noise.py::test_stages_know_the_keys_that_concern_them",
     ),
     Mutant(
+        "decoding: rewards of whole responses",
+        "stages/extrapolation.py",
+        "kind.among is not None or not kind.by_token",
+        "kind.among is not None",
+        "test_reward_kinds.py::test_a_kind_is_refused_where_its_facts_say_so",
+    ),
+    Mutant(
+        "resampling: rewards that other rollouts decide",
+        "stages/resampling.py",
+        "if REWARD_KINDS[config.kind].among is not None:",
+        'if config.kind == "shuffled":',
+        "test_reward_kinds.py::test_a_kind_is_refused_where_its_facts_say_so",
+    ),
+    Mutant(
         "identity: what changes no result moves ids",
         "config.py",
         "{key: value for key, value in FREE.get(name, {}).items() if key in section}",
@@ -197,7 +211,7 @@ MUTANTS = [
     Mutant(
         "run: out of memory is a failure like any other",
         "stages/run.py",
-        "            if _is_out_of_memory(error):\n",
+        "            if is_out_of_memory(error):\n",
         "            if False:\n",
         "stages/test_run.py::test_however_a_stage_ends_its_result_says_so_and_its_trackers_are_finished",
     ),

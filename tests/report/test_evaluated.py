@@ -7,27 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from pages import offline_page
+from records import evaluate, finish, new_run
 
+from srppo.config import canonical_json
 from srppo.console import Console
-from srppo.evaluation.results import write_result
+from srppo.record.json import plain
 from srppo.report.answers import SHARE, interval
-from srppo.report.evaluated import TITLE, evaluated_of
-from srppo.report.figures import estimate_text
-from srppo.report.html import inline_plot
-from srppo.report.places import page_folder
-from srppo.report.plots import narrow_of, save_figure
-from srppo.report.record import report_run
+from srppo.report.evaluated import TITLE, evaluated_of, scores_table
+from srppo.report.run import report_run
+from srppo.report.words import estimate_text
 from srppo.statistics.intervals import item_interval
-from tests.report.test_run_page import finish, new_run
-
-
-def write(stage_path: Path, model: str, seed: int, scores: list[list[float]], **more: Any) -> None:
-    """A result of one arm and seed, an inner list an item's samples."""
-    summary = {"model": model, "task": "sums", "decoding": "greedy", "metric": "acc", "seed": seed, "group": None}
-    rows = [{"item": f"i{i}", "sample": j, "acc": value} for i, row in enumerate(scores) for j, value in enumerate(row)]
-    write_result(stage_path / "eval", {**summary, "num_fewshot": 5, "key": f"{len(more)}{seed}", **more}, rows)
 
 
 def test_every_evaluated_task_of_every_arm_is_shown(tmp_path: Path) -> None:
@@ -38,10 +28,10 @@ def test_every_evaluated_task_of_every_arm_is_shown(tmp_path: Path) -> None:
         sft = finish(run.stage("sft", {"seed": seed}), seed, 0.3, [], 0)
         ppo = finish(run.stage("ppo", {"seed": seed}, [sft.id]), seed, 0.5, [], 0)
         for arm, stage, scores in zip(("SFT", "SRPPO"), (sft, ppo), greedy[:, seed], strict=True):
-            write(stage.path, arm, seed, [[value] for value in scores])
+            evaluate(stage, arm, seed, [[value] for value in scores])
     shares = rng.integers(0, 2, (8, 4)).astype(float)
     extra = {"task": "odd_one", "decoding": "sampled", "samples": 4, "eval_seed": 3, "num_fewshot": 0}
-    write(sft.path, "SFT", 1, [*shares.tolist(), [float("nan")] * 4], **extra)
+    evaluate(sft, "SFT", 1, [*shares.tolist(), [float("nan")] * 4], **extra)
     said = io.StringIO()
     report_run(run.path, Console(plain=True, file=said))
     page, printed = offline_page(run.path / "report" / "index.html").text, said.getvalue()
@@ -60,37 +50,34 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert evaluated_of(run.path) == ([], [])
     stage = finish(run.stage("sft", {"seed": 0}), 0, 0.3, [], 0)
     assert evaluated_of(run.path) == ([], []), "a run's own tests have sections of their own"
-    write(stage.path, "SFT", 0, [[1.0]])
+    evaluate(stage, "SFT", 0, [[1.0]])
     next(stage.path.glob("eval/sums@*/samples.parquet")).write_bytes(b"")
     found, problems = evaluated_of(run.path)
     assert found == [] and "is damaged" in problems[0]
 
 
-def test_plots_have_a_form_for_phones(tmp_path: Path) -> None:
-    def draw(figure: Any) -> None:
-        for axis, title in zip(figure.subplots(1, 3, sharey=True), "abc", strict=True):
-            axis.plot([0, 1], label="a line with a rather long name")
-            axis.set_title(title)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left")
-
-    svg = save_figure(draw, tmp_path / "plot", height=3.0)[1]
-    sizes = [path.read_text().partition('viewBox="0 0 ')[2].partition('"')[0].split() for path in (svg, narrow_of(svg))]
-    (wide, low), (narrow, tall) = [list(map(float, size)) for size in sizes]
-    assert narrow < 0.5 * wide and tall > 2.5 * low
-    html = inline_plot("A plot", svg, 7)
-    assert html.count("<svg") == 2 and 'class="wide roomy"' in html and 'class="narrow"' in html
-    narrow_of(svg).unlink()
-    assert inline_plot("A plot", svg, 7).count("<svg") == 1
-
-
-@pytest.mark.parametrize(
-    ("run", "sft", "seed", "name"),
-    [
-        (Path("elsewhere/mine"), "x", None, "mine"),
-        (Path("runs/mine"), "x", 3, "mine-seed-3"),
-        (None, "runs/newest/stages/0123/model", None, "newest"),
-        (None, "hub/some-model", None, "hub-some-model"),
-    ],
-)
-def test_pages_of_two_runs_do_not_meet(run: Path | None, sft: str, seed: int | None, name: str) -> None:
-    assert page_folder("score", run, sft, seed) == Path("runs/score") / name
+def test_scores_of_srppo_eval_stand_one_a_row(tmp_path: Path) -> None:
+    """At 80 columns each metric's name, value and interval stand on one line, whatever the names are."""
+    metrics = [f"{scope}_level_{kind}_acc" for scope in ("prompt", "inst") for kind in ("strict", "loose")]
+    figures: dict[str, dict[str, Any]] = {
+        name: {"value": 0.285 + 0.1 * i, "low": 0.2, "high": 0.9, "n": 541} for i, name in enumerate(metrics)
+    }
+    figures["inst_level_loose_acc"] |= {"low": None, "high": None}
+    summary = {"task": "ifeval_with_a_rather_long_name", "model": "a/" + "model-" * 12, "decoding": "sampled"}
+    summary |= {"seed": 3, "samples": 4, "items": 541, "not_scored": 3}
+    summary |= {"metric": "inst_level_strict_acc", "metrics": figures}
+    folder = tmp_path / "ifeval@1"
+    folder.mkdir()
+    (folder / "summary.json").write_text(canonical_json(plain(summary)))
+    out = io.StringIO()
+    Console(plain=True, file=out).print(scores_table([folder]))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [line.split() for line in lines if "_acc" in line]
+    others = sorted(set(metrics) - {"inst_level_strict_acc"})
+    assert [cells[0] for cells in shown] == ["inst_level_strict_acc", *others]
+    for name, *cells in shown:
+        value = figures[name]["value"]
+        assert cells[0] == f"{value:.3f}" and cells[-1] == "538"
+        assert cells[1:-1] == ([] if figures[name]["low"] is None else ["[0.200,", "0.900]"])
+    assert "seed 3, 4 samples" in " ".join(out.getvalue().split())

@@ -18,7 +18,7 @@ from srppo.config import Recipe, RewardConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.models.language_model import LanguageModel
 from srppo.stages.extrapolation import (
-    _Reader,
+    Towards,
     check_decodable,
     choose_alpha,
     decoded_logprobs,
@@ -140,7 +140,7 @@ def decoded(prompts: Any = RAGGED, models: Any = None, **more: Any) -> Any:
 @torch.no_grad()
 def test_greedy_decoding_is_the_argmax_without_cache_or_padding() -> None:
     base, sft = base_and_sft()
-    responses = decoded(greedy=True).responses()
+    responses = decoded(temperature=None).responses()
     for prompt, response in zip(RAGGED, responses, strict=True):
         own: list[int] = []
         while len(own) < LIMIT and EOS not in own:
@@ -158,17 +158,16 @@ def test_reading_with_a_cache_gives_the_logits_of_unpadded_rows() -> None:
     size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 5, "initializer_range": 0.5}
     absolute = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS))
     for model in (LanguageModel(absolute), LanguageModel(tiny_llama())):
-        reader = _Reader(model)
-        new_BS, mask_BS = left_pad(RAGGED, EOS)
+        tokens_BS, mask_BP = left_pad(RAGGED, EOS)
+        reader = Towards(model, RewardConfig(), mask_BP)
         written: list[list[int]] = [list(prompt) for prompt in RAGGED]
         for step in range(3):
-            logits_BV = reader.next_logits(new_BS, mask_BS)
+            logits_BV = reader.base_logits(tokens_BS)
             for row, own_V in zip(written, logits_BV, strict=True):
                 alone_V = model.model(input_ids=torch.tensor([row])).logits[0, -1]
                 torch.testing.assert_close(own_V, alone_V, atol=1e-5, rtol=0)
                 row.append(1 + (step + len(row)) % 4)
-            new_BS = torch.tensor([row[-1:] for row in written])
-            mask_BS = torch.cat([mask_BS, torch.ones_like(new_BS).bool()], dim=1)
+            tokens_BS = torch.cat([tokens_BS, torch.tensor([row[-1:] for row in written])], dim=1)
 
 
 def test_decoding_samples_are_a_function_of_the_seed_and_leave_the_global_state() -> None:

@@ -20,7 +20,7 @@ from srppo.config import FREE, Recipe, RewardConfig, free_settings, recipe_id, w
 from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.record.store import Run, stage_id
-from srppo.report.accuracy import arms_of_run
+from srppo.report.answers import arm_rows, arms_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, stage_settings
 from srppo.stages.run import UNTRAINED, PreparedRun, measure, prepare_run, run_stages, sft_model
 
@@ -164,7 +164,7 @@ def test_a_new_method_is_one_entry_and_one_function(tmp_path: Path, monkeypatch:
 
     run = prepare_run(recipe, ["base", "own"], tmp_path / "run", Console(plain=True, file=io.StringIO()))
     assert [*run_stages(run)] == ["base", "sft", "own"]
-    rows = {arm.name: arm for arm in arms_of_run(run.record)}
+    rows = {arm.name: arm for arm in arms_of(arm_rows(run.record))}
     assert [*rows] == ["base", "SFT", "my method"] and rows["my method"].figures == rows["SFT"].figures
     assert rows["my method"].flops == rows["SFT"].flops > 0, "its cost includes that of its SFT"
     with pytest.raises(ConfigError, match="tells this method nothing"):

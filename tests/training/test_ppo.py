@@ -19,17 +19,19 @@ from torch import Tensor
 from worlds import make_world, run_world
 
 import srppo.training.ppo
+import srppo.training.sft
 from srppo.config import Recipe, RewardConfig
 from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
 from srppo.models.value_model import ValueModel
 from srppo.record.store import Run
-from srppo.training.batch import RolloutBatch, answer_nll_sum
+from srppo.training.batch import RolloutBatch, answer_nll_sum, training_flops
 from srppo.training.loop import TrainState, clip_gradients, lr_factor
-from srppo.training.ppo import Learners, Targets, make_targets, minibatch_update, train_ppo
+from srppo.training.ppo import Learners, Targets, make_targets, minibatch_update, minibatches, train_ppo, update
 from srppo.training.reward import Rewards, RunningStd, compute_rewards
 from srppo.training.rollout import generate, to_batch
-from srppo.training.sft import epoch_rows, train_sft
+from srppo.training.scores import Scores
+from srppo.training.sft import epoch_rows, steps_within, train_sft
 
 LENGTHS = (4, 1, 3, 2)
 MASK_BT = torch.arange(4) < torch.tensor(LENGTHS)[:, None]
@@ -42,17 +44,15 @@ def ragged_logprobs(seed: int) -> Tensor:
 
 
 def rewards_of(running: RunningStd, **config: Any) -> Rewards:
-    return compute_rewards(
-        RewardConfig(**config),
-        log_ratio_BT=ragged_logprobs(1) - ragged_logprobs(2),
-        sft_logprobs_BT=ragged_logprobs(1),
-        base_logprobs_BT=ragged_logprobs(2),
-        policy_logprobs_BT=ragged_logprobs(3),
-        mask_BT=MASK_BT,
-        ended_B=ENDED_B,
-        running=running,
-        seed=0,
-    )
+    scores = Scores(ragged_logprobs(1) - ragged_logprobs(2), ragged_logprobs(1), ragged_logprobs(2))
+    return compute_rewards(RewardConfig(**config), scores, ragged_batch(), running, seed=0)
+
+
+def ragged_batch() -> RolloutBatch:
+    """Prompts of one token, responses of LENGTHS."""
+    attention_mask_BS = torch.cat([torch.ones(4, 1, dtype=torch.bool), MASK_BT], dim=1)
+    tokens_BS = torch.ones(4, 5, dtype=torch.int64)
+    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, ragged_logprobs(3), ragged_logprobs(5))
 
 
 # ---- rewards
@@ -103,11 +103,8 @@ def test_the_rule_for_rollouts_at_the_limit() -> None:
 @pytest.mark.parametrize("whitened", [True, False])
 def test_targets_by_hand(whitened: bool) -> None:
     """Advantages whitened over what is trained on, returns not; a KL in the loss goes into the same units."""
-    values_BT = ragged_logprobs(5)
-    tokens_BS = torch.ones(4, 5, dtype=torch.int64)
-    batch = RolloutBatch(
-        tokens_BS, torch.cat([torch.ones(4, 1).bool(), MASK_BT], 1), MASK_BT, ragged_logprobs(3), values_BT, ENDED_B
-    )
+    batch = ragged_batch()
+    values_BT = batch.old_values_BT
     rewards = Rewards(ragged_logprobs(6), torch.zeros(4), ENDED_B, 2.5)
     recipe = tiny_recipe(ppo={"gamma": 0.9, "lam": 0.8, "whiten": whitened}, reward={"kl": "k2"})
     targets = make_targets(recipe, batch, rewards, ragged_logprobs(1))
@@ -168,9 +165,11 @@ def test_rewards_are_taken_at_temperature_1_and_kl_from_the_anchor(
 ) -> None:
     seen: list[dict[str, Any]] = []
 
-    def watch_rewards(config: RewardConfig, **inputs: Any) -> Rewards:
-        seen.append(dict(inputs))
-        return compute_rewards(config, **inputs)
+    def watch_rewards(config: RewardConfig, scores: Scores, batch: RolloutBatch, *rest: Any) -> Rewards:
+        seen.append(
+            {**scores._asdict(), "policy_logprobs_BT": batch.old_logprobs_BT, "mask_BT": batch.response_mask_BT}
+        )
+        return compute_rewards(config, scores, batch, *rest)
 
     def watch_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
         seen[-1] |= {"batch": batch, "anchor": anchor_logprobs_BT}
@@ -320,6 +319,66 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
         clip_gradients(model, 1.0, 7)
 
 
+# ---- metrics of a step
+
+
+def test_a_step_that_was_not_taken_is_in_no_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second minibatch moves too far: it has losses and no gradient norm, and 4.0 stays 4.0."""
+    learners, targets = a_minibatch()
+    found = [
+        {"policy_loss": 1.0, "approx_kl": 0.1, "grad_norm": 4.0, "value_grad_norm": 6.0},
+        {"policy_loss": 3.0, "approx_kl": 0.5},
+    ]
+    monkeypatch.setattr(srppo.training.ppo, "minibatch_update", lambda *_: found.pop(0))
+    recipe = small_step(minibatches=2, epochs=3, target_kl=0.4)
+    metrics, done = update(recipe, learners, targets, step=1)
+    assert metrics == {"policy_loss": 2.0, "approx_kl": 0.3, "grad_norm": 4.0, "value_grad_norm": 6.0}
+    assert done == 2 and not found
+
+
+def test_a_minibatch_that_moves_too_far_takes_no_step_and_reports_no_norm() -> None:
+    learners, targets = a_minibatch()
+    metrics = minibatch_update(small_step(target_kl=1e-9), learners, targets, torch.arange(12), step=1)
+    assert metrics.keys() == {"policy_loss", "value_loss", "clip_share", "value_clip_share", "approx_kl"}
+
+
+def test_a_minibatch_of_which_nothing_is_trained_is_in_no_mean() -> None:
+    """reward.at_limit = drop leaves 3 rollouts of 12 in the loss: of 6 minibatches at most 3 have anything."""
+    learners, targets = a_minibatch()
+    targets.loss_mask_BT[3:] = False
+    recipe = small_step(minibatches=6, epochs=1)
+    alone = [minibatch_update(recipe, learners, targets, rows, step=1) for rows in minibatches(recipe, 12, step=1)]
+    some = [metrics for metrics in alone if metrics]
+    assert 1 <= len(some) <= 3
+    metrics, done = update(recipe, learners, targets, step=1)
+    assert done == 6 and metrics.keys() == some[0].keys()
+    for name, number in metrics.items():
+        assert number == pytest.approx(sum(each[name] for each in some) / len(some), rel=1e-6), name
+
+
+def test_while_the_critic_warms_up_nothing_is_said_of_the_policy() -> None:
+    learners, targets = a_minibatch()
+    metrics, _ = update(small_step(critic_warmup=3), learners, targets, step=1)
+    assert metrics.keys() == {"value_loss", "value_clip_share", "value_grad_norm"}
+
+
+# ---- memory
+
+
+def test_rollouts_are_sized_beside_all_that_training_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        held.append(options["held"])
+        return generate(*args, **options)
+
+    monkeypatch.setattr(srppo.training.ppo, "generate", watched)
+    run_ppo(tiny_recipe(rollout={"batch": 4}, ppo={"steps": 1, "epochs": 1}), tmp_path)
+    _, sft = base_and_sft()
+    one, critic = (4 * sum(w.numel() for w in model.parameters()) for model in (sft, ValueModel(sft)))
+    assert held == [2 * one + 4 * (one + critic)]  # weights, gradients and two moments of what is trained
+
+
 # ---- SFT
 
 
@@ -395,6 +454,39 @@ def test_sft_epochs_take_each_row_once_in_a_seeded_order_each() -> None:
     assert any(epoch_rows(rows, 5, 1, seed) != epoch_rows(rows, 5, 1, 0) for seed in (1, 2, 3))
 
 
+def by_steps(model: LanguageModel, rows: list[EncodedDemonstration], recipe: Recipe, budget_flops: int) -> int:
+    """`steps_within` as it reads: step by step."""
+    steps, spent = 0, 0
+    while True:
+        cost = training_flops(model, epoch_rows(rows, recipe.sft.batch, steps + 1, recipe.seed))
+        if steps and spent + cost / 2 > budget_flops:
+            return steps
+        steps, spent = steps + 1, spent + cost
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_the_steps_of_a_budget_are_those_counted_one_by_one(batch: int) -> None:
+    _, lm = base_and_sft()
+    rows, recipe = demonstrations(), tiny_recipe(sft={"batch": batch})
+    whole = training_flops(lm, rows)
+    for budget in [0, 1, whole // 7, whole - 1, whole, whole + 1, *(i * whole // 9 + 1 for i in range(5, 60))]:
+        assert steps_within(lm, rows, recipe, budget) == by_steps(lm, rows, recipe, budget), budget
+
+
+def test_a_budget_of_a_million_passes_looks_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lm = base_and_sft()
+    rows, counted = demonstrations(), []
+
+    def watched(model: LanguageModel, some: Sequence[EncodedDemonstration]) -> int:
+        counted.append(len(some))
+        return training_flops(model, some)
+
+    monkeypatch.setattr(srppo.training.sft, "training_flops", watched)
+    budget = 1_000_000 * training_flops(lm, rows)
+    assert abs(steps_within(lm, rows, tiny_recipe(sft={"batch": 2}), budget) - 3_000_000) <= 1
+    assert sum(counted) <= 40
+
+
 # ---- schedules
 
 
@@ -448,7 +540,7 @@ def test_the_kept_step_is_measured_and_exported(tmp_path: Path) -> None:
 # ---- a resumed run, in one process
 
 
-class Scores:
+class BestEarly:
     """Development scores that are best at steps 1 and 2; once, the measurement of step 3 fails."""
 
     def __init__(self, fails: bool) -> None:
@@ -473,10 +565,10 @@ def test_a_resumed_run_ends_with_the_same_state(tmp_path: Path) -> None:
     recipe = tiny_recipe(
         rollout={"batch": 8}, ppo={"steps": 5, "checkpoint_every": 2, "minibatches": 2}, eval={"every": 1}
     )
-    _, whole = run_ppo(recipe, tmp_path / "whole", Scores(fails=False))
+    _, whole = run_ppo(recipe, tmp_path / "whole", BestEarly(fails=False))
     with pytest.raises(RuntimeError, match="a bug"):
-        run_ppo(recipe, tmp_path / "again", Scores(fails=True))
-    later = Scores(fails=False)
+        run_ppo(recipe, tmp_path / "again", BestEarly(fails=True))
+    later = BestEarly(fails=False)
     later.step = 2
     _, resumed = run_ppo(recipe, tmp_path / "again", later)
     weights, trainer = state_of(whole.state, tmp_path / "a")

@@ -18,7 +18,7 @@ from srppo.models.language_model import LanguageModel
 from srppo.models.value_model import ValueModel
 from srppo.training.advantage import rloo
 from srppo.training.ppo import Learners, step_flops, train_ppo
-from srppo.training.rollout import generate, prompt_schedule, to_batch
+from srppo.training.rollout import generate, to_batch
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -56,13 +56,6 @@ def test_the_gradient_is_unbiased_by_enumeration() -> None:
 
     assert torch.allclose(expected(own), exact, atol=1e-14)
     assert not torch.allclose(expected(mean), exact, atol=1e-2)
-
-
-def test_responses_to_one_prompt_stand_in_a_row_and_prompts_keep_their_order() -> None:
-    alone = [i for step in range(6) for i in prompt_schedule(7, 4, step, seed=3)]
-    grouped = [prompt_schedule(7, 12, step, seed=3, per_prompt=3) for step in range(6)]
-    assert [i for step in grouped for i in step[::3]] == alone
-    assert all(step == [i for i in step[::3] for _ in range(3)] for step in grouped)
 
 
 RLOO = {"rollout": {"batch": 8, "per_prompt": 4}, "ppo": {"advantage": "rloo", "steps": 4, "checkpoint_every": 2}}

@@ -15,11 +15,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import srppo.training.ppo
-from srppo.models.language_model import LanguageModel
+import srppo.training.rollout
+from srppo.config import derive_seed
+from srppo.errors import OutOfMemory
+from srppo.models.language_model import Head, LanguageModel
 from srppo.models.value_model import ValueModel
-from srppo.training.batch import RolloutBatch, left_pad
+from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.losses import PolicyLoss, clipped_policy_loss
-from srppo.training.rollout import Generated, generate, micro_slices, prompt_schedule, score_logprobs, to_batch
+from srppo.training.rollout import generate, to_batch
+from srppo.training.scores import score_logprobs
 
 VOCAB, EOS, LIMIT = 12, 0, 6
 PROMPTS = [(3, 4, 5, 6, 7), (8,), (9, 0, 10), (0, 0), (1, 2, 3, 4)] * 4  # ragged; EOS inside prompts
@@ -230,8 +234,9 @@ def test_samples_follow_the_softmax_whatever_the_model_was_shipped_with(temperat
 def test_a_models_own_settings_change_no_response_and_are_put_back() -> None:
     plain, shipped = policy(eos=0.5), policy(eos=0.5)
     shipped.model.generation_config = OWN_SETTINGS
-    for greedy in (False, True):
-        assert sample(plain, greedy=greedy).responses() == sample(shipped, greedy=greedy).responses()
+    for temperature in (1.0, None):
+        ours, theirs = (sample(lm, temperature=temperature).responses() for lm in (plain, shipped))
+        assert ours == theirs
     assert shipped.model.generation_config is OWN_SETTINGS
 
     def broken(**_: Any) -> None:
@@ -252,7 +257,7 @@ def test_all_of_a_large_vocabulary_can_be_sampled() -> None:
 
 def test_greedy_takes_the_likeliest_token() -> None:
     lm = policy(eos=0.5)
-    generated = sample(lm, greedy=True)
+    generated = sample(lm, temperature=None)
     for prompt, response in zip(PROMPTS, generated.responses(), strict=True):
         with torch.no_grad():
             logits = lm.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
@@ -269,25 +274,81 @@ def test_seeds_decide_the_samples_and_nothing_else_does() -> None:
     assert sample(lm, seed=3).responses() == first != sample(lm, seed=4).responses()
 
 
-# ---- prompts of a step
+# ---- heads with more rows than the tokenizer has ids
 
 
-@pytest.mark.parametrize(("count", "batch"), [(7, 3), (5, 5), (3, 8), (1, 2), (10, 4)])
-def test_each_prompt_comes_once_a_pass(count: int, batch: int) -> None:
-    stream = [i for step in range(20) for i in prompt_schedule(count, batch, step, seed=0)]
-    assert len(stream) == 20 * batch
-    passes = [stream[start : start + count] for start in range(0, len(stream) - count + 1, count)]
-    assert all(sorted(one) == list(range(count)) for one in passes)
-    if count > 3:
-        assert len({tuple(one) for one in passes}) > 1  # each pass in its own order
+def padded(lm: LanguageModel, extra: int = 5) -> LanguageModel:
+    """The same model with a head of more rows, which it would write all the time."""
+    wide = tiny.tiny_llama(0, vocab=VOCAB + extra)
+    own = lm.model.state_dict()
+    for name, weight in wide.state_dict().items():
+        weight[: len(own[name])] = own[name]
+    wide.lm_head.weight.data[VOCAB:] = 0.0
+    wide.lm_head.weight.data[VOCAB:, 0] = 9.0  # the constant dimension
+    return LanguageModel(wide, vocab_size=VOCAB)
 
 
-def test_the_schedule_is_a_function_of_step_and_seed_alone() -> None:
-    late = prompt_schedule(50, 8, 40, seed=1)
-    torch.manual_seed(123)
-    [prompt_schedule(50, 8, step, seed=1) for step in range(40)]
-    assert prompt_schedule(50, 8, 40, seed=1) == late
-    assert prompt_schedule(50, 8, 0, seed=1) != prompt_schedule(50, 8, 0, seed=2)
+@pytest.mark.parametrize("linear", [True, False])
+def test_ids_that_no_tokenizer_makes_are_never_written(linear: bool) -> None:
+    """Sampled by one seed, by a seed a row, or greedily; and the log-probs that are trained are those of what is
+    sampled."""
+    plain = policy(eos=0.5)
+    lm = padded(plain)
+    lm.head = Head(linear)
+    for how in ({"temperature": 0.7}, {"seed": list(range(20))}, {"temperature": None}):
+        ours, theirs = (sample(model, **how) for model in (lm, plain))
+        assert int(ours.tokens_BS.max()) < VOCAB
+        assert ours.responses() == theirs.responses(), how
+    batch = to_batch(ours, lm, None, micro_batch=8, temperature=0.8)
+    expected_BT = score_logprobs(plain, ours, micro_batch=8, temperature=0.8)
+    torch.testing.assert_close(batch.old_logprobs_BT, expected_BT, atol=1e-5, rtol=0)
+    unmasked = LanguageModel(lm.model)
+    assert int(sample(unmasked).tokens_BS.max()) >= VOCAB  # they are likely, and the mask is what keeps them out
+
+
+# ---- batches by memory
+
+
+def test_rows_that_do_not_fit_together_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is what it would be alone, with random numbers of its own; rows that fit keep the batch's."""
+    lm = policy(eos=0.5)
+    whole, asked = sample(lm), []
+
+    def seven(model: LanguageModel, positions: int, **options: Any) -> int:
+        asked.append((positions, options))
+        return 7
+
+    monkeypatch.setattr(srppo.training.rollout, "rows_that_fit", seven)
+    found = sample(lm, held=123)
+    assert asked == [(5 + LIMIT, {"held": 123})]
+    alone = [sample(lm, PROMPTS[i : i + 7], rows=7, seed=derive_seed(1, "part", i) if i else 1) for i in (0, 7, 14)]
+    assert found.responses() == [row for part in alone for row in part.responses()] != whole.responses()
+    assert found.ended_B.tolist() == [ended for part in alone for ended in part.ended_B.tolist()]
+    greedy = [sample(lm, temperature=None, rows=rows).responses() for rows in (3, 20)]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nTry"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "cpu"],
+)
+def test_out_of_memory_while_writing_names_what_helps(error: Exception) -> None:
+    """No micro-batch does: batches go by memory."""
+    lm = policy()
+
+    def full(**_: Any) -> None:
+        raise error
+
+    lm.model.generate = full
+    advice = r"^generating ran out of memory \((CUDA|Def)[^\n]*\), .* lower rollout\.max_new_tokens or [^\n]*$"
+    with pytest.raises(OutOfMemory, match=advice):
+        sample(lm)
+
+
+def test_a_batch_that_fits_is_written_at_once() -> None:
+    lm = policy(eos=0.5)
+    assert sample(lm).responses() == sample(lm, rows=20).responses() == sample(lm, rows=999).responses()
 
 
 def test_a_rollout_batch_keeps_what_was_generated() -> None:

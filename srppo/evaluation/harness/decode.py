@@ -1,4 +1,4 @@
-"""Decoding for evaluation: greedy, or sampled by random numbers of each row's own seed."""
+"""Decoding as lm-eval's tasks ask for it: greedy, or sampled by random numbers of each row's own seed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from typing import Any
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from srppo.models.language_model import LanguageModel
-from srppo.training.batch import left_pad
+from srppo.training.rollout import generate
 
 DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
 
@@ -51,50 +42,26 @@ def how_asked(asked: Mapping[str, Any], temperature: float | None, new_tokens: i
     return Decoding(new_tokens or limit, until, warm, top_k, top_p, extra=own)
 
 
-class _InverseTransform(LogitsProcessor):
-    """Leaves one token a row: where the cumulative probability passes the row's own uniform number of this step."""
-
-    def __init__(self, uniforms_BT: Tensor, temperature: float) -> None:
-        self.uniforms_BT, self.temperature, self.step = uniforms_BT, temperature, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative_BV = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        target_B1 = self.uniforms_BT[:, self.step, None] * cumulative_BV[:, -1:]
-        self.step += 1
-        token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
-
-
 class _StopTexts(StoppingCriteria):
-    """Ends a row once one of the texts stands in its response; looks at as many last tokens as could hold one."""
+    """Ends a row once one of the texts stands in its response; looks at as many last tokens as could hold one. For one
+    batch; `tick` is called at each step."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt_width: int) -> None:
-        self.tokenizer, self.texts, self.start = tokenizer, [text for text in texts if text], prompt_width
-        self.window = max(len(text.encode()) for text in self.texts) + 1
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tick: Callable[[], None]) -> None:
+        self.tokenizer, self.texts, self.tick = tokenizer, [text for text in texts if text], tick
+        self.window, self.steps = max((len(text.encode()) + 1 for text in self.texts), default=0), 0
         self.done: list[bool] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.tick()
+        self.steps += 1
         self.done = self.done or [False] * len(input_ids)
-        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
-        for i, tail in enumerate(tails):
+        for i, tail in enumerate(input_ids[:, -min(self.steps, self.window) :].tolist() if self.texts else []):
             if not self.done[i]:
                 written = str(self.tokenizer.decode(tail, skip_special_tokens=True))
                 self.done[i] = any(text in written for text in self.texts)
         return torch.tensor(self.done, device=input_ids.device)
 
 
-class _Tick(StoppingCriteria):
-    """Tells of each step; stops nothing."""
-
-    def __init__(self, tick: Callable[[], None]) -> None:
-        self.tick = tick
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.tick()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@torch.no_grad()
 def decode(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,46 +72,23 @@ def decode(
     stop_ids: Sequence[int],
     tick: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Token ids of the response to each prompt, up to its first stop token (left out).
+    """Token ids of the response to each prompt, up to its first stop token (left out), as one batch of `generate`.
 
-    The model's own generation_config is overridden, as in rollouts. A sampled row's random numbers come from its seed
-    alone; the global random state neither enters nor changes. Its probabilities come from products over the whole
-    batch, whose last bits hang on the batch's size and width: the same batch gives the same row, another one may, at a
-    near tie, give another token (1 of 48 GSM8K responses of embedded:l, batches of 64 against 5).
+    A sampled row's random numbers come from its seed alone.
     """
-    pad = int(tokenizer.pad_token_id)
-    tokens_BP, mask_BP = (x.to(model.device) for x in left_pad(prompts, pad))
-    processors, criteria = LogitsProcessorList(), StoppingCriteriaList([_Tick(tick)])
-    if how.temperature is not None:
-        if how.top_k:
-            processors.append(TopKLogitsWarper(how.top_k))
-        if how.top_p < 1:
-            processors.append(TopPLogitsWarper(how.top_p))
-        rows = [torch.rand(how.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        processors.append(_InverseTransform(torch.stack(rows).double().to(model.device), how.temperature))
-    if any(how.until):
-        criteria.append(_StopTexts(tokenizer, how.until, tokens_BP.shape[1]))
-    config = GenerationConfig(
+    generated = generate(
+        model,
+        prompts,
+        stop_ids=stop_ids,
+        pad_id=int(tokenizer.pad_token_id),
         max_new_tokens=how.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad,
-        use_cache=True,
-        **how.extra,
+        seed=seeds,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        criteria=[_StopTexts(tokenizer, how.until, tick)],
+        settings=how.extra,
+        rows=len(prompts),
     )
-    own = model.model.generation_config
-    model.model.generation_config = GenerationConfig()  # generate() fills gaps of ours from the model's own
-    try:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.precision == "bf16"):
-            tokens_BS = model.model.generate(
-                input_ids=tokens_BP,
-                attention_mask=mask_BP.long(),
-                generation_config=config,
-                logits_processor=processors,
-                stopping_criteria=criteria,
-            )
-    finally:
-        model.model.generation_config = own
-    stops = set(stop_ids)
-    responses = tokens_BS[:, tokens_BP.shape[1] :].tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in responses]
+    ended = generated.ended_B.tolist()
+    return [row[:-1] if stopped else row for row, stopped in zip(generated.responses(), ended, strict=True)]

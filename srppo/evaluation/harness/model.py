@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import derive_seed
 from srppo.data.chat import render, stop_ids
-from srppo.errors import ModelError
-from srppo.evaluation.harness.batches import batch_size, by_length
+from srppo.errors import ModelError, OutOfMemory
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
 from srppo.evaluation.meter import Meter
 from srppo.models.language_model import LanguageModel, model_inputs
+from srppo.models.memory import batch_size, by_length
 from srppo.training.batch import left_pad
 
 Pair = tuple[Any, list[int], list[int]]  # (texts, ids of the context, ids of the continuation)
@@ -63,10 +63,6 @@ class HarnessModel(TemplateLM):
     def lm(self) -> LanguageModel:
         """The model itself."""
         return self.load()
-
-    @cached_property
-    def _weights(self) -> int:
-        return sum(weight.numel() * weight.element_size() for weight in self.lm.model.parameters())
 
     def release(self) -> None:
         """Let go of the weights: a run has many models, and one at a time is in memory."""
@@ -176,7 +172,7 @@ class HarnessModel(TemplateLM):
         began = perf_counter()
         try:
             return decode(self.lm, self.tokenizer, prompts, seeds, how, stop_ids=stops, tick=tick)
-        except torch.OutOfMemoryError:
+        except OutOfMemory:
             if len(prompts) == 1:
                 raise ModelError(
                     f"one prompt of {len(prompts[0])} tokens and {how.max_new_tokens} new ones do not fit the memory; "
@@ -244,7 +240,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _size(self, positions: int, scored: int = 1) -> int:
-        size = self.rows or batch_size(self.lm.model.config, positions, scored, self.lm.device, self._weights)
+        size = self.rows or batch_size(self.lm, positions, scored=scored)
         self.used_rows = max(size, self.used_rows or 0)
         return size
 

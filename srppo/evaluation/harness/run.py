@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from srppo.config import canonical_json
 from srppo.console import Console
 from srppo.errors import ConfigError
@@ -49,7 +47,7 @@ def evaluate_command(
     console: Console | None = None,
     arms: ArmsOf = stages_by_kind,
 ) -> list[Path]:
-    """Evaluate a model, or every arm of a run, and print a table; returns the folders of the results.
+    """Evaluate a model, or every arm of a run; returns the folders of the results.
 
     samples: so many a prompt at `temperature`; None: decode as each task says. chat_template None: the tokenizer's own
     if it has one, ours for our models and for the embedded suite. system: a system message, by default that with which
@@ -86,7 +84,6 @@ def evaluate_command(
         for target, lm, requests in plan:
             found += [evaluator.evaluate(target, lm, each) for each in requests]
             lm.release()
-    console.print(_table(found))
     _say_not_scored(console, found)
     folders = list(dict.fromkeys(str(path.parent) for path in found))
     console.print(f"results: {folders[0]}{f' and {len(folders) - 1} more such folders' if folders[1:] else ''}")
@@ -114,30 +111,6 @@ def _check_numbers(options: EvalOptions, rows: int | None) -> None:
         raise ConfigError(f"--batch-size {rows}: it must be at least 1, or left out to fit the memory")
     if not options.temperature > 0:
         raise ConfigError(f"--temperature {options.temperature}: it must be above 0; leave out --samples for greedy")
-
-
-def _table(found: Sequence[Path]) -> Table:
-    """A row a task and model, with a line for each metric."""
-    summaries = [read_json(path / SUMMARY) for path in found]
-    table = Table(title="Scores with 95% intervals over items", title_justify="left")
-    table.add_column("task", overflow="fold")
-    table.add_column("model", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for heading in ("score", "interval", "items"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for summary in summaries:
-        figures = sorted(summary["metrics"].items(), key=lambda pair: pair[0] != summary["metric"])
-        seed = "" if summary["seed"] is None else f", seed {summary['seed']}"
-        decoding = "" if summary["decoding"] == "greedy" else f", {summary['samples']} samples"
-        table.add_row(
-            summary["task"],
-            f"{summary['model']}{seed}{decoding}",
-            "\n".join(name for name, _ in figures),
-            "\n".join(f"{each['value']:.3f}" for _, each in figures),
-            "\n".join("" if each["low"] is None else f"{each['low']:.3f} {each['high']:.3f}" for _, each in figures),
-            f"{summary['items'] - summary['not_scored']}",
-        )
-    return table
 
 
 def _say_not_scored(console: Console, found: Sequence[Path]) -> None:

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from worlds import byte_llama, save_model, write_rows
 
 from srppo.config import ModelConfig, load_recipe, resolved
+from srppo.errors import OutOfMemory
 from srppo.evaluation.development import answer_items
 from srppo.evaluation.harness import session
-from srppo.evaluation.harness.batches import MOST, batch_size
 from srppo.evaluation.harness.decode import Decoding, decode, how_asked
 from srppo.evaluation.items import load_items
 from srppo.evaluation.results import read_result
 from srppo.models.loading import load_model, load_tokenizer
+from srppo.models.memory import MOST
 from srppo.world.tasks import GROUPS
 
 SHOTS = {"fewshot_split": "test", "num_fewshot": 2}
@@ -236,18 +237,6 @@ def test_another_process_writes_the_same_file(model: Path, tasks: Path, tmp_path
     assert (ours / "samples.parquet").read_bytes() == (theirs / "samples.parquet").read_bytes()
 
 
-def test_batches_fit_the_memory_in_powers_of_two(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_model(str(model), ModelConfig()).model.config
-    sizes = []
-    for total in (1 << 14, 1 << 24, 1 << 27, 1 << 40):
-        monkeypatch.setattr("srppo.evaluation.harness.batches.total_bytes", lambda device, total=total: total)
-        sizes.append(batch_size(config, 512, 1, torch.device("cpu")))
-    assert batch_size(config, 36, 1, torch.device("cpu")) == 512
-    assert batch_size(config, 512, 1, torch.device("cpu"), weights=(1 << 40) - (1 << 27)) == sizes[2]
-    assert sizes[0] == 1 and sizes[-1] == 128 and sizes == sorted(sizes) and len(set(sizes)) == 4
-    assert all(size & (size - 1) == 0 for size in sizes)
-
-
 def test_batches_are_the_same_whatever_memory_is_free_and_are_recorded(
     model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +273,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     def decode_small(lm: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any, **options: Any) -> list[list[int]]:
         sizes.append(len(prompts))
         if len(prompts) > 4:
-            raise torch.OutOfMemoryError("full")
+            raise OutOfMemory("full")
         return decode(lm, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr("srppo.evaluation.harness.model.decode", decode_small)

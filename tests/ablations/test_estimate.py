@@ -12,7 +12,7 @@ import pytest
 import torch
 from worlds import World, make_world
 
-from srppo.ablations.pace import Pace, check_data, measure_pace
+from srppo.ablations.estimate import Pace, check_data, measure_pace
 from srppo.ablations.plan import Task
 from srppo.errors import ConfigError, DataError, ModelError, UserError
 

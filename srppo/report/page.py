@@ -1,4 +1,4 @@
-"""Pieces of self-contained HTML pages: no script, no link, nothing loaded from outside."""
+"""The frame of every page and its pieces: self-contained HTML, no script, no link, nothing loaded from outside."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+from srppo.record.files import storing, write_atomic
 from srppo.report.style import GRID, INK, PAPER
+
+RUNS = Path("runs")
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#24292f;--soft:#57606a;--line:#d8dee4;--wash:#f6f8fa;--bad:#b42318;
@@ -19,6 +23,7 @@ STYLE = """
 body{margin:0 auto;max-width:1040px;padding:1rem;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
+h3{font-size:1rem;margin:1.2rem 0 .2rem}
 p,li{overflow-wrap:anywhere}.soft{color:var(--soft);font-size:.9rem}.bad,.wrong{color:var(--bad)}.right{color:var(--good)}
 .wide{overflow-x:auto;margin:.6rem 0 1rem}table{border-collapse:collapse;font-size:.9rem;
 font-variant-numeric:tabular-nums}
@@ -26,6 +31,8 @@ th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(-
 vertical-align:top}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 thead th{color:var(--soft);font-weight:600;white-space:normal}
+.over th{font-weight:600;padding-top:.8rem}tr.good td:not(:first-child){color:var(--good)}
+tr.bad td:not(:first-child){color:var(--bad)}tr.own{font-weight:600}
 .facts td:last-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
 figure{margin:1rem 0}figure .wide{margin:0 0 .3rem}svg{width:100%;height:auto;min-width:700px}
 svg text{font-family:inherit!important}
@@ -45,22 +52,21 @@ details>pre{background:var(--wash);padding:.7rem;border-radius:6px}
 """
 
 
-def page(title: str, body: str, style: str = "") -> str:
-    """A whole page. The title is escaped, the body is HTML, `style` is added to STYLE; lone surrogates are replaced."""
+def write_page(path: Path, title: str, parts: Sequence[str], style: str = "") -> Path:
+    """Write a whole page and return its path. The title is escaped, the parts are HTML, `style` is added to STYLE.
+
+    Lone surrogates are replaced. Raises StorageError when the disk refuses.
+    """
     text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>{body}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>"
+        f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain texts, escaped here."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode("utf-8", "replace").decode("utf-8"))
+    return path
 
 
 def facts(environment: Mapping[str, Any]) -> str:
@@ -79,28 +85,35 @@ def _flat(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def inline_plot(caption: str, svg: Path | str, number: int) -> str:
-    """An SVG of plots.py inlined: without its prolog, in the page's colours, its ids kept apart from other plots'.
+def plot(caption: str, paths: Sequence[Path]) -> str:
+    """A plot of plots.py inlined, given the files that it was written to; nothing where nothing was drawn.
 
-    Of a file that has one for phones beside it (`plots.narrow_of`) both are in the page, which shows one of them.
+    Where one for phones lies beside the SVG (`narrow_of`) both are in the page, which shows one of them.
     """
-    wide = svg if isinstance(svg, str) else svg.read_text(encoding="utf-8")
-    narrow = None if isinstance(svg, str) else svg.with_name(f"{svg.stem}-narrow.svg")
-    kind = "wide roomy" if narrow and narrow.exists() else "wide"
-    plots = f'<div class="{kind}">{_inline(caption, wide, f"p{number}")}</div>'
-    if narrow and narrow.exists():
-        plots += f'<div class="narrow">{_inline(caption, narrow.read_text(encoding="utf-8"), f"n{number}")}</div>'
-    return f'<figure>{plots}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
+    if not paths:
+        return ""
+    svg, prefix = paths[-1], f"p{crc32(caption.encode('utf-8', 'replace'))}"
+    narrow = narrow_of(svg) if narrow_of(svg).exists() else None
+    html = f'<div class="{"wide roomy" if narrow else "wide"}">{_inline(caption, svg, prefix)}</div>'
+    html += f'<div class="narrow">{_inline(caption, narrow, f"n{prefix}")}</div>' if narrow else ""
+    return f'<figure>{html}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
 
 
-def _inline(caption: str, text: str, prefix: str) -> str:
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", text)
+def narrow_of(svg: Path) -> Path:
+    """Where a plot's form for phones lies."""
+    return svg.with_name(f"{svg.stem}-narrow.svg")
+
+
+def _inline(caption: str, svg: Path, prefix: str) -> str:
+    """Without its prolog, in the page's colours, its ids kept apart from other plots'."""
+    drawn = svg.read_text(encoding="utf-8")
+    drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    drawn = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", drawn).replace("xlink:href", "href")
+    drawn = re.sub(r'\bid="', f'id="{prefix}-', drawn)
+    drawn = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", drawn)
     for colour, name in ((INK, "--ink"), (GRID, "--line"), (PAPER, "--paper")):
-        text = text.replace(colour, f"var({name})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
+        drawn = drawn.replace(colour, f"var({name})")
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
 
 
 def bullets(title: str, lines: Sequence[str], kind: str) -> str:
@@ -114,11 +127,30 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
-def soft_text(text: str) -> str:
+def text(words: str, kind: str = "") -> str:
+    """A paragraph, of CSS class `kind`, escaped; nothing without words."""
+    css = f' class="{kind}"' if kind else ""
+    return f"<p{css}>{escape(words)}</p>" if words else ""
+
+
+def soft_text(words: str) -> str:
     """A paragraph in the softer colour, escaped."""
-    return f'<p class="soft">{escape(text)}</p>'
+    return text(words, "soft")
 
 
 def details(summary: str, content: str) -> str:
     """Content behind a line to open it; nothing where there is none. The summary is escaped, the content is HTML."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>" if content else ""
+
+
+def page_folder(kind: str, run: Path | None, sft: str, seed: int | None) -> Path:
+    """Where a page goes that no option names a folder for: runs/KIND/NAME, so that none takes another's.
+
+    NAME: the run's (also where its SFT model lies in it), with the training seed that was asked for; of two models
+    given by name the SFT model's.
+    """
+    place = Path(sft)
+    if run is None and place.parent.parent.name == "stages":
+        run = place.parents[2]
+    name = run.resolve().name if run is not None else re.sub(r"[^\w.-]+", "-", sft.strip("/")).strip("-.")
+    return RUNS / kind / (name if seed is None else f"{name}-seed-{seed}")

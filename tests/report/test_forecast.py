@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from analysis.test_forecast import draws
 from pages import offline_page
 
 from srppo.analysis.forecast import ForecastResult
 from srppo.analysis.optimum import Point, measured, optimum, point_of, reached_of
 from srppo.console import Console
-from srppo.report.figures import estimate_text
-from srppo.report.forecast_page import CANNOT, report_forecast, sentences
-from tests.analysis.test_forecast import draws
+from srppo.report.forecast import CANNOT, report_forecast, sentences
+from srppo.report.words import estimate_text
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -1,4 +1,4 @@
-"""Metric rows over training seeds: the mean of those that finished, and a band that says how far it is known."""
+"""What a run left behind beside its answers: metric rows over training seeds, environments, and what is missing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
+from srppo.errors import RecordError
+from srppo.record.arms import problem_of
+from srppo.record.files import damage
+from srppo.record.json import read_json
 from srppo.record.store import Run, Stage
-from srppo.report.answers import figures_of, seed_of
-from srppo.stages.arms import EQUAL, LONGER, stages_by_arm
+from srppo.report.answers import answers_file, figures_of, seed_of
+from srppo.report.words import DECODINGS, is_number
+from srppo.stages.arms import CHOSEN, EQUAL, LONGER, stages_by_arm
 from srppo.stages.kinds import KINDS
 
 Rows = Sequence[Mapping[str, Any]]
+NEVER_RUN = {
+    "base": "the base was not measured",
+    "SFT": "SFT was not run",
+    "SRPPO": "SRPPO was not run (srppo train)",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,10 @@ class SeedRows:
     done: Mapping[int, Rows] = field(default_factory=dict)
     broken: Mapping[int, Rows] = field(default_factory=dict)
     kept: int | None = None
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Those of all seeds."""
+        return [row for rows in (*self.done.values(), *self.broken.values()) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,6 @@ def over_seeds(rows_by_seed: Mapping[int, Rows], x: str, y: str) -> Line | None:
     return Line(values[:, :, 0].mean(axis=0), values[:, :, 1].mean(axis=0), low, high)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def band_words(arms: Mapping[str, SeedRows]) -> str:
     """What lines and bands are, for a caption."""
     counts = {name: len(arm.done) for name, arm in arms.items() if arm.done}
@@ -88,7 +98,7 @@ def band_words(arms: Mapping[str, SeedRows]) -> str:
     return " ".join(words)
 
 
-def curves_of_run(run: Run) -> dict[str, SeedRows]:
+def curves_of(run: Run) -> dict[str, SeedRows]:
     """Rows of SFT, longer SFT and SRPPO, where there are any."""
     by_arm = stages_by_arm(run)
     sft_flops = {stage.id: figures_of(stage).get("flops", 0) for stage in by_arm.get("SFT", [])}
@@ -138,3 +148,72 @@ def longer_ends(run: Run) -> SeedRows:
             ranked = enumerate([*start, *rows], start=1 - len(start))
             done[seed] = [{**row, "step": i, "tflops": row.get("flops", 0) / 1e12} for i, row in ranked]
     return SeedRows(done)
+
+
+# ---- environments, and what is missing
+
+
+def environment_of(stage: Stage) -> dict[str, Any]:
+    """What the last attempt at a stage ran on; empty where none got so far as to say."""
+    for attempt in reversed(stage.attempts()):
+        try:
+            return read_json(attempt / "env.json")
+        except RecordError:  # killed before it was written
+            continue
+    return {}
+
+
+def run_environment(run: Run) -> dict[str, Any]:
+    """The environment of the last arm's first stage, and under `differs` what other stages had otherwise."""
+    found = [environment_of(stage) for stages in reversed(stages_by_arm(run).values()) for stage in stages]
+    found = [each for each in found if each]
+    if not found:
+        return {}
+    differing = [key for key in found[0] if any(each.get(key) != found[0][key] for each in found)]
+    return found[0] | ({"differs": f"{', '.join(differing)}: not the same for every stage"} if differing else {})
+
+
+def missing_of(run: Run) -> list[str]:
+    """Arms that were not run, seeds not started, lengths of longer SFT not finished, and files that are gone.
+
+    Stages of an arm that failed are not repeated: its row says so (`ArmFigures.problem`).
+    """
+    by_arm = stages_by_arm(run)
+    lines = [text for arm, text in NEVER_RUN.items() if arm not in by_arm]
+    if "SRPPO" in by_arm and EQUAL not in by_arm:
+        lines.append(f"{LONGER} at equal compute was not run; add --baselines")
+    undecided = sorted({*map(seed_of, by_arm.get(EQUAL, []))} - {*map(seed_of, by_arm.get(CHOSEN, []))})
+    if undecided:
+        lines.append(f"{CHOSEN}: not chosen for {_seeds(undecided)}, since not every length is finished and scored")
+    for arm, stages in by_arm.items():
+        seeds = [seed for seed in run.spec.get("seeds", []) if seed not in map(seed_of, stages)]
+        if seeds and arm != CHOSEN:
+            lines.append(f"{arm}: {_seeds(seeds)} not started; run the same command to go on")
+    shown = {stage.id for stages in by_arm.values() for stage in stages}
+    for stage in run.stages():
+        kind, steps = stage.identity["kind"], stage.identity["config"].get("steps")
+        beside = kind in KINDS and KINDS[kind].shares and stage.id not in shown  # a length that is no arm by itself
+        if beside and (problem := problem_of(stage, stage.result())):
+            lines.append(f"{LONGER} of {steps} steps: {problem}")
+        lines += [f"{kind}, seed {seed_of(stage)}: {line}" for line in _gone(stage)]
+    return lines
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+
+
+def _gone(stage: Stage) -> list[str]:
+    """Files that a finished stage should have and has not: of its result, its answers, its metrics.
+
+    Answers are checked by content, what is large by name alone (`srppo train` checks it before it goes on).
+    """
+    figures = figures_of(stage)
+    names = (stage.result() or {}).get("files", {})
+    lines = [f"{stage.path / name} is gone" for name in names if not (stage.path / name).exists()]
+    for which, measured in (("kept", figures), ("last", figures.get("last", {}))):
+        files = [answers_file(stage, which, decoding) for decoding in DECODINGS if measured.get("test")]
+        lines += [f"{file} is gone or damaged" for file in files if not file.exists() or damage(file.parent)]
+    if figures.get("steps") and not stage.metrics():
+        lines.append(f"{stage.path / 'attempts'} has no metrics.jsonl any more")
+    return lines

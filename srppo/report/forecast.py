@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from srppo.analysis.optimum import MIN_ESS
 from srppo.config import canonical_json
 from srppo.console import Console
 from srppo.record.files import write_atomic
 from srppo.record.json import plain
-from srppo.report.figures import estimate_text, number_text
-from srppo.report.forecast_plot import frontier_plot
-from srppo.report.html import bullets, html_table, inline_plot, page, section, soft_text
-from srppo.report.terminal import Narrow
+from srppo.report.page import bullets, plot, section, soft_text, write_page
+from srppo.report.plots import frontier_plot
+from srppo.report.table import Column, Row, Table, paragraph, to_html
+from srppo.report.words import estimate_text, number_text
 
 if TYPE_CHECKING:
     from srppo.analysis.forecast import ForecastResult
@@ -40,116 +35,70 @@ MEANING = (
 def report_forecast(result: ForecastResult, folder: Path, console: Console) -> Path:
     """Print tables and sentences; write forecast.json, forecast.html and the plot into `folder`; returns the JSON's
     path."""
-    console.print(forecast_table(result))
-    for line in sentences(result):
-        console.print(Narrow(Text(line)))
-    path = folder / "forecast.json"
+    table, groups, said = forecast_table(result), groups_table(result), sentences(result)
+    console.print(replace(table, caption=(*table.caption, *result.notes)))
+    if groups:
+        console.print(groups)
+    for line in said:
+        console.print(paragraph(line))
+    path, page = folder / "forecast.json", folder / "forecast.html"
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"schema_version": 1, **plain(asdict(result)), "sentences": sentences(result)}
+    content = {"schema_version": 1, **plain(asdict(result)), "sentences": said}
     write_atomic(path, canonical_json(content) + "\n")
     plots = frontier_plot(result, folder / "frontier")
-    write_atomic(folder / "forecast.html", forecast_html(result, plots[1]))
-    for file in [*plots, path, folder / "forecast.html"]:
+    caption = "Optima and PPO against KL to SFT, with 95% intervals over prompts"
+    models = f"SFT: {result.sft}. Base: {result.base}. Objective: anchor {result.anchor}, beta {result.beta:g}."
+    parts = [
+        soft_text(models),
+        bullets("What it says", said, ""),
+        section("Reward and accuracy against KL", plot(caption, plots)),
+        section(table.title, to_html(table) + soft_text(MEANING)),
+        section("Accuracy by group", to_html(groups) if groups else ""),
+        bullets("Notes", result.notes, ""),
+    ]
+    write_page(page, "srppo forecast", parts)
+    for file in [*plots, path, page]:
         console.print(f"forecast: {file}")
     return path
 
 
-def forecast_table(result: ForecastResult) -> RenderableType:
-    """Optima over beta, SFT and the checkpoints; accuracy by group where there are several; at most 80 columns."""
-    table = _table("Forecast")
-    for head, width in (("", 9), ("ESS", 4), ("reward", 18), ("KL to SFT", 16), ("len", 4), ("accuracy", 16)):
-        table.add_column(head, width=width, justify="right" if head else "left", overflow="fold")
-    for points in _blocks(result):
-        for point in points:
-            style = "bold" if point is result.own else ""
-            table.add_row(_name(point, result), _ess(point), *_cells(point), style=style)
-        table.add_section()
-    groups = _group_table(result)
-    return Group(table, *([groups] if groups else []), *(Narrow(Text(line, "dim")) for line in captions(result)))
-
-
-def _blocks(result: ForecastResult) -> list[list[Point]]:
-    """What was measured, then the optima of each anchor."""
+def forecast_table(result: ForecastResult) -> Table:
+    """What was measured (SFT and the checkpoints), then the optima of each anchor over beta."""
     anchors = dict.fromkeys(point.anchor for point in result.points)
     optima = [[point for point in result.points if point.anchor == anchor] for anchor in anchors]
-    return [[result.start, *result.checkpoints], *optima]
-
-
-def captions(result: ForecastResult) -> list[str]:
-    """What rows and columns of the table mean, and what to know of this forecast."""
-    return [
+    heads = [Column(""), Column("ESS"), Column("reward, nats", "reward"), Column("KL to SFT, nats", "KL to SFT")]
+    rows: list[Row | str] = []
+    for points in ([result.start, *result.checkpoints], *optima):
+        rows += [""] if rows else []
+        for point in points:
+            ess = f"{point.ess[1]:.0f}" if point.anchor else ""  # of an optimum
+            figures = [_narrow(point.reward), _narrow(point.kl_sft), number_text(point.length.mean)]
+            cells = [*figures, _narrow(point.accuracy)] if point.answered else [CANNOT, "", "", ""]
+            rows.append(Row([_name(point, result), ess, *cells], "own" if point is result.own else ""))
+    caption = (
         f"Rows such as `sft 0.5` are the optimum with that anchor and beta, from {result.samples} samples of the SFT "
         f"model a prompt; * is the recipe's own. Means over {result.prompts} prompts with 95% intervals over prompts; "
         "nats a response, tokens; [-, -]: no interval, as of one prompt or of equal ones; accuracy: exact match, "
         "sampled at temperature 1 (PPO: the rollout temperature).",
         f"ESS: effective samples a prompt, harmonic mean over prompts. {CANNOT}: {RULE}.",
-        *result.notes,
-    ]
+    )
+    return Table.of("Forecast", [*heads, Column("length, tokens", "len"), Column("accuracy")], rows, caption)
 
 
-def forecast_html(result: ForecastResult, plot: Path) -> str:
-    """The page as text: sentences, plot, tables, and what "cannot say" means."""
-    rows = [[_name(p, result).plain, _ess(p), *_cells(p)] for points in _blocks(result) for p in points]
-    groups, by_group = _by_group(result)
-    table = html_table(["", "ESS", "reward, nats", "KL to SFT, nats", "length, tokens", "accuracy"], rows)
-    caption = "Optima and PPO against KL to SFT, with 95% intervals over prompts"
-    body = [
-        "<h1>srppo forecast</h1>",
-        soft_text(f"SFT: {result.sft}. Base: {result.base}. Objective: anchor {result.anchor}, beta {result.beta:g}."),
-        bullets("What it says", sentences(result), ""),
-        section("Reward and accuracy against KL", inline_plot(caption, plot, 0)),
-        section("Forecast", table + "".join(map(soft_text, captions(result)[:2])) + soft_text(MEANING)),
-        section("Accuracy by group", html_table(["", *groups], by_group) if by_group else ""),
-        bullets("Notes", result.notes, ""),
-    ]
-    return page("srppo forecast", "".join(body))
-
-
-def _by_group(result: ForecastResult) -> tuple[list[str], list[list[str]]]:
-    """(groups, rows): accuracy of SFT, the checkpoints and the recipe's own optimum; no rows for a single group."""
+def groups_table(result: ForecastResult) -> Table | None:
+    """Accuracy by group of SFT, the checkpoints and the recipe's own optimum; None for a single group."""
     groups = list(result.start.by_group)
-    shown = [p for p in (result.start, *result.checkpoints, result.own) if p is not None and len(groups) > 1]
+    shown = [p for p in (result.start, *result.checkpoints, result.own) if p is not None]
     rows = [
-        [_name(p, result).plain, *(estimate_text(p.by_group[g]) if p.answered else CANNOT for g in groups)]
-        for p in shown
+        [_name(p, result), *(estimate_text(p.by_group[g]) if p.answered else CANNOT for g in groups)] for p in shown
     ]
-    return groups, rows
+    return Table.of("Accuracy by group", ["", *groups], rows) if len(groups) > 1 else None
 
 
-def _group_table(result: ForecastResult) -> Table | None:
-    groups, rows = _by_group(result)
-    if not rows:
-        return None
-    table = _table("Accuracy by group")
-    table.add_column("", width=9)
-    for group in groups:
-        table.add_column(Text(group), justify="right", width=17, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _ess(point: Point) -> str:
-    """Effective samples of an optimum; nothing for what was measured itself."""
-    return f"{point.ess[1]:.0f}" if point.anchor else ""
-
-
-def _table(title: str) -> Table:
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    return Table(title=Text(title), title_style="bold", title_justify="left", **style)
-
-
-def _name(point: Point, result: ForecastResult) -> Text:
+def _name(point: Point, result: ForecastResult) -> str:
     if point.step is not None:
-        return Text(f"PPO {point.step}" if point.arm == "PPO" else point.name)
-    return Text(f"{point.anchor} {point.beta:g}{'*' if point is result.own else ''}" if point.anchor else "SFT")
-
-
-def _cells(point: Point) -> list[str]:
-    if not point.answered:
-        return [CANNOT, "", "", ""]
-    figures = [_narrow(estimate) for estimate in (point.reward, point.kl_sft)]
-    return [*figures, number_text(point.length.mean), _narrow(point.accuracy)]
+        return f"PPO {point.step}" if point.arm == "PPO" else point.name
+    return f"{point.anchor} {point.beta:g}{'*' if point is result.own else ''}" if point.anchor else "SFT"
 
 
 def _narrow(estimate: Estimate | None) -> str:
@@ -179,7 +128,7 @@ def sentences(result: ForecastResult) -> list[str]:
 
 
 def _scores(best: Point) -> str:
-    return f", and that objective's optimum scores {_accuracy(best)}" if best.accuracy else ""
+    return f", and that objective's optimum scores {estimate_text(best.accuracy)}" if best.accuracy else ""
 
 
 def _reached_line(reached: Reached, result: ForecastResult) -> str:
@@ -191,7 +140,9 @@ def _reached_line(reached: Reached, result: ForecastResult) -> str:
     if reached.share is None:
         return f"{reached.name}: its objective ({objective}) allows no gain over SFT that could be measured."
     point = next(point for point in result.checkpoints if point.name == reached.name)
-    theirs = f" (SFT {_accuracy(result.start)}, PPO {_accuracy(point)})" if best.accuracy else ""
+    theirs = (
+        f" (SFT {estimate_text(result.start.accuracy)}, PPO {estimate_text(point.accuracy)})" if best.accuracy else ""
+    )
     return (
         f"{reached.name} reached {_percent(reached.share)} of what its own objective allows (reward - beta KL over "
         f"SFT's; {objective}){_scores(best)}{theirs}."
@@ -217,10 +168,6 @@ def _verdict(result: ForecastResult) -> list[str]:
     if left.high < 0:
         return [line + f"{first.name}, is more accurate than that optimum, which it is not at."]
     return [line + f"{first.name}, cannot be told from that optimum in accuracy ({estimate_text(left, '+')})."]
-
-
-def _accuracy(point: Point) -> str:
-    return estimate_text(point.accuracy)
 
 
 def _percent(share: Estimate) -> str:

@@ -1,0 +1,84 @@
+"""Numbers, estimates and groups of items as every table, plot and page writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srppo.statistics.intervals import Estimate
+
+GROUP_WORDS = {
+    "demonstrated": "in-domain",
+    "prompted": "PPO prompts only",
+    "unseen": "out-of-domain",
+}
+GROUP_MEANING = {
+    "demonstrated": "in-domain: tasks with demonstrations",
+    "prompted": "PPO prompts only: tasks prompted in PPO, never demonstrated",
+    "unseen": "out-of-domain: tasks seen by neither",
+}
+DECODINGS = ("greedy", "sampled")
+INTERVAL = "t width from the variance between seeds and between items, shape from resampling both"
+
+
+def group_words(group: str) -> str:
+    """`in-domain (demonstrated)`, or the user's own name."""
+    return f"{GROUP_WORDS[group]} ({group})" if group in GROUP_WORDS else group
+
+
+def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
+    """`0.43 [0.38, 0.49]`, or a dash; with sign "+" of a difference, `+0.43 [+0.38, +0.49]`; `0.43 [-, -]` where the
+    data do not tell an interval, such as those of one unit."""
+    if estimate is None or estimate.n == 0 or not math.isfinite(estimate.mean):
+        return "-"
+    if not math.isfinite(estimate.low):
+        return f"{estimate.mean:{sign}.2f} [-, -]"
+    return f"{estimate.mean:{sign}.2f} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+
+
+def number_text(value: float | None, form: str = ".1f") -> str:
+    """A number, `-` where there is none, exponents where it would grow long."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    text = format(value, form)
+    return text if len(text) <= 9 else f"{value:.1e}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def short_number(value: float) -> str:
+    """3,541,760 as 3.54M; small numbers as they are."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e5, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:g}"
+
+
+def teraflops(flops: float | None) -> str:
+    """Counted operations in units of 10^12, three digits."""
+    return "-" if flops is None else number_text(flops / 1e12, ".3g" if abs(flops) < 1e15 else ",.0f")
+
+
+def span(counts: Sequence[int], noun: str = "") -> str:
+    """`8 to 10`, `10`; with a noun `10 seeds`, `1 seed`."""
+    low, high = min(counts), max(counts)
+    text = str(low) if low == high else f"{low} to {high}"
+    return f"{text} {noun}{'' if high == 1 else 's'}" if noun else text
+
+
+def joined(texts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else list(texts))
+
+
+def interval_words(seeds: Sequence[int]) -> str:
+    """What calibrated intervals are over, given how many training seeds each arm has."""
+    if max(seeds, default=1) == 1:
+        return "items, of t width; one training seed, so they say nothing of other seeds."
+    alone = " With one seed they say nothing of others." if min(seeds) == 1 else ""
+    return f"items and training seeds ({span(seeds)} seeds): {INTERVAL}.{alone}"
