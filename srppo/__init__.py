@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from srppo.errors import Diverged as Diverged
     from srppo.errors import Interrupted as Interrupted
     from srppo.errors import ModelError as ModelError
+    from srppo.errors import OutOfMemory as OutOfMemory
     from srppo.errors import RecordError as RecordError
     from srppo.errors import RunError as RunError
     from srppo.errors import SrppoError as SrppoError
@@ -36,8 +37,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": "load_recipe",
-    "errors": "ConfigError DataError Diverged Interrupted ModelError RecordError RunError SrppoError StorageError "
-    "UserError",
+    "errors": "ConfigError DataError Diverged Interrupted ModelError OutOfMemory RecordError RunError SrppoError "
+    "StorageError UserError",
     "kernels": "linear_logprob linear_logprob_diff logprob_diff",
     "training.advantage": "gae",
     "training.ppo": "train_ppo",

@@ -18,6 +18,7 @@ NAMES = [
     "Diverged",
     "Interrupted",
     "ModelError",
+    "OutOfMemory",
     "RecordError",
     "RunError",
     "SrppoError",

@@ -8,12 +8,14 @@ import itertools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srppo.config import Recipe, build_recipe
 from srppo.console import Console
 from srppo.models.language_model import LanguageModel
 from srppo.record.store import Run
+from srppo.training.batch import RolloutBatch
 from srppo.training.loop import Workbench
 
 VOCAB, LIMIT, EOS = 5, 3, 0  # pad = EOS on purpose: masks must come from lengths
@@ -112,3 +114,22 @@ class Bench:
 
     def __exit__(self, *error: object) -> None:
         self.context.__exit__(*error)
+
+
+# ---- a ragged batch, by hand
+
+LENGTHS = (4, 1, 3, 2)
+MASK_BT = torch.arange(4) < torch.tensor(LENGTHS)[:, None]
+ENDED_B = torch.tensor([False, True, True, True])
+
+
+def ragged_logprobs(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.rand(4, 4, generator=generator).mul(3).masked_fill(~MASK_BT, 0.0)
+
+
+def ragged_batch() -> RolloutBatch:
+    """Prompts of one token, responses of LENGTHS."""
+    attention_mask_BS = torch.cat([torch.ones(4, 1, dtype=torch.bool), MASK_BT], dim=1)
+    tokens_BS = torch.ones(4, 5, dtype=torch.int64)
+    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, ragged_logprobs(3), ragged_logprobs(5))

@@ -14,90 +14,35 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import EOS, LIMIT, PROMPTS, Bench, NoDevelopment, base_and_sft, tiny_recipe
+from tiny import (
+    ENDED_B,
+    EOS,
+    LENGTHS,
+    LIMIT,
+    MASK_BT,
+    PROMPTS,
+    Bench,
+    NoDevelopment,
+    base_and_sft,
+    ragged_batch,
+    ragged_logprobs,
+    tiny_recipe,
+)
 from torch import Tensor
 from worlds import make_world, run_world
 
 import srppo.training.ppo
 import srppo.training.sft
 from srppo.config import Recipe, RewardConfig
-from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
 from srppo.models.value_model import ValueModel
 from srppo.record.store import Run
-from srppo.training.batch import RolloutBatch, answer_nll_sum, training_flops
-from srppo.training.loop import TrainState, clip_gradients, lr_factor
+from srppo.training.batch import RolloutBatch
+from srppo.training.loop import TrainState
 from srppo.training.ppo import Learners, Targets, make_targets, minibatch_update, minibatches, train_ppo, update
-from srppo.training.reward import Rewards, RunningStd, compute_rewards
+from srppo.training.reward import Rewards, compute_rewards
 from srppo.training.rollout import generate, to_batch
 from srppo.training.scores import Scores
-from srppo.training.sft import epoch_rows, steps_within, train_sft
-
-LENGTHS = (4, 1, 3, 2)
-MASK_BT = torch.arange(4) < torch.tensor(LENGTHS)[:, None]
-ENDED_B = torch.tensor([False, True, True, True])
-
-
-def ragged_logprobs(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return -torch.rand(4, 4, generator=generator).mul(3).masked_fill(~MASK_BT, 0.0)
-
-
-def rewards_of(running: RunningStd, **config: Any) -> Rewards:
-    scores = Scores(ragged_logprobs(1) - ragged_logprobs(2), ragged_logprobs(1), ragged_logprobs(2))
-    return compute_rewards(RewardConfig(**config), scores, ragged_batch(), running, seed=0)
-
-
-def ragged_batch() -> RolloutBatch:
-    """Prompts of one token, responses of LENGTHS."""
-    attention_mask_BS = torch.cat([torch.ones(4, 1, dtype=torch.bool), MASK_BT], dim=1)
-    tokens_BS = torch.ones(4, 5, dtype=torch.int64)
-    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, ragged_logprobs(3), ragged_logprobs(5))
-
-
-# ---- rewards
-
-
-@pytest.mark.parametrize("anchor", ["sft", "base"])
-@pytest.mark.parametrize("placement", ["eos", "token"])
-def test_rewards_by_hand(anchor: str, placement: str) -> None:
-    """Reward minus beta KL of each token, in nats; then the same numbers over one deviation, KL and all."""
-    sft, base, policy = (ragged_logprobs(seed).tolist() for seed in (1, 2, 3))
-    reference = sft if anchor == "sft" else base
-    beta, expected, scores = 0.5, torch.zeros(4, 4), []
-    for b, length in enumerate(LENGTHS):
-        terms = [sft[b][t] - base[b][t] for t in range(length)]
-        scores.append(sum(terms))
-        for t in range(length):
-            expected[b, t] = terms[t] if placement == "token" else sum(terms) if t == length - 1 else 0.0
-            expected[b, t] -= beta * (policy[b][t] - reference[b][t])
-    plain = rewards_of(RunningStd(), anchor=anchor, placement=placement, beta=beta, scale=False)
-    assert plain.scale == 1.0 and plain.trained_B.all()
-    torch.testing.assert_close(plain.rewards_BT, expected)
-    torch.testing.assert_close(plain.score_B, torch.tensor(scores))
-    running = RunningStd()
-    scaled = rewards_of(running, anchor=anchor, placement=placement, beta=beta)
-    deviation = float(expected.double().sum(1).std(correction=0))
-    assert scaled.scale == pytest.approx(deviation, rel=1e-6) and scaled.scale != pytest.approx(1.0, rel=0.01)
-    torch.testing.assert_close(scaled.rewards_BT, expected / deviation)
-    assert torch.equal(scaled.score_B, plain.score_B) and running.count == 4
-
-
-def test_a_kl_in_the_loss_is_not_in_the_reward() -> None:
-    plain = rewards_of(RunningStd(), kl="k2", beta=0.5, scale=False)
-    torch.testing.assert_close(plain.rewards_BT.sum(1), plain.score_B)
-
-
-def test_the_rule_for_rollouts_at_the_limit() -> None:
-    kept = rewards_of(RunningStd(), scale=False, beta=0.0)
-    zero = rewards_of(RunningStd(), scale=False, beta=0.0, at_limit="zero")
-    assert zero.score_B[0] == 0 and torch.equal(zero.score_B[1:], kept.score_B[1:])
-    fined = rewards_of(RunningStd(), scale=False, beta=0.0, limit_penalty=2.0)
-    torch.testing.assert_close(kept.score_B - fined.score_B, torch.tensor([2.0, 0.0, 0.0, 0.0]))
-    assert fined.rewards_BT[0, 3] == kept.rewards_BT[0, 3] - 2  # at its last token
-    running = RunningStd()
-    dropped = rewards_of(running, beta=0.0, at_limit="drop")
-    assert dropped.trained_B.tolist() == ENDED_B.tolist() and running.count == 3
 
 
 @pytest.mark.parametrize("whitened", [True, False])
@@ -312,13 +257,6 @@ def test_the_policy_stands_still_while_the_critic_warms_up() -> None:
         assert learners.value.head.weight.grad is not None
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
-    model = torch.nn.Linear(2, 1)
-    model.weight.grad = torch.full((1, 2), math.inf)
-    with pytest.raises(srppo.training.ppo.Diverged, match="step 7: the gradient norm is"):
-        clip_gradients(model, 1.0, 7)
-
-
 # ---- metrics of a step
 
 
@@ -379,130 +317,7 @@ def test_rollouts_are_sized_beside_all_that_training_holds(tmp_path: Path, monke
     assert held == [2 * one + 4 * (one + critic)]  # weights, gradients and two moments of what is trained
 
 
-# ---- SFT
-
-
-def demonstrations() -> list[EncodedDemonstration]:
-    ids = [(1, 2, 3, 4, EOS), (2, 2, EOS), (4, 3, 2, 1, 2, 3, EOS), (3, 1, EOS), (1, EOS)]
-    return [EncodedDemonstration(row, n) for row, n in zip(ids, (3, 1, 2, 0, 1), strict=True)]
-
-
-def nll_by_hand(lm: LanguageModel, row: EncodedDemonstration) -> list[Tensor]:
-    """Of each answer token, EOS included; nothing predicts the first token of all."""
-    logprobs = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
-    return [-logprobs[t - 1, row.ids[t]] for start, stop in row.spans for t in range(start, stop)]
-
-
-def test_the_sft_loss_counts_answers_with_eos_and_nothing_else() -> None:
-    _, lm = base_and_sft()
-    rows = demonstrations()
-    by_hand = [nll for row in rows for nll in nll_by_hand(lm, row)]
-    total, count = answer_nll_sum(lm, rows, pad_id=EOS)
-    assert count == len(by_hand) == 2 + 2 + 5 + 2 + 1
-    torch.testing.assert_close(total, torch.stack(by_hand).sum(), atol=1e-5, rtol=1e-5)
-
-
-def test_the_sft_loss_of_a_conversation_counts_every_answer_and_nothing_between(tmp_path: Path) -> None:
-    """Padded beside rows of one answer; a mean over the trained tokens of the batch, which a step logs."""
-    _, lm = base_and_sft()
-    turns = EncodedDemonstration((1, 2, 3, EOS, 4, 4, 2, EOS, 1, 3, EOS), 2, ((4, 6), (8, 9)))
-    assert turns.spans == [(2, 4), (6, 8), (9, 11)] and turns.trained == 6
-    rows = [turns, *demonstrations()]
-    by_hand = torch.stack([nll for row in rows for nll in nll_by_hand(lm, row)])
-    total, count = answer_nll_sum(lm, rows, pad_id=EOS)
-    assert count == len(by_hand) == 6 + 12
-    torch.testing.assert_close(total, by_hand.sum(), atol=1e-5, rtol=1e-5)
-    weights = [weight for weight in lm.model.parameters() if weight.requires_grad]
-    for ours, theirs in zip(
-        torch.autograd.grad(total, weights), torch.autograd.grad(by_hand.sum(), weights), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    recipe = tiny_recipe(sft={"batch": 6, "micro_batch": 4, "lr": 1e-2, "warmup": 0.0})
-    with Bench(tmp_path, recipe) as bench:
-        train_sft(recipe, bench, lm, rows, NoDevelopment(), pad_id=EOS)
-        (_, first) = bench.stage.metrics()
-    assert first["loss"] == pytest.approx(float(by_hand.mean().detach()), abs=1e-5)
-
-
-def test_an_sft_step_is_a_mean_over_all_answer_tokens_whatever_the_micro_batch(tmp_path: Path) -> None:
-    """One full-batch step of AdamW: equal weights from micro-batches of 2 and of all, and the loss by hand."""
-    torch.set_num_threads(1)
-    rows, weights = demonstrations(), []
-    for size in (2, 5):
-        _, lm = base_and_sft()
-        expected = torch.stack([nll for row in rows for nll in nll_by_hand(lm, row)]).mean()
-        settings = {"batch": 5, "micro_batch": size, "lr": 1e-2, "warmup": 0.0}
-        recipe = tiny_recipe(sft={**settings, "schedule": "constant", "max_grad_norm": 1e6})
-        with Bench(tmp_path / str(size), recipe) as bench:
-            train_sft(recipe, bench, lm, rows, NoDevelopment(), pad_id=EOS)
-            (_, first) = bench.stage.metrics()
-        assert first["loss"] == pytest.approx(float(expected.detach()), abs=1e-5) and first["lr"] == 1e-2
-        weights.append(torch.cat([w.detach().flatten() for w in lm.parameters()]))
-        gradient = torch.autograd.grad
-        _, start = base_and_sft()
-        loss = torch.stack([nll for row in rows for nll in nll_by_hand(start, row)]).mean()
-        norm = torch.cat([g.flatten() for g in gradient(loss, list(start.parameters()))]).norm()
-        assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
-    torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
-
-
-def test_sft_epochs_take_each_row_once_in_a_seeded_order_each() -> None:
-    rows = demonstrations()
-    epochs = [[row for step in range(3 * e + 1, 3 * e + 4) for row in epoch_rows(rows, 2, step, 0)] for e in range(4)]
-    assert all(sorted(epoch, key=rows.index) == rows for epoch in epochs)
-    assert len({tuple(rows.index(row) for row in epoch) for epoch in epochs}) > 1
-    assert any(epoch_rows(rows, 5, 1, seed) != epoch_rows(rows, 5, 1, 0) for seed in (1, 2, 3))
-
-
-def by_steps(model: LanguageModel, rows: list[EncodedDemonstration], recipe: Recipe, budget_flops: int) -> int:
-    """`steps_within` as it reads: step by step."""
-    steps, spent = 0, 0
-    while True:
-        cost = training_flops(model, epoch_rows(rows, recipe.sft.batch, steps + 1, recipe.seed))
-        if steps and spent + cost / 2 > budget_flops:
-            return steps
-        steps, spent = steps + 1, spent + cost
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
-def test_the_steps_of_a_budget_are_those_counted_one_by_one(batch: int) -> None:
-    _, lm = base_and_sft()
-    rows, recipe = demonstrations(), tiny_recipe(sft={"batch": batch})
-    whole = training_flops(lm, rows)
-    for budget in [0, 1, whole // 7, whole - 1, whole, whole + 1, *(i * whole // 9 + 1 for i in range(5, 60))]:
-        assert steps_within(lm, rows, recipe, budget) == by_steps(lm, rows, recipe, budget), budget
-
-
-def test_a_budget_of_a_million_passes_looks_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, lm = base_and_sft()
-    rows, counted = demonstrations(), []
-
-    def watched(model: LanguageModel, some: Sequence[EncodedDemonstration]) -> int:
-        counted.append(len(some))
-        return training_flops(model, some)
-
-    monkeypatch.setattr(srppo.training.sft, "training_flops", watched)
-    budget = 1_000_000 * training_flops(lm, rows)
-    assert abs(steps_within(lm, rows, tiny_recipe(sft={"batch": 2}), budget) - 3_000_000) <= 1
-    assert sum(counted) <= 40
-
-
 # ---- schedules
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
-    [
-        ("constant", 0.0, [1, 1, 1, 1, 1]),
-        ("constant", 0.5, [1 / 3, 2 / 3, 1, 1, 1]),
-        ("linear", 0.0, [1, 0.8, 0.6, 0.4, 0.2]),
-        ("linear", 0.2, [1, 1, 0.75, 0.5, 0.25]),
-        ("cosine", 0.4, [0.5, 1, 1, 0.75, 0.25]),
-        ("linear", 1.0, [0.2, 0.4, 0.6, 0.8, 1]),
-    ],
-)
-def test_learning_rates_by_hand(schedule: str, warmup: float, expected: list[float]) -> None:
-    assert [lr_factor(schedule, warmup, step, 5) for step in range(1, 6)] == pytest.approx(expected)
 
 
 def test_training_follows_the_schedule(tmp_path: Path) -> None:
