@@ -20,7 +20,7 @@ def data(
     rows: Annotated[int, Option(min=0, help="Demonstrations shown with each token.")] = 3,
     debug: Debug = False,
 ) -> None:
-    """What training will see of the data. Rows used and left out, lengths, cuts, repeats, overlap, the trained tokens."""
+    """What training will see of the data. Rows used and left out, lengths, cuts, repeats, overlap, trained tokens."""
     from rich.text import Text
 
     from srppo.config import load_recipe

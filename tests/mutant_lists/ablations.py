@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "sweep: weights are not looked at beforehand",
         "ablations/estimate.py",
-        "            check_weights(spec, config)\n",
+        "            check_weights(spec, recipe.model)\n",
         "            pass\n",
         "ablations/test_estimate.py::test_weights_that_are_not_whole_are_said_before",
     ),
