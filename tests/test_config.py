@@ -287,3 +287,29 @@ def test_canonical_json_is_one_text_for_equal_values() -> None:
 def test_a_recipes_id_follows_every_key(key: str) -> None:
     assert recipe_id(Recipe()) == recipe_id(build_recipe({}))
     assert recipe_id(with_overrides(Recipe(), {key: OTHER_THAN_DEFAULT[key]})) != recipe_id(Recipe())
+
+
+# ---- a table of the template's own variables
+
+
+def test_variables_of_the_template_are_set_one_by_one_and_survive_a_round_trip(tmp_path: Path) -> None:
+    keys = ["model.template_kwargs.enable_thinking=false", 'model.template_kwargs.names=["a", "ü\\""]']
+    recipe = load_recipe(None, keys)
+    assert recipe.model.template_kwargs == {"enable_thinking": False, "names": ["a", 'ü"']}
+    assert build_recipe(tomllib.loads(to_toml(recipe))) == recipe
+    path = tmp_path / "recipe.toml"
+    path.write_text("[model.template_kwargs]\nenable_thinking = true\nmore = {deep = [1, 2.5]}\n")
+    loaded = load_recipe(path, keys[:1])
+    assert loaded.model.template_kwargs == {"enable_thinking": False, "more": {"deep": [1, 2.5]}}
+    path.write_text(to_toml(loaded))
+    assert (
+        load_recipe(path) == loaded == with_overrides(Recipe(), {"model.template_kwargs": loaded.model.template_kwargs})
+    )
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "no-name", "1st"])
+def test_what_is_no_variable_of_the_template_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_recipe({"model": {"template_kwargs": {name: True}}})
+    line = str(error.value)
+    assert line.startswith(f"model.template_kwargs: {name} cannot be set: give names of") and "\n" not in line

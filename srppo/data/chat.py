@@ -261,6 +261,8 @@ def _as_asked(turns: Sequence[Message]) -> list[dict[str, Any]]:
 def _has_tools(text: str, turns: Sequence[Message]) -> bool:
     """Whether a text has what tools said, and the names of those that were called; templates may know of no tools."""
     said = [turn.content for turn in turns if turn.role == "tool"]
+    if not said and not any(turn.calls for turn in turns):
+        return True
     asked = next((turn.content.strip() for turn in turns if turn.role == "user"), "")
     after = text.partition(asked)[2] if asked else text  # behind the list of tools on offer
     # A template may write a tool's answer as JSON: then its quotes and line ends are escaped.

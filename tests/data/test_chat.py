@@ -268,9 +268,9 @@ LAST_THINKS = (  # the last answer has an empty think block, earlier ones have n
     + "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK + "<|im_start|>assistant\n{% endif %}"
 )
-CHANNELS = (  # the generation prompt ends before the header of the answer; only the last answer ends in a stop token
+CHANNELS = (  # the generation prompt ends before the header of the answer; of answers the last one ends in a stop token
     TURNS_OF + "<|im_start|>{{ m.role }}{% if m.role == 'assistant' %} to=user{% endif %}: {{ m.content }}"
-    "{% if loop.last and m.role == 'assistant' %}<|im_end|>{% else %}<pad>{% endif %}{% endfor %}"
+    "{% if loop.last or m.role == 'user' %}<|im_end|>{% else %}<pad>{% endif %}{% endfor %}"
     + ASK
     + "<|im_start|>assistant{% endif %}"
 )
@@ -332,6 +332,7 @@ def test_what_is_trained_follows_the_generation_prompt_and_holds_the_answer(name
     row = Demonstration(asked.messages, "it is a cat.", "a:1")
     fed = encode_prompt(tokenizer, asked, system=None, max_prompt_tokens=500)
     last = encode(tokenizer, row, stop=stops)
+    assert isinstance(last, EncodedDemonstration), last
     assert last.ids[: last.prompt_tokens] == fed and tokenizer.decode(fed).endswith(shape.prompt)
     assert tokenizer.decode(last.ids[last.prompt_tokens :]) == shape.last and last.gaps == ()
     every = encode(tokenizer, row, stop=stops, turns="all")
@@ -354,6 +355,18 @@ def test_an_answer_that_reasons_is_trained_whole_and_its_think_block_opened_once
     assert tokenizer.decode(row.ids).endswith("[assistant]<think>\nhm\n</think>\n\ncat sun<|im_end|>")
     row = encode(tokenizer, demo(answer="hm\n</think>\n\ncat sun"), stop=stop)
     assert tokenizer.decode(row.ids).endswith("[assistant]<think>\nhm\n</think>\n\ncat sun<|im_end|>")
+
+
+def test_an_answer_that_the_template_drops_or_shortens_is_trained_whole_or_left_out():
+    """With its end of turn alone, a row would teach to say nothing."""
+    tokenizer = make_tokenizer()
+    stop = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")
+    reason = encode(tokenizer, demo(), stop=stop)
+    assert isinstance(reason, str) and reason.startswith("the chat template does not write the answer after its gen")
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    row = encode(tokenizer, demo(answer="hm</think>cat sun"), stop=stop)
+    assert tokenizer.decode(row.ids[row.prompt_tokens :]) == "hm</think>cat sun<|im_end|>"
 
 
 def test_a_stop_token_that_an_answer_spells_is_told_from_those_after_it():

@@ -96,3 +96,25 @@ def test_bars_are_hidden_while_a_model_is_loaded_and_not_for_good(base: Path, mo
 def test_the_context_is_found_wherever_a_config_names_it(name: str) -> None:
     endless = ("bloom alibi", "mamba", "mamba2")
     assert context_length(make(name)) == {"falcon": 2048}.get(name, 1 << 20 if name in endless else 32)
+
+
+def test_a_recipe_gives_its_own_models_a_template_and_leaves_what_a_run_exports(tmp_path: Path) -> None:
+    folders = {
+        name: str(worlds.save_model(tmp_path / name, worlds.byte_llama(0))) for name in ("base", "sft", "exported")
+    }
+    template = tmp_path / "chat.jinja"
+    template.write_text(worlds.TEMPLATE)
+    keys = {"base": folders["base"], "sft": folders["sft"], "chat_template": str(template)}
+    config = ModelConfig(**keys, template_kwargs={"brief": True})
+    found = {name: load_tokenizer(folder, config) for name, folder in folders.items()}
+    turns = [{"role": "user", "content": "x"}]
+    for name in ("base", "sft"):
+        assert found[name].apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == "B u:xa:"
+    assert found["exported"].chat_template is None
+    found["sft"].save_pretrained(folders["exported"])
+    again = load_tokenizer(
+        folders["exported"], config.model_copy(update={"chat_template": str(tmp_path / "moved.jinja")})
+    )
+    assert again.chat_template == found["sft"].chat_template
+    changed = fingerprint(folders["exported"], config)
+    assert changed != fingerprint(folders["sft"], config)  # the template is part of what a model is

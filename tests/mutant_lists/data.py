@@ -11,7 +11,7 @@ MUTANTS = [
         "data/chat.py",
         "if whole.startswith(before) and named and _holds(after, row.answer):",
         "if whole.startswith(before) and named:",
-        "data/test_chat.py::test_reasons_to_leave_a_row_out",
+        "data/test_chat.py::test_an_answer_that_the_template_drops_or_shortens_is_trained_whole_or_left_out",
     ),
     Mutant(
         "chat: cut after the last stop token",
@@ -67,8 +67,8 @@ MUTANTS = [
     Mutant(
         "chat: tools may be dropped",
         "data/chat.py",
-        "found.append(text if _has_tools(text, turns) else",
-        "found.append(text if True else",
+        "    if not _has_tools(text, turns):\n",
+        "    if False:\n",
         "data/test_chat.py::test_turns_of_tools_go_through_the_template_or_the_row_is_left_out",
     ),
     Mutant(
