@@ -35,14 +35,7 @@ from transformers.utils import logging as hf_logging
 from srppo.config import ModelConfig, is_embedded
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import ModelError
-from srppo.kernels import (
-    Impl,
-    Logprobs,
-    choose,
-    entropy,
-    linear_logprob,
-    token_logprobs,
-)
+from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
 
 LOGIT_TOLERANCE = 1e-3  # largest difference between our head and the model's own logits, per logit, in the load check
 
@@ -82,15 +75,9 @@ class LanguageModel(nn.Module):
         return self.model.device
 
     def response_logprobs(
-        self,
-        tokens_BS: Tensor,
-        attention_mask_BS: Tensor,
-        response_width: int,
-        *,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-    ) -> Logprobs:
-        """Log-probs of the last `response_width` columns, BT fp32 (and their entropy), nats; 0 where masked.
+        self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probs of the last `response_width` columns, BT fp32, nats; 0 where masked.
 
         Only counted response tokens go through the head. Differentiable in the weights.
         """
@@ -98,7 +85,7 @@ class LanguageModel(nn.Module):
         tokens_N = tokens_BS[:, -response_width:][mask_BT]
         if self.head.linear:
             output = self.model.get_output_embeddings()
-            flat = linear_logprob(
+            logprobs_N = linear_logprob(
                 self.hidden_rows(tokens_BS, attention_mask_BS, response_width),
                 output.weight,
                 tokens_N,
@@ -107,17 +94,12 @@ class LanguageModel(nn.Module):
                 logit_scale=self.head.logit_scale,
                 softcap=self.head.softcap,
                 ignore_index=None,  # masked rows are gone already
-                with_entropy=with_entropy,
                 impl=self.kernels,
             )
         else:
             logits_NV = self.logit_rows(tokens_BS, attention_mask_BS, response_width)
-            flat = Logprobs(
-                token_logprobs(logits_NV, tokens_N, temperature=temperature),
-                entropy(logits_NV.detach(), temperature=temperature) if with_entropy else None,
-            )
-        entropy_BT = None if flat.entropy_N is None else unflatten(flat.entropy_N, mask_BT)
-        return Logprobs(unflatten(flat.logprobs_N, mask_BT), entropy_BT)
+            logprobs_N = token_logprobs(logits_NV, tokens_N, temperature=temperature)
+        return unflatten(logprobs_N, mask_BT)
 
     @torch.no_grad()
     def frozen_head(self) -> tuple[Tensor, Tensor | None]:

@@ -115,8 +115,8 @@ def collate(rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, 
 def answer_nll_sum(model: LanguageModel, rows: Sequence[EncodedDemonstration], pad_id: int) -> tuple[Tensor, int]:
     """(summed NLL of the answers in nats, their token count). Differentiable."""
     tokens_BS, attention_mask_BS, width = collate(rows, pad_id)
-    logprobs = model.response_logprobs(tokens_BS.to(model.device), attention_mask_BS.to(model.device), width)
-    return -logprobs.logprobs_N.sum(), int(attention_mask_BS[:, -width:].sum())
+    logprobs_BT = model.response_logprobs(tokens_BS.to(model.device), attention_mask_BS.to(model.device), width)
+    return -logprobs_BT.sum(), int(attention_mask_BS[:, -width:].sum())
 
 
 def training_flops(model: LanguageModel, rows: Sequence[EncodedDemonstration]) -> int:

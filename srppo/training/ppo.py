@@ -251,7 +251,7 @@ def minibatch_update(
         if trains_policy:
             logprobs_BT = learners.policy.response_logprobs(
                 rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature
-            ).logprobs_N
+            )
             policy = clipped_policy_loss(
                 logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from srppo.config import derive_seed
-from srppo.kernels import linear_logprob_diff, logprob_diff
+from srppo.kernels import linear_logprob_diff_parts, logprob_diff_parts
 from srppo.models.language_model import LanguageModel, ValueModel, unflatten
 from srppo.training.batch import RolloutBatch, left_pad
 
@@ -130,7 +130,7 @@ def score_logprobs(
         [
             model.response_logprobs(
                 generated.tokens_BS[rows], generated.attention_mask_BS[rows], width, temperature=temperature
-            ).logprobs_N
+            )
             for rows in micro_slices(len(generated.tokens_BS), micro_batch)
         ]
     )
@@ -146,7 +146,7 @@ def response_log_ratio(
     tokens_N = tokens_BS[:, -response_width:][mask_BT]
     if sft.head.linear and sft.head == base.head:
         (sft_weight_VD, sft_bias_V), (base_weight_VD, base_bias_V) = sft.frozen_head(), base.frozen_head()
-        parts = linear_logprob_diff(
+        parts = linear_logprob_diff_parts(
             sft.hidden_rows(*rows),
             sft_weight_VD,
             base.hidden_rows(*rows),
@@ -157,14 +157,13 @@ def response_log_ratio(
             logit_scale=sft.head.logit_scale,
             softcap=sft.head.softcap,
             ignore_index=None,
-            with_parts=True,
             impl=sft.kernels,
         )
     elif not sft.head.linear and not base.head.linear:
         sft_NV, base_NV = (model.logit_rows(*rows) for model in (sft, base))
-        parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
+        parts = logprob_diff_parts(sft_NV, base_NV, tokens_N, impl=sft.kernels)
     else:  # two heads of different kinds
-        sft_BT, base_BT = (model.response_logprobs(*rows).logprobs_N for model in (sft, base))
+        sft_BT, base_BT = (model.response_logprobs(*rows) for model in (sft, base))
         return LogRatio(sft_BT - base_BT, sft_BT, base_BT)
     return LogRatio(*(unflatten(part_N, mask_BT) for part_N in parts[:3]))
 

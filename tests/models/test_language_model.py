@@ -34,7 +34,7 @@ import srppo.training.rollout
 from srppo.config import ModelConfig, build_recipe
 from srppo.data.chat import CHAT_TEMPLATE, ensure_chat_template
 from srppo.errors import ModelError
-from srppo.kernels import linear_logprob_diff
+from srppo.kernels import linear_logprob_diff_parts
 from srppo.models.export import export_model, model_card
 from srppo.models.language_model import (
     Head,
@@ -132,13 +132,13 @@ def own_logprobs(model: PreTrainedModel, prompt: list[int], answer: list[int], t
 def test_logprobs_are_the_models_own_under_ragged_padding(name: str, temperature: float) -> None:
     lm = make(name)
     tokens_BS, mask_BS, width, rows = ragged()
-    got = lm.response_logprobs(tokens_BS, mask_BS, width, temperature=temperature, with_entropy=True)
-    assert got.logprobs_N.dtype == torch.float32 and got.entropy_N is not None
+    got = lm.response_logprobs(tokens_BS, mask_BS, width, temperature=temperature)
+    assert got.dtype == torch.float32
     for i, (prompt, answer) in enumerate(rows):
         expected = own_logprobs(lm.model, prompt, answer, temperature)
-        torch.testing.assert_close(got.logprobs_N[i, : len(answer)], expected, atol=1e-5, rtol=0)
-        assert (got.logprobs_N[i, len(answer) :] == 0).all() and (got.entropy_N[i, len(answer) :] == 0).all()
-    assert float(got.logprobs_N.detach()[mask_BS[:, -width:]].std()) > 0.5  # or scale and cap could not show
+        torch.testing.assert_close(got[i, : len(answer)], expected, atol=1e-5, rtol=0)
+        assert (got[i, len(answer) :] == 0).all()
+    assert float(got.detach()[mask_BS[:, -width:]].std()) > 0.5  # or scale and cap could not show
 
 
 @pytest.mark.parametrize(
@@ -178,12 +178,10 @@ def test_an_unknown_head_is_noticed_and_its_own_logits_are_used() -> None:
     tokens_BS, mask_BS, width, rows = ragged()
     for parameter in model.parameters():
         parameter.grad = None
-    got = lm.response_logprobs(tokens_BS, mask_BS, width, with_entropy=True)
+    got = lm.response_logprobs(tokens_BS, mask_BS, width)
     for i, (prompt, answer) in enumerate(rows):
-        torch.testing.assert_close(
-            got.logprobs_N[i, : len(answer)], own_logprobs(model, prompt, answer), atol=1e-5, rtol=0
-        )
-    got.logprobs_N.sum().backward()
+        torch.testing.assert_close(got[i, : len(answer)], own_logprobs(model, prompt, answer), atol=1e-5, rtol=0)
+    got.sum().backward()
     assert model.lm_head.weight.grad is not None and model.lm_head.weight.grad.abs().sum() > 0
 
 
@@ -206,12 +204,12 @@ def test_a_model_that_is_wrong_under_left_padding_is_refused() -> None:
 def test_dropout_is_off_and_passes_repeat(name: str) -> None:
     lm = make(name)  # handed over in train() mode
     tokens_BS, mask_BS, width, _ = ragged()
-    first, second = (lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N for _ in range(2))
+    first, second = (lm.response_logprobs(tokens_BS, mask_BS, width) for _ in range(2))
     assert torch.equal(first, second)
     assert not any(module.training for module in lm.model.modules())
     lm.train()  # whoever does so by mistake gets no dropout either
     value = ValueModel(lm).train()
-    torch.testing.assert_close(lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N, first, atol=1e-6, rtol=0)
+    torch.testing.assert_close(lm.response_logprobs(tokens_BS, mask_BS, width), first, atol=1e-6, rtol=0)
     nn.init.normal_(value.head.weight)
     values = [value.response_values(tokens_BS, mask_BS, width) for _ in range(2)]
     assert torch.equal(*values) and values[0].abs().sum() > 0
@@ -229,12 +227,12 @@ def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: 
 
     def look(*arguments: Any, **named: Any) -> Any:
         taken.update(sft=arguments[1].dtype, base=arguments[3].dtype)
-        return linear_logprob_diff(*arguments, **named)
+        return linear_logprob_diff_parts(*arguments, **named)
 
-    monkeypatch.setattr(srppo.training.rollout, "linear_logprob_diff", look)
+    monkeypatch.setattr(srppo.training.rollout, "linear_logprob_diff_parts", look)
     after = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
     assert taken == {"sft": torch.float32, "base": torch.bfloat16}
-    direct = base.response_logprobs(tokens_BS, mask_BS, width).logprobs_N
+    direct = base.response_logprobs(tokens_BS, mask_BS, width)
     torch.testing.assert_close(after.base_logprobs_BT, direct, atol=1e-5, rtol=0)
     assert torch.equal(after.sft_logprobs_BT, before.sft_logprobs_BT) and not torch.equal(
         after.base_logprobs_BT, before.base_logprobs_BT
@@ -266,7 +264,7 @@ def test_bf16_stays_in_the_body(name: str) -> None:
     exact, lm = make(name), make(name, precision="bf16")
     got = lm.response_logprobs(tokens_BS, mask_BS, width)
     mask_BT = mask_BS[:, -width:]
-    got_N = got.logprobs_N[mask_BT]
+    got_N = got[mask_BT]
     assert got_N.dtype == torch.float32
     assert (got_N == got_N.bfloat16().float()).float().mean() < 0.2  # not on the grid of bf16
     hidden = lm.hidden(tokens_BS, mask_BS)[:, -width - 1 : -1][mask_BT].double()
@@ -279,14 +277,14 @@ def test_bf16_stays_in_the_body(name: str) -> None:
     torch.testing.assert_close(got_N.double(), from_hidden, atol=1e-5, rtol=0)
     rounded = logits.bfloat16().double().log_softmax(-1).gather(-1, tokens_N)[:, 0]
     assert (rounded - from_hidden).abs().max() > 1e-3  # what the line above would have shown of 16-bit logits
-    error = (got_N - exact.response_logprobs(tokens_BS, mask_BS, width).logprobs_N[mask_BT]).abs().max()
+    error = (got_N - exact.response_logprobs(tokens_BS, mask_BS, width)[mask_BT]).abs().max()
     assert 0 < error < 0.2
 
 
 def test_gradients_reach_every_weight_once() -> None:
     lm = make("llama")
     tokens_BS, mask_BS, width, rows = ragged()
-    lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N.sum().backward()
+    lm.response_logprobs(tokens_BS, mask_BS, width).sum().backward()
     ours = {name: weight.grad.clone() for name, weight in lm.model.named_parameters()}
     lm.model.zero_grad()
     for prompt, answer in rows:
@@ -305,10 +303,10 @@ def test_the_critic_starts_at_zero_and_shares_nothing() -> None:
     value = ValueModel(lm)
     values_BT = value.response_values(tokens_BS, mask_BS, width)
     assert values_BT.shape == (5, width) and values_BT.dtype == torch.float32 and (values_BT == 0).all()
-    before = lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N
+    before = lm.response_logprobs(tokens_BS, mask_BS, width)
     for weight in value.parameters():
         weight.data += 1.0
-    assert torch.equal(lm.response_logprobs(tokens_BS, mask_BS, width).logprobs_N, before)
+    assert torch.equal(lm.response_logprobs(tokens_BS, mask_BS, width), before)
 
 
 def test_the_critic_sees_the_state_before_each_token() -> None:
@@ -430,8 +428,8 @@ def test_an_export_loads_with_from_pretrained(where: str, kind: str, base: Path,
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens_BS = torch.tensor([[1, 2, 3, 4, 5]])
     mask_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
-    before = lm.response_logprobs(tokens_BS, mask_BS, 3).logprobs_N
-    assert torch.equal(LanguageModel(again).response_logprobs(tokens_BS, mask_BS, 3).logprobs_N, before)
+    before = lm.response_logprobs(tokens_BS, mask_BS, 3)
+    assert torch.equal(LanguageModel(again).response_logprobs(tokens_BS, mask_BS, 3), before)
     assert again.generation_config.eos_token_id == [worlds.EOS, 3]
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
     loaded = AutoTokenizer.from_pretrained(tmp_path)

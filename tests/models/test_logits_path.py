@@ -67,7 +67,7 @@ def test_a_head_that_cannot_be_reached_takes_the_models_own_logits(kind: type[Ll
     tokens_BS = torch.arange(12).view(2, 6)
     attention_mask_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     attention_mask_BS[0, :2] = False
-    logprobs_BT = model.response_logprobs(tokens_BS, attention_mask_BS, 3).logprobs_N
+    logprobs_BT = model.response_logprobs(tokens_BS, attention_mask_BS, 3)
     alone_TV = model.model(input_ids=tokens_BS[:1, 2:]).logits[0, :-1].log_softmax(-1)
     assert torch.allclose(logprobs_BT[0], alone_TV.gather(1, tokens_BS[0, 3:, None])[:, 0], atol=1e-5)
 

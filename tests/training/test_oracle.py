@@ -124,10 +124,7 @@ def test_expected_reward_under_sft_is_the_kl() -> None:
         from srppo.training.reward import coherent_reward
 
         with torch.no_grad():
-            ratio = (
-                sft.response_logprobs(tokens, attention, LIMIT).logprobs_N
-                - base.response_logprobs(tokens, attention, LIMIT).logprobs_N
-            )
+            ratio = sft.response_logprobs(tokens, attention, LIMIT) - base.response_logprobs(tokens, attention, LIMIT)
         expected = float((sft_log.exp() * coherent_reward(ratio, mask).double()).sum())
         assert expected == pytest.approx(kl(sft_log, base_log), abs=1e-5)
         assert expected > 0.1

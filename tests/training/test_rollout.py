@@ -75,7 +75,7 @@ def test_training_repeats_the_old_logprobs_on_any_slice(precision: str) -> None:
         rows = batch.rows(index)
         width = rows.response_mask_BT.shape[1]
         widths.add(rows.tokens_BS.shape[1])
-        new = lm.response_logprobs(rows.tokens_BS, rows.attention_mask_BS, width).logprobs_N
+        new = lm.response_logprobs(rows.tokens_BS, rows.attention_mask_BS, width)
         tolerance = 1e-5 if precision == "fp32" else 0.05  # 16-bit matrix products round differently by shape
         torch.testing.assert_close(new, rows.old_logprobs_BT, atol=tolerance, rtol=0)
     assert len(widths) >= 3
