@@ -133,7 +133,7 @@ def _matrix(row: CompileRow) -> str:
 
 def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
     """(name, recorded launch) of every kernel; the operations run on CPU tensors whose values nobody reads."""
-    from srppo.kernels import triton_ops
+    from srppo.kernels import triton_linear
     from srppo.kernels.triton_backward import CHUNK
     from srppo.kernels.triton_common import recording
 
@@ -157,28 +157,28 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
             named.extend(zip(names, launches, strict=True))
             launches.clear()
 
-        triton_ops.logprob_diff(logits_NV, logits_NV, tokens_N, plain)
+        triton_linear.logprob_diff(logits_NV, logits_NV, tokens_N, plain)
         take("logits")
-        triton_ops.logprob_diff(odd_NV, odd_NV, tokens_N, capped)
+        triton_linear.logprob_diff(odd_NV, odd_NV, tokens_N, capped)
         take("logits, odd V, cap")
-        triton_ops.linear_logprob_diff(sft, base, tokens_N, plain)
+        triton_linear.linear_logprob_diff(sft, base, tokens_N, plain)
         take("linear diff", "fold diff")
-        triton_ops.linear_logprob_diff(odd, odd, tokens_N, plain)
+        triton_linear.linear_logprob_diff(odd, odd, tokens_N, plain)
         take("linear diff, odd D", "fold diff, odd D")
-        triton_ops.linear_logprob_diff(ragged, ragged, tokens_N, plain)
+        triton_linear.linear_logprob_diff(ragged, ragged, tokens_N, plain)
         take("linear diff, odd V", "fold diff, odd V")
-        triton_ops.forward(biased, tokens_N, capped, with_entropy=True)
+        triton_linear.forward(biased, tokens_N, capped)
         take("linear stats, all", "fold stats, all")
         # One chunk of the vocabulary is enough: the others launch the same code.
         narrow = Head(sft.hidden_ND, sft.weight_VD[:CHUNK])
-        triton_ops.backward(narrow, tokens_N, plain, stats, ones_N, needs)
+        triton_linear.backward(narrow, tokens_N, plain, stats, ones_N, needs)
         take("d logits")
         narrow = narrow._replace(bias_V=torch.zeros(CHUNK, dtype=dtype))
-        triton_ops.backward(narrow, tokens_N, capped, stats, ones_N, needs)
+        triton_linear.backward(narrow, tokens_N, capped, stats, ones_N, needs)
         take("d logits, all")
         last = slice(RAGGED // CHUNK * CHUNK, RAGGED)
         narrow = Head(sft.hidden_ND, sft.weight_VD[last], torch.zeros(RAGGED % CHUNK, dtype=dtype))
-        triton_ops.backward(narrow, tokens_N, capped, stats, ones_N, needs)
+        triton_linear.backward(narrow, tokens_N, capped, stats, ones_N, needs)
         take("d logits, odd V")
     return named
 

@@ -75,7 +75,7 @@ def our_logprob(impl: Impl) -> Logprob:
     """linear_logprob of this package, one model."""
 
     def logprob(hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor) -> Tensor:
-        return linear_logprob(hidden_ND, weight_VD, tokens_N, impl=impl).logprobs_N
+        return linear_logprob(hidden_ND, weight_VD, tokens_N, impl=impl)
 
     return logprob
 

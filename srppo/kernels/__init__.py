@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from types import ModuleType
-from typing import Literal, TypedDict, Unpack, get_args, overload
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from srppo.errors import ConfigError
 from srppo.kernels import reference
 from srppo.kernels.autograd import LinearLogprob
 from srppo.kernels.checks import checked_head, columns_of, look_at, transform_of
-from srppo.kernels.reference import entropy, token_logprobs
-from srppo.kernels.types import Head, LogprobDiff, Logprobs, Transform
+from srppo.kernels.reference import token_logprobs
+from srppo.kernels.types import Head, LogprobDiff, Transform
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -36,19 +36,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 __all__ = [
     "Impl",
     "LogprobDiff",
-    "Logprobs",
     "Transform",
     "choose",
-    "entropy",
     "linear_logprob",
     "linear_logprob_diff",
+    "linear_logprob_diff_parts",
     "logprob_diff",
+    "logprob_diff_parts",
     "token_logprobs",
 ]
 
 
 class Options(TypedDict, total=False):
-    """Keywords that both differences share."""
+    """Keywords that every operation takes."""
 
     temperature: float
     logit_scale: float
@@ -59,26 +59,22 @@ class Options(TypedDict, total=False):
 
 
 class LinearOptions(Options, total=False):
-    """Keywords of linear_logprob_diff."""
+    """Keywords of a difference from hidden states."""
 
     sft_bias_V: Tensor | None
     base_bias_V: Tensor | None
 
 
-@overload
-def logprob_diff(
-    sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor, *, with_parts: Literal[True], **o: Unpack[Options]
-) -> LogprobDiff: ...
-@overload
-def logprob_diff(
-    sft_logits_NV: Tensor,
-    base_logits_NV: Tensor,
-    tokens_N: Tensor,
-    *,
-    with_parts: Literal[False] = ...,
-    **o: Unpack[Options],
-) -> Tensor: ...
-def logprob_diff(
+def logprob_diff(sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor, **options: Unpack[Options]) -> Tensor:
+    """log pi_sft(token) - log pi_base(token) from two logits matrices, one pass over both; N fp32, nats.
+
+    Source: SRPPO, arXiv 2510.21090, a term of the coherent reward. Not differentiable: the reward is a constant of the
+    optimisation. Options and errors are those of logprob_diff_parts.
+    """
+    return logprob_diff_parts(sft_logits_NV, base_logits_NV, tokens_N, **options).diff_N
+
+
+def logprob_diff_parts(
     sft_logits_NV: Tensor,
     base_logits_NV: Tensor,
     tokens_N: Tensor,
@@ -88,13 +84,9 @@ def logprob_diff(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     vocabulary: int | None = None,
-    with_parts: bool = False,
     impl: Impl = "auto",
-) -> Tensor | LogprobDiff:
-    """log pi_sft(token) - log pi_base(token) from two logits matrices, one pass over both; N fp32, nats.
-
-    Source: SRPPO, arXiv 2510.21090, a term of the coherent reward. Not differentiable: the reward is a constant of the
-    optimisation. `with_parts` returns a LogprobDiff, each log-prob and logsumexp too.
+) -> LogprobDiff:
+    """logprob_diff with each model's log-prob and logsumexp.
 
     Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
     """
@@ -110,32 +102,27 @@ def logprob_diff(
     kernels = choose(impl, tokens_N.device, *logits)
     parts = kernels.logprob_diff(*logits, tokens.safe_N, transform)
     tokens.check()  # after the launch: a GPU that waits for Python to look at N tokens loses more than the pass takes
-    return parts if with_parts else parts.diff_N
+    return parts
 
 
-@overload
 def linear_logprob_diff(
     sft_hidden_ND: Tensor,
     sft_weight_VD: Tensor,
     base_hidden_ND: Tensor,
     base_weight_VD: Tensor,
     tokens_N: Tensor,
-    *,
-    with_parts: Literal[True],
-    **o: Unpack[LinearOptions],
-) -> LogprobDiff: ...
-@overload
-def linear_logprob_diff(
-    sft_hidden_ND: Tensor,
-    sft_weight_VD: Tensor,
-    base_hidden_ND: Tensor,
-    base_weight_VD: Tensor,
-    tokens_N: Tensor,
-    *,
-    with_parts: Literal[False] = ...,
-    **o: Unpack[LinearOptions],
-) -> Tensor: ...
-def linear_logprob_diff(
+    **options: Unpack[LinearOptions],
+) -> Tensor:
+    """logprob_diff from hidden states and heads: no logits matrix is ever built; N fp32, nats.
+
+    The two models may differ in D. One head for both (the same tensor) is read once. Not differentiable. Options and
+    errors are those of linear_logprob_diff_parts.
+    """
+    arguments = (sft_hidden_ND, sft_weight_VD, base_hidden_ND, base_weight_VD, tokens_N)
+    return linear_logprob_diff_parts(*arguments, **options).diff_N
+
+
+def linear_logprob_diff_parts(
     sft_hidden_ND: Tensor,
     sft_weight_VD: Tensor,
     base_hidden_ND: Tensor,
@@ -149,13 +136,9 @@ def linear_logprob_diff(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     vocabulary: int | None = None,
-    with_parts: bool = False,
     impl: Impl = "auto",
-) -> Tensor | LogprobDiff:
-    """The same from hidden states and heads: no logits matrix is ever built; N fp32, nats.
-
-    The two models may differ in D. One head for both (the same tensor) is read once. Not differentiable.
-    `with_parts` returns a LogprobDiff, each log-prob and logsumexp too.
+) -> LogprobDiff:
+    """linear_logprob_diff with each model's log-prob and logsumexp.
 
     Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
     """
@@ -177,7 +160,7 @@ def linear_logprob_diff(
         parts = kernels.linear_logprob_diff(*dense, targets_N[kept], transform)
         parts = LogprobDiff(*(_scatter(part, kept, len(tokens_N)) for part in parts))
     tokens.check()
-    return parts if with_parts else parts.diff_N
+    return parts
 
 
 def linear_logprob(
@@ -191,14 +174,13 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     vocabulary: int | None = None,
-    with_entropy: bool = False,
     impl: Impl = "auto",
-) -> Logprobs:
+) -> Tensor:
     """Log-probs of tokens under one model, never building logits; N fp32, nats.
 
-    Differentiable in hidden, weight and bias; the entropy is watched, never trained on. Between forward and backward
-    only N-sized statistics are kept; the backward pass skips rows without upstream gradient and a frozen head. A
-    gradient of the gradient is not known: it counts as constant.
+    Differentiable in hidden, weight and bias. Between forward and backward only N-sized statistics are kept; the
+    backward pass skips rows without upstream gradient and a frozen head. A gradient of the gradient is not known: it
+    counts as constant.
 
     Raises ConfigError for an unknown impl, shapes or dtypes that do not fit, and DataError for tokens out of range.
     """
@@ -210,14 +192,11 @@ def linear_logprob(
     if kept is not None:
         head, targets_N = head._replace(hidden_ND=hidden_ND[kept]), targets_N[kept]
     if kernels is reference:
-        logprobs_N, entropy_N = reference.linear_logprob(head, targets_N, transform, with_entropy=with_entropy)
+        logprobs_N = reference.linear_logprob(head, targets_N, transform)
     else:
-        logprobs_N, entropy_N = LinearLogprob.apply(*head, targets_N, transform, with_entropy, kernels)
+        logprobs_N = LinearLogprob.apply(*head, targets_N, transform, kernels)
     tokens.check()
-    if kept is not None:
-        logprobs_N = _scatter(logprobs_N, kept, len(hidden_ND))
-        entropy_N = None if entropy_N is None else _scatter(entropy_N, kept, len(hidden_ND))
-    return Logprobs(logprobs_N, entropy_N)
+    return logprobs_N if kept is None else _scatter(logprobs_N, kept, len(hidden_ND))
 
 
 def _scatter(x_K: Tensor, kept_K: Tensor, count: int) -> Tensor:
@@ -256,6 +235,6 @@ def choose(impl: str, device: torch.device, *tensors: Tensor | None) -> ModuleTy
             "impl is 'triton' and the tensors are not on a GPU; use impl='auto' (in a "
             "recipe model.kernels=auto), or TRITON_INTERPRET=1"
         )
-    from srppo.kernels import triton_ops
+    from srppo.kernels import triton_linear
 
-    return triton_ops
+    return triton_linear

@@ -11,7 +11,7 @@ from srppo.kernels.types import Head, RowStats, Transform
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Log-probs (and entropy, without a gradient) of an implementation's `forward`; gradients by its `backward`.
+    """Log-probs of an implementation's `forward`, N; gradients by its `backward`.
 
     Between the two only the inputs and N-sized row statistics are kept: the logits are computed a second time. The row
     maximum and log sum are kept apart, since their sum would cost 4e-4 where logits share an offset of 1e4.
@@ -25,19 +25,16 @@ class LinearLogprob(torch.autograd.Function):
         bias_V: Tensor | None,
         tokens_N: Tensor,
         transform: Transform,
-        with_entropy: bool,
         kernels: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        stats = kernels.forward(Head(hidden_ND, weight_VD, bias_V), tokens_N, transform, with_entropy=with_entropy)
+    ) -> Tensor:
+        stats = kernels.forward(Head(hidden_ND, weight_VD, bias_V), tokens_N, transform)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, tokens_N, stats.max_N, stats.log_sum_N)
         ctx.transform, ctx.kernels = transform, kernels
-        if stats.entropy_N is not None:
-            ctx.mark_non_differentiable(stats.entropy_N)
-        return stats.logprobs_N, stats.entropy_N
+        return stats.logprobs_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, tokens_N, max_N, log_sum_N = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[:3])
         kept = grad_N.nonzero().squeeze(-1)  # rows without upstream gradient take no part
@@ -48,4 +45,4 @@ class LinearLogprob(torch.autograd.Function):
         d_hidden_KD, d_weight_VD, d_bias_V = ctx.kernels.backward(head, tokens_K, ctx.transform, stats, grad_K, needs)
         if d_hidden_KD is not None and not whole:
             d_hidden_KD = torch.zeros_like(hidden_ND).index_copy_(0, kept, d_hidden_KD)
-        return d_hidden_KD, d_weight_VD, d_bias_V, None, None, None, None
+        return d_hidden_KD, d_weight_VD, d_bias_V, None, None, None

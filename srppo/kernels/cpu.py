@@ -10,20 +10,17 @@ the difference against fp64, hidden width 1024, vocabulary 32000: 1e-6 nats in e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srppo.kernels import native, reference
 from srppo.kernels.precision import fp32_products
-from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform, accumulator, difference
+from srppo.kernels.types import Gradients, Head, LogprobDiff, RowStats, Transform, accumulator, difference, one_head
 
-COLUMNS = 1024  # vocabulary entries a chunk
-ROWS = 1024  # rows a wave
-FEW_ROWS = 16  # matrix products of fewer rows round differently: such batches are padded
+CHUNK = 1024  # vocabulary entries, and rows, that torch multiplies at a time
+FEWEST = 16  # rows and columns of a product by torch: BLAS has kernels of their own for fewer, and they round otherwise
 ONE_THREAD_FLOPS = 1e7  # below it, waking a second thread costs more than it saves
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def logprob_diff(sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor, transform: Transform) -> LogprobDiff:
@@ -42,24 +39,24 @@ def logprob_diff(sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor
 
 def linear_logprob_diff(sft: Head, base: Head, tokens_N: Tensor, transform: Transform) -> LogprobDiff:
     """See srppo.kernels.linear_logprob_diff; no row is ignored."""
-    one_head = _same(sft.weight_VD, base.weight_VD) and _same(sft.bias_V, base.bias_V)
-    if one_head and sft.hidden_ND.dtype == base.hidden_ND.dtype and len(tokens_N) <= ROWS:
-        # One head: at few rows its reading is what costs, so both models' rows share one pass.
+    if one_head(sft, base) and len(tokens_N) <= CHUNK:
+        # At few rows the reading of the head is what costs, so both models' rows share one pass.
         both = sft._replace(hidden_ND=torch.cat([sft.hidden_ND, base.hidden_ND]))
-        stats = forward(both, tokens_N.repeat(2), transform, with_entropy=False)
-        halves = [x.chunk(2) if len(tokens_N) else (x, x) for x in stats[:3]]
+        stats = forward(both, tokens_N.repeat(2), transform)
+        halves = [x.chunk(2) if len(tokens_N) else (x, x) for x in stats]
         return difference(*(RowStats(*(half[i] for half in halves)) for i in (0, 1)))
-    return difference(*(forward(head, tokens_N, transform, with_entropy=False) for head in (sft, base)))
+    return difference(*(forward(head, tokens_N, transform) for head in (sft, base)))
 
 
-def forward(head: Head, tokens_N: Tensor, transform: Transform, *, with_entropy: bool) -> RowStats:
+def forward(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     """Row statistics of softmax(transform(hidden @ weight.T + bias)) at `tokens`."""
     library = _compiled(*head)
     if library is None:
-        waves = [_wave_stats(Head(h, *head[1:]), t, transform, with_entropy) for h, t in _waves(head, tokens_N)]
-        return RowStats(*(torch.cat(x) for x in list(zip(*waves, strict=True))[: 4 if with_entropy else 3]))
+        waves = zip(head.hidden_ND.split(CHUNK), tokens_N.split(CHUNK), strict=True)
+        parts = [_wave_stats(head._replace(hidden_ND=h_ND), t_N, transform) for h_ND, t_N in waves]
+        return RowStats(*map(torch.cat, zip(*parts, strict=True)))
     hidden_ND, weight_VD, bias_V = _rows(head.hidden_ND), _rows(head.weight_VD), head.bias_V
-    out_4N = native.linear_stats(
+    out_3N = native.linear_stats(
         library,
         hidden_ND,
         weight_VD,
@@ -67,10 +64,9 @@ def forward(head: Head, tokens_N: Tensor, transform: Transform, *, with_entropy:
         tokens_N.contiguous(),
         _numbers(transform),
         _bf16_products(head) and hidden_ND.shape[1] % 2 == 0,
-        with_entropy,
         _threads(2 * hidden_ND.numel() * len(weight_VD)),
     )
-    return RowStats(out_4N[0], out_4N[1], out_4N[2], out_4N[3] if with_entropy else None)
+    return RowStats(*out_3N)
 
 
 def backward(
@@ -80,9 +76,9 @@ def backward(
 
     The logits are computed again, a chunk of vocabulary and a wave of rows at a time; sums are fp32.
     """
-    dtype = accumulator(*head)
+    dtype, (rows, depth), columns = accumulator(*head), head.hidden_ND.shape, len(head.weight_VD)
     hidden_ND, weight_VD, bias_V = head
-    wide_ND, columns = _padded(hidden_ND.to(dtype)), len(weight_VD)
+    wide_ND = _padded(hidden_ND.to(dtype))
     d_hidden_ND = torch.zeros_like(wide_ND) if needs[0] else None
     d_weight_VD = torch.empty_like(weight_VD) if needs[1] else None
     d_bias_V = torch.empty_like(bias_V) if bias_V is not None and needs[2] else None
@@ -90,27 +86,28 @@ def backward(
     max_N = _padded(stats.max_N, torch.inf)
     vectors = [_padded(tokens_N), max_N, _padded(stats.log_sum_N), _padded(grad_N.to(dtype))]
     with fp32_products():
-        for start in range(0, columns, COLUMNS):
-            chunk = slice(start, min(start + COLUMNS, columns))
-            weight_CD = weight_VD[chunk].to(dtype)
+        for start in range(0, columns, CHUNK):
+            chunk = slice(start, min(start + CHUNK, columns))
+            count = chunk.stop - start
+            weight_CD = _padded(weight_VD[chunk].to(dtype))
             bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
-            d_weight_CD, d_bias_C = torch.zeros_like(weight_CD), weight_CD.new_zeros(len(weight_CD))
-            for first in range(0, len(wide_ND), ROWS):
-                wave = slice(first, first + ROWS)
-                d_raw_NC = wide_ND[wave] @ weight_CD.T
-                _to_gradient(d_raw_NC, start, bias_C, [x[wave] for x in vectors], transform)
+            d_weight_CD, d_bias_C = torch.zeros_like(weight_CD), weight_CD.new_zeros(count)
+            for first in range(0, len(wide_ND), CHUNK):
+                wave = slice(first, first + CHUNK)
+                d_raw_NC = wide_ND[wave] @ weight_CD.T  # 0 in columns of padding
+                _to_gradient(d_raw_NC[:, :count], start, bias_C, [x[wave] for x in vectors], transform)
                 if d_hidden_ND is not None:
                     d_hidden_ND[wave].addmm_(d_raw_NC, weight_CD)
                 if d_weight_VD is not None:
                     d_weight_CD.addmm_(d_raw_NC.T, wide_ND[wave])
                 if d_bias_V is not None:
-                    d_bias_C += d_raw_NC.sum(dim=0)
+                    d_bias_C += d_raw_NC[:, :count].sum(dim=0)
             if d_weight_VD is not None:
-                d_weight_VD[chunk] = d_weight_CD
+                d_weight_VD[chunk] = d_weight_CD[:count, :depth]
             if d_bias_V is not None:
                 d_bias_V[chunk] = d_bias_C
     if d_hidden_ND is not None:
-        d_hidden_ND = d_hidden_ND[: len(hidden_ND)].to(hidden_ND.dtype)
+        d_hidden_ND = d_hidden_ND[:rows, :depth].to(hidden_ND.dtype)
     return d_hidden_ND, d_weight_VD, d_bias_V
 
 
@@ -140,57 +137,45 @@ def _to_gradient(
         raw_NC *= 1.0 - bent_NC.square()
 
 
-def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform, with_entropy: bool) -> RowStats:
+def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     """The twin of the compiled pass: chunks of the vocabulary, combined online in order."""
-    dtype, rows = accumulator(*head), len(tokens_N)
+    dtype, rows, depth = accumulator(*head), len(tokens_N), head.hidden_ND.shape[1]
     wide_ND, targets_N = _padded(head.hidden_ND.to(dtype)), _padded(tokens_N)
     max_N = wide_ND.new_full((len(wide_ND),), -torch.inf)
-    sum_N, weighted_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N), torch.zeros_like(max_N)
-    columns = min(COLUMNS, len(head.weight_VD))
-    z_buffer = wide_ND.new_empty(len(wide_ND) * columns)  # used by every chunk: the allocator keeps nothing
-    p_buffer = torch.empty_like(z_buffer if with_entropy else z_buffer[:0])
-    weight_buffer = wide_ND.new_empty(columns * wide_ND.shape[1] if head.weight_VD.dtype != dtype else 0)
-    with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head)):
-        for start in range(0, len(head.weight_VD), COLUMNS):
-            weight_CD = head.weight_VD[start : start + COLUMNS]
+    sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
+    # Used by every chunk: the allocator keeps nothing.
+    z_buffer = wide_ND.new_empty(len(wide_ND) * min(CHUNK, max(len(head.weight_VD), FEWEST)))
+    weight_buffer = wide_ND.new_empty(CHUNK * depth if head.weight_VD.dtype != dtype else 0)
+    # torch leaves products of up to 16 x 16 x 16 in fp32: deeper than that, all chunks and rows are of one kind.
+    with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head) and depth > FEWEST):
+        for start, weight_CD in zip(range(0, len(head.weight_VD), CHUNK), head.weight_VD.split(CHUNK), strict=True):
+            count = len(weight_CD)
             if weight_CD.dtype != dtype:
                 weight_CD = weight_buffer[: weight_CD.numel()].view(weight_CD.shape).copy_(weight_CD)
+            weight_CD = _padded(weight_CD)
             z_NC = z_buffer[: len(wide_ND) * len(weight_CD)].view(len(wide_ND), len(weight_CD))
-            torch.mm(wide_ND, weight_CD.T, out=z_NC)
+            z_NC = torch.mm(wide_ND, weight_CD.T, out=z_NC)[:, :count]
             if head.bias_V is not None:
-                z_NC += head.bias_V[start : start + COLUMNS].to(dtype)
+                z_NC += head.bias_V[start : start + count].to(dtype)
             z_NC = z_NC if transform == Transform() else transform(z_NC)
             at_N = targets_N - start
-            inside_N = (at_N >= 0) & (at_N < z_NC.shape[1])
-            chosen_N = z_NC.gather(1, at_N.clamp(0, z_NC.shape[1] - 1)[:, None])[:, 0]
-            target_N = torch.where(inside_N, chosen_N, target_N)
+            chosen_N = z_NC.gather(1, at_N.clamp(0, count - 1)[:, None])[:, 0]
+            target_N = torch.where((at_N >= 0) & (at_N < count), chosen_N, target_N)
             next_N = torch.maximum(max_N, z_NC.amax(dim=1))
             shift_N = next_N.masked_fill(next_N == -torch.inf, 0.0)  # a row of -inf only, so far
-            factor_N = (max_N - shift_N).exp()
             z_NC -= shift_N[:, None]
-            if with_entropy:
-                z_NC.clamp_(min=torch.finfo(dtype).min)  # exp of it is 0, as of -inf, and 0 times it no NaN
-                p_NC = torch.exp(z_NC, out=p_buffer[: z_NC.numel()].view_as(z_NC))
-                moved_N = torch.where(sum_N > 0, sum_N * (max_N - shift_N), 0.0)
-                weighted_N = factor_N * (weighted_N + moved_N) + z_NC.mul_(p_NC).sum(dim=1)
-            else:
-                p_NC = z_NC.exp_()
-            sum_N = sum_N * factor_N + p_NC.sum(dim=1)
+            sum_N = sum_N * (max_N - shift_N).exp() + z_NC.exp_().sum(dim=1)
             max_N = next_N
-    log_sum_N = sum_N.log()
-    entropy_N = (log_sum_N - weighted_N / sum_N)[:rows] if with_entropy else None
-    return RowStats((target_N - max_N)[:rows], max_N[:rows], log_sum_N[:rows], entropy_N)
-
-
-def _waves(head: Head, tokens_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, max(len(tokens_N), 1), ROWS):
-        yield head.hidden_ND[start : start + ROWS], tokens_N[start : start + ROWS]
+    return RowStats((target_N - max_N)[:rows], max_N[:rows], sum_N.log()[:rows])
 
 
 def _padded(x: Tensor, value: float = 0.0) -> Tensor:
-    """At least FEW_ROWS rows in the last wave, so that a row's bits do not depend on how many others there are."""
-    missing = FEW_ROWS - (len(x) % ROWS or ROWS)
-    return x if missing <= 0 else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
+    """A vector or matrix with FEWEST rows at least in its last CHUNK, and FEWEST columns.
+
+    So a row's bits do not depend on how many others there are, nor on its place among them.
+    """
+    missing = [max(FEWEST - size, 0) for size in (*x.shape[1:], len(x) % CHUNK or CHUNK)]
+    return F.pad(x, [side for count in missing for side in (0, count)], value=value) if any(missing) else x
 
 
 def _compiled(*tensors: Tensor | None) -> native.ctypes.CDLL | None:
@@ -212,13 +197,6 @@ def _numbers(transform: Transform) -> tuple[float, float, float]:
 
 def _threads(operations: float) -> int:
     return torch.get_num_threads() if operations > ONE_THREAD_FLOPS else 1
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are the same memory seen the same way."""
-    if a is None or b is None:
-        return a is b
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _bf16_products(head: Head) -> bool:

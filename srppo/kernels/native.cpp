@@ -96,26 +96,18 @@ struct Transform {  // softcap * tanh(raw * scale / softcap) * inverse temperatu
     }
 };
 
-// The online state of some rows: maximum, sum of exp(z - maximum), and sum of exp(z - maximum) * (z - maximum).
+// The online state of some rows: maximum, and sum of exp(z - maximum).
 struct Online {
-    V max = all(-INF), sum = V{}, weighted = V{};
+    V max = all(-INF), sum = V{};
 
     // Before adding terms whose maximum is `other`: returns the shift to subtract, finite also while all is -inf.
-    V rescale(V other, bool with_entropy) {
+    V rescale(V other) {
         const V next = maximum(max, other), shift = next == all(-INF) ? V{} : next;
-        const V delta = max - shift, factor = exp_negative(delta);
-        if (with_entropy) weighted = factor * (weighted + (sum > V{} ? sum * delta : V{}));
-        sum = sum * factor;
+        sum = sum * exp_negative(max - shift);
         max = next;
         return shift;
     }
 };
-
-inline void add_terms(V z, V shift, bool with_entropy, V& sum, V& weighted) {
-    const V d = z - shift, p = exp_negative(d);
-    sum += p;
-    if (with_entropy) weighted += p > V{} ? p * d : (p == p ? V{} : p);
-}
 
 inline float from_bits(uint32_t bits) {
     float x;
@@ -160,8 +152,8 @@ struct Matrix {
     int64_t dtype, stride;
 };
 
-struct Stats {  // N each; entropy may be null
-    float *target, *max, *log_sum, *entropy;
+struct Stats {  // N each
+    float *target, *max, *log_sum;
 };
 
 // C[entries, LANES] (+)= panel[entries, depth] @ block[depth, LANES], summed SUM_DEPTH products at a time.
@@ -183,8 +175,7 @@ void multiply(int64_t entries, int64_t depth, const char* panel, int64_t panel_s
 }
 
 // Fold one tile [entries, LANES] into the states of its rows.
-void reduce(float* tile, int64_t entries, const float* bias, const Transform& transform, bool with_entropy,
-            Online* states) {
+void reduce(float* tile, int64_t entries, const float* bias, const Transform& transform, Online* states) {
     const bool changed = bias || !transform.identity();
     for (int g = 0; g < VECTORS; g++) {
         float* column = tile + g * WIDTH;
@@ -198,38 +189,34 @@ void reduce(float* tile, int64_t entries, const float* bias, const Transform& tr
             tile_max = maximum(tile_max, z);
         }
         Online state = states[g];
-        const V shift = state.rescale(tile_max, with_entropy);
-        V sum = {}, sum2 = {}, weighted = {}, weighted2 = {};  // two chains: additions do not wait for each other
+        const V shift = state.rescale(tile_max);
+        V sum = {}, sum2 = {};  // two chains: additions do not wait for each other
         for (int64_t v = 0; v + 1 < entries; v += 2) {
-            add_terms(load(column + v * LANES), shift, with_entropy, sum, weighted);
-            add_terms(load(column + (v + 1) * LANES), shift, with_entropy, sum2, weighted2);
+            sum += exp_negative(load(column + v * LANES) - shift);
+            sum2 += exp_negative(load(column + (v + 1) * LANES) - shift);
         }
-        if (entries % 2) add_terms(load(column + (entries - 1) * LANES), shift, with_entropy, sum, weighted);
+        if (entries % 2) sum += exp_negative(load(column + (entries - 1) * LANES) - shift);
         state.sum += sum + sum2;
-        state.weighted += weighted + weighted2;
         states[g] = state;
     }
 }
 
 struct Partials {  // [segments, rows]
-    float *max, *sum, *weighted;
+    float *max, *sum;
 };
 
 void combine(const Partials& partials, int64_t segments, int64_t stride, int64_t row, const Stats& out, int64_t n) {
     float top = -INF;
     for (int64_t s = 0; s < segments; s++) top = std::max(top, partials.max[s * stride + row]);
-    double sum = 0, weighted = 0;
+    double sum = 0;
     for (int64_t s = 0; s < segments; s++) {
         const double part = partials.sum[s * stride + row], below = double(partials.max[s * stride + row]) - top;
         if (part == 0) continue;  // a segment of -inf only
-        const double factor = std::exp(below);
-        sum += part * factor;
-        if (out.entropy) weighted += factor * (partials.weighted[s * stride + row] + part * below);
+        sum += part * std::exp(below);
     }
     out.max[n] = top;
     out.target[n] -= top;
     out.log_sum[n] = float(std::log(sum));
-    if (out.entropy) out.entropy[n] = float(std::log(sum) - weighted / sum);
 }
 
 // One pass over the vocabulary for rows first .. first + rows.
@@ -297,7 +284,6 @@ struct Pass {
             const int64_t at = s * stride + i * WIDTH;
             store(partials.max + at, work.states[i].max);
             store(partials.sum + at, work.states[i].sum);
-            if (out.entropy) store(partials.weighted + at, work.states[i].weighted);
         }
     }
 
@@ -325,7 +311,7 @@ struct Pass {
     }
 
     void finish(float* tile, int64_t v, int64_t height, int64_t block, Workspace& work) const {
-        reduce(tile, height, bias ? bias + v : nullptr, transform, out.entropy, &work.states[block * VECTORS]);
+        reduce(tile, height, bias ? bias + v : nullptr, transform, &work.states[block * VECTORS]);
         for (int64_t j = 0; j < rows_of(block); j++) {
             const int64_t n = first + block * LANES + j, at = tokens[n] - v;
             if (at >= 0 && at < height) out.target[n] = tile[at * LANES + j];
@@ -335,8 +321,8 @@ struct Pass {
     void run() const {
         const int64_t cells = segments() * blocks() * LANES;
         Buffer<char> packed(blocks() * LANES * D * element());
-        Buffer<float> max(cells), sum(cells), weighted(out.entropy ? cells : 1);
-        const Partials partials{max, sum, weighted};
+        Buffer<float> max(cells), sum(cells);
+        const Partials partials{max, sum};
         std::vector<std::unique_ptr<Workspace>> work;
         for (int i = 0; i < workers(); i++) work.push_back(std::make_unique<Workspace>(*this));
         std::atomic<int> next{0};
@@ -385,7 +371,7 @@ void logits_row(const Matrix& logits, int64_t row, int64_t token, int64_t vocabu
             std::fill(block + count, block + padded, -INF);
             z = block;
         }
-        V top = all(-INF), top2 = top, sum_a = {}, sum_b = {}, unused = {};
+        V top = all(-INF), top2 = top, sum_a = {}, sum_b = {};
         for (int64_t i = 0; i < padded; i += STEP) {
             top = maximum(top, load(z + i));
             top2 = maximum(top2, load(z + i + WIDTH));
@@ -393,8 +379,8 @@ void logits_row(const Matrix& logits, int64_t row, int64_t token, int64_t vocabu
         top = maximum(top, top2);
         const float next = std::max(max, highest(top)), shift = next == -INF ? 0.0f : next;
         for (int64_t i = 0; i < padded; i += STEP) {
-            add_terms(load(z + i), all(shift), false, sum_a, unused);
-            add_terms(load(z + i + WIDTH), all(shift), false, sum_b, unused);
+            sum_a += exp_negative(load(z + i) - all(shift));
+            sum_b += exp_negative(load(z + i + WIDTH) - all(shift));
         }
         const V block_sum = sum_a + sum_b;
         double total = 0;
@@ -432,14 +418,14 @@ extern "C" {
 int srppo_linear_stats(const void* hidden, int64_t hidden_dtype, int64_t hidden_stride, const void* weight,
                        int64_t weight_dtype, int64_t weight_stride, const float* bias, const int64_t* tokens, int64_t N,
                        int64_t D, int64_t vocabulary, float scale, float softcap, float inverse_temperature, int pairs,
-                       float* target, float* max, float* log_sum, float* entropy, int threads) {
+                       float* target, float* max, float* log_sum, int threads) {
     try {
         int64_t rows = std::max<int64_t>(PACKED_BYTES / (D * (pairs ? 2 : 4)) / LANES, 1) * LANES;
         rows = std::min(rows, D > K_BLOCK ? DEEP_ROWS : MOST_ROWS);
         for (int64_t first = 0; first < N; first += rows)
             Pass{{hidden, hidden_dtype, hidden_stride}, {weight, weight_dtype, weight_stride}, bias, tokens, first,
                  std::min(rows, N - first), D, vocabulary, {scale, softcap, inverse_temperature}, pairs != 0,
-                 {target, max, log_sum, entropy}, threads}
+                 {target, max, log_sum}, threads}
                 .run();
         return 0;
     } catch (const std::bad_alloc&) {

@@ -26,8 +26,8 @@ SWITCH = "SRPPO_COMPILED"  # an environment variable: 0 keeps to plain torch
 _Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _MATRIX, _TRANSFORM = [_Pointer, _Int, _Int], [_Float, _Float, _Float]
 _SIGNATURES = {
-    "srppo_linear_stats": [*_MATRIX * 2, _Pointer, _Pointer, _Int, _Int, _Int, *_TRANSFORM, ctypes.c_int]
-    + [_Pointer] * 4
+    "srppo_linear_stats": [*_MATRIX * 2, *[_Pointer] * 2, *[_Int] * 3, *_TRANSFORM, ctypes.c_int]
+    + [_Pointer] * 3
     + [ctypes.c_int],
     "srppo_logits_diff": [*_MATRIX * 2, _Pointer, _Int, _Int, *_TRANSFORM, _Pointer, ctypes.c_int],
     "srppo_logits_gradient": [_Pointer, _Int, *[_Pointer] * 5, _Int, _Int, _Int, *_TRANSFORM, ctypes.c_int],
@@ -159,9 +159,7 @@ def _agrees(library: ctypes.CDLL) -> bool:
     logits_NV = hidden_ND.double() @ weight_VD.double().T
     expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N[:, None])[:, 0].float()
     modes = [False, True] if has_bf16_tiles() else [False]
-    outs = [
-        linear_stats(library, hidden_ND, weight_VD, None, tokens_N, (1.0, 0.0, 1.0), pairs, False, 1) for pairs in modes
-    ]
+    outs = [linear_stats(library, hidden_ND, weight_VD, None, tokens_N, (1.0, 0.0, 1.0), pairs, 1) for pairs in modes]
     return all(torch.allclose(out[0] - out[2], expected_N, atol=1e-4) for out in outs)
 
 
@@ -178,11 +176,10 @@ def linear_stats(
     tokens_N: Tensor,
     transform: tuple[float, float, float],
     pairs: bool,
-    with_entropy: bool,
     threads: int,
 ) -> Tensor:
-    """4N fp32: target logit - maximum, maximum, log sum exp(z - maximum), entropy. `pairs`: bf16 products (AMX)."""
-    out_4N = _result(4, len(tokens_N))
+    """3N fp32: target logit - maximum, maximum, log sum exp(z - maximum). `pairs`: bf16 products (AMX)."""
+    out_3N = _result(3, len(tokens_N))
     _call(
         library.srppo_linear_stats,
         *_matrix(hidden_ND),
@@ -194,11 +191,10 @@ def linear_stats(
         len(weight_VD),
         *transform,
         int(pairs),
-        *(row_N.data_ptr() for row_N in out_4N[:3]),
-        out_4N[3].data_ptr() if with_entropy else None,
+        *(row_N.data_ptr() for row_N in out_3N),
         threads,
     )
-    return out_4N
+    return out_3N
 
 
 def logits_diff(

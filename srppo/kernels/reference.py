@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from srppo.kernels.precision import fp32_products
-from srppo.kernels.types import IGNORED, Head, LogprobDiff, Logprobs, RowStats, Transform, accumulator, difference
+from srppo.kernels.types import IGNORED, Head, LogprobDiff, RowStats, Transform, accumulator, difference
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once by the linear operations: 128 MiB in fp32
 
@@ -25,12 +25,6 @@ def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, *, temperature: float 
     # log_softmax centres on the maximum; target - logsumexp would lose 4e-4 nats at a shared offset of 1e4.
     logp_BTV = (logits_BTV.to(accumulator(logits_BTV)) / temperature).log_softmax(dim=-1)
     return logp_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)
-
-
-def entropy(logits_BTV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature), BT fp32 (fp64 for fp64), nats."""
-    logp_BTV = (logits_BTV.to(accumulator(logits_BTV)) / temperature).log_softmax(dim=-1)
-    return -(logp_BTV.exp() * logp_BTV.masked_fill(logp_BTV == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def logprob_diff(sft_logits_NV: Tensor, base_logits_NV: Tensor, tokens_N: Tensor, transform: Transform) -> LogprobDiff:
@@ -52,7 +46,7 @@ def _linear_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStat
     parts = []
     for rows in _chunks(len(tokens_N), len(head.weight_VD)):
         parts.append(_row_stats(_logits(head.hidden_ND[rows], head.weight_VD, head.bias_V, transform), tokens_N[rows]))
-    return RowStats(*(torch.cat(part) for part in list(zip(*parts, strict=True))[:3]))
+    return RowStats(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _row_stats(logits_NV: Tensor, tokens_N: Tensor) -> RowStats:
@@ -62,21 +56,19 @@ def _row_stats(logits_NV: Tensor, tokens_N: Tensor) -> RowStats:
     return RowStats(centred_N, max_N1.squeeze(-1), centred_NV.exp().sum(dim=-1).log())
 
 
-def linear_logprob(head: Head, tokens_N: Tensor, transform: Transform, *, with_entropy: bool) -> Logprobs:
+def linear_logprob(head: Head, tokens_N: Tensor, transform: Transform) -> Tensor:
     """See srppo.kernels.linear_logprob.
 
     Tokens are taken in chunks that are recomputed in the backward pass, so that at most CHUNK_ELEMENTS logits exist.
     """
     parts = []
     for rows in _chunks(len(tokens_N), len(head.weight_VD)):
-        arguments = (head.hidden_ND[rows], head.weight_VD, head.bias_V, tokens_N[rows], transform, with_entropy)
+        arguments = (head.hidden_ND[rows], head.weight_VD, head.bias_V, tokens_N[rows], transform)
         recompute = rows.stop - rows.start < len(tokens_N) and torch.is_grad_enabled()
         parts.append(
             checkpoint(_linear_chunk, *arguments, use_reentrant=False) if recompute else _linear_chunk(*arguments)
         )
-    logprobs_N = torch.cat([part[0] for part in parts])
-    entropies = [part[1] for part in parts if part[1] is not None]
-    return Logprobs(logprobs_N, torch.cat(entropies) if with_entropy else None)
+    return torch.cat(parts)
 
 
 def _chunks(count: int, vocabulary: int) -> list[slice]:
@@ -85,16 +77,9 @@ def _chunks(count: int, vocabulary: int) -> list[slice]:
 
 
 def _linear_chunk(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    tokens_N: Tensor,
-    transform: Transform,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    logits_NV = _logits(hidden_ND, weight_VD, bias_V, transform)
-    # The entropy is watched, never trained on: no graph is kept for it.
-    return token_logprobs(logits_NV, tokens_N), entropy(logits_NV.detach()) if with_entropy else None
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_N: Tensor, transform: Transform
+) -> Tensor:
+    return token_logprobs(_logits(hidden_ND, weight_VD, bias_V, transform), tokens_N)
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, transform: Transform) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,13 +23,11 @@ from torch import Tensor
 from srppo.kernels.precision import fp32_products
 from srppo.kernels.triton_common import INTERPRETED, TILES, blocks, launch, programs, scalars, tanh
 from srppo.kernels.triton_tiles import operands, placed, product, tiled, tiles_of
-from srppo.kernels.types import Head, RowStats, Transform
+from srppo.kernels.types import Gradients, Head, RowStats, Transform
 
 WAVE = 4096  # rows and
 CHUNK = 8192  # columns of d logits held at once: 64 MiB in bf16, 128 MiB in fp32
 WIDEST = max(cut.columns for cut in TILES.values())
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @fp32_products()
@@ -48,28 +47,20 @@ def backward(
     fresh = torch.empty_like if rows else torch.zeros_like
     d_weight_VD = fresh(head.weight_VD, memory_format=torch.contiguous_format) if need_weight else None
     d_bias_V = torch.zeros(columns, dtype=torch.float32, device=device) if need_bias else None
-    dense = operands(head)
+    dense, vectors = operands(head), (tokens_N, stats.max_N, stats.log_sum_N, grad_N)
+    bias_V = None if dense.bias_V is None else F.pad(dense.bias_V, (0, WIDEST))  # read a tile at a time, as below
     dtype = torch.bfloat16 if dense.hidden_ND.dtype == torch.bfloat16 else torch.float32
     # Whole tiles wide: a mask for the ragged last column would cost every store a predicate, and registers spill.
     buffer = torch.empty(min(rows, WAVE), blocks(min(CHUNK, columns), WIDEST) * WIDEST, dtype=dtype, device=device)
     for start in range(0, columns if rows and any(needs) else 0, CHUNK):
         chunk = slice(start, min(start + CHUNK, columns))
-        part = Head(dense.hidden_ND, dense.weight_VD[chunk], None if dense.bias_V is None else dense.bias_V[chunk])
+        part = Head(dense.hidden_ND, dense.weight_VD[chunk], None if bias_V is None else bias_V[start:])
         d_chunk_CD: Tensor | None = None
         for begin in range(0, rows, WAVE):
             wave = slice(begin, min(begin + WAVE, rows))
             d_logits_WC = buffer[: wave.stop - begin, : chunk.stop - start]
             piece = part._replace(hidden_ND=part.hidden_ND[wave])
-            _d_logits(
-                piece,
-                tokens_N[wave],
-                transform,
-                stats.max_N[wave],
-                stats.log_sum_N[wave],
-                grad_N[wave],
-                start,
-                d_logits_WC,
-            )
+            _d_logits(piece, [x[wave].contiguous() for x in vectors], transform, start, d_logits_WC)
             if d_hidden_ND is not None:
                 _add_product(d_hidden_ND[wave], d_logits_WC, piece.weight_VD)
             if d_weight_VD is not None and rows <= WAVE:
@@ -123,33 +114,23 @@ def _bf16_adder(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], obje
     return lambda out, a, b: out.addmm_(a.float(), b.float())
 
 
-def _d_logits(
-    head: Head,
-    tokens_W: Tensor,
-    transform: Transform,
-    max_W: Tensor,
-    log_sum_W: Tensor,
-    grad_W: Tensor,
-    first: int,
-    d_logits_WC: Tensor,
-) -> None:
+def _d_logits(head: Head, vectors: list[Tensor], transform: Transform, first: int, d_logits_WC: Tensor) -> None:
     """Write d loss / d raw logits of a wave of rows and a chunk of columns that begins at token `first`.
 
-    The tiles of the last columns are written whole, past those of d_logits_WC: its rows must have the room.
+    vectors: tokens, row maxima, log sums and upstream gradients, W each.
+    The tiles of the last columns are written whole, past those of d_logits_WC, and the bias is read so: both must have
+    the room.
     """
     cut = tiles_of(head)
     if d_logits_WC.element_size() > head.hidden_ND.element_size():  # fp32 on its way out takes more shared memory
         cut = replace(cut, columns=cut.columns // 2)
-    columns = len(head.weight_VD)
-    total = blocks(len(tokens_W), cut.rows) * blocks(columns, cut.columns)
+    rows, columns = d_logits_WC.shape
+    total = blocks(rows, cut.rows) * blocks(columns, cut.columns)
     grid = min(total, programs(head.hidden_ND)) if cut.descriptors or INTERPRETED else total
-    arguments = tiled("head", head, cut) | {
-        "tokens": tokens_W.contiguous(),
-        "maxima": max_W.contiguous(),
-        "log_sums": log_sum_W.contiguous(),
-        "grads": grad_W.contiguous(),
+    arguments = tiled("head", head, cut) | dict(zip(("tokens", "maxima", "log_sums", "grads"), vectors, strict=True))
+    arguments |= {
         "d_logits": d_logits_WC,
-        "rows": len(tokens_W),
+        "rows": rows,
         "columns": columns,
         "first": first,
         "out_stride": d_logits_WC.stride(0),
@@ -167,30 +148,14 @@ def _d_logits(
 
 @triton.jit
 def _store_half(
-    raw,
-    bias,
-    tokens,
-    maxima,
-    log_sums,
-    grads,
-    d_logits,
-    row,
-    column,
-    rows,
-    columns,
-    first,
-    out_stride,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    raw, bias, tokens, maxima, log_sums, grads, d_logits, row, column, rows, first, out_stride, inner, outer,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Turn a tile of raw logits into d logits and write it."""
     r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     inside = r < rows
     if bias is not None:
-        raw += tl.load(bias + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+        raw += tl.load(bias + c).to(tl.float32)[None, :]
     slopes = tl.load(grads + r, mask=inside, other=0.0)[:, None] * (inner * outer)  # inner is 1 without a cap
     bent = tanh(inner * raw) if CAPPED else raw
     logits = outer * bent
@@ -213,33 +178,11 @@ def _store_half(
     do_not_specialize_on_alignment=["tokens", "maxima", "log_sums", "grads"],
 )
 def _d_logits_kernel(
-    head_hidden,
-    head_weight,
-    head_bias,
-    head_depth,
-    head_hidden_stride,
-    head_weight_stride,
-    tokens,
-    maxima,
-    log_sums,
-    grads,
-    d_logits,
-    rows,
-    columns,
-    first,
-    out_stride,
-    programs,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    HEAD_EVEN: tl.constexpr,
-):
+    head_hidden, head_weight, head_bias, head_depth, head_hidden_stride, head_weight_stride,
+    tokens, maxima, log_sums, grads, d_logits, rows, columns, first, out_stride, programs, inner, outer,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, HEAD_EVEN: tl.constexpr,
+):  # fmt: skip
     """(onehot(token) - softmax) * upstream gradient * d logits / d raw, tile by tile."""
     row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, programs, flatten=DESCRIPTORS):
@@ -254,6 +197,6 @@ def _d_logits_kernel(
         for half in tl.static_range(2):
             _store_half(
                 right if half else left, head_bias, tokens, maxima, log_sums, grads, d_logits, row,
-                column + half * (COLUMNS // 2), rows, columns, first, out_stride, inner, outer, CAPPED,
+                column + half * (COLUMNS // 2), rows, first, out_stride, inner, outer, CAPPED,
                 ROWS, COLUMNS // 2,
             )  # fmt: skip

@@ -14,9 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from srppo.kernels.triton_backward import backward
 from srppo.kernels.triton_common import INTERPRETED, blocks, exp, launch, scalars, transformed
+from srppo.kernels.triton_logits import logprob_diff
 from srppo.kernels.triton_tiles import fold, named, operands, tiles_of
-from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform
+from srppo.kernels.types import Head, LogprobDiff, RowStats, Transform, one_head
+
+__all__ = ["backward", "forward", "linear_logprob_diff", "logprob_diff"]  # what the dispatch point calls
 
 PARTIAL_BYTES = 1 << 27  # tile statistics held at once; more rows are taken in slabs
 SLAB = 2048  # rows by which slabs grow: whole groups of row blocks
@@ -27,18 +31,16 @@ def linear_logprob_diff(sft: Head, base: Head, tokens_N: Tensor, transform: Tran
     """See srppo.kernels.linear_logprob_diff. One head for both models is read once, its rows stacked."""
     count, tokens_N = len(tokens_N), tokens_N.contiguous()
     results_5N = torch.empty(5, count, dtype=torch.float32, device=tokens_N.device)
-    shared = _same(sft.weight_VD, base.weight_VD) and _same(sft.bias_V, base.bias_V)
-    shared = shared and sft.hidden_ND.dtype == base.hidden_ND.dtype
     heads = [operands(sft), operands(base)]
-    for slab in _slabs(heads, count, fields=2):
+    for slab in _slabs(heads, count):
         pair = [head._replace(hidden_ND=head.hidden_ND[slab]) for head in heads]
         size = len(pair[0].hidden_ND)
-        both = pair[0]._replace(hidden_ND=_stacked([head.hidden_ND for head in pair])) if shared else None
+        both = pair[0]._replace(hidden_ND=_stacked([head.hidden_ND for head in pair])) if one_head(sft, base) else None
         # Tiles of another size would give a row other bits than it has beside a model with a head of its own.
         if both is not None and all(tiles_of(both) == tiles_of(head) for head in pair):
-            partials = fold([both], transform, with_entropy=False)[0].split(size)
+            partials = fold([both], transform)[0].split(size)
         else:
-            partials = fold(pair, transform, with_entropy=False)
+            partials = fold(pair, transform)
         arguments: dict[str, Any] = {"tokens": tokens_N[slab], "results": results_5N[:, slab], "plane": count}
         for name, head, partial in zip(("sft", "base"), pair, partials, strict=True):
             arguments |= _folded(name, head, partial)
@@ -47,26 +49,24 @@ def linear_logprob_diff(sft: Head, base: Head, tokens_N: Tensor, transform: Tran
     return LogprobDiff(*results_5N.unbind())
 
 
-def forward(head: Head, tokens_N: Tensor, transform: Transform, *, with_entropy: bool) -> RowStats:
+def forward(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     """Statistics of every row, from which log-probs follow; keeps nothing else."""
     count, tokens_N = len(tokens_N), tokens_N.contiguous()
-    results_4N = torch.empty(4, count, dtype=torch.float32, device=tokens_N.device)
+    results_3N = torch.empty(3, count, dtype=torch.float32, device=tokens_N.device)
     head = operands(head)
-    for slab in _slabs([head], count, fields=3 if with_entropy else 2):
+    for slab in _slabs([head], count):
         part = head._replace(hidden_ND=head.hidden_ND[slab])
-        (partial,) = fold([part], transform, with_entropy=with_entropy)
+        (partial,) = fold([part], transform)
         arguments = {
             "tokens": tokens_N[slab],
-            "results": results_4N[:, slab],
+            "results": results_3N[:, slab],
             "plane": count,
             **_folded("head", part, partial),
             **scalars(transform),
-            "ENTROPY": with_entropy,
             "DOT": DOT,
         }
         launch(_stats_row_kernel, len(part.hidden_ND), arguments, warps=4)
-    centred_N, max_N, log_sum_N, entropy_N = results_4N.unbind()
-    return RowStats(centred_N, max_N, log_sum_N, entropy_N if with_entropy else None)
+    return RowStats(*results_3N.unbind())
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
@@ -78,15 +78,9 @@ def _stacked(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, out=stack_RD)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-
-def _slabs(heads: list[Head], count: int, fields: int) -> list[slice]:
+def _slabs(heads: list[Head], count: int) -> list[slice]:
     """Row ranges whose partials stay within PARTIAL_BYTES; no row's result hangs on where they are cut."""
-    bytes_per_row = sum(4 * fields * blocks(len(head.weight_VD), tiles_of(head).columns) for head in heads)
+    bytes_per_row = sum(8 * blocks(len(head.weight_VD), tiles_of(head).columns) for head in heads)
     size = max(PARTIAL_BYTES // bytes_per_row // SLAB * SLAB, SLAB)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -104,38 +98,16 @@ def _folded(name: str, head: Head, partial: Tensor) -> dict[str, Any]:
 
 @triton.jit
 def _row(
-    hidden,
-    weight,
-    bias,
-    depth,
-    hidden_stride,
-    weight_stride,
-    partials,
-    row,
-    token,
-    width,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """(target logit - maximum, maximum, log sum, entropy) of a row; NaN where all of it is -inf."""
-    FIELDS: tl.constexpr = 3 if ENTROPY else 2
+    hidden, weight, bias, depth, hidden_stride, weight_stride, partials, row, token, width, inner, outer,
+    CAPPED: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """(target logit - maximum, maximum, log sum) of a row; NaN where all of it is -inf."""
     tile = tl.arange(0, WIDTH)
-    at = partials + row * (FIELDS * width) + tile
+    at = partials + row * (2 * width) + tile
     tops = tl.load(at, mask=tile < width, other=float("-inf"))
     totals = tl.load(at + width, mask=tile < width, other=0.0)
     highest = tl.max(tops, 0)
-    scales = exp(tops - highest)
-    total = tl.sum(totals * scales, 0)
-    log_sum = tl.log(total)
-    entropy = log_sum
-    if ENTROPY:
-        weighted = tl.load(at + 2 * width, mask=tile < width, other=0.0)
-        gaps = tl.where(totals > 0, tops - highest, 0.0)  # -inf * 0 where a tile holds nothing but -inf
-        entropy = log_sum - tl.sum(scales * (weighted + gaps * totals), 0) / total
+    log_sum = tl.log(tl.sum(totals * exp(tops - highest), 0))
     k = tl.arange(0, DOT)
     sums = tl.zeros((DOT,), tl.float32)
     h_at = hidden + row * hidden_stride + k
@@ -149,48 +121,28 @@ def _row(
     gap = transformed(raw, inner, outer, CAPPED) - highest
     # The tile summed the target's logit in another order: as the maximum itself it may lie an ulp below this one, and
     # no log-prob is above 0.
-    return tl.where(gap > 0, 0.0, gap), highest, log_sum, entropy
+    return tl.where(gap > 0, 0.0, gap), highest, log_sum
 
 
 # Of a shared head the base rows' partials begin wherever the SFT rows' end.
 @triton.jit(do_not_specialize=["plane"], do_not_specialize_on_alignment=["sft_partials", "base_partials"])
 def _diff_kernel(
-    tokens,
-    results,
-    plane,
-    sft_hidden,
-    sft_weight,
-    sft_bias,
-    sft_depth,
-    sft_hidden_stride,
-    sft_weight_stride,
-    sft_partials,
-    sft_width,
-    base_hidden,
-    base_weight,
-    base_bias,
-    base_depth,
-    base_hidden_stride,
-    base_weight_stride,
-    base_partials,
-    base_width,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    SFT_WIDTH: tl.constexpr,
-    BASE_WIDTH: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    tokens, results, plane,
+    sft_hidden, sft_weight, sft_bias, sft_depth, sft_hidden_stride, sft_weight_stride, sft_partials, sft_width,
+    base_hidden, base_weight, base_bias, base_depth, base_hidden_stride, base_weight_stride, base_partials, base_width,
+    inner, outer,
+    CAPPED: tl.constexpr, SFT_WIDTH: tl.constexpr, BASE_WIDTH: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program a row: the five results from both models' partials."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + row)
-    sft_gap, sft_max, sft_log, _ = _row(
+    sft_gap, sft_max, sft_log = _row(
         sft_hidden, sft_weight, sft_bias, sft_depth, sft_hidden_stride, sft_weight_stride, sft_partials,
-        row, token, sft_width, inner, outer, CAPPED, False, SFT_WIDTH, DOT,
+        row, token, sft_width, inner, outer, CAPPED, SFT_WIDTH, DOT,
     )  # fmt: skip
-    base_gap, base_max, base_log, _ = _row(
+    base_gap, base_max, base_log = _row(
         base_hidden, base_weight, base_bias, base_depth, base_hidden_stride, base_weight_stride, base_partials,
-        row, token, base_width, inner, outer, CAPPED, False, BASE_WIDTH, DOT,
+        row, token, base_width, inner, outer, CAPPED, BASE_WIDTH, DOT,
     )  # fmt: skip
     out, plane = results + row, plane.to(tl.int64)
     tl.store(out, (sft_gap - base_gap) - (sft_log - base_log))
@@ -202,33 +154,18 @@ def _diff_kernel(
 
 @triton.jit(do_not_specialize=["plane"])
 def _stats_row_kernel(
-    tokens,
-    results,
-    plane,
-    head_hidden,
-    head_weight,
-    head_bias,
-    head_depth,
-    head_hidden_stride,
-    head_weight_stride,
-    head_partials,
-    head_width,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    HEAD_WIDTH: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    tokens, results, plane,
+    head_hidden, head_weight, head_bias, head_depth, head_hidden_stride, head_weight_stride, head_partials, head_width,
+    inner, outer,
+    CAPPED: tl.constexpr, HEAD_WIDTH: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """One program a row: the statistics of RowStats from one model's partials."""
     row = tl.program_id(0).to(tl.int64)
-    gap, highest, log_sum, entropy = _row(
+    gap, highest, log_sum = _row(
         head_hidden, head_weight, head_bias, head_depth, head_hidden_stride, head_weight_stride, head_partials,
-        row, tl.load(tokens + row), head_width, inner, outer, CAPPED, ENTROPY, HEAD_WIDTH, DOT,
+        row, tl.load(tokens + row), head_width, inner, outer, CAPPED, HEAD_WIDTH, DOT,
     )  # fmt: skip
     out, plane = results + row, plane.to(tl.int64)
     tl.store(out, gap)
     tl.store(out + plane, highest)
     tl.store(out + 2 * plane, log_sum)
-    if ENTROPY:
-        tl.store(out + 3 * plane, entropy)

@@ -86,22 +86,9 @@ def _row(raw, top, total, inner, outer, CAPPED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _diff_kernel(
-    sft,
-    base,
-    tokens,
-    results,
-    rows,
-    columns,
-    sft_stride,
-    base_stride,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    SFT_GROUP: tl.constexpr,
-    BASE_GROUP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sft, base, tokens, results, rows, columns, sft_stride, base_stride, inner, outer,
+    CAPPED: tl.constexpr, SFT_GROUP: tl.constexpr, BASE_GROUP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a row: both models' maxima and sums lane by lane, then the five results of the row."""
     number = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + number)

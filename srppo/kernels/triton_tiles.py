@@ -1,6 +1,6 @@
 """The GEMM whose product never leaves the chip: each tile of rows x columns logits leaves its statistics.
 
-Cost: 2 N V D operations a model, and 8 bytes (12 with entropy) a row and tile written. One persistent launch covers
+Cost: 2 N V D operations a model, and 8 bytes a row and tile written. One persistent launch covers
 (model, row block, vocabulary block).
 """
 
@@ -71,14 +71,12 @@ def tiled(name: str, head: Head, cut: Tiles) -> dict[str, Any]:
     return arguments | {f"{name.upper()}_EVEN": head.hidden_ND.shape[1] % cut.depth == 0}
 
 
-def fold(heads: list[Head], transform: Transform, *, with_entropy: bool) -> list[Tensor]:
-    """Per head the tiles' statistics, (rows, fields, tiles) fp32; heads share a vocabulary, not N or D."""
-    fields, columns = 3 if with_entropy else 2, len(heads[0].weight_VD)
+def fold(heads: list[Head], transform: Transform) -> list[Tensor]:
+    """Per head the tiles' statistics, (rows, 2, tiles) fp32; heads share a vocabulary, not N or D."""
+    columns = len(heads[0].weight_VD)
     cuts = [tiles_of(head) for head in heads]
     partials = [
-        torch.empty(
-            len(h.hidden_ND), fields, blocks(columns, cut.columns), dtype=torch.float32, device=h.hidden_ND.device
-        )
+        torch.empty(len(h.hidden_ND), 2, blocks(columns, cut.columns), dtype=torch.float32, device=h.hidden_ND.device)
         for h, cut in zip(heads, cuts, strict=True)
     ]
     # One launch for both models, so that the second fills the programs that the first leaves idle at its end; where
@@ -93,7 +91,7 @@ def fold(heads: list[Head], transform: Transform, *, with_entropy: bool) -> list
         total = sum(blocks(len(heads[i].hidden_ND), cut.rows) * blocks(columns, cut.columns) for i in batch)
         persistent = cut.descriptors or INTERPRETED
         grid = min(total, programs(heads[0].hidden_ND)) if persistent else total
-        arguments |= {"columns": columns, "programs": grid, **scalars(transform), "ENTROPY": with_entropy}
+        arguments |= {"columns": columns, "programs": grid, **scalars(transform)}
         arguments |= {"TWO": len(batch) == 2, "ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth}
         arguments |= {"GROUP": cut.group, "PRECISION": cut.precision, "DESCRIPTORS": cut.descriptors}
         launch(_stats_kernel, grid, arguments, warps=cut.warps, stages=cut.stages)
@@ -111,22 +109,10 @@ def placed(item, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 @triton.jit
 def product(
-    hidden,
-    weight,
-    row,
-    column,
-    rows,
-    columns,
-    depth,
-    hidden_stride,
-    weight_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    hidden, weight, row, column, rows, columns, depth, hidden_stride, weight_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr,
-):
+):  # fmt: skip
     """hidden[row:row + ROWS] @ weight[column:column + COLUMNS].T in fp32.
 
     Past the last row or column: zeros from TMA, repetitions from pointers; callers mask them.
@@ -156,31 +142,11 @@ def product(
 
 @triton.jit
 def _model(
-    hidden,
-    weight,
-    bias,
-    partials,
-    rows,
-    columns,
-    depth,
-    hidden_stride,
-    weight_stride,
-    begin,
-    programs,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    hidden, weight, bias, partials, rows, columns, depth, hidden_stride, weight_stride, begin, programs, inner, outer,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """This program's tiles of one model: every `programs`-th from `begin`."""
-    FIELDS: tl.constexpr = 3 if ENTROPY else 2
     row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     # Flattened into the loop over depth: the next tile's loads are under way while this one's statistics are taken.
     for item in tl.range(begin, row_blocks * column_blocks, programs, flatten=DESCRIPTORS):
@@ -197,58 +163,32 @@ def _model(
         # first use of its result, and where that lies inside a branch, ptxas serialises every matrix instruction.
         logits = transformed(raw, inner, outer, CAPPED)
         if column + COLUMNS > columns:  # only the last tile pays for its mask
-            logits = tl.where((c < columns)[None, :], logits, float("-inf"))
+            # Added, not selected by: a mask for each column takes more scalar registers than AMD's chips have.
+            logits += tl.where(c < columns, 0.0, float("-inf"))[None, :]
         top = tl.max(logits, 1)
-        centred = logits - tl.where(top == float("-inf"), 0.0, top)[:, None]
-        weights = exp(centred)
+        weights = exp(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
         r = row + tl.arange(0, ROWS)
-        out = partials + r.to(tl.int64) * (FIELDS * column_blocks) + column_block
+        out = partials + r.to(tl.int64) * (2 * column_blocks) + column_block
         tl.store(out, top, mask=r < rows)
         tl.store(out + column_blocks, tl.sum(weights, 1), mask=r < rows)
-        if ENTROPY:
-            weighted = tl.where(weights > 0, centred * weights, 0.0)
-            tl.store(out + 2 * column_blocks, tl.sum(weighted, 1), mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["first_rows", "second_rows", "programs"])
 def _stats_kernel(
-    first_hidden,
-    first_weight,
-    first_bias,
-    first_depth,
-    first_hidden_stride,
-    first_weight_stride,
-    first_partials,
-    first_rows,
-    second_hidden,
-    second_weight,
-    second_bias,
-    second_depth,
-    second_hidden_stride,
-    second_weight_stride,
-    second_partials,
-    second_rows,
-    columns,
-    programs,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    FIRST_EVEN: tl.constexpr,
-    SECOND_EVEN: tl.constexpr,
-):
+    first_hidden, first_weight, first_bias, first_depth, first_hidden_stride, first_weight_stride,
+    first_partials, first_rows,
+    second_hidden, second_weight, second_bias, second_depth, second_hidden_stride, second_weight_stride,
+    second_partials, second_rows,
+    columns, programs, inner, outer,
+    CAPPED: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FIRST_EVEN: tl.constexpr, SECOND_EVEN: tl.constexpr,
+):  # fmt: skip
     """Tile statistics of one model or, in one numbering of work items, of two."""
     begin = tl.program_id(0)
     _model(
         first_hidden, first_weight, first_bias, first_partials, first_rows, columns, first_depth,
-        first_hidden_stride, first_weight_stride, begin, programs, inner, outer, CAPPED, ENTROPY,
+        first_hidden_stride, first_weight_stride, begin, programs, inner, outer, CAPPED,
         ROWS, COLUMNS, DEPTH, GROUP, PRECISION, DESCRIPTORS, FIRST_EVEN,
     )  # fmt: skip
     if TWO:
@@ -257,6 +197,6 @@ def _stats_kernel(
         begin = (begin + programs - done % programs) % programs
         _model(
             second_hidden, second_weight, second_bias, second_partials, second_rows, columns, second_depth,
-            second_hidden_stride, second_weight_stride, begin, programs, inner, outer, CAPPED, ENTROPY,
+            second_hidden_stride, second_weight_stride, begin, programs, inner, outer, CAPPED,
             ROWS, COLUMNS, DEPTH, GROUP, PRECISION, DESCRIPTORS, SECOND_EVEN,
         )  # fmt: skip

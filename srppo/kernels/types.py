@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden_ND, weight_VD, bias_V
 IGNORED = -1  # how the dispatch point hands an ignored row to an implementation of logprob_diff
 
 
@@ -38,11 +39,14 @@ class Head(NamedTuple):
     bias_V: Tensor | None = None
 
 
-class Logprobs(NamedTuple):
-    """logprobs_N of the given tokens and, when asked, entropy_N of the distribution; nats, fp32."""
+def one_head(sft: Head, base: Head) -> bool:
+    """Whether two models share the memory of one head and hidden states of one dtype: it is then read once for both."""
 
-    logprobs_N: Tensor
-    entropy_N: Tensor | None
+    def place(x: Tensor | None) -> object:
+        return None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype)
+
+    same = place(sft.weight_VD) == place(base.weight_VD) and place(sft.bias_V) == place(base.bias_V)
+    return same and sft.hidden_ND.dtype == base.hidden_ND.dtype
 
 
 class LogprobDiff(NamedTuple):
@@ -65,13 +69,11 @@ class RowStats(NamedTuple):
     centred_N   target logit - row maximum
     max_N       row maximum m
     log_sum_N   log sum exp(z - m)
-    entropy_N   entropy in nats, when asked
     """
 
     centred_N: Tensor
     max_N: Tensor
     log_sum_N: Tensor
-    entropy_N: Tensor | None = None
 
     @property
     def logprobs_N(self) -> Tensor:

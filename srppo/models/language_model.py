@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
                 softcap=self.head.softcap,
                 ignore_index=None,  # masked rows are gone already
                 impl=self.kernels,
-            ).logprobs_N
+            )
         else:
             logits_NV = self.logit_rows(tokens_BS, attention_mask_BS, response_width)
             logprobs_N = token_logprobs(logits_NV, tokens_N, temperature=temperature)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srppo.kernels import linear_logprob_diff, logprob_diff
+from srppo.kernels import linear_logprob_diff_parts, logprob_diff_parts
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import rows_that_fit, weight_bytes
 from srppo.training.batch import Generated, micro_slices
@@ -49,7 +49,7 @@ def response_log_ratio(
     tokens_N = tokens_BS[:, -response_width:][mask_BT]
     if sft.head.linear and sft.head == base.head:
         (sft_weight_VD, sft_bias_V), (base_weight_VD, base_bias_V) = sft.frozen_head(), base.frozen_head()
-        parts = linear_logprob_diff(
+        parts = linear_logprob_diff_parts(
             sft.hidden_rows(*rows),
             sft_weight_VD,
             base.hidden_rows(*rows),
@@ -60,12 +60,11 @@ def response_log_ratio(
             logit_scale=sft.head.logit_scale,
             softcap=sft.head.softcap,
             ignore_index=None,
-            with_parts=True,
             impl=sft.kernels,
         )
     elif not sft.head.linear and not base.head.linear:
         sft_NV, base_NV = (model.logit_rows(*rows) for model in (sft, base))
-        parts = logprob_diff(sft_NV, base_NV, tokens_N, with_parts=True, impl=sft.kernels)
+        parts = logprob_diff_parts(sft_NV, base_NV, tokens_N, impl=sft.kernels)
     else:  # two heads of different kinds
         sft_BT, base_BT = (model.response_logprobs(*rows) for model in (sft, base))
         return Scores(sft_BT - base_BT, sft_BT, base_BT)

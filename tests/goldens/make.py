@@ -68,10 +68,6 @@ def log_softmax(logits: Row, temperature: float) -> Row:
     return [(z - top) - lse for z in scaled]
 
 
-def entropy(logits: Row, temperature: float) -> float:
-    return -math.fsum(math.exp(lp) * lp for lp in log_softmax(logits, temperature) if lp > -math.inf)
-
-
 def kernel_logits(rng: random.Random) -> dict[str, list[Row]]:
     """Rows of logits by case; bf16 holds values that bf16 represents exactly."""
     return {
@@ -94,7 +90,6 @@ def likely_tokens(rng: random.Random, logits: list[Row]) -> list[int]:
 def make_kernels() -> dict[str, Any]:
     rng = random.Random(f"{SEED} kernels")
     token_cases: list[Case] = []
-    entropy_cases: list[Case] = []
     for name, logits in kernel_logits(rng).items():
         temperatures = (1.0, 0.7, 2.0) if name == "moderate" else (1.0,)
         for temperature in temperatures:
@@ -114,14 +109,6 @@ def make_kernels() -> dict[str, Any]:
                     "upstream": upstream,
                     "expected": [row[token] for row, token in zip(rows, tokens, strict=True)],
                     "expected_grad": grads,
-                }
-            )
-            entropy_cases.append(
-                {
-                    "name": f"{name}, temperature {temperature}",
-                    "logits": logits,
-                    "temperature": temperature,
-                    "expected": [entropy(row, temperature) for row in logits],
                 }
             )
     diff_cases: list[Case] = []
@@ -150,12 +137,6 @@ def make_kernels() -> dict[str, Any]:
             "gradient upstream * (1[v = t] - p_v) / temperature",
             "source": "softmax at a temperature, by definition",
             "cases": token_cases,
-        },
-        "entropy": {
-            "what": "entropy of the next-token distribution in nats",
-            "formula": "-sum_v p_v log p_v over p_v > 0, p = softmax(logits / temperature)",
-            "source": "Shannon entropy, by definition",
-            "cases": entropy_cases,
         },
         "logprob_diff": {
             "what": "log pi_sft(t) - log pi_base(t) of one token a row",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import BF16, check_one, make_head, make_tokens
 from torch import Tensor
 
 from srppo.kernels import native
-from srppo.kernels.types import Transform
 
 SCRIPT = """
 import torch
@@ -70,9 +70,9 @@ a, b, v, w = (torch.randn(n, 12, generator=g, **here) for n in (2000, 2000, 70, 
 t = torch.arange(2000, device="cpu") % 70
 BEFORE
 def all_three():
-    one = linear_logprob(a.requires_grad_(), v, t, with_entropy=True)
-    (grad,) = torch.autograd.grad(one.logprobs_N.sum(), a)
-    return [linear_logprob_diff(a, v, b, w, t), logprob_diff(a @ v.T, b @ w.T, t), *one, grad]
+    one = linear_logprob(a.requires_grad_(), v, t)
+    (grad,) = torch.autograd.grad(one.sum(), a)
+    return [linear_logprob_diff(a, v, b, w, t), logprob_diff(a @ v.T, b @ w.T, t), one, grad]
 found = all_three()
 AFTER
 again = all_three()
@@ -138,54 +138,23 @@ def test_a_build_with_wrong_results_is_not_used(tmp_path: Path, monkeypatch: pyt
     assert native.load.__wrapped__() == (None, "the compiled kernels disagree with torch on this machine")
 
 
-def exact(hidden_ND: Tensor, weight_VD: Tensor, tokens_N: Tensor) -> Tensor:
-    logp_NV = (hidden_ND.double() @ weight_VD.double().T).log_softmax(-1)
-    return logp_NV.gather(1, tokens_N[:, None])[:, 0]
-
-
 @needs_compiler
 @pytest.mark.parametrize(("D", "vocabulary"), [(2, 5), (64, 1000), (250, 4099), (1026, 513), (2050, 300)])
 def test_bf16_products_are_exact_with_fp32_sums(D: int, vocabulary: int) -> None:
     """The mode that CPUs with AMX use; AVX-512 runs it too, slowly. Its error is that of fp32, and rows stand alone."""
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this CPU has no bf16 products")
-    generator = torch.Generator().manual_seed(D)
-    hidden_ND = torch.randn(70, D, generator=generator).bfloat16()
-    weight_VD = (torch.randn(vocabulary, D, generator=generator) * 4 / D**0.5).bfloat16()
-    tokens_N = torch.randint(0, vocabulary, (70,), generator=generator)
+    head, tokens_N = make_head(70, D, vocabulary, (BF16, BF16))._replace(bias_V=None), make_tokens(70, vocabulary)
     library = native.load().library
     assert library is not None
 
     def logprobs(rows: slice, pairs: bool) -> Tensor:
-        identity = (1.0, 0.0, 1.0)
-        out = native.linear_stats(library, hidden_ND[rows], weight_VD, None, tokens_N[rows], identity, pairs, False, 1)
-        return out[0] - out[2]
+        arguments = (head.hidden_ND[rows], head.weight_VD, None, tokens_N[rows], (1.0, 0.0, 1.0))
+        out_3N = native.linear_stats(library, *arguments, pairs, 1)
+        return out_3N[0] - out_3N[2]
 
-    expected_N = exact(hidden_ND, weight_VD, tokens_N)
-    eager_N = (hidden_ND.float() @ weight_VD.float().T).log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
-    allowed = 2 * float((eager_N - expected_N).abs().max()) + 1e-6
     for pairs in (False, True):
         whole_N = logprobs(slice(0, 70), pairs)
-        assert float((whole_N - expected_N).abs().max()) <= allowed
+        check_one(whole_N, head, tokens_N)
         for count in (1, 2, 7, 15, 16, 17, 33):
             assert torch.equal(logprobs(slice(0, count), pairs), whole_N[:count])
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_the_twin_has_no_bits_of_its_own(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled or not, results agree to rounding, gradients included."""
-    from srppo.kernels import cpu
-
-    generator = torch.Generator().manual_seed(1)
-    head = cpu.Head(*(torch.randn(shape, generator=generator) for shape in ((40, 24), (2500, 24), (2500,))))
-    tokens_N = torch.randint(0, 2500, (40,), generator=generator)
-    grad_N, transform = torch.randn(40, generator=generator), Transform(0.7, 0.5, softcap)
-    answers = []
-    for compiled in (True, False):
-        if not compiled:
-            monkeypatch.setattr(native, "load", lambda: native.Native(None, "switched off"))
-        stats = cpu.forward(head, tokens_N, transform, with_entropy=True)
-        gradients = cpu.backward(head, tokens_N, transform, stats, grad_N, (True, True, True))
-        answers.append([*stats, *gradients])
-    for ours, twins in zip(*answers, strict=True):
-        torch.testing.assert_close(ours, twins, atol=2e-6, rtol=2e-6)

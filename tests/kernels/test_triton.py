@@ -47,7 +47,7 @@ PROMISES = "out_of_range or impossible or do_not_fit or no_rows"
 @needs_triton
 def test_what_the_dispatch_point_promises_holds_interpreted():
     """The very tests of the other implementations, but for those that take the interpreter minutes."""
-    run_cases(f"triton and ({PROMISES})", CASES.with_name("test_kernels.py"), TRITON_INTERPRET="1")
+    run_cases(f"triton and ({PROMISES})", CASES.with_name("test_checks.py"), TRITON_INTERPRET="1")
 
 
 @needs_triton

@@ -20,7 +20,7 @@ import srppo.training.scores
 from srppo.config import ModelConfig
 from srppo.console import Console
 from srppo.errors import ModelError
-from srppo.kernels import linear_logprob_diff
+from srppo.kernels import linear_logprob_diff_parts
 from srppo.models.language_model import Head, LanguageModel
 from srppo.models.loading import load_model, load_tokenizer
 from srppo.models.pair import load_pair
@@ -190,9 +190,9 @@ def test_a_frozen_head_is_scored_in_bf16_where_that_rounds_nothing(monkeypatch: 
 
     def look(*arguments: Any, **named: Any) -> Any:
         taken.update(sft=arguments[1].dtype, base=arguments[3].dtype)
-        return linear_logprob_diff(*arguments, **named)
+        return linear_logprob_diff_parts(*arguments, **named)
 
-    monkeypatch.setattr(srppo.training.scores, "linear_logprob_diff", look)
+    monkeypatch.setattr(srppo.training.scores, "linear_logprob_diff_parts", look)
     after = response_log_ratio(sft, base, tokens_BS, mask_BS, width)
     assert taken == {"sft": torch.float32, "base": torch.bfloat16}
     direct = base.response_logprobs(tokens_BS, mask_BS, width)

@@ -309,8 +309,8 @@ MUTANTS = [
     Mutant(
         "ppo: reward at the sampling temperature",
         "training/scores.py",
-        "            with_parts=True,\n            impl=sft.kernels,\n",
-        "            with_parts=True,\n            impl=sft.kernels,\n            temperature=0.6,\n",
+        "            ignore_index=None,\n            impl=sft.kernels,\n",
+        "            ignore_index=None,\n            impl=sft.kernels,\n            temperature=0.6,\n",
         "training/test_ppo.py::test_rewards_are_taken_at_temperature_1_and_kl_from_the_anchor",
     ),
     Mutant(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srppo.kernels import entropy, logprob_diff, token_logprobs
+from srppo.kernels import logprob_diff, token_logprobs
 from srppo.training.advantage import gae, whiten
 from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, k1, kl_penalty
 from srppo.training.reward import RunningStd, coherent_reward, place_reward
@@ -135,13 +135,6 @@ def test_token_logprobs_over_batch_and_time(case: dict[str, Any]) -> None:
 
 
 @kept_dtypes
-@cases("kernels", "entropy")
-def test_entropy(case: dict[str, Any], dtype: torch.dtype) -> None:
-    logits_BTV = torch.tensor(case["logits"], dtype=dtype)[None]
-    assert_close(entropy(logits_BTV, temperature=case["temperature"]), [case["expected"]], summed(dtype))
-
-
-@kept_dtypes
 @cases("kernels", "logprob_diff")
 def test_logprob_diff(case: dict[str, Any], dtype: torch.dtype) -> None:
     sft_logits_NV = torch.tensor(case["sft_logits"], dtype=dtype)
@@ -153,13 +146,11 @@ def test_logprob_diff(case: dict[str, Any], dtype: torch.dtype) -> None:
 def test_bf16_logits_are_not_rounded_again() -> None:
     """Logits that bf16 holds exactly give fp32 results of full accuracy."""
     functions = load("kernels.json")
-    for function in ("token_logprobs", "entropy", "logprob_diff"):
+    for function in ("token_logprobs", "logprob_diff"):
         (case,) = [c for c in functions[function]["cases"] if c["name"].startswith("bf16")]
         if function == "logprob_diff":
             sft, base = (torch.tensor(case[key], dtype=torch.bfloat16) for key in ("sft_logits", "base_logits"))
             actual = logprob_diff(sft, base, torch.tensor(case["tokens"]))
-        elif function == "entropy":
-            actual = entropy(torch.tensor(case["logits"], dtype=torch.bfloat16)[None])[0]
         else:
             logits_BTV = torch.tensor(case["logits"], dtype=torch.bfloat16)[None]
             actual = token_logprobs(logits_BTV, torch.tensor([case["tokens"]]))[0]
