@@ -165,7 +165,8 @@ def bench_kernel(
     debug: DebugOption = False,
 ) -> None:
     """The log-prob kernels beside every rival, in one run: time, memory, bandwidth and error against fp64."""
-    from srppo.bench.kernel import KernelBench, run_kernel_bench
+    from srppo.bench.kernel import run_kernel_bench
+    from srppo.bench.options import KernelBench
     from srppo.console import Console
 
     options = KernelBench(
@@ -197,52 +198,6 @@ def bench_compile(
     from srppo.console import Console
 
     raise typer.Exit(print_compile_report(Console(), tuple(target or TARGETS)))
-
-
-@bench_app.command("sweep")
-def bench_sweep(
-    stages: Annotated[int, typer.Option(min=0, help="Stages that do nothing; 0: none.")] = 1000,
-    slots: Annotated[int, typer.Option(min=1, help="Stages at once.")] = 1,
-    seeds: Annotated[int, typer.Option(min=0, help="Seeds of SFT and SRPPO that train; 0: none.")] = 1,
-    sets: SetOption = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended; stages run beside it.")] = Path(
-        "runs/bench-sweep/sweep.jsonl"
-    ),
-    debug: DebugOption = False,
-) -> None:
-    """What the harness of a sweep costs: 1,000 empty stages, and its share of stages that train."""
-    from srppo.ablations.run import prepare_process
-    from srppo.config import load_recipe
-    from srppo.console import Console
-
-    prepare_process(1)
-    from srppo.bench.sweep import SweepBench, run_sweep_bench  # torch comes with this
-
-    recipe = load_recipe(None, [*cli_ablate.SMALL, *(sets or [])])
-    run_sweep_bench(SweepBench(recipe, stages, slots, seeds, out), Console())
-
-
-@bench_app.command("eval")
-def bench_eval(
-    model: Annotated[
-        list[str] | None, typer.Option(help="Embedded base: xs, s, l (repeatable). (default: all)")
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="For each base and decoding. (default: as 8 s hold, at least 3)")
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Rows are appended.")] = Path(
-        "runs/bench-eval/eval.jsonl"
-    ),
-    debug: DebugOption = False,
-) -> None:
-    """What `srppo eval` adds to the model's own time on the embedded suite, beside a plain loop; one thread."""
-    from srppo.ablations.run import prepare_process
-    from srppo.console import Console
-
-    prepare_process(1)
-    from srppo.bench.evaluation import EvalBench, run_eval_bench  # torch comes with this
-
-    run_eval_bench(EvalBench(models=tuple(model or EvalBench.models), rounds=rounds, out=out), Console())
 
 
 def _name(recipe: Path | None) -> str:
