@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -290,6 +291,20 @@ def all_keys() -> list[str]:
     return keys
 
 
+def key_lines(width: int = 80) -> Iterator[str]:
+    """Each key with its default, and indented below it its choices, where they are few, and what it does."""
+    for name in all_keys():
+        *sections, key = name.split(".")
+        fields = Recipe.model_fields
+        for section in sections:
+            fields = type(fields[section].default).model_fields
+        field = fields[key]
+        yield f"{name} = {'none' if field.default is None else json.dumps(field.default)}"
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        for text in filter(None, (" | ".join(choices), field.description)):
+            yield from (f"    {line}" for line in textwrap.wrap(text, width - 4, break_on_hyphens=False))
+
+
 def load_recipe(path: Path | None, overrides: Iterable[str] = (), *, ppo: bool = True) -> Recipe:
     """A recipe from a TOML file (None: the embedded default) and `section.key=value` overrides, validated.
 
@@ -457,7 +472,7 @@ def _refuse_unknown(keys: Iterable[str], where: str) -> None:
     for key in keys:
         if key not in known and key not in sections and not key.startswith("model.template_kwargs."):
             near = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else "see `srppo train --help`"
+            hint = f"did you mean {near[0]!r}?" if near else "`srppo train --keys` lists all"
             raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
         if key in sections:
             raise ConfigError(

@@ -16,6 +16,7 @@ from srppo.config import (
     build_recipe,
     canonical_json,
     derive_seed,
+    key_lines,
     load_recipe,
     parse_override,
     parse_value,
@@ -36,6 +37,26 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
         load_recipe(path, overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+# ---- what there is
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_every_key_is_listed_with_its_default_its_choices_and_what_it_does(width: int) -> None:
+    lines = list(key_lines(width))
+    heads = [line for line in lines if not line.startswith("    ")]
+    assert [head.partition(" = ")[0] for head in heads] == all_keys()
+    assert max(map(len, lines)) <= width
+    known = tomllib.loads("\n".join(head for head in heads if not head.endswith(" = none")))
+    assert build_recipe(known) == Recipe(), "each default is what a file may say"
+    assert with_overrides(Recipe(), dict(map(parse_override, heads))) == Recipe(), "and what --set may"
+    text = " ".join(" ".join(lines).split())
+    assert 'sft.schedule = "linear" constant | linear | cosine after the warm-up sft.warmup = 0.1' in text
+    sections = [type(field.default) for field in Recipe.model_fields.values() if field.annotation is not int]
+    fields = [field for section in sections for field in section.model_fields.values()]
+    assert len(fields) == len(heads) - 1
+    assert all(field.description and field.description in text for field in fields)
 
 
 # ---- loading
@@ -120,7 +141,7 @@ def test_an_unknown_key_is_refused_with_its_nearest_match(key: str, near: str, t
 
 
 def test_an_unknown_key_like_nothing_names_where_to_look(tmp_path: Path) -> None:
-    assert "see `srppo train --help`" in refusal(tmp_path, "", "zzz=1")
+    assert "`srppo train --keys` lists all" in refusal(tmp_path, "", "zzz=1")
 
 
 @pytest.mark.parametrize("text", ["ppo = 3", "[[ppo]]\nlr = 1e-3", "seed = {a = 1}", "[ppo.lr]\nx = 1", "[nothing]"])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from srppo.cli.options import Debug, Sets
+from srppo.cli.options import Debug, Keys, Sets
 
 
 def data(
@@ -17,6 +17,7 @@ def data(
     ] = None,
     model: Annotated[str | None, Option(metavar="MODEL", help="Whose tokenizer to use. (default: the base's)")] = None,
     sets: Sets = None,
+    keys: Keys = False,
     rows: Annotated[int, Option(min=0, help="Demonstrations shown with each token.")] = 3,
     debug: Debug = False,
 ) -> None:

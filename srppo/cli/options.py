@@ -15,6 +15,16 @@ def _note_debug(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
+def _say_keys(wanted: bool) -> None:
+    """Print the keys of a recipe, and exit."""
+    if wanted:
+        from srppo.config import key_lines
+
+        typer.echo("Keys of a recipe with their defaults, for a file or --set. none: leave it out.\n")
+        typer.echo("\n".join(key_lines()))
+        raise typer.Exit
+
+
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", callback=_note_debug)]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Plain = Annotated[bool, Option("--plain", help="Plain lines instead of what is redrawn in place.")]
@@ -24,6 +34,10 @@ Plain = Annotated[bool, Option("--plain", help="Plain lines instead of what is r
 Recipe = Annotated[Path | None, Argument(help="TOML recipe; without one the embedded world is used.")]
 Sets = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set ppo.lr=1e-5 (repeatable).")
+]
+Keys = Annotated[
+    bool,
+    Option("--keys", help="List every key, its default and what it does, and exit.", callback=_say_keys, is_eager=True),
 ]
 RunFolder = Annotated[
     Path | None, Option("--out", metavar="DIR", help="Folder of the record. (default: runs/<name>-<id>)")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from srppo.cli.options import Debug, Device, Plain, Recipe, RunFolder, Sets
+from srppo.cli.options import Debug, Device, Keys, Plain, Recipe, RunFolder, Sets
 from srppo.errors import Diverged
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def demo(
 def sft(
     recipe: Recipe = None,
     sets: Sets = None,
+    keys: Keys = False,
     out: RunFolder = None,
     device: Device = "auto",
     track: Track = None,
@@ -75,6 +76,7 @@ def sft(
 def train(
     recipe: Recipe = None,
     sets: Sets = None,
+    keys: Keys = False,
     out: RunFolder = None,
     baselines: Annotated[bool, Option("--baselines/--no-baselines", help="Also SFT for the same compute.")] = False,
     device: Device = "auto",

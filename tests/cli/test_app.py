@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from worlds import World
 
 import srppo.cli.app
+from srppo.config import all_keys
 
 
 class Trainer(Cli):
@@ -135,6 +136,15 @@ def test_help_fits_eighty_columns_and_nothing_is_cut() -> None:
         assert max(map(len, shown.splitlines())) <= 80 and "..." not in shown.partition("Options:")[2], words
         for parameter in command.params if command else ():
             assert all(name in shown for name in parameter.opts if name.startswith("--")), (words, parameter.name)
+
+
+@pytest.mark.parametrize("argv", [["train"], ["sft", "no-such.toml"], ["data", "no-such.jsonl"]])
+def test_the_keys_of_a_recipe_are_listed_before_anything_is_read(argv: list[str], cli: Trainer) -> None:
+    done = cli(*argv, "--keys")
+    assert (done.code, done.err) == (0, "") and max(map(len, done.out.splitlines())) <= 80
+    assert "\nppo.lr = 0.0001\n    policy learning rate (Adam)\n" in done.out
+    assert set(all_keys()) <= {line.partition(" = ")[0] for line in done.out.splitlines()}
+    assert cli(argv[0], "--set", "zzz=1").error().endswith("in --set; `srppo train --keys` lists all")
 
 
 def test_every_command_has_debug_and_it_is_read(cli: Trainer) -> None:
