@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from test_layers import LAYERS
 
 from srppo.ablations.sweeps import SWEEPS
 from srppo.cli.app import app
@@ -26,8 +27,6 @@ PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((R
 LINKED = {**PAGES, **{name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "LOG.md")}}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FROM, END = re.compile(r"^<!-- from: (.*) -->$", re.MULTILINE), "<!-- end -->"
-PENDING = {"data"}  # commands and keys that the pages name before the branch that brings them is merged
-PENDING_KEYS = {"data.turns", "model.chat_template", "model.template_kwargs"}
 CLI: Any = typer.main.get_command(app)
 
 
@@ -89,7 +88,7 @@ def test_what_a_page_tells_to_run_runs(page: str, tmp_path: Path) -> None:
             assert "print" not in code or output.strip()
         for line in lines_of(code) if language == "sh" else ():
             words = shlex.split(line, comments=True)
-            if words[0] == "srppo" and words[1] not in PENDING - set(subcommands(CLI)):
+            if words[0] == "srppo":
                 check(shlex.join(words), run(words, tmp_path), tmp_path)
 
 
@@ -123,16 +122,21 @@ def test_every_command_and_option_exists(page: str) -> None:
     for line in commands_of(PAGES[page]):
         words, command = shlex.split(line, comments=True)[1:], CLI
         while words and subcommands(command) and not words[0].startswith("-"):
-            if words[0] in PENDING - set(subcommands(CLI)):
-                break
             assert words[0] in subcommands(command), f"{page}: there is no command `{line}`"
             command, words = subcommands(command)[words[0]], words[1:]
-        else:
-            known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-            for word in words:
-                assert not word.startswith("--") or word in known | {"--help"}, f"{page}: no option {word} in `{line}`"
-            if command.name == "ablate" and words:
-                assert words[0] in (*SWEEPS, "NAME"), f"{page}: there is no sweep `{line}`"
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for word in words:
+            assert not word.startswith("--") or word in known | {"--help"}, f"{page}: no option {word} in `{line}`"
+        if command.name == "ablate" and words:
+            assert words[0] in (*SWEEPS, "NAME"), f"{page}: there is no sweep `{line}`"
+
+
+def test_every_sweep_is_named_where_people_look() -> None:
+    """The help spells their names out, since what knows them takes a second to import."""
+    (name,) = (parameter for parameter in subcommands(CLI)["ablate"].params if parameter.name == "name")
+    for sweep in SWEEPS:
+        assert re.search(rf"\b{sweep}\b", name.help), f"the help of `srppo ablate` does not name {sweep}"
+        assert f"srppo ablate {sweep} " in PAGES["sweeps.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -140,7 +144,7 @@ def test_every_key_of_a_recipe_exists(page: str) -> None:
     sections = "|".join(name for name in Recipe.model_fields if name != "seed")
     named = {each for span in spans(PAGES[page]) for each in re.findall(rf"^(?:{sections})\.[a-z_]+", span)}
     named |= set(re.findall(rf"--(?:set|axis) ((?:{sections})\.[a-z_]+)", PAGES[page]))
-    unknown = named - set(all_keys()) - PENDING_KEYS
+    unknown = named - set(all_keys())
     assert not unknown, f"{page} names keys that no recipe has: {', '.join(sorted(unknown))}"
 
 
@@ -169,6 +173,28 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
     for span in spans(PAGES[page]):
         for path in re.findall(rf"(?<![\w/.~]){inside}", span):
             assert (ROOT / path).exists(), f"{page}: {path} is not there"
+
+
+def rows_below(heading: str) -> list[list[str]]:
+    """The cells of the table in a section of architecture.md."""
+    section = PAGES["architecture.md"].partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_rooms_are_those_of_the_layers() -> None:
+    """In their order, which is that of imports."""
+    assert [room.strip("`/").replace("the root", "root") for room, _ in rows_below("The rooms")] == LAYERS
+
+
+def test_the_file_to_open_holds_what_is_named() -> None:
+    rows = rows_below("Which file to open")
+    assert len(rows) >= 7
+    for what, opened, there in rows:
+        spelled = [each for each in re.findall("`([^`]+)`", there) if re.fullmatch(r"\w+", each)]
+        assert spelled, what
+        text = (ROOT / opened.strip("`")).read_text()
+        for name in spelled:
+            assert re.search(rf"^(def|class) {name}\b|^{name}\b.* = ", text, re.MULTILINE), f"{opened} has no {name}"
 
 
 def test_code_cites_pages_that_exist() -> None:
