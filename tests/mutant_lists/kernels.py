@@ -10,7 +10,7 @@ MUTANTS = [
         "kernels/reference.py",
         "return logp_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)",
         "return logp_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1).bfloat16().float()",
-        "training/test_goldens.py::test_token_logprobs",
+        "kernels/test_logits.py::test_token_logprobs",
     ),
     Mutant(
         "kernel: logits rounded to bf16",
