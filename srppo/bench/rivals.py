@@ -103,7 +103,8 @@ def ours(impl: Impl) -> dict[str, Prepare]:
     """The dispatch point of this package."""
 
     def linear_diff(inputs: Inputs) -> Call:
-        heads = (*inputs.sft, *inputs.base)
+        (sft_hidden_ND, sft_weight_VD), (base_hidden_ND, base_weight_VD) = inputs.sft, inputs.base
+        heads = (sft_hidden_ND, sft_weight_VD, base_hidden_ND, base_weight_VD)
         return lambda: Result(linear_logprob_diff(*heads, inputs.tokens_N, impl=impl))
 
     def logits_diff(inputs: Inputs) -> Call:
