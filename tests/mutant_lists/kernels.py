@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         "twin: bf16 products where torch takes them for large ones only",
         "kernels/cpu.py",
-        "_bf16_products(head) and depth > FEWEST)",
+        "_bf16_products(head) and depth > STEP)",
         "_bf16_products(head))",
         "kernels/test_cpu.py::test_products_in_bf16_are_of_a_size_that_torch_multiplies_so",
     ),
