@@ -123,7 +123,7 @@ class Products(TorchDispatchMode):
 @fast
 @dtype_pairs
 def test_no_product_has_rows_or_columns_left_over(impl: Any, pair: tuple[torch.dtype, torch.dtype]) -> None:
-    """BLAS has kernels for few rows or columns, and for what larger ones leave over, that round otherwise: none may run.
+    """BLAS has kernels for few rows or columns, and for what larger ones leave over, that round otherwise.
 
     So it is with 2 to 8 columns on AMD's CPUs, and beyond a multiple of 4 rows with MKL_CBWR=COMPATIBLE.
     """
