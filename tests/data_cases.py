@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from srppo.data.chat import encode_demonstration
-from srppo.data.types import Demonstration, EncodedDemonstration, Message
+from srppo.data.chat import encode_demonstrations, encode_prompts
+from srppo.data.types import Demonstration, EncodedDemonstration, Message, Prompt
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -64,9 +64,12 @@ def write(folder: Path, name: str, content: str | bytes | list) -> str:
 
 
 def encode(tokenizer, row: Demonstration, **options) -> EncodedDemonstration | str:
-    return encode_demonstration(
-        tokenizer, row, **{"system": None, "max_tokens": 512, "max_prompt_tokens": 256} | options
-    )
+    how = {"system": None, "max_tokens": 512, "max_prompt_tokens": 256} | options
+    return encode_demonstrations(tokenizer, [row], **how)[0]
+
+
+def encode_prompt(tokenizer, row: Prompt, **options) -> tuple[int, ...] | str:
+    return encode_prompts(tokenizer, [row], **options)[0]
 
 
 def message_of(error: pytest.ExceptionInfo[BaseException]) -> str:

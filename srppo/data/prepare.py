@@ -256,7 +256,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration | 
     odd: dict[str, dict[str, Unused]] = {}
     for row in rows:
         name = re.sub(r"[:#]\d+$", "", row.source)
-        spelled = any(pattern.search(turn.content) for turn in row.asked)
+        spelled = any(pattern.search(turn.content) for turn in row.prompt)
         files.setdefault(name, []).append(spelled)
         if spelled:
             one_more(odd.setdefault(name, {}), "prompts spell special tokens, which are read as such", row.source)

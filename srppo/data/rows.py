@@ -354,10 +354,11 @@ def turn_content(turn: Message) -> list[str]:
 
 def row_content(row: Demonstration | Prompt) -> str:
     """Canonical text of what a row says, without where it came from; the input of every hash of rows."""
-    if isinstance(row, Demonstration):
-        more = [row.calls, row.tools] if row.calls or row.tools else []
-        return canonical_json([[turn_content(turn) for turn in row.prompt], row.answer, *more])
-    return canonical_json([[turn_content(turn) for turn in row.messages], *([row.tools] if row.tools else [])])
+    turns = [turn_content(turn) for turn in row.prompt]
+    if isinstance(row, Prompt):
+        return canonical_json([turns, row.tools] if row.tools else [turns])
+    more = [row.calls, row.tools] if row.calls or row.tools else []
+    return canonical_json([turns, row.answer, *more])
 
 
 def _choose(table: Table, columns: _Columns, what: str) -> tuple[str, ...]:
