@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -52,7 +52,8 @@ def one_more(found: dict[str, Unused], reason: str, source: str) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """One file or hub split: its name, the columns read from it, its rows, and its licence where the hub names one."""
+    """One file or hub split: its name, the columns read from it, how many rows it has (blank lines are none), and its
+    licence where the hub names one."""
 
     name: str
     columns: str
@@ -67,16 +68,11 @@ class Loaded(Generic[T]):
     `warnings` say what is suspicious, a line for each kind and file.
     """
 
-    rows: tuple[T, ...]
-    unused: dict[str, Unused]
-    opened: tuple[Opened, ...]
-    sha: str
+    rows: tuple[T, ...] = ()
+    unused: Mapping[str, Unused] = field(default_factory=dict)
+    opened: tuple[Opened, ...] = ()
+    sha: str = ""
     warnings: tuple[str, ...] = ()
-
-    @property
-    def read(self) -> int:
-        """Rows found, usable or not; blank lines are none."""
-        return sum(part.rows for part in self.opened)
 
 
 class _Unusable(Exception):
@@ -116,8 +112,8 @@ def load_prompts(sources: Sequence[str], *, seed: int) -> Loaded[Prompt]:
 # ---- cells to text and turns
 
 
-def _text(row: Row, column: str, *, optional: bool = False) -> str:
-    return "" if optional and row.get(column) is None else _checked(row.get(column), column)
+def _text(row: Row, column: str) -> str:
+    return _checked(row.get(column), column)
 
 
 def _checked(value: Any, what: str) -> str:
@@ -225,10 +221,10 @@ def _asked_and(prompt: str, answer: str) -> Callable[[Row], tuple[Turns, Message
 
 
 def _instruction(row: Row) -> Turns:
-    extra = _text(row, "input", optional=True) or _text(row, "context", optional=True)
     instances = row.get("instances")
-    if not extra and isinstance(instances, list) and instances and isinstance(instances[0], dict):
-        extra = _text(instances[0], "input", optional=True)
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
+    given = [(row, "input"), (row, "context"), (first, "input")]
+    extra = next((text for part, key in given if part.get(key) is not None and (text := _text(part, key))), "")
     instruction = _text(row, "instruction")
     if not instruction.strip():
         raise _Unusable("empty prompt")
@@ -328,7 +324,12 @@ def _load(
         if not is_embedded(table.name):  # which is drawn with repeats on purpose
             warnings += warned(table.name, len(table.rows), odd)
     if not rows:
-        raise DataError(_nothing_usable(what, sources, opened, unused))
+        where, count = ", ".join(sources) or "an empty list of sources", sum(part.rows for part in opened)
+        left = f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}"
+        needs = (
+            "a prompt and an answer that are not empty" if what == "demonstrations" else "a prompt that is not empty"
+        )
+        raise DataError(f"{left if count else f'no {what} in {where}: there are no rows'}; each needs {needs}")
     return Loaded(tuple(rows), unused, tuple(opened), digest.hexdigest(), tuple(warnings))
 
 
@@ -376,18 +377,7 @@ def _choose(table: Table, columns: _Columns, what: str) -> tuple[str, ...]:
     )
 
 
-def _nothing_usable(what: str, sources: Sequence[str], opened: list[Opened], unused: dict[str, Unused]) -> str:
-    where = ", ".join(sources) or "an empty list of sources"
-    count = sum(part.rows for part in opened)
-    if not count:
-        return f"no {what} in {where}: there are no rows; each needs {_NEEDS[what]}"
-    return f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}; each needs {_NEEDS[what]}"
-
-
-_NEEDS = {"demonstrations": "a prompt and an answer that are not empty", "prompts": "a prompt that is not empty"}
-
-
-def reasons(unused: dict[str, Unused]) -> str:
+def reasons(unused: Mapping[str, Unused]) -> str:
     """The reasons in one line: `3 empty answer (first a.jsonl:7), 1 prompt is not text (first a.jsonl:9)`."""
     ordered = sorted(unused.items(), key=lambda item: -item[1].count)
     return ", ".join(f"{part.count:,} {reason} (first {part.first_source})" for reason, part in ordered)

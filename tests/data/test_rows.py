@@ -129,7 +129,7 @@ def test_unused_rows_are_counted_by_reason_with_the_first_line(tmp_path):
         "content in messages is not text": (1, f"{path}:10"),
         "messages is missing": (1, f"{path}:11"),
     }
-    assert loaded.read == len(rows) == len(loaded.rows) + sum(part.count for part in loaded.unused.values())
+    assert loaded.opened[0].rows == len(rows) == len(loaded.rows) + sum(part.count for part in loaded.unused.values())
 
 
 CALL = '{"name": "look", "arguments": {"at": "sky"}}'
