@@ -326,10 +326,8 @@ def _load(
     if not rows:
         where, count = ", ".join(sources) or "an empty list of sources", sum(part.rows for part in opened)
         left = f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}"
-        needs = (
-            "a prompt and an answer that are not empty" if what == "demonstrations" else "a prompt that is not empty"
-        )
-        raise DataError(f"{left if count else f'no {what} in {where}: there are no rows'}; each needs {needs}")
+        needs = "a prompt and an answer that are" if what == "demonstrations" else "a prompt that is"
+        raise DataError(f"{left if count else f'no {what} in {where}: there are no rows'}; each needs {needs} not empty")
     return Loaded(tuple(rows), unused, tuple(opened), digest.hexdigest(), tuple(warnings))
 
 
