@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from srppo.config import derive_seed
 from srppo.data.order import listed, prompt_text, row_id
-from srppo.data.rows import row_content
+from srppo.data.rows import file_of, row_content
 from srppo.data.types import Demonstration, EncodedDemonstration
 from srppo.errors import DataError
 from srppo.world.items import answers_of_other_tasks
@@ -122,7 +122,7 @@ def differs(right: str, answer: str | None) -> bool:
 
 def task_of(row: Demonstration) -> str:
     """The task that a row belongs to: what its column `task` or `category` says, else the file it comes from."""
-    return row.task or re.sub(r"[:#]\d+$", "", row.source)
+    return row.task or file_of(row)
 
 
 def _said(answer: str) -> str:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from srppo.data.noise import Ask, Noise, add_noise
 from srppo.data.order import Encoded, encoded, listed, permute, prompt_text, row_id, split_held_out
 from srppo.data.overlap import measure_overlap, normalise
 from srppo.data.report import DataReport, Part
-from srppo.data.rows import Loaded, Unused, load_demonstrations, load_prompts, one_more, reasons, warned
+from srppo.data.rows import Loaded, Unused, file_of, load_demonstrations, load_prompts, one_more, reasons, warned
 from srppo.data.types import Demonstration, EncodedDemonstration, Prompt
 from srppo.errors import ConfigError, DataError
 
@@ -224,7 +224,7 @@ def _prompts(
             f"only {found:,} can be used{_why(alike)}; raise it, lower data.prompts_size or add prompts"
         )
     unused = _counted(questions, drawn.refused, {**questions.unused, **alike})
-    part = Part("prompts", questions.opened, unused, found, 0, None)
+    part = Part("prompts", questions.opened, unused, found)
     if not shared:
         _refuse_shortfall("data.prompts_size", config.prompts_size, "prompts", found, unused)
         return drawn, part, []
@@ -297,15 +297,13 @@ def _refuse_shortfall(key: str, size: int | None, what: str, usable: int, unused
 def _special(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Demonstration | Prompt]) -> list[str]:
     """Warnings, one a file, of prompts whose own text spells special tokens: they are read as such."""
     pattern = special_tokens(tokenizer)
-    files: dict[str, list[bool]] = {}
     odd: dict[str, dict[str, Unused]] = {}
     for row in rows:
-        name = re.sub(r"[:#]\d+$", "", row.source)
-        spelled = any(pattern.search(turn.content) for turn in row.prompt)
-        files.setdefault(name, []).append(spelled)
-        if spelled:
-            one_more(odd.setdefault(name, {}), "prompts spell special tokens, which are read as such", row.source)
-    return [line for name, found in odd.items() for line in warned(name, len(files[name]), found)]
+        if any(pattern.search(turn.content) for turn in row.prompt):
+            spelled = odd.setdefault(file_of(row), {})
+            one_more(spelled, "prompts spell special tokens, which are read as such", row.source)
+    of_file = Counter(map(file_of, rows)) if odd else {}
+    return [line for name, found in odd.items() for line in warned(name, of_file[name], found)]
 
 
 def _unread_tools(tokenizer: PreTrainedTokenizerBase, *parts: Sequence[Demonstration | Prompt]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,12 +83,9 @@ class _Unusable(Exception):
 def load_demonstrations(sources: Sequence[str], *, seed: int) -> Loaded[Demonstration]:
     """Read demonstrations from files, folders, hub sets (`org/name[/config][@split]`) or `embedded` (drawn by `seed`).
 
-    Columns, the first that a file has: `prompt` with `completion` or `response` (text or messages); `messages`;
-    `conversations` with `chosen`, a turn beside them; `conversations` (the last assistant turn is the answer);
-    `instruction` (with `input` or `context`) with `output` or `response`, where the prompt is instruction + blank line
-    + input; `question` with `answer`; `prompt` with `chosen` (`rejected` is not read); `query` with `response`; `text`,
-    which has no prompt and is all answer. A column `task`, else `category`, names the row's task, which enters no
-    hash; a column `tools` holds the tools on offer.
+    Columns are the first of _DEMONSTRATION_COLUMNS that a file has. Of a conversation the last assistant turn is the
+    answer; `chosen` stands beside its prompt, and `rejected` is not read; `text` has no prompt and is all answer. A
+    column `task`, else `category`, names the row's task, which enters no hash; `tools` holds the tools on offer.
 
     Raises:
         DataError: a source that is missing or cannot be read or parsed, no known columns, or not one usable row.
@@ -100,8 +98,7 @@ def load_prompts(sources: Sequence[str], *, seed: int) -> Loaded[Prompt]:
 
     `embedded:group` draws from one group of the embedded tasks, `embedded` from the demonstrated and the prompted.
 
-    Columns, the first that a file has: `prompt`, `messages`, `conversations`, `instruction` (with `input`, `context`,
-    or the input of the first of `instances`), `question`, `query`, `turns` (the first turn).
+    Columns are the first of _PROMPT_COLUMNS that a file has; of `turns` it is the first turn.
 
     Raises:
         DataError: as `load_demonstrations`.
@@ -221,6 +218,7 @@ def _asked_and(prompt: str, answer: str) -> Callable[[Row], tuple[Turns, Message
 
 
 def _instruction(row: Row) -> Turns:
+    """The instruction, and behind a blank line its `input`, its `context`, or the input of its first instance."""
     instances = row.get("instances")
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
     given = [(row, "input"), (row, "context"), (first, "input")]
@@ -325,9 +323,10 @@ def _load(
             warnings += warned(table.name, len(table.rows), odd)
     if not rows:
         where, count = ", ".join(sources) or "an empty list of sources", sum(part.rows for part in opened)
-        left = f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}"
-        needs = "a prompt and an answer that are" if what == "demonstrations" else "a prompt that is"
-        raise DataError(f"{left if count else f'no {what} in {where}: there are no rows'}; each needs {needs} not empty")
+        needs = f"each needs a prompt {'and an answer that are' if what == 'demonstrations' else 'that is'} not empty"
+        if not count:
+            raise DataError(f"no {what} in {where}: there are no rows; {needs}")
+        raise DataError(f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}; {needs}")
     return Loaded(tuple(rows), unused, tuple(opened), digest.hexdigest(), tuple(warnings))
 
 
@@ -344,6 +343,11 @@ def _suspicions(value: Row, content: str, repeats: bool, what: str) -> list[str]
 def warned(name: str, rows: int, odd: dict[str, Unused]) -> list[str]:
     """One line for each thing that is odd about the rows of a file."""
     return [f"{name}: {part.count:,} of {rows:,} {oddity} (first {part.first_source})" for oddity, part in odd.items()]
+
+
+def file_of(row: Demonstration | Prompt) -> str:
+    """The file or hub set that a row comes from."""
+    return re.sub(r"[:#]\d+$", "", row.source)
 
 
 def turn_content(turn: Message) -> list[str]:

@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "noise: a derangement over all tasks",
         "data/noise.py",
-        "return row.task or re.sub",
-        'return "" or re.sub',
+        "return row.task or file_of(row)",
+        'return "" or file_of(row)',
         "data/test_noise.py::test_a_derangement_at_rate_1_exchanges_the_answers_of_each_task",
     ),
     Mutant(
