@@ -61,7 +61,7 @@ def load_questions(pair: Pair, path: Path | None, limit: int | None, console: Co
         sources = resolved(pair.recipe).data.prompts
         if not sources:
             raise UserError("the recipe names neither eval.items nor data.prompts; give a JSONL file with --prompts")
-        rows = [(row.messages, None, "all") for row in load_prompts(sources, seed=pair.recipe.seed).rows]
+        rows = [(row.prompt, None, "all") for row in load_prompts(sources, seed=pair.recipe.seed).rows]
     rows, data = spread(rows, limit), pair.recipe.data
     most = min(data.max_prompt_tokens, pair.context - pair.recipe.rollout.max_new_tokens)
     prompts = [Prompt(turns, "score") for turns, _, _ in rows]

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.analysis.samples import Question, as_generated, load_questions, question_of, sample, turns_of
 from srppo.console import Console
-from srppo.data.chat import encode_demonstration
+from srppo.data.chat import encode_demonstrations
 from srppo.data.types import Demonstration
 from srppo.errors import DataError, UserError
 from srppo.evaluation.items import read_rows
@@ -148,14 +148,14 @@ def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Questi
     turns, response = turns_of(row, place), row.get("response")
     if not isinstance(response, str):
         raise DataError(f"{place}: response is no text; a row holds prompt and response")
-    encoded = encode_demonstration(
+    encoded = encode_demonstrations(
         pair.tokenizer,
-        Demonstration(turns, response, place),
+        [Demonstration(turns, response, place)],
         system=pair.recipe.data.system,
         max_tokens=pair.context + 1,  # one more, so that a cut shows
         max_prompt_tokens=pair.context,
         stop=pair.stops,
-    )
+    )[0]
     if isinstance(encoded, str):
         raise DataError(f"{place}: {encoded}")
     if len(encoded.ids) > pair.context:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_cases import real
 from harness_cases import choice_task, evaluate, samples, summary, tiny_model, write_task
 from worlds import write_rows
 
@@ -22,7 +23,6 @@ from srppo.evaluation.results import read_results
 from srppo.models.loading import load_model
 from srppo.record.store import Run
 
-IFEVAL_DATA = Path(__file__).parents[4] / "shared/data/ifeval/input_data.jsonl"
 PROMPTS = [
     ("Write without commas.", ["punctuation:no_comma"], [{}]),
     ("Write b and c.", ["keywords:existence", "punctuation:no_comma"], [{"keywords": ["b", "c"]}, {}]),
@@ -177,9 +177,8 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
     assert summary(path)["metric"] == "prompt_level_strict_acc"
 
 
-@pytest.mark.skipif(not IFEVAL_DATA.exists(), reason="IFEval's prompts are not part of the project")
 def test_every_ifeval_prompt_gets_a_verdict_or_a_reason() -> None:
-    docs = [json.loads(line) for line in IFEVAL_DATA.read_text().splitlines()]
+    docs = [json.loads(line) for line in Path(real("ifeval/input_data.jsonl")).read_text().splitlines()]
     reasons = {need: [ifeval.reason_not_scored(doc, [need]) for doc in docs] for need in ("langdetect", "punkt_tab")}
     assert len(docs) == 540
     assert sum(map(bool, reasons["langdetect"])) == 95 and sum(map(bool, reasons["punkt_tab"])) == 64
