@@ -42,9 +42,9 @@ class Meter:
         self._set(self.done + rows)
 
     def finish(self, rows: int) -> None:
-        """A batch is done: so many rows in all. A batch may end long before its last possible token."""
-        self.whole = rows
-        self._set(rows)
+        """A batch of so many rows is done, maybe long before its last possible token."""
+        self.whole += rows
+        self._set(self.whole)
 
     def _set(self, done: float) -> None:
         self.done = min(done, float(self.total))
