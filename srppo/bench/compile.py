@@ -11,10 +11,8 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from srppo.kernels.types import Head, RowStats, Transform
 # Of others LLVM ends the process without a word to Python.
 CHIPS = r"sm_(80|86|87|89|90|100|101|103|120|121)|gfx(90a|94[0-2]|950|1[0-2]\d\d)"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The vocabulary of Llama 3 and one that is odd; D is only ever a loop bound.
 VOCABULARY, RAGGED, DEPTH, COUNT = 128256, 50257, 64, 24
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may have
@@ -52,9 +50,7 @@ class CompileRow:
     serialised: bool = False  # sm_90: every HGMMA waits for the one before it
 
 
-def compile_report(
-    targets: Sequence[str] = TARGETS, dtypes: Sequence[torch.dtype] = DTYPES, workers: int = 1
-) -> list[CompileRow]:
+def compile_report(targets: Sequence[str] = TARGETS, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[CompileRow]:
     """A row for each kernel, dtype and target. Takes about 2 s a row the first time; compilations are cached.
 
     Raises ConfigError without triton, under TRITON_INTERPRET, and for an unknown target.
@@ -71,12 +67,16 @@ def compile_report(
                 f"unknown target {target!r}; allowed: {', '.join(TARGETS)} "
                 "and their relatives, from sm_80 and gfx90a on"
             )
-    jobs = [(target, dtype) for dtype in dtypes for target in targets]
-    if workers == 1:
-        parts: Iterable[list[CompileRow]] = map(_compile_job, jobs)
-        return [row for part in parts for row in part]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return [row for part in pool.map(_compile_job, jobs) for row in part]
+    rows = []
+    for short, dtype in dtypes.items():
+        for target in targets:
+            for name, launch in _launches(target, dtype):
+                try:
+                    rows.append(_compile(name, short, target, launch))
+                except Exception as error:  # of Triton, LLVM, ptxas or a disassembler that does not know the chip
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    raise ConfigError(f"{name} {short} does not compile for {target}: {reason}") from error
+    return rows
 
 
 def problems(rows: Iterable[CompileRow]) -> list[str]:
@@ -102,14 +102,9 @@ def problems(rows: Iterable[CompileRow]) -> list[str]:
     return found
 
 
-def print_compile_report(
-    console: Console,
-    targets: Sequence[str] = TARGETS,
-    dtypes: Sequence[torch.dtype] = DTYPES,
-    workers: int = 1,
-) -> int:
+def print_compile_report(console: Console, targets: Sequence[str] = TARGETS) -> int:
     """Print the report as a table of 80 columns and every problem as an error; 1 if there is any, else 0."""
-    rows = compile_report(targets, dtypes, workers)
+    rows = compile_report(targets)
     table = Table(box=None, pad_edge=False)
     table.add_column("kernel", no_wrap=True)
     for name in ("dtype", "target"):
@@ -181,19 +176,6 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
         triton_linear.backward(narrow, tokens_N, capped, stats, ones_N, needs)
         take("d logits, odd V")
     return named
-
-
-def _compile_job(job: tuple[str, torch.dtype]) -> list[CompileRow]:
-    target, dtype = job
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    rows = []
-    for name, launch in _launches(target, dtype):
-        try:
-            rows.append(_compile(name, short, target, launch))
-        except Exception as error:  # of Triton, LLVM, ptxas or a disassembler that does not know the chip
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"{name} {short} does not compile for {target}: {reason}") from error
-    return rows
 
 
 def _compile(name: str, dtype: str, target: str, launch: Any) -> CompileRow:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from srppo.bench.options import Case
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from srppo.environment import commit_of_source, cpu_model, package_version
 
 SCHEMA = 1
+CPU_FLAGS = "avx2 avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_fp16 asimd bf16 sve"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One rival on one case. `missing` says why there are no figures; figures are then None.
 
@@ -34,9 +36,10 @@ class Row:
     peak_extra_bytes            memory a call adds, and kept_bytes, what its tensors hold between calls
     rms_error, max_error        of the result against fp64 on error_rows rows, nats; grad_rms_error: relative
     copy_gb_s, gemm_gflops      ceilings measured in the run so far; the latter in the dtype of the row
+    device .. dirty             see machine()
     """
 
-    schema: int
+    schema: int = SCHEMA
     date: str
     op: str
     shape: str
@@ -49,27 +52,27 @@ class Row:
     kind: str
     version: str | None
     missing: str | None
-    rounds: int
-    latency_ms: float | None
-    latency_ms_q20: float | None
-    latency_ms_q80: float | None
+    rounds: int = 0
+    latency_ms: float | None = None
+    latency_ms_q20: float | None = None
+    latency_ms_q80: float | None = None
     floor: str | None
-    ratio: float | None
-    ratio_q20: float | None
-    ratio_q80: float | None
-    times_ours: float | None
-    times_ours_q20: float | None
-    times_ours_q80: float | None
+    ratio: float | None = None
+    ratio_q20: float | None = None
+    ratio_q80: float | None = None
+    times_ours: float | None = None
+    times_ours_q20: float | None = None
+    times_ours_q80: float | None = None
     flops: int
-    gflops: float | None
+    gflops: float | None = None
     bytes_moved: int
-    bandwidth_share: float | None
-    peak_extra_bytes: int | None
-    kept_bytes: int | None
-    rms_error: float | None
-    max_error: float | None
-    grad_rms_error: float | None
-    error_rows: int | None
+    bandwidth_share: float | None = None
+    peak_extra_bytes: int | None = None
+    kept_bytes: int | None = None
+    rms_error: float | None = None
+    max_error: float | None = None
+    grad_rms_error: float | None = None
+    error_rows: int | None = None
     copy_gb_s: float
     gemm_gflops: float
     threads: int
@@ -85,19 +88,43 @@ class Row:
     dirty: bool | None
 
     @property
-    def case(self) -> tuple[str, str, int, int, int, str]:
-        return self.op, self.shape, self.n, self.d, self.v, self.dtype
-
-    @property
-    def title(self) -> str:
-        """The case in words."""
-        return str(Case(self.op, self.shape, self.n, self.d, self.v, self.dtype))
+    def case(self) -> Case:
+        return Case(self.op, self.shape, self.n, self.d, self.v, self.dtype)
 
 
 COLUMNS = [each.name for each in fields(Row)]
 
 
-def append_rows(rows: Sequence[DataclassInstance], path: Path) -> None:
+def machine(device: str) -> dict[str, Any]:
+    """Which machine, versions and commit a row of a run on "cpu" or "cuda" comes from; of no person, host or folder.
+
+    device: model of the GPU or CPU; cpu_flags: its matrix and vector extensions; commit: None without a checkout.
+    """
+    commit = commit_of_source()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "device_kind": device,
+        "cpu": cpu_model(),
+        "cpu_flags": _cpu_flags(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "commit": commit.rstrip("+") if commit else None,
+        "dirty": commit.endswith("+") if commit else None,
+    }
+
+
+def _cpu_flags() -> str:
+    """The matrix and vector extensions that the system names; empty where it names none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    named = next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split()
+    return " ".join(flag for flag in CPU_FLAGS.split() if flag in named)
+
+
+def append_rows(rows: Sequence[Row], path: Path) -> None:
     """Add rows to a JSONL file, on disk when this returns; a line cut off by a crash is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)

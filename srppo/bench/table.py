@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
@@ -27,22 +29,15 @@ def bench_tables(rows: Sequence[Row]) -> RenderableType:
         measured = [row for row in case if row.missing is None]
         if measured:
             parts += [_table(measured), Text()]
-    parts += [_Narrow(Text(line)) for line in _missing(rows)]
-    parts += [_Narrow(Text(line, style)) for line, style in [*_verdict(rows), *_twice(rows)]]
-    parts += [_Narrow(Text(line, "dim")) for line in _captions(rows)]
+    parts += [Constrain(Text(line), WIDTH) for line in _missing(rows)]
+    parts += [Constrain(Text(line, style), WIDTH) for line, style in [*_verdict(rows), *_twice(rows)]]
+    parts += [Constrain(Text(line, "dim"), WIDTH) for line in _captions(rows)]
     return Group(*parts)
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(
-        title=Text(rows[0].title),
-        title_style="bold",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=0,
-        show_edge=False,
-    )
+    title: dict[str, Any] = {"title": Text(str(rows[0].case)), "title_style": "bold", "title_justify": "left"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False, **title)
     table.add_column(rows[0].op.replace("linear_logprob+", "linear_logprob, "), width=NAME_WIDTH, overflow="ellipsis")
     over = "/read" if rows[0].op == LOGITS_DIFF else "/GEMMs"
     for head in ("ms", "20-80%", over, "GF/s", "copy", "MB", "error"):
@@ -77,7 +72,7 @@ def _missing(rows: Sequence[Row]) -> list[str]:
             found.setdefault((row.words, row.missing), []).append(row)
     lines = []
     for (words, reason), where in found.items():
-        cases = "; ".join(dict.fromkeys(row.title for row in where)) if where[0].rival in ran else ""
+        cases = "; ".join(dict.fromkeys(str(row.case) for row in where)) if where[0].rival in ran else ""
         lines.append(f"missing: {words}: {reason}" + (f" ({cases})" if cases else ""))
     return lines
 
@@ -93,17 +88,12 @@ def _verdict(rows: Sequence[Row]) -> list[tuple[str, str]]:
     faster = [row for row in outside if row.times_ours is not None and row.times_ours <= 1]
     over = f"{len(names)} outside rival{'s' * (len(names) > 1)} over {len(cases)} case{'s' * (len(cases) > 1)}"
     if not faster:
-        least = min(outside, key=lambda row: row.times_ours or 0.0)
-        return [
-            (
-                f"ours is faster than every outside rival here: {over}; the nearest, {_compared(least, rows)}",
-                "bold green",
-            )
-        ]
+        nearest = _compared(min(outside, key=lambda row: row.times_ours or 0.0), rows)
+        return [(f"ours is faster than every outside rival here: {over}; the nearest, {nearest}", "bold green")]
     lines = [(f"ours is not faster than every outside rival here ({over}); latency over ours, 1 or less:", "bold")]
     for _, case in groupby(faster, key=lambda row: row.case):
         found = list(case)
-        lines.append((f"  {found[0].title}: " + ", ".join(_short(row) for row in found), "bold"))
+        lines.append((f"  {found[0].case}: " + ", ".join(_short(row) for row in found), "bold"))
     return lines
 
 
@@ -112,7 +102,7 @@ def _twice(rows: Sequence[Row]) -> list[tuple[str, str]]:
     times = [row.times_ours for row in rows if row.rival == "ours-twice" and row.times_ours is not None]
     if not times:
         return []
-    span = f"{min(times):.2f}" + (f" to {max(times):.2f}" if len(times) > 1 else "")
+    span = " to ".join(f"{time:.2f}" for time in dict.fromkeys([min(times), max(times)]))
     return [(f"our own kernel for one model, run twice, takes {span} times ours", "bold")]
 
 
@@ -126,7 +116,7 @@ def _compared(row: Row, rows: Sequence[Row]) -> str:
     ours = next(each for each in rows if each.case == row.case and each.kind == "ours")
     span = f"{row.times_ours:.2f} [{row.times_ours_q20:.2f}, {row.times_ours_q80:.2f}]"
     rounding = f"; error {row.rms_error:.0e}, ours {ours.rms_error:.0e}" if row.rms_error and ours.rms_error else ""
-    return f"{row.words}, takes {span} times ours at {row.title}{rounding}"
+    return f"{row.words}, takes {span} times ours at {row.case}{rounding}"
 
 
 def _captions(rows: Sequence[Row]) -> list[str]:
@@ -152,13 +142,3 @@ def _captions(rows: Sequence[Row]) -> list[str]:
 def _rounds(rows: Sequence[Row]) -> str:
     counts = sorted({row.rounds for row in rows if row.rounds})
     return "-".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "no"
-
-
-class _Narrow:
-    """A paragraph no wider than the tables."""
-
-    def __init__(self, text: Text) -> None:
-        self.text = text
-
-    def __rich_console__(self, console, options):  # type: ignore[no-untyped-def]
-        yield from console.render(self.text, options.update(width=min(options.max_width, WIDTH)))

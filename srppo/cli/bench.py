@@ -29,7 +29,8 @@ def kernel(
     debug: Debug = False,
 ) -> None:
     """The log-prob kernels beside every rival, in one run. Time, memory, bandwidth and error against fp64."""
-    from srppo.bench.kernel import KernelBench, run_kernel_bench
+    from srppo.bench.kernel import run_kernel_bench
+    from srppo.bench.options import KernelBench
     from srppo.console import Console
 
     options = KernelBench(

@@ -472,6 +472,8 @@ def score_plot(result: ScoreResult, path: Path) -> list[Path]:
             axes[0].plot(x, [each.reward for each in rows], ".", color=colour, ms=5, alpha=0.7, label=label)
         axes[0].set_title("reward, nats, against length")
         axes[0].set_xlabel("length, tokens")
+        lengths = [len(each.tokens) for each in result.responses]
+        axes[0].set_xlim(min(lengths) - 1.1, max(lengths) + 1.1)  # room for whole ticks where all are as long
         axes[0].locator_params(axis="x", integer=True)
         if known:
             axes[0].legend()

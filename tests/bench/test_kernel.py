@@ -19,11 +19,10 @@ from rich.console import Console as RichConsole
 
 from srppo.bench import measure
 from srppo.bench.inputs import errors, exact, make_inputs
-from srppo.bench.kernel import KernelBench, main, run_kernel_bench
-from srppo.bench.options import BACKWARD, DIFF, LOGITS_DIFF, PRESETS, SHAPES, Case
+from srppo.bench.kernel import _within_rounds, main, run_kernel_bench
+from srppo.bench.options import BACKWARD, DIFF, LOGITS_DIFF, PRESETS, SHAPES, Case, KernelBench
 from srppo.bench.rivals import RIVALS, missing_reason
 from srppo.bench.rows import COLUMNS, Row, append_rows, read_rows, write_csv
-from srppo.bench.run import _within_rounds
 from srppo.bench.table import bench_tables
 from srppo.console import Console
 from srppo.errors import ConfigError
@@ -50,9 +49,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], str, Pat
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measured ceilings and without a plot, which one run above and one process below have."""
-    monkeypatch.setattr("srppo.bench.run.copy_gb_s", lambda device: 10.0)
-    monkeypatch.setattr("srppo.bench.run.gemm_gflops", lambda device, dtype: 100.0)
-    monkeypatch.setattr("srppo.bench.roofline.roofline", lambda rows, path: [])
+    monkeypatch.setattr("srppo.bench.measure.copy_gb_s", lambda device: 10.0)
+    monkeypatch.setattr("srppo.bench.measure.gemm_gflops", lambda device, dtype: 100.0)
+    monkeypatch.setattr("srppo.bench.kernel.roofline", lambda rows, path: [])
 
 
 def test_a_row_for_each_rival_with_every_field(bench: tuple[list[Row], str, Path]) -> None:

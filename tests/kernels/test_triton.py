@@ -57,10 +57,10 @@ def test_on_gpu():
 
 
 COMPILE = """
-import dataclasses, json, torch
-from srppo.bench.compile import compile_report
+import dataclasses, json
+from srppo.bench import compile
 if __name__ == "__main__":
-    rows = compile_report(["{target}"], dtypes=(torch.{dtype},))
+    rows = compile.compile_report(["{target}"], dtypes={{"{dtype}": compile.DTYPES["{dtype}"]}})
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
 
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 @needs_triton
 @pytest.mark.parametrize(
     "target,dtype",
-    [(target, "bfloat16") for target in ("sm_80", "sm_90", "sm_100", "gfx942")] + [("sm_90", "float32")],
+    [(target, "bf16") for target in ("sm_80", "sm_90", "sm_100", "gfx942")] + [("sm_90", "fp32")],
 )
 def test_every_kernel_compiles_without_a_problem(target, dtype):
     rows = [CompileRow(**row) for row in json.loads(run("-c", COMPILE.format(target=target, dtype=dtype)))]
