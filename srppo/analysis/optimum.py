@@ -182,15 +182,18 @@ def point_of(
 ) -> Point:
     """Means over the prompts of `ours_Q`; k > 0: an optimum estimated from k samples a prompt, held to the rule."""
     ess_Q, right_Q = values.ess_Q[ours_Q], values.right_Q
-    means = (values.reward_Q, values.kl_sft_Q, values.kl_anchor_Q, values.objective_Q, values.length_Q)
-    figures = [item_interval(values_Q[ours_Q], limits=None) for values_Q in means]
+    reward, kl_sft, kl_anchor, objective, length = (item_interval(q[ours_Q], limits=None) for q in values[:5])
     accuracy, by_group = None, {}
     if right_Q is not None:
         accuracy = item_interval(right_Q[ours_Q], limits=SHARE)
         by_group = {group: item_interval(right_Q[groups == group], limits=SHARE) for group in dict.fromkeys(groups)}
     return Point(
         name,
-        *figures,
+        reward,
+        kl_sft,
+        kl_anchor,
+        objective,
+        length,
         accuracy,
         by_group,
         ess=(float(np.median(ess_Q)), effective(ess_Q)),
