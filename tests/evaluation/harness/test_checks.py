@@ -15,7 +15,7 @@ from harness_cases import choice_task, evaluate, samples, summary, tiny_model, w
 from worlds import write_rows
 
 from srppo.errors import UserError
-from srppo.evaluation.harness import ifeval, run, session
+from srppo.evaluation.harness import ifeval, run
 from srppo.evaluation.harness.scores import as_float, figures
 from srppo.evaluation.harness.targets import newest_run
 from srppo.evaluation.harness.tasks import wanted
@@ -41,7 +41,7 @@ def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(run, "load_model", load)
     monkeypatch.setattr("srppo.data.hub.reachable", lambda: False)
 
 
@@ -107,7 +107,7 @@ def test_names_and_files_that_are_not_there(model: Path, tmp_path: Path) -> None
         ({"tasks": ["mine"], "include_path": [broken]}, "mine.yaml: its YAML cannot be used"),
     ):
         with pytest.raises(UserError) as caught:
-            run.evaluate_command(str(model), out=out, **options)  # type: ignore[arg-type]
+            evaluate(model, out, **options)  # type: ignore[arg-type]
         assert words in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="neither a folder here nor a hub name"):
         evaluate("./nowhere", out)
@@ -150,7 +150,7 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
     data = _ifeval_file(tmp_path)
     options: dict[str, Any] = {"suite": "ifeval", "data": data, "max_new_tokens": 8}
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-        patch.setattr(session, "load_model", None)
+        patch.setattr(run, "load_model", None)
         evaluate(model, tmp_path / "out", **options)
     for word in (
         "langdetect",
@@ -237,7 +237,7 @@ def test_a_run_is_evaluated_arm_by_arm(model: Path, tmp_path: Path, monkeypatch:
         alive.add(lm := load_model(*args, **options))
         return lm
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(run, "load_model", load)
     paths, said = evaluate(None, None, "letters", include_path=[tasks], limit=3)  # type: ignore[arg-type]
     assert "the newest run" in said and newest_run() == Path("runs/one")
     assert [(summary(path)["model"], summary(path)["seed"]) for path in paths] == [
