@@ -475,13 +475,8 @@ def _refuse_unknown(keys: Iterable[str], where: str) -> None:
             hint = f"did you mean {near[0]!r}?" if near else "`srppo train --keys` lists all"
             raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
         if key in sections:
-            raise ConfigError(
-                f"{key!r} in {where} is a section, not a value; set one of its keys, e.g. {key}.{_first(key)}"
-            )
-
-
-def _first(section: str) -> str:
-    return next(key for key in all_keys() if key.startswith(section + ".")).split(".", 1)[1]
+            first = next(each for each in known if each.startswith(f"{key}."))
+            raise ConfigError(f"{key!r} in {where} is a section, not a value; set one of its keys, e.g. {first}")
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -120,14 +120,6 @@ class StageView:
         self._seconds_per_step: float | None = None
         self._printed_at: float | None = None
 
-    def say(self, text: str) -> None:
-        """A note above the progress."""
-        self._console.say(text)
-
-    def warn(self, text: str) -> None:
-        """A warning, shown once per console."""
-        self._console.warn(text)
-
     def update(self, row: Mapping[str, Any]) -> None:
         """Take in a step's row. Row 0 holds measurements of the start only."""
         now, step = self._clock(), int(row["step"])

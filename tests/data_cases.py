@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from srppo.data.chat import encode_demonstration
-from srppo.data.types import Demonstration, EncodedDemonstration, Message
+from srppo.data.chat import encode_demonstrations, encode_prompts
+from srppo.data.types import Demonstration, EncodedDemonstration, Message, Prompt
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -21,9 +21,11 @@ EXPLICIT_BOS = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['con
 
 
 def real(path: str) -> str:
-    if not (REAL / path).exists():
-        pytest.skip(f"needs the public data file ../shared/data/{path}, which is not here")
-    return str(REAL / path)
+    """A public data file under the folder that SRPPO_REAL_DATA names; without it the test is skipped."""
+    folder = os.environ.get("SRPPO_REAL_DATA")
+    if not folder or not Path(folder, path).exists():
+        pytest.skip(f"needs the public data file {path} in the folder SRPPO_REAL_DATA")
+    return str(Path(folder, path))
 
 
 def make_tokenizer(*, bos: bool = False, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
@@ -62,9 +64,12 @@ def write(folder: Path, name: str, content: str | bytes | list) -> str:
 
 
 def encode(tokenizer, row: Demonstration, **options) -> EncodedDemonstration | str:
-    return encode_demonstration(
-        tokenizer, row, **{"system": None, "max_tokens": 512, "max_prompt_tokens": 256} | options
-    )
+    how = {"system": None, "max_tokens": 512, "max_prompt_tokens": 256} | options
+    return encode_demonstrations(tokenizer, [row], **how)[0]
+
+
+def encode_prompt(tokenizer, row: Prompt, **options) -> tuple[int, ...] | str:
+    return encode_prompts(tokenizer, [row], **options)[0]
 
 
 def message_of(error: pytest.ExceptionInfo[BaseException]) -> str:

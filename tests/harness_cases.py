@@ -12,6 +12,7 @@ import yaml
 from worlds import byte_llama, byte_tokenizer, save_model, write_rows
 
 from srppo.console import Console
+from srppo.evaluation.harness.checks import EvalOptions
 from srppo.evaluation.harness.run import evaluate_command
 from srppo.stages.arms import stages_by_arm
 
@@ -76,7 +77,8 @@ def evaluate(model: Path | str | None, out: Path, *tasks: str, **options: Any) -
     """(result folders, all that was said)."""
     said = io.StringIO()
     options = {"out": out, "console": Console(plain=True, file=said), "arms": stages_by_arm} | options
-    paths = evaluate_command(None if model is None else str(model), tasks=tasks, **options)
+    asked = EvalOptions(**{name: options.pop(name) for name in [*options] if hasattr(EvalOptions, name)})
+    paths = evaluate_command(None if model is None else str(model), asked, **{"tasks": tasks, **options})
     return paths, said.getvalue()
 
 

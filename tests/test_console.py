@@ -137,9 +137,9 @@ def test_panel_names_what_a_practitioner_looks_for() -> None:
 
 def test_a_warning_is_shown_once_and_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
-    with console.stage("PPO", 2) as view:
+    with console.stage("PPO", 2):
         for _ in range(3):
-            view.warn("set reward.token_clip [bold]5[/bold] " + "x" * 200)
+            console.warn("set reward.token_clip [bold]5[/bold] " + "x" * 200)
     console.warn("another")
     console.error("no such file")
     out, err = capsys.readouterr()
@@ -172,8 +172,9 @@ def test_a_stream_that_cannot_show_a_letter_gets_a_question_mark() -> None:
 def test_live_on_a_terminal_only(term: str, live: bool) -> None:
     code = (
         "from srppo.console import Console\n"
-        "with Console().stage('PPO', 2) as view:\n"
-        "    view.update({'step': 1, 'reward': 1.0}); view.warn('look'); view.update({'step': 2, 'reward': 2.0})\n"
+        "console = Console()\n"
+        "with console.stage('PPO', 2) as view:\n"
+        "    view.update({'step': 1, 'reward': 1.0}); console.warn('look'); view.update({'step': 2, 'reward': 2.0})\n"
     )
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": term, "PYTHONIOENCODING": "utf-8"}

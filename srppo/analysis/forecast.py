@@ -30,7 +30,7 @@ from srppo.training.loop import load_weights
 PROMPTS = 120
 SAMPLES, PPO_SAMPLES = 256, 16  # a prompt: of the SFT model, of each checkpoint
 PPO_GROUPS = ("demonstrated", "prompted")  # embedded groups that PPO prompts come from; `unseen` is told apart
-OBJECTIVE = ("anchor", "beta")
+OBJECTIVE = {"anchor", "beta"}
 """What of a reward's settings moves PPO's optimum along the frontier; all others make another reward, another plane."""
 MOST_NAMED = 2  # settings in the name of a PPO stage
 
@@ -84,7 +84,12 @@ def forecast_command(
     `prompts`: a JSONL file (prompt, and may hold answer, group); default the development items. `samples`: of the SFT
     model, a prompt. `checkpoints`: measure the run's PPO checkpoints on the same prompts.
     """
-    _check_options(samples, betas, anchors)
+    if samples < 2:
+        raise UserError(f"--samples {samples} is too few to weigh; give at least 2, rather {SAMPLES}")
+    if bad := [beta for beta in betas if not beta > 0]:
+        raise UserError(f"--beta {bad[0]:g} has no closed-form optimum; give values above 0")
+    if unknown := set(anchors) - {"sft", "base"}:
+        raise UserError(f"--anchor {min(unknown)} is unknown; give sft or base")
     pair = load_pair(run, sft=sft, base=base, seed=seed, device=device)
     arms, set_aside = ppo_arms(pair) if checkpoints else ([], [])
     configs = [arm.config for arm in arms]
@@ -95,10 +100,17 @@ def forecast_command(
     questions = load_questions(pair, prompts, limit, console)
     draws = _draw(pair, pair.sft, questions, samples, config, console, "SFT")
     groups = np.array([question.group for question in questions])
-    ours_Q = _seen_by_ppo(groups, notes)
+    ours_Q = np.isin(groups, PPO_GROUPS)  # the prompts that the figures are over: of tasks that PPO sees
+    if not ours_Q.any():  # or all, where none is named so
+        ours_Q[:] = True
+    elif not ours_Q.all():
+        others = ", ".join(sorted(set(groups[~ours_Q])))
+        notes.append(f"Figures are over the {ours_Q.sum()} prompts of tasks that PPO sees; {others}: by group only.")
+    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(config.beta))]
+    grid += [(each.anchor, each.beta) for each in (config, *configs) if each.beta]  # always: what PPO aimed at
     points = [
         point_of(optimum(draws, a, b), groups, ours_Q, f"{a} {b:g}", anchor=a, beta=b, k=samples)
-        for a, b in _grid([config, *configs], betas, anchors)
+        for a, b in dict.fromkeys(grid)
     ]
     measured_arms, reached = [], []
     for arm in arms:
@@ -125,34 +137,6 @@ def forecast_command(
         {arm.name: arm.rows for arm in arms if arm.rows},
         tuple(notes),
     )
-
-
-def _check_options(samples: int, betas: Sequence[float], anchors: Sequence[str]) -> None:
-    if samples < 2:
-        raise UserError(f"--samples {samples} is too few to weigh; give at least 2, rather {SAMPLES}")
-    if bad := [beta for beta in betas if not beta > 0]:
-        raise UserError(f"--beta {bad[0]:g} has no closed-form optimum; give values above 0")
-    if unknown := set(anchors) - {"sft", "base"}:
-        raise UserError(f"--anchor {min(unknown)} is unknown; give sft or base")
-
-
-def _seen_by_ppo(groups: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Q bool, the prompts that the figures are over: those of tasks that PPO sees, or all where none is named so."""
-    ours_Q = np.isin(groups, PPO_GROUPS)
-    if not ours_Q.any():
-        return np.ones(len(groups), dtype=bool)
-    if not ours_Q.all():
-        others = ", ".join(sorted(set(groups[~ours_Q])))
-        notes.append(
-            f"Figures are over the {int(ours_Q.sum())} prompts of tasks that PPO sees; {others}: by group only."
-        )
-    return ours_Q
-
-
-def _grid(configs: Sequence[RewardConfig], betas: Sequence[float], anchors: Sequence[str]) -> list[tuple[str, float]]:
-    """(anchor, beta) to forecast; those of `configs`, the recipe's own first, are always among them."""
-    grid = [(a, b) for a in anchors for b in (sorted(set(betas), reverse=True) or beta_grid(configs[0].beta))]
-    return list(dict.fromkeys([*grid, *((each.anchor, each.beta) for each in configs if each.beta)]))
 
 
 def _notes(pair: Pair, config: RewardConfig) -> list[str]:
@@ -230,7 +214,7 @@ def ppo_arms(pair: Pair) -> tuple[list[PpoArm], list[str]]:
     """
     stages, notes = pair.ppo_stages(), []
     rewards = [RewardConfig.model_validate(stage.identity["config"]["reward"]) for stage in stages]
-    own, planes = _plane(pair.recipe.reward), [_plane(reward) for reward in rewards]
+    own, *planes = (reward.model_dump(exclude=OBJECTIVE) for reward in (pair.recipe.reward, *rewards))
     wanted = own if own in planes or not planes else planes[-1]
     found: list[PpoArm] = []
     for name, stage, reward, plane in zip(_names(stages), stages, rewards, planes, strict=True):
@@ -249,10 +233,6 @@ def ppo_arms(pair: Pair) -> tuple[list[PpoArm], list[str]]:
             "their own: --seed."
         )
     return found, notes
-
-
-def _plane(reward: RewardConfig) -> dict[str, Any]:
-    return reward.model_dump(exclude=set(OBJECTIVE))
 
 
 def _names(stages: Sequence[Stage]) -> list[str]:

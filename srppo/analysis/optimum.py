@@ -16,7 +16,7 @@ Arrays are QK: Q prompts, K samples each. Prompts are the unit of all intervals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,9 +134,9 @@ def share_reached(policy_Q: Floats, start_Q: Floats, best_Q: Floats, *, draws: i
     return ratio_interval(policy_Q - start_Q, gain_Q, draws=draws)
 
 
-def beta_grid(own: float | None, others: Sequence[float] = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)) -> list[float]:
+def beta_grid(own: float | None) -> list[float]:
     """Betas from weak to strong, with the recipe's own among them."""
-    return sorted({*others, *([own] if own else [])}, reverse=True)
+    return sorted({2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, *([own] if own else [])}, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -182,21 +182,18 @@ def point_of(
 ) -> Point:
     """Means over the prompts of `ours_Q`; k > 0: an optimum estimated from k samples a prompt, held to the rule."""
     ess_Q, right_Q = values.ess_Q[ours_Q], values.right_Q
-
-    def mean(values_Q: Floats) -> Estimate:
-        return item_interval(values_Q[ours_Q], limits=None)
-
+    reward, kl_sft, kl_anchor, objective, length = (item_interval(q[ours_Q], limits=None) for q in values[:5])
     accuracy, by_group = None, {}
     if right_Q is not None:
         accuracy = item_interval(right_Q[ours_Q], limits=SHARE)
         by_group = {group: item_interval(right_Q[groups == group], limits=SHARE) for group in dict.fromkeys(groups)}
     return Point(
         name,
-        mean(values.reward_Q),
-        mean(values.kl_sft_Q),
-        mean(values.kl_anchor_Q),
-        mean(values.objective_Q),
-        mean(values.length_Q),
+        reward,
+        kl_sft,
+        kl_anchor,
+        objective,
+        length,
         accuracy,
         by_group,
         ess=(float(np.median(ess_Q)), effective(ess_Q)),

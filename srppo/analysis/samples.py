@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from srppo.analysis.optimum import Draws, Floats
+from srppo.analysis.optimum import Draws
 from srppo.config import RewardConfig, derive_seed, resolved
 from srppo.console import Console
 from srppo.data.chat import encode_prompts
@@ -22,7 +22,7 @@ from srppo.models.pair import Pair
 from srppo.training.batch import Generated, left_pad
 from srppo.training.reward import rewards_before_kl
 from srppo.training.rollout import generate
-from srppo.training.scores import score_log_ratio, score_logprobs
+from srppo.training.scores import Scores, score_log_ratio, score_logprobs
 from srppo.world.tasks import check
 
 SAMPLE_BATCH = 512  # rows of one call of generate, which takes fewer at a time where the memory has it
@@ -61,7 +61,7 @@ def load_questions(pair: Pair, path: Path | None, limit: int | None, console: Co
         sources = resolved(pair.recipe).data.prompts
         if not sources:
             raise UserError("the recipe names neither eval.items nor data.prompts; give a JSONL file with --prompts")
-        rows = [(row.messages, None, "all") for row in load_prompts(sources, seed=pair.recipe.seed).rows]
+        rows = [(row.prompt, None, "all") for row in load_prompts(sources, seed=pair.recipe.seed).rows]
     rows, data = spread(rows, limit), pair.recipe.data
     most = min(data.max_prompt_tokens, pair.context - pair.recipe.rollout.max_new_tokens)
     prompts = [Prompt(turns, "score") for turns, _, _ in rows]
@@ -102,7 +102,7 @@ def sample(
     """`count` responses (token ids, EOS included) to each question, drawn from the model's whole distribution.
 
     A function of (recipe's seed, purpose) alone. Prompts of like length share a batch. `progress` hears how
-    many are done.
+    many more are done.
     """
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].ids))
     rows = [i for i in order for _ in range(count)]
@@ -120,22 +120,30 @@ def sample(
         )
         for i, ids in zip(chunk, generated.responses(), strict=True):
             found[i].append(tuple(ids))
-        progress(min(start + SAMPLE_BATCH, len(rows)))
+        progress(len(chunk))
     return found
 
 
-def as_generated(pair: Pair, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Generated:
-    """Rows of given ids in the form that `generate` returns: prompts padded left, responses right."""
-    device = pair.sft.device
-    tokens_BP, mask_BP = left_pad(prompts, pair.pad_id)
-    flipped_BT, mask_BT = left_pad([list(reversed(row)) for row in responses], pair.pad_id)
-    tokens_BS = torch.cat([tokens_BP, flipped_BT.flip(1)], dim=1).to(device)
-    mask_BT = mask_BT.flip(1)
-    ended_B = torch.tensor([bool(row) and row[-1] in pair.stops for row in responses])
-    attention_mask_BS = torch.cat([mask_BP, mask_BT], dim=1).to(device)
-    return Generated(tokens_BS, attention_mask_BS, mask_BT.to(device), ended_B.to(device))
+def scored_batches(
+    pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]
+) -> Iterator[tuple[list[int], Generated, Scores]]:
+    """(places, those rows in the form that `generate` returns, what both models say of them); rows: question, response.
+
+    Rows of like length share a batch.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0].ids), len(rows[i][1])))
+    for start in range(0, len(rows), SCORE_BATCH):
+        places = order[start : start + SCORE_BATCH]
+        questions, responses = zip(*(rows[i] for i in places), strict=True)
+        tokens_BP, mask_BP = left_pad([question.ids for question in questions], pair.pad_id)
+        response_BT, mask_BT = (x.flip(1) for x in left_pad([row[::-1] for row in responses], pair.pad_id))
+        parts = (torch.cat([tokens_BP, response_BT], dim=1), torch.cat([mask_BP, mask_BT], dim=1), mask_BT)
+        ended_B = torch.tensor([bool(row) and row[-1] in pair.stops for row in responses])
+        batch = Generated(*(x.to(pair.sft.device) for x in (*parts, ended_B)))
+        yield places, batch, score_log_ratio(pair.sft, pair.base, batch)
 
 
+@torch.no_grad()
 def rewarded(
     pair: Pair,
     questions: Sequence[Question],
@@ -150,40 +158,22 @@ def rewarded(
     Short answers repeat: each distinct one is scored once.
     """
     rows = distinct(responses)
-    values = _score(pair, policy, temperature, questions, rows, config)
+    reward, log_ratio, log_policy_sft = np.zeros((3, len(rows)))  # of each distinct response, nats
+    for places, batch, scores in scored_batches(pair, [(questions[i], ids) for i, ids in rows]):
+        reward[places] = rewards_before_kl(config, scores, batch).sum(dim=1).double().cpu()
+        log_ratio[places] = scores.log_ratio_BT.double().sum(dim=1).cpu()
+        if policy is not None:
+            theirs_BT = score_logprobs(policy, batch, temperature=temperature)
+            log_policy_sft[places] = (theirs_BT - scores.sft_logprobs_BT).double().sum(dim=1).cpu()
+    texts = pair.tokenizer.batch_decode([list(ids) for _, ids in rows], skip_special_tokens=True)
+    right = np.array([float(bool(questions[i].is_right(text))) for (i, _), text in zip(rows, texts, strict=True)])
+    length = np.array([float(len(ids)) for _, ids in rows])
     place = {row: j for j, row in enumerate(rows)}
-    index_QK = np.array([[place[i, ids] for ids in each] for i, each in enumerate(responses)])
-    reward_QK, log_ratio_QK, log_policy_sft_QK, length_QK, right_QK = (column[index_QK] for column in values)
+    of_QK = np.array([[place[i, ids] for ids in each] for i, each in enumerate(responses)])
     known = all(question.answer is not None for question in questions)
-    return Draws(reward_QK, log_ratio_QK, length_QK, right_QK if known else None, log_policy_sft_QK)
+    return Draws(reward[of_QK], log_ratio[of_QK], length[of_QK], right[of_QK] if known else None, log_policy_sft[of_QK])
 
 
 def distinct(responses: Sequence[Sequence[tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
     """(question, response) of each distinct response, in the order they came."""
     return list(dict.fromkeys((i, ids) for i, each in enumerate(responses) for ids in each))
-
-
-@torch.no_grad()
-def _score(
-    pair: Pair,
-    policy: LanguageModel | None,
-    temperature: float,
-    questions: Sequence[Question],
-    rows: Sequence[tuple[int, tuple[int, ...]]],
-    config: RewardConfig,
-) -> list[Floats]:
-    """reward r', log-ratio r, log pi - log pi_sft (0 without a policy), length and rightness of each row."""
-    order = sorted(range(len(rows)), key=lambda j: (len(questions[rows[j][0]].ids), len(rows[j][1])))
-    columns = [np.zeros(len(rows)) for _ in range(3)]
-    for start in range(0, len(rows), SCORE_BATCH):
-        chunk = order[start : start + SCORE_BATCH]
-        batch = as_generated(pair, [questions[rows[j][0]].ids for j in chunk], [rows[j][1] for j in chunk])
-        scores = score_log_ratio(pair.sft, pair.base, batch)
-        columns[0][chunk] = rewards_before_kl(config, scores, batch).sum(dim=1).double().cpu()
-        columns[1][chunk] = scores.log_ratio_BT.double().sum(dim=1).cpu()
-        if policy is not None:
-            theirs_BT = score_logprobs(policy, batch, temperature=temperature)
-            columns[2][chunk] = (theirs_BT - scores.sft_logprobs_BT).double().sum(dim=1).cpu()
-    texts = pair.tokenizer.batch_decode([list(ids) for _, ids in rows], skip_special_tokens=True)
-    right = [float(bool(questions[i].is_right(text))) for (i, _), text in zip(rows, texts, strict=True)]
-    return [*columns, np.array([float(len(ids)) for _, ids in rows]), np.array(right)]

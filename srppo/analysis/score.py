@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srppo.analysis.samples import Question, as_generated, load_questions, question_of, sample, turns_of
+from srppo.analysis.samples import Question, load_questions, question_of, sample, scored_batches, turns_of
 from srppo.console import Console
-from srppo.data.chat import encode_demonstration
+from srppo.data.chat import encode_demonstrations
 from srppo.data.types import Demonstration
 from srppo.errors import DataError, UserError
 from srppo.evaluation.items import read_rows
@@ -29,9 +28,7 @@ from srppo.models.pair import Pair, load_pair
 from srppo.statistics.association import Floats, auc, auc_within, over_prompts, rank_correlation
 from srppo.statistics.intervals import Estimate, item_interval
 from srppo.training.reward import OFF_SUPPORT_NATS, reward_diagnostics, reward_warnings
-from srppo.training.scores import score_log_ratio
 
-SCORE_BATCH = 64  # rows of one forward pass, fewer where the memory has it
 SAMPLES = 4  # fresh ones a prompt
 FEWEST = 20  # responses from which diagnostics over all of them mean something
 INCOMPLETE = "\ufffd"  # how decoders write the bytes of an unfinished character
@@ -138,8 +135,8 @@ def score_command(
         drawn = sample(pair, pair.sft, questions, samples, purpose="score")
         rows = [(question, ids) for question, each in zip(questions, drawn, strict=True) for ids in each]
         origin = f"sampled from the SFT model at temperature 1, {samples} a prompt"
-    scored, warnings = score_rows(pair, rows)
-    return ScoreResult(tuple(scored), pair.sft_name, pair.base_name, origin, findings_of(scored), tuple(warnings))
+    scored = tuple(score_rows(pair, rows))
+    return ScoreResult(scored, pair.sft_name, pair.base_name, origin, findings_of(scored), tuple(_warnings(scored)))
 
 
 def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Question, tuple[int, ...]]:
@@ -148,14 +145,14 @@ def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Questi
     turns, response = turns_of(row, place), row.get("response")
     if not isinstance(response, str):
         raise DataError(f"{place}: response is no text; a row holds prompt and response")
-    encoded = encode_demonstration(
+    encoded = encode_demonstrations(
         pair.tokenizer,
-        Demonstration(turns, response, place),
+        [Demonstration(turns, response, place)],
         system=pair.recipe.data.system,
         max_tokens=pair.context + 1,  # one more, so that a cut shows
         max_prompt_tokens=pair.context,
         stop=pair.stops,
-    )
+    )[0]
     if isinstance(encoded, str):
         raise DataError(f"{place}: {encoded}")
     if len(encoded.ids) > pair.context:
@@ -166,43 +163,30 @@ def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Questi
     return question_of(turns, row.get("answer"), row.get("group", "all"), prompt_ids), ids
 
 
-def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> tuple[list[Scored], list[str]]:
-    """(scored responses in the order of rows, warnings about the reward over all of them)."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids) + len(rows[i][1]))
-    found: dict[int, Scored] = {}
-    terms, base_terms = [], []
-    for start in range(0, len(rows), SCORE_BATCH):
-        chunk = order[start : start + SCORE_BATCH]
-        batch = as_generated(pair, [rows[i][0].ids for i in chunk], [rows[i][1] for i in chunk])
-        ratio = score_log_ratio(pair.sft, pair.base, batch)
-        for i, ratios_T, bases_T in zip(chunk, ratio.log_ratio_BT.cpu(), ratio.base_logprobs_BT.cpu(), strict=True):
-            n = len(rows[i][1])
-            terms.append(ratios_T[:n])
-            base_terms.append(bases_T[:n])
-            found[i] = _scored(pair, *rows[i], ratios_T[:n].tolist(), bases_T[:n].tolist())
-    scored = [found[i] for i in range(len(rows))]
-    return scored, _warnings(terms, base_terms) if len(rows) >= FEWEST else []
-
-
-def _scored(
-    pair: Pair, question: Question, ids: Sequence[int], log_ratios: Sequence[float], base_logprobs: Sequence[float]
-) -> Scored:
+def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> list[Scored]:
+    """Scored responses, in the order of rows."""
     special = {*pair.tokenizer.all_special_ids, *pair.stops}
-    texts = pieces(pair.tokenizer, ids, special)
-    tokens = tuple(
-        Token(text, ratio, logprob, each in special)
-        for text, ratio, logprob, each in zip(texts, log_ratios, base_logprobs, ids, strict=True)
-    )
-    response = "".join(token.text for token in tokens if not token.special)
-    ended = bool(ids) and ids[-1] in pair.stops
-    right = question.is_right(response)
-    return Scored(question.text, response, tokens, ended, question.answer, right, question.group)
+    found: dict[int, Scored] = {}
+    for places, _, scores in scored_batches(pair, rows):
+        ratios, bases = scores.log_ratio_BT.tolist(), scores.base_logprobs_BT.tolist()
+        for i, ratios_T, bases_T in zip(places, ratios, bases, strict=True):
+            question, ids = rows[i]
+            texts = pieces(pair.tokenizer, ids, special)
+            parts = zip(texts, ratios_T, bases_T, ids, strict=False)  # columns beyond a row's length are padding
+            tokens = tuple(Token(text, ratio, logprob, each in special) for text, ratio, logprob, each in parts)
+            response = "".join(token.text for token in tokens if not token.special)
+            ended, right = bool(ids) and ids[-1] in pair.stops, question.is_right(response)
+            found[i] = Scored(question.text, response, tokens, ended, question.answer, right, question.group)
+    return [found[i] for i in range(len(rows))]
 
 
-def _warnings(terms: Sequence[Tensor], base_terms: Sequence[Tensor]) -> list[str]:
-    log_ratio_BT, base_BT = (pad_sequence(list(rows), batch_first=True) for rows in (terms, base_terms))
-    lengths_B = torch.tensor([len(row) for row in terms])
-    mask_BT = torch.arange(log_ratio_BT.shape[1]) < lengths_B.unsqueeze(1)
+def _warnings(scored: Sequence[Scored]) -> list[str]:
+    """About the reward over all responses; none where they are too few."""
+    if len(scored) < FEWEST:
+        return []
+    rows = [torch.tensor([(t.log_ratio, t.base_logprob) for t in each.tokens]).view(-1, 2) for each in scored]
+    log_ratio_BT, base_BT = pad_sequence(rows, batch_first=True).unbind(dim=2)
+    mask_BT = torch.arange(log_ratio_BT.shape[1]) < torch.tensor([[len(row)] for row in rows])
     return reward_warnings(reward_diagnostics(log_ratio_BT, base_BT, log_ratio_BT.sum(dim=1), mask_BT))
 
 
@@ -212,17 +196,17 @@ def findings_of(scored: Sequence[Scored]) -> dict[str, Estimate]:
     `reward`, `length`: means over prompts. `length correlation`: Spearman, reward with tokens. Where answers are known:
     `accuracy`, `AUC` over all responses, `AUC within a prompt`, and `rank correlation` of reward with being right.
     """
-    found = {
-        "reward": _mean(scored, lambda each: each.reward),
-        "per token": _mean(scored, lambda each: each.per_token),
-        "length": _mean(scored, lambda each: float(len(each.tokens))),
-    }
-    lengths = [float(len(each.tokens)) for each in scored]
-    found["length correlation"] = _with_reward(rank_correlation, scored, lengths)
     known = [each for each in scored if each.correct is not None]
+    right = [float(bool(each.correct)) for each in known]
+    lengths = [float(len(each.tokens)) for each in scored]
+    found = {
+        "reward": _mean(scored, [each.reward for each in scored]),
+        "per token": _mean(scored, [each.per_token for each in scored]),
+        "length": _mean(scored, lengths),
+        "length correlation": _with_reward(rank_correlation, scored, lengths),
+    }
     if known:
-        right = [float(bool(each.correct)) for each in known]
-        found["accuracy"] = _mean(known, lambda each: float(bool(each.correct)), (0.0, 1.0))
+        found["accuracy"] = _mean(known, right, (0.0, 1.0))
         found["AUC"] = _with_reward(auc, known, right)
         found["AUC within a prompt"] = auc_within([e.reward for e in known], right, [e.prompt for e in known])
         found["rank correlation"] = _with_reward(rank_correlation, known, right)
@@ -236,14 +220,11 @@ def _with_reward(
     return over_prompts(statistic, [each.reward for each in scored], values, prompts, limits)
 
 
-def _mean(
-    scored: Sequence[Scored], of: Callable[[Scored], float], limits: tuple[float, float] | None = None
-) -> Estimate:
+def _mean(scored: Sequence[Scored], values: Sequence[float], limits: tuple[float, float] | None = None) -> Estimate:
     by_prompt: dict[str, list[float]] = defaultdict(list)
-    for each in scored:
-        by_prompt[each.prompt].append(of(each))
-    means = [sum(values) / len(values) for values in by_prompt.values()]
-    return item_interval(means, limits=limits)
+    for each, value in zip(scored, values, strict=True):
+        by_prompt[each.prompt].append(value)
+    return item_interval([sum(own) / len(own) for own in by_prompt.values()], limits=limits)
 
 
 # ---- texts of tokens

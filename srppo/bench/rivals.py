@@ -103,8 +103,9 @@ def ours(impl: Impl) -> dict[str, Prepare]:
     """The dispatch point of this package."""
 
     def linear_diff(inputs: Inputs) -> Call:
-        (sft_ND, sft_VD), (base_ND, base_VD) = inputs.sft, inputs.base
-        return lambda: Result(linear_logprob_diff(sft_ND, sft_VD, base_ND, base_VD, inputs.tokens_N, impl=impl))
+        (sft_hidden_ND, sft_weight_VD), (base_hidden_ND, base_weight_VD) = inputs.sft, inputs.base
+        heads = (sft_hidden_ND, sft_weight_VD, base_hidden_ND, base_weight_VD)
+        return lambda: Result(linear_logprob_diff(*heads, inputs.tokens_N, impl=impl))
 
     def logits_diff(inputs: Inputs) -> Call:
         (sft_NV,), (base_NV,) = inputs.sft, inputs.base

@@ -52,31 +52,26 @@ def evaluate(
 ) -> None:
     """Measure a model on tasks of lm-eval, on ours, or on yours. Results are cached, and never stale."""
     from srppo.console import Console
+    from srppo.evaluation.harness.checks import EvalOptions
     from srppo.evaluation.harness.run import evaluate_command
     from srppo.models.loading import pick_device
     from srppo.report.evaluated import scores_table
     from srppo.stages.arms import stages_by_arm
 
     console = Console()
+    options = EvalOptions(
+        samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest, system, cluster
+    )
     found = evaluate_command(
         model,
+        options,
         tasks=[name for name in tasks.split(",") if name],
         suite=suite,
         data=data,
         include_path=include_path or [],
-        num_fewshot=num_fewshot,
-        chat_template=chat_template,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        limit=limit,
-        seed=seed,
         device=pick_device(device),
         out=out,
-        score_rest=score_rest,
-        system=system,
-        cluster=cluster,
         console=console,
         arms=stages_by_arm,
     )

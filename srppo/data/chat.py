@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
+_Ids = tuple[int, ...]
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}"
@@ -41,7 +42,6 @@ end in a newline, a system message stands first with a blank line after it. The 
 writes the same."""
 _BOS = "{{ bos_token }}"
 _MARK = "\ue000\ue001\ue000"  # stands for an answer where the text around it is looked for: private characters
-_NOTHING = "the chat template makes nothing of the prompt"
 _STOPPED = "a stop token inside the answer"
 _KEYS = "model.template_kwargs (such as enable_thinking = false) or model.chat_template"
 
@@ -100,8 +100,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
         raise ModelError(
             "the tokenizer has neither a chat template nor an EOS token; set its eos_token or chat_template"
         )
-    begin = _BOS if _begins_with_bos(tokenizer) else ""
-    tokenizer.chat_template = begin + CHAT_TEMPLATE
+    tokenizer.chat_template = (_BOS if _begins_with_bos(tokenizer) else "") + CHAT_TEMPLATE
     return True
 
 
@@ -198,7 +197,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[int, ...]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Ids]:
     # Without special tokens: what the template writes is all there is, so BOS is never doubled.
     if not texts:
         return []
@@ -280,40 +279,30 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _with_system(turns: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """A row's own system message stays; else `system` is put first."""
-    if system is None or (turns and turns[0].role == "system"):
-        return turns
-    return (Message("system", system), *turns)
+def _with_system(row: Demonstration | Prompt, system: str | None) -> tuple[Message, ...]:
+    """The prompt; a row's own system message stays, else `system` is put first."""
+    if system is None or (row.prompt and row.prompt[0].role == "system"):
+        return row.prompt
+    return (Message("system", system), *row.prompt)
 
 
 # ---- rows to tokens
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **how: Any) -> tuple[int, ...] | str:
-    """`encode_prompts` of one."""
-    return encode_prompts(tokenizer, [prompt], **how)[0]
-
-
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, system: str | None, max_prompt_tokens: int
-) -> list[tuple[int, ...] | str]:
+) -> list[_Ids | str]:
     """Token ids of each prompt up to where the answer begins, or the reason why it is left out."""
-    texts = [_attempt(_rendered, tokenizer, _with_system(row.messages, system), row.tools, True) for row in prompts]
+    texts = [_attempt(_rendered, tokenizer, _with_system(row, system), row.tools, True) for row in prompts]
     ids = iter(_ids(tokenizer, [text for text in texts if isinstance(text, str)]))
     found = [next(ids) if isinstance(text, str) else str(text) for text in texts]
     return [each if isinstance(each, str) else _too_long(len(each), max_prompt_tokens) or each for each in found]
 
 
 def _too_long(tokens: int, most: int) -> str:
-    return f"prompt longer than {most:,} tokens" if tokens > most else "" if tokens else _NOTHING
-
-
-def encode_demonstration(
-    tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, **how: Any
-) -> EncodedDemonstration | str:
-    """`encode_demonstrations` of one."""
-    return encode_demonstrations(tokenizer, [demonstration], **how)[0]
+    if tokens > most:
+        return f"prompt longer than {most:,} tokens"
+    return "" if tokens else "the chat template makes nothing of the prompt"
 
 
 def encode_demonstrations(
@@ -341,12 +330,12 @@ def encode_demonstrations(
     """
     stops = list(stop) if stop else stop_ids(tokenizer)
     most, every = min(max_prompt_tokens, max_tokens - 1), turns == "all"
-    texts = [_attempt(_texts, tokenizer, row, _with_system(row.prompt, system)) for row in demonstrations]
+    texts = [_attempt(_texts, tokenizer, row, _with_system(row, system)) for row in demonstrations]
     ids = iter(_ids(tokenizer, [text for pair in texts if not isinstance(pair, _LeftOut) for text in pair]))
     begin = tuple(tokenizer("a")["input_ids"][:1]) if _begins_with_bos(tokenizer) else ()
 
     def encoded(row: Demonstration, before: str, text: str, head: _Ids, whole: _Ids) -> EncodedDemonstration:
-        earlier = _earlier(tokenizer, row, _with_system(row.prompt, system), before, stops) if every else []
+        earlier = _earlier(tokenizer, row, _with_system(row, system), before, stops) if every else []
         if row.prompt and (reason := _too_long(earlier[0][0] if earlier else len(head), most)):
             raise _LeftOut(reason)
         answer = text[len(before) :]
@@ -355,9 +344,8 @@ def encode_demonstrations(
         head = head if row.prompt else begin
         ids = head + _ended(tokenizer, tail, answer, row.answer, stops)
         spans = [*earlier, (max(len(head), 1), len(ids))]
-        kept = [
-            (start, min(stop, max_tokens)) for start, stop in spans if start < max_tokens
-        ]  # ends in what is trained
+        # Cut, a row ends in what is trained.
+        kept = [(start, min(stop, max_tokens)) for start, stop in spans if start < max_tokens]
         gaps = tuple((one[1], other[0]) for one, other in pairwise(kept) if one[1] < other[0])
         return EncodedDemonstration(ids[: kept[-1][1]], kept[0][0], gaps)
 
@@ -366,10 +354,6 @@ def encode_demonstrations(
         for row, pair in zip(demonstrations, texts, strict=True)
     ]
     return [str(each) if isinstance(each, _LeftOut) else each for each in found]
-
-
-_Ids = tuple[int, ...]
-_Spans = list[tuple[int, int]]  # ranges [start, stop) of trained tokens
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, row: Demonstration, asked: Sequence[Message]) -> tuple[str, str]:
@@ -381,7 +365,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, row: Demonstration, asked: Sequen
     if not row.prompt:
         return "", row.answer
     before = _rendered(tokenizer, asked, row.tools, True)
-    whole = _rendered(tokenizer, [*asked, row.turns[-1]], row.tools, False)
+    whole = _rendered(tokenizer, [*asked, Message("assistant", row.answer, row.calls)], row.tools, False)
     after = whole.removeprefix(before)
     named = all(call["name"] in after for call in json.loads(row.calls or "[]"))
     if whole.startswith(before) and named and _holds(after, row.answer):
@@ -402,9 +386,7 @@ def _continued(before: str, answer: str) -> str:
     return rest.lstrip("\n") if before.endswith("\n") else rest
 
 
-def _ended(
-    tokenizer: PreTrainedTokenizerBase, tail: tuple[int, ...], text: str, answer: str, stops: list[int]
-) -> tuple[int, ...]:
+def _ended(tokenizer: PreTrainedTokenizerBase, tail: _Ids, text: str, answer: str, stops: list[int]) -> _Ids:
     """The tokens of an answer and what follows it (`text`) up to the first stop token after the answer."""
     places = [place for place, token in enumerate(tail) if token in stops]
     if not places:
@@ -428,7 +410,7 @@ def _end_of(answer: str, text: str) -> int:
 
 def _earlier(
     tokenizer: PreTrainedTokenizerBase, row: Demonstration, turns: Sequence[Message], before: str, stops: list[int]
-) -> _Spans:
+) -> list[tuple[int, int]]:
     """Where the assistant's turns stand in the prompt `before` (those after a user's), as ranges of its tokens.
 
     No template says so itself. The text of an answer stands where a mark stands when the same conversation is written
@@ -474,7 +456,7 @@ def _common(one: str, other: str) -> int:
 
 def _token_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], stops: list[int]
-) -> _Spans:
+) -> list[tuple[int, int]]:
     """Ranges of tokens that lie within ranges of characters, each with the stop token that follows it."""
     try:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
 from random import Random
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from srppo.config import derive_seed
 from srppo.data.order import listed, prompt_text, row_id
-from srppo.data.rows import row_content
+from srppo.data.rows import file_of, row_content
 from srppo.data.types import Demonstration, EncodedDemonstration
 from srppo.errors import DataError
 from srppo.world.items import answers_of_other_tasks
@@ -39,28 +39,21 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Change:
-    """A wrong answer for the row at `position` among those used for training, and the token ids with it."""
-
-    position: int
-    answer: str
-    ids: EncodedDemonstration
-
-
-@dataclass(frozen=True)
 class Noise:
-    """What was done to the `rows` used for training; `passed_over` are the rows met that the kind cannot change."""
+    """What was done to the `rows` used for training: by position, the wrong answer and the token ids with it.
+
+    `passed_over` are the rows met that the kind cannot change.
+    """
 
     kind: str
     rate: float
     rows: Sequence[Demonstration]
-    changes: tuple[Change, ...] = ()
-    passed_over: tuple[Demonstration, ...] = ()
+    changes: Mapping[int, tuple[str, EncodedDemonstration]] = field(default_factory=dict)
+    passed_over: Sequence[Demonstration] = ()
 
     def applied(self, ids: Sequence[EncodedDemonstration]) -> list[EncodedDemonstration]:
         """The rows' token ids, those of noised rows replaced."""
-        wrong = {change.position: change.ids for change in self.changes}
-        return [wrong.get(position, right) for position, right in enumerate(ids)]
+        return [self.changes[i][1] if i in self.changes else right for i, right in enumerate(ids)]
 
     def lines(self) -> list[str]:
         """One line for the console, none without noise."""
@@ -73,14 +66,10 @@ class Noise:
         """Kind, rate and the mask, with old and new answers, for the manifest; None without noise."""
         if not self.changes:
             return None
+        noised = [(self.rows[i], answer) for i, (answer, _) in self.changes.items()]
         mask = [
-            {
-                "row": row_id(self.rows[change.position]),
-                "source": self.rows[change.position].source,
-                "right": _said(self.rows[change.position].answer),
-                "noised": _said(change.answer),
-            }
-            for change in self.changes
+            {"row": row_id(row), "source": row.source, "right": _said(row.answer), "noised": _said(answer)}
+            for row, answer in noised
         ]
         counts = {"of": len(self.rows), "passed_over": len(self.passed_over)}
         return {"kind": self.kind, "rate": self.rate, **counts, "rows": listed(mask)}
@@ -108,16 +97,17 @@ def add_noise(
     if not count:
         return Noise(kind, rate, rows)
     order = sorted(range(len(rows)), key=lambda i: (derive_seed(seed, f"noise order {row_content(rows[i])}"), i))
-    changes, passed_over = [], []
+    changes: dict[int, tuple[str, EncodedDemonstration]] = {}
+    passed_over = []
     for position, answer in zip(order, _answers(kind, [rows[i] for i in order], seed, ask), strict=True):
         row = rows[position]
         ids = encode(row, answer) if answer is not None and differs(row.answer, answer) else None
         if answer is not None and isinstance(ids, EncodedDemonstration):
-            changes.append(Change(position, answer, ids))
+            changes[position] = (answer, ids)
         else:
             passed_over.append(row)
         if len(changes) == count:
-            return Noise(kind, rate, rows, tuple(changes), tuple(passed_over))
+            return Noise(kind, rate, rows, changes, passed_over)
     raise DataError(
         f"data.noise = {kind} can change only {len(changes):,} of {len(rows):,} demonstrations, and data.noise_rate = "
         f"{rate:g} asks for {count:,} ({_CANNOT[kind]}, first {passed_over[0].source}); lower the rate, add data or "
@@ -132,7 +122,7 @@ def differs(right: str, answer: str | None) -> bool:
 
 def task_of(row: Demonstration) -> str:
     """The task that a row belongs to: what its column `task` or `category` says, else the file it comes from."""
-    return row.task or re.sub(r"[:#]\d+$", "", row.source)
+    return row.task or file_of(row)
 
 
 def _said(answer: str) -> str:
@@ -242,8 +232,7 @@ def truncated(text: str, random: Random) -> str | None:
 def near_miss(text: str, random: Random) -> str | None:
     """One small edit: two neighbouring words or characters swapped, or one letter or digit changed. None: no room."""
     for edit in random.sample(_EDITS, len(_EDITS)):
-        edited = edit(text, random)
-        if edited is not None:
+        if (edited := edit(text, random)) is not None:
             return edited
     return None
 

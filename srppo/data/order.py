@@ -60,8 +60,7 @@ def row_id(row: Demonstration | Prompt) -> str:
 
 def prompt_text(row: Demonstration | Prompt) -> str:
     """What the user says, the text that overlap looks at: all user turns; of a plain text, the text."""
-    turns = row.prompt if isinstance(row, Demonstration) else row.messages
-    asked = "\n".join(turn.content for turn in turns if turn.role == "user")
+    asked = "\n".join(turn.content for turn in row.prompt if turn.role == "user")
     return asked if asked or isinstance(row, Prompt) else row.answer
 
 

@@ -33,8 +33,8 @@ class Part:
     opened: tuple[Opened, ...]
     unused: dict[str, Unused]
     used: int
-    held_out: int
-    cut: Unused | None
+    held_out: int = 0
+    cut: Unused | None = None
 
     @property
     def read(self) -> int:

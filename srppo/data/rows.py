@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -52,7 +53,8 @@ def one_more(found: dict[str, Unused], reason: str, source: str) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """One file or hub split: its name, the columns read from it, its rows, and its licence where the hub names one."""
+    """One file or hub split: its name, the columns read from it, how many rows it has (blank lines are none), and its
+    licence where the hub names one."""
 
     name: str
     columns: str
@@ -67,16 +69,11 @@ class Loaded(Generic[T]):
     `warnings` say what is suspicious, a line for each kind and file.
     """
 
-    rows: tuple[T, ...]
-    unused: dict[str, Unused]
-    opened: tuple[Opened, ...]
-    sha: str
+    rows: tuple[T, ...] = ()
+    unused: Mapping[str, Unused] = field(default_factory=dict)
+    opened: tuple[Opened, ...] = ()
+    sha: str = ""
     warnings: tuple[str, ...] = ()
-
-    @property
-    def read(self) -> int:
-        """Rows found, usable or not; blank lines are none."""
-        return sum(part.rows for part in self.opened)
 
 
 class _Unusable(Exception):
@@ -86,12 +83,9 @@ class _Unusable(Exception):
 def load_demonstrations(sources: Sequence[str], *, seed: int) -> Loaded[Demonstration]:
     """Read demonstrations from files, folders, hub sets (`org/name[/config][@split]`) or `embedded` (drawn by `seed`).
 
-    Columns, the first that a file has: `prompt` with `completion` or `response` (text or messages); `messages`;
-    `conversations` with `chosen`, a turn beside them; `conversations` (the last assistant turn is the answer);
-    `instruction` (with `input` or `context`) with `output` or `response`, where the prompt is instruction + blank line
-    + input; `question` with `answer`; `prompt` with `chosen` (`rejected` is not read); `query` with `response`; `text`,
-    which has no prompt and is all answer. A column `task`, else `category`, names the row's task, which enters no
-    hash; a column `tools` holds the tools on offer.
+    Columns are the first of _DEMONSTRATION_COLUMNS that a file has. Of a conversation the last assistant turn is the
+    answer; `chosen` stands beside its prompt, and `rejected` is not read; `text` has no prompt and is all answer. A
+    column `task`, else `category`, names the row's task, which enters no hash; `tools` holds the tools on offer.
 
     Raises:
         DataError: a source that is missing or cannot be read or parsed, no known columns, or not one usable row.
@@ -104,8 +98,7 @@ def load_prompts(sources: Sequence[str], *, seed: int) -> Loaded[Prompt]:
 
     `embedded:group` draws from one group of the embedded tasks, `embedded` from the demonstrated and the prompted.
 
-    Columns, the first that a file has: `prompt`, `messages`, `conversations`, `instruction` (with `input`, `context`,
-    or the input of the first of `instances`), `question`, `query`, `turns` (the first turn).
+    Columns are the first of _PROMPT_COLUMNS that a file has; of `turns` it is the first turn.
 
     Raises:
         DataError: as `load_demonstrations`.
@@ -116,8 +109,8 @@ def load_prompts(sources: Sequence[str], *, seed: int) -> Loaded[Prompt]:
 # ---- cells to text and turns
 
 
-def _text(row: Row, column: str, *, optional: bool = False) -> str:
-    return "" if optional and row.get(column) is None else _checked(row.get(column), column)
+def _text(row: Row, column: str) -> str:
+    return _checked(row.get(column), column)
 
 
 def _checked(value: Any, what: str) -> str:
@@ -225,10 +218,11 @@ def _asked_and(prompt: str, answer: str) -> Callable[[Row], tuple[Turns, Message
 
 
 def _instruction(row: Row) -> Turns:
-    extra = _text(row, "input", optional=True) or _text(row, "context", optional=True)
+    """The instruction, and behind a blank line its `input`, its `context`, or the input of its first instance."""
     instances = row.get("instances")
-    if not extra and isinstance(instances, list) and instances and isinstance(instances[0], dict):
-        extra = _text(instances[0], "input", optional=True)
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
+    given = [(row, "input"), (row, "context"), (first, "input")]
+    extra = next((text for part, key in given if part.get(key) is not None and (text := _text(part, key))), "")
     instruction = _text(row, "instruction")
     if not instruction.strip():
         raise _Unusable("empty prompt")
@@ -328,7 +322,11 @@ def _load(
         if not is_embedded(table.name):  # which is drawn with repeats on purpose
             warnings += warned(table.name, len(table.rows), odd)
     if not rows:
-        raise DataError(_nothing_usable(what, sources, opened, unused))
+        where, count = ", ".join(sources) or "an empty list of sources", sum(part.rows for part in opened)
+        needs = f"each needs a prompt {'and an answer that are' if what == 'demonstrations' else 'that is'} not empty"
+        if not count:
+            raise DataError(f"no {what} in {where}: there are no rows; {needs}")
+        raise DataError(f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}; {needs}")
     return Loaded(tuple(rows), unused, tuple(opened), digest.hexdigest(), tuple(warnings))
 
 
@@ -347,6 +345,11 @@ def warned(name: str, rows: int, odd: dict[str, Unused]) -> list[str]:
     return [f"{name}: {part.count:,} of {rows:,} {oddity} (first {part.first_source})" for oddity, part in odd.items()]
 
 
+def file_of(row: Demonstration | Prompt) -> str:
+    """The file or hub set that a row comes from."""
+    return re.sub(r"[:#]\d+$", "", row.source)
+
+
 def turn_content(turn: Message) -> list[str]:
     """What a turn says, for hashes."""
     return [turn.role, turn.content, *([turn.calls, turn.name] if turn.calls or turn.name else [])]
@@ -354,10 +357,11 @@ def turn_content(turn: Message) -> list[str]:
 
 def row_content(row: Demonstration | Prompt) -> str:
     """Canonical text of what a row says, without where it came from; the input of every hash of rows."""
-    if isinstance(row, Demonstration):
-        more = [row.calls, row.tools] if row.calls or row.tools else []
-        return canonical_json([[turn_content(turn) for turn in row.prompt], row.answer, *more])
-    return canonical_json([[turn_content(turn) for turn in row.messages], *([row.tools] if row.tools else [])])
+    turns = [turn_content(turn) for turn in row.prompt]
+    if isinstance(row, Prompt):
+        return canonical_json([turns, row.tools] if row.tools else [turns])
+    more = [row.calls, row.tools] if row.calls or row.tools else []
+    return canonical_json([turns, row.answer, *more])
 
 
 def _choose(table: Table, columns: _Columns, what: str) -> tuple[str, ...]:
@@ -375,18 +379,7 @@ def _choose(table: Table, columns: _Columns, what: str) -> tuple[str, ...]:
     )
 
 
-def _nothing_usable(what: str, sources: Sequence[str], opened: list[Opened], unused: dict[str, Unused]) -> str:
-    where = ", ".join(sources) or "an empty list of sources"
-    count = sum(part.rows for part in opened)
-    if not count:
-        return f"no {what} in {where}: there are no rows; each needs {_NEEDS[what]}"
-    return f"none of the {count} rows of {where} can be used as {what}: {reasons(unused)}; each needs {_NEEDS[what]}"
-
-
-_NEEDS = {"demonstrations": "a prompt and an answer that are not empty", "prompts": "a prompt that is not empty"}
-
-
-def reasons(unused: dict[str, Unused]) -> str:
+def reasons(unused: Mapping[str, Unused]) -> str:
     """The reasons in one line: `3 empty answer (first a.jsonl:7), 1 prompt is not text (first a.jsonl:9)`."""
     ordered = sorted(unused.items(), key=lambda item: -item[1].count)
     return ", ".join(f"{part.count:,} {reason} (first {part.first_source})" for reason, part in ordered)

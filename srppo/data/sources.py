@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,10 @@ def _file(path: Path, name: str) -> Table:
         raise DataError(f"{name} cannot be read: {error.strerror or _line(error)}") from None
     if kind == ".parquet":
         return Table(name, _parquet(data, name))
-    read = {".jsonl": _json_lines, ".json": _json, ".csv": _separated(","), ".tsv": _separated("\t")}[kind]
-    return Table(name, list(read(_decoded(data, name), name)))
+    text = _decoded(data, name)
+    if kind in (".csv", ".tsv"):
+        return Table(name, list(_separated(text, name, "," if kind == ".csv" else "\t")))
+    return Table(name, list((_json if kind == ".json" else _json_lines)(text, name)))
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -162,30 +164,27 @@ def _json(text: str, name: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"{name}#{number}", row) for number, row in enumerate(whole, 1))
 
 
-def _separated(separator: str) -> Callable[[str, str], Iterator[tuple[str, Any]]]:
-    def read(text: str, name: str) -> Iterator[tuple[str, Any]]:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        header: list[str] | None = None
-        limit = csv.field_size_limit(max(len(text), 1))
-        line = 1
-        try:
-            for cells in lines:
-                place, line = f"{name}:{line}", lines.line_num + 1
-                if not "".join(cells).strip() and len(cells) < 2:
-                    continue  # a blank line
-                if header is None:
-                    header = [cell.strip() for cell in cells]
-                elif len(cells) != len(header):
-                    yield place, Bad("another number of cells than the header")
-                else:
-                    yield place, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            kind = "CSV" if separator == "," else "TSV"
-            raise DataError(f"{name}:{line}: not {kind}: {_line(error)} in the row that begins here") from None
-        finally:
-            csv.field_size_limit(limit)
-
-    return read
+def _separated(text: str, name: str, separator: str) -> Iterator[tuple[str, Any]]:
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    header: list[str] | None = None
+    limit = csv.field_size_limit(max(len(text), 1))
+    line = 1
+    try:
+        for cells in lines:
+            place, line = f"{name}:{line}", lines.line_num + 1
+            if not "".join(cells).strip() and len(cells) < 2:
+                continue  # a blank line
+            if header is None:
+                header = [cell.strip() for cell in cells]
+            elif len(cells) != len(header):
+                yield place, Bad("another number of cells than the header")
+            else:
+                yield place, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        kind = "CSV" if separator == "," else "TSV"
+        raise DataError(f"{name}:{line}: not {kind}: {_line(error)} in the row that begins here") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(data: bytes, name: str) -> list[tuple[str, Any]]:

@@ -35,29 +35,14 @@ class Demonstration:
     calls: str = ""
     tools: str = ""
 
-    @property
-    def asked(self) -> tuple[Message, ...]:
-        """The turns before the answer."""
-        return self.prompt
-
-    @property
-    def turns(self) -> tuple[Message, ...]:
-        """The whole conversation."""
-        return (*self.prompt, Message("assistant", self.answer, self.calls))
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for the assistant's reply."""
+    """A conversation that waits for the assistant's reply; `source` and `tools` as those of a demonstration."""
 
-    messages: tuple[Message, ...]
+    prompt: tuple[Message, ...]
     source: str
     tools: str = ""
-
-    @property
-    def asked(self) -> tuple[Message, ...]:
-        """The turns before the answer."""
-        return self.messages
 
 
 @dataclass(frozen=True)

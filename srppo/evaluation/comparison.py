@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from srppo.errors import DataError
-from srppo.evaluation.pairing import Arms, Paired, by_seed, made_alike, pair
-from srppo.evaluation.results import DECODINGS, TaskResult, not_scored_file
+from srppo.evaluation.pairing import Arms, Paired, by_seed, grouped, made_alike, pair
+from srppo.evaluation.results import DECODINGS
 from srppo.statistics.intervals import (
     Estimate,
     IqmDifference,
@@ -76,19 +74,8 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
-class Unscored:
-    """Items of one task without a score for one reason: how many, of which models, and the file that lists them."""
-
-    task: str
-    reason: str
-    items: int
-    models: tuple[str, ...]
-    file: Path
-
-
-@dataclass(frozen=True)
 class ComparisonResult:
-    """All differences and aggregates, what was not compared, and once for all differences what has no score."""
+    """All differences and aggregates, and what was not compared."""
 
     baseline: str
     models: tuple[str, ...]
@@ -96,18 +83,6 @@ class ComparisonResult:
     differences: tuple[Difference, ...]
     aggregates: tuple[Aggregate, ...]
     notes: tuple[str, ...]
-    unscored: tuple[Unscored, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A difference to be: what is compared, the paired scores, and their p-value."""
-
-    baseline: str
-    model: str
-    first: TaskResult
-    paired: Paired
-    tested: PValue
 
 
 def compare(arms: Arms, *, alpha: float = 0.05) -> ComparisonResult:
@@ -120,73 +95,40 @@ def compare(arms: Arms, *, alpha: float = 0.05) -> ComparisonResult:
         raise DataError(f"alpha {alpha} is not between 0 and 1; 0.05 is usual")
     baseline, *models = arms
     alike, notes = made_alike(arms)
-    tables = {name: _by_task(results) for name, results in alike.items()}
     differences: list[Difference] = []
     aggregates: list[Aggregate] = []
     for decoding in DECODINGS:
-        family: list[_Case] = []
+        family: list[Paired] = []
         for model in models:
-            cases = _cases(tables, baseline, model, decoding, notes)
-            aggregates += _aggregate(cases, decoding, alpha, notes)
-            family += cases
-        corrected = holm([case.tested.p for case in family])
-        differences += [_difference(case, p, len(family), alpha) for case, p in zip(family, corrected, strict=True)]
+            pairs = _pairs(alike, (baseline, model), decoding, notes)
+            aggregates += _aggregate(pairs, decoding, alpha, notes)
+            family += pairs
+        tested = [_test(paired) for paired in family]
+        corrected = holm([each.p for each in tested])
+        for paired, each, p_holm in zip(family, tested, corrected, strict=True):
+            differences.append(_difference(paired, each, p_holm, len(family), alpha))
     notes = list(dict.fromkeys(notes))
     if not differences:
         raise DataError(f"nothing to compare: {'; '.join(notes)}")
-    return ComparisonResult(
-        baseline, tuple(models), alpha, tuple(differences), tuple(aggregates), tuple(notes), _unscored(alike)
-    )
+    return ComparisonResult(baseline, tuple(models), alpha, tuple(differences), tuple(aggregates), tuple(notes))
 
 
-def _unscored(arms: Arms) -> tuple[Unscored, ...]:
-    """By task and reason, the models that lack a score on the same items together, whatever the seed and decoding."""
-    found: dict[tuple[str, str, frozenset[str]], dict[str, Path]] = {}
-    for name, results in arms.items():
-        for result in results:
-            by_reason: dict[str, list[str]] = {}
-            for item, reason in result.not_scored.items():
-                by_reason.setdefault(reason, []).append(item)
-            for reason, items in by_reason.items():
-                found.setdefault((result.task, reason, frozenset(items)), {}).setdefault(name, result.path)
-    return tuple(
-        Unscored(task, reason, len(items), tuple(paths), not_scored_file(next(iter(paths.values()))))
-        for (task, reason, items), paths in found.items()
-    )
-
-
-def _by_task(results: Sequence[TaskResult]) -> dict[tuple[str, str], list[TaskResult]]:
-    found: dict[tuple[str, str], list[TaskResult]] = {}
-    for result in results:
-        found.setdefault((result.task, result.decoding), []).append(result)
-    return found
-
-
-def _cases(
-    tables: Mapping[str, Mapping[tuple[str, str], Sequence[TaskResult]]],
-    baseline: str,
-    model: str,
-    decoding: str,
-    notes: list[str],
-) -> list[_Case]:
-    """The tasks that two models share under one decoding, paired and tested; the others go into the notes."""
-    cases = []
-    for task, own in dict.fromkeys(key for name in (baseline, model) for key in tables[name]):
-        if own != decoding:
-            continue
-        missing = [name for name in (baseline, model) if (task, decoding) not in tables[name]]
+def _pairs(arms: Arms, names: tuple[str, str], decoding: str, notes: list[str]) -> list[Paired]:
+    """The tasks that two models share under one decoding, paired; the others go into the notes."""
+    both = [grouped((r for r in arms[name] if r.decoding == decoding), lambda r: r.task) for name in names]
+    found = []
+    for task in {**both[0], **both[1]}:
+        missing = [name for name, own in zip(names, both, strict=True) if task not in own]
         if missing:
             notes.append(f"{task} ({decoding}) is not compared: {missing[0]} has no result on it")
-            continue
-        before, after = (by_seed(tables[name][task, decoding]) for name in (baseline, model))
-        paired = pair(before, after, (baseline, model))
-        cases.append(_Case(baseline, model, next(iter(before.values())), paired, _test(paired)))
-    return cases
+        else:
+            found.append(pair(by_seed(both[0][task]), by_seed(both[1][task]), names))
+    return found
 
 
 def _test(paired: Paired) -> PValue:
     """Several seeds: sign-flip over their means. One: McNemar for 0/1 scores, else permutation of items or clusters."""
-    gaps = paired.model - paired.baseline
+    gaps = paired.gaps
     if len(paired.seeds) > 1:
         tested = sign_flip(gaps.mean(axis=1))
         return tested._replace(name=f"{tested.name} over seeds")
@@ -198,38 +140,39 @@ def _test(paired: Paired) -> PValue:
     return tested._replace(name=f"paired permutation of {'clusters' if paired.clusters else 'items'}, {tested.name}")
 
 
-def _aggregate(cases: Sequence[_Case], decoding: str, alpha: float, notes: list[str]) -> list[Aggregate]:
+def _aggregate(pairs: Sequence[Paired], decoding: str, alpha: float, notes: list[str]) -> list[Aggregate]:
     """The IQM over the tasks whose scores can be averaged: shares, of which more is better, under the same seeds."""
-    fit = [case for case in cases if case.paired.limits and case.first.higher_is_better]
-    seeds = [seed for seed in fit[0].paired.seeds if all(seed in case.paired.seeds for case in fit)] if fit else []
-    if len(cases) < 2:
+    fit = [paired for paired in pairs if paired.limits and paired.first.higher_is_better]
+    seeds = [seed for seed in fit[0].seeds if all(seed in paired.seeds for paired in fit)] if fit else []
+    if len(pairs) < 2:
         return []
     if len(fit) < 2 or not seeds:
         why = "tasks have no seed in common" if len(fit) > 1 else "scores are not shares of which more is better"
-        notes.append(f"no aggregate over tasks ({decoding}, {cases[0].model}): {why}")
+        notes.append(f"no aggregate over tasks ({decoding}, {pairs[0].names[1]}): {why}")
         return []
-    rows = [[case.paired.seeds.index(seed) for seed in seeds] for case in fit]
+    rows = [[paired.seeds.index(seed) for seed in seeds] for paired in fit]
     iqm = iqm_difference(
-        [case.paired.baseline[own] for case, own in zip(fit, rows, strict=True)],
-        [case.paired.model[own] for case, own in zip(fit, rows, strict=True)],
-        [case.paired.clusters for case in fit],
-        draws=max(500, min(2000, 8_000_000 // max(case.paired.model.shape[1] for case in fit))),
+        [paired.baseline[own] for paired, own in zip(fit, rows, strict=True)],
+        [paired.model[own] for paired, own in zip(fit, rows, strict=True)],
+        [paired.clusters for paired in fit],
+        draws=max(500, min(2000, 8_000_000 // max(paired.model.shape[1] for paired in fit))),
         confidence=1 - alpha,
     )
-    return [Aggregate(fit[0].baseline, fit[0].model, decoding, tuple(c.first.task for c in fit), len(seeds), iqm)]
+    return [Aggregate(*fit[0].names, decoding, tuple(paired.first.task for paired in fit), len(seeds), iqm)]
 
 
-def _difference(case: _Case, p_holm: float, comparisons: int, alpha: float) -> Difference:
-    paired, first = case.paired, case.first
-    gaps = paired.model - paired.baseline
-    draws = max(500, min(4000, 8_000_000 // gaps.shape[1]))  # only the interval's shape hangs on them
-    interval = calibrated_interval(gaps, paired.clusters, limits=paired.limits, draws=draws, confidence=1 - alpha)
+def _difference(paired: Paired, tested: PValue, p_holm: float, comparisons: int, alpha: float) -> Difference:
+    first = paired.first
+    draws = max(500, min(4000, 8_000_000 // paired.gaps.shape[1]))  # only the interval's shape hangs on them
+    interval = calibrated_interval(
+        paired.gaps, paired.clusters, limits=paired.limits, draws=draws, confidence=1 - alpha
+    )
     shown = p_holm <= alpha and (interval.low > 0 or interval.high < 0)
     better = (interval.mean > 0) == first.higher_is_better
-    reach = case.tested.n >= seeds_needed(alpha, comparisons)
+    reach = tested.n >= seeds_needed(alpha, comparisons)
     found = Difference(
-        baseline=case.baseline,
-        model=case.model,
+        baseline=paired.names[0],
+        model=paired.names[1],
         task=first.task,
         decoding=first.decoding,
         metric=first.metric,
@@ -239,11 +182,11 @@ def _difference(case: _Case, p_holm: float, comparisons: int, alpha: float) -> D
         baseline_mean=float(paired.baseline.mean()),
         model_mean=float(paired.model.mean()),
         difference=interval,
-        p=case.tested.p,
-        test=case.tested.name,
+        p=tested.p,
+        test=tested.name,
         p_holm=p_holm,
         comparisons=comparisons,
-        detectable=_detectable(paired, gaps, alpha) if reach else math.inf,
+        detectable=_detectable(paired, alpha) if reach else math.inf,
         verdict="cannot tell" if not shown else "better" if better else "worse",
         sentence="",
         left_out=paired.left_out,
@@ -252,9 +195,9 @@ def _difference(case: _Case, p_holm: float, comparisons: int, alpha: float) -> D
     return replace(found, sentence=sentence(found, alpha))
 
 
-def _detectable(paired: Paired, gaps: NDArray[np.float64], alpha: float) -> float:
+def _detectable(paired: Paired, alpha: float) -> float:
     """At 80% power before correction; where no item differs, as if as many did as Wilson's bound still allows."""
-    units = cluster_values(gaps, paired.clusters)
+    units = cluster_values(paired.gaps, paired.clusters)
     error, df = crossed_error(units)
     if not error > 1e-12:
         error = math.sqrt(constant_bound(units.shape[1]) / units.shape[1]) if paired.limits else math.nan

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.progress import TaskID as BarId
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from srppo.console import Console, duration
 
@@ -21,39 +20,41 @@ class Meter:
         self.done, self.whole = 0.0, 0
         self._began = self._said = console.clock()
         self._start, self._first = 0.0, self._began
-        self._bar: Progress | None = None
-        self._id = BarId(0)
+        self._live: Live | None = None
 
     def __enter__(self) -> Meter:
         if not (self.console.plain or self.console.quiet):
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
-            to = RichConsole(stderr=True, highlight=False, emoji=False)
-            self._bar = Progress(*columns, console=to, transient=True, refresh_per_second=2)
-            self._id = self._bar.add_task(self.name, total=self.total, words="")
-            self._bar.start()
+            self._live = self.console.live(self, refresh_per_second=2)
+            self._live.transient = True
+            self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.stop()
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __rich__(self) -> RenderableType:
+        """Name, bar and words, in one line."""
+        row = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self.total, completed=self.done, width=40)
+        row.add_row(self.name, bar, self.words(self.console.clock()))
+        return row
 
     def advance(self, rows: float) -> None:
         """So many more rows (or parts of them) are done."""
         self._set(self.done + rows)
 
     def finish(self, rows: int) -> None:
-        """A batch is done: so many rows in all. A batch may end long before its last possible token."""
-        self.whole = rows
-        self._set(rows)
+        """A batch of so many rows is done, maybe long before its last possible token."""
+        self.whole += rows
+        self._set(self.whole)
 
     def _set(self, done: float) -> None:
         self.done = min(done, float(self.total))
         now = self.console.clock()
         if not self._start:  # the first token of all: what came before was reading, and it does not repeat
             self._start, self._first = self.done, now
-        if self._bar is not None:
-            self._bar.update(self._id, completed=self.done, words=self.words(now))
-        elif now - self._said >= LINE_SECONDS:
+        if self.console.plain and now - self._said >= LINE_SECONDS:
             self._said = now
             self.console.say(f"{self.name}  {self.words(now)}")
 

@@ -7,12 +7,11 @@ taken, and what cannot be paired, is named.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from srppo.evaluation.results import SUMMARY, TaskResult, question_name
 from srppo.world.items import items
 from srppo.world.tasks import GROUPS
 
+K = TypeVar("K")
 Arms = Mapping[str, Sequence[TaskResult]]
 BySeed = Mapping[int | None, TaskResult]
 SUITE = "embedded_"  # before the name of a group: its task in the embedded suite
@@ -58,6 +58,14 @@ HARMLESS = {
 OF_SAMPLING = {"samples": HARMLESS["samples"], "eval_seed": "seed of the samples (--seed)"}
 
 
+def grouped(results: Iterable[TaskResult], key: Callable[[TaskResult], K]) -> dict[K, list[TaskResult]]:
+    """Results by a key, in the order they come."""
+    found: dict[K, list[TaskResult]] = {}
+    for result in results:
+        found.setdefault(key(result), []).append(result)
+    return found
+
+
 # ---- one way of asking
 
 
@@ -69,19 +77,14 @@ def made_alike(arms: Arms) -> tuple[dict[str, list[TaskResult]], list[str]]:
     items, then the newest. A run's own test of a group of the embedded world and the embedded suite's are ways of one
     thing, and the suite's comes first where both have as much. Where nothing is shared `pair` says what differs.
     """
-    tasks = {result.task for results in arms.values() for result in results}
-    by_questions: dict[tuple[str, str], dict[str, list[TaskResult]]] = {}
-    for name, results in arms.items():
-        for result in results:
-            on = by_questions.setdefault((_questions(result, tasks), result.decoding), {})
-            on.setdefault(name, []).append(result)
+    every = [replace(result, model=name) for name, results in arms.items() for result in results]
+    tasks = {result.task for result in every}
     kept: dict[str, list[TaskResult]] = {name: [] for name in arms}
     notes: list[str] = []
-    for on in by_questions.values():
-        of_models = {(name, result.seed) for name, results in on.items() for result in results}
-        several = sum(map(len, on.values())) > len(of_models)
-        for (name, _, _), cell in _cells(_shared(on, notes) if several else on).items():
-            kept[name].append(max(cell, key=lambda result: (len(result.items), _time(result))))
+    for on in grouped(every, lambda result: (_questions(result, tasks), result.decoding)).values():
+        several = len(on) > len({(result.model, result.seed) for result in on})
+        for cell in grouped(_shared(on, notes) if several else on, _cell).values():
+            kept[cell[0].model].append(max(cell, key=lambda result: (len(result.items), _time(result))))
     return kept, notes
 
 
@@ -97,76 +100,59 @@ def _of_world(group: str) -> frozenset[str]:
     return frozenset(question_name(item.task, item.prompt, item.answer) for item in items(group, "test"))
 
 
-def _shared(on: Arms, notes: list[str]) -> Arms:
-    """The results of one thing that are made in the way to be compared; all of them where arms share none."""
+def _shared(on: list[TaskResult], notes: list[str]) -> list[TaskResult]:
+    """The results of one thing that are made in the way to be compared; all of them where models share none."""
+    models = {result.model for result in on}
     for further in (OF_SAMPLING, {}):
-        ways: dict[str, dict[str, list[TaskResult]]] = {}
-        for name, results in on.items():
-            for result in results:
-                ways.setdefault(str(_way(result, further)), {}).setdefault(name, []).append(result)
-        if shared := [way for way in ways.values() if way.keys() == on.keys()]:
-            best: Arms = max(shared, key=_rank)
-            notes += _not_taken(on, best, [_first(way).task for way in ways.values()])
+        ways = grouped(on, partial(_way, further=further)).values()
+        if shared := [way for way in ways if {result.model for result in way} == models]:
+            best = max(shared, key=_rank)
+            notes += _not_taken(on, best, [way[0].task for way in ways])
             return best
     notes += _not_taken(on, on, [])
     return on
 
 
-def _way(result: TaskResult, further: Mapping[str, str]) -> dict[str, Any]:
+def _way(result: TaskResult, further: Mapping[str, str]) -> str:
     settings = comparable(result)
     wanted = [*DECISIVE, *(further if result.decoding == "sampled" else ())]
-    return {"task": result.task, "metric": result.metric} | {key: settings[key] for key in wanted if key in settings}
+    return str((result.task, result.metric, {key: settings[key] for key in wanted if key in settings}))
 
 
-def _rank(way: Arms) -> tuple[int, int, bool, float]:
+def _cell(result: TaskResult) -> tuple[str, str, int | None]:
+    return result.model, result.task, result.seed
+
+
+def _rank(way: list[TaskResult]) -> tuple[int, int, bool, float]:
     """Arms and seeds, items, whether it is the suite's, and when the newest was written."""
-    cells = _cells(way).values()
+    cells = grouped(way, _cell).values()
     items_in_all = sum(max(len(result.items) for result in cell) for cell in cells)
-    newest = max(_time(result) for cell in cells for result in cell)
-    return len(cells), items_in_all, _first(way).task.startswith(SUITE), newest
+    return len(cells), items_in_all, way[0].task.startswith(SUITE), max(map(_time, way))
 
 
-def _first(arms: Arms) -> TaskResult:
-    return next(result for results in arms.values() for result in results)
-
-
-def _not_taken(on: Arms, best: Arms, tasks: Sequence[str]) -> list[str]:
+def _not_taken(on: list[TaskResult], best: list[TaskResult], tasks: Sequence[str]) -> list[str]:
     """Notes on the results that are not taken; tasks: that of each way."""
-    first = _first(best)
-    others = [result for name, results in on.items() for result in results if result not in best[name]]
+    first, others = best[0], [result for result in on if result not in best]
     where = f"({first.decoding})"
     notes = [
         f"{task} {where} is left out: {first.task} asks the same questions, and each counts once"
         for task in dict.fromkeys(result.task for result in others if result.task != first.task)
     ]
-    if same := [result for result in others if result.task == first.task]:
+    if same := [comparable(result) for result in others if result.task == first.task]:
+        names = {key: words for key, (words, _) in DECISIVE.items()}
+        names |= OF_SAMPLING if first.decoding == "sampled" else {}
+        own, parts = comparable(first), []
+        for key, words in names.items():
+            unlike = dict.fromkeys(said(each[key]) for each in same if key in each and each[key] != own.get(key))
+            parts += [f"{words}: {said(own.get(key))}, not {', '.join(unlike)}"] if unlike else []
+        differing = f" ({'; '.join(parts)})" if parts else ""
         notes.append(
             f"{first.task} {where} was evaluated in {tasks.count(first.task)} ways; compared is the newest that all "
-            f"share{_words(first, same)}"
+            f"share{differing}"
         )
-    if max(map(len, _cells(best).values())) > 1:
+    if max(map(len, grouped(best, _cell).values())) > 1:
         notes.append(f"{first.task} {where}: of several results of a model, that with most items counts")
     return notes
-
-
-def _words(first: TaskResult, others: Sequence[TaskResult]) -> str:
-    """` (samples a prompt 2, not 4; ...)`: where the chosen way differs from the others."""
-    names = {key: words for key, (words, _) in DECISIVE.items()} | (OF_SAMPLING if first.decoding == "sampled" else {})
-    own, every = comparable(first), [comparable(result) for result in others]
-    parts = []
-    for key, words in names.items():
-        unlike = dict.fromkeys(said(each[key]) for each in every if key in each and each[key] != own.get(key))
-        parts += [f"{words}: {said(own.get(key))}, not {', '.join(unlike)}"] if unlike else []
-    return f" ({'; '.join(parts)})" if parts else ""
-
-
-def _cells(arms: Arms) -> dict[tuple[str, str, int | None], list[TaskResult]]:
-    """Results by arm, task and training seed."""
-    found = defaultdict(list)
-    for name, results in arms.items():
-        for result in results:
-            found[name, result.task, result.seed].append(result)
-    return found
 
 
 def _time(result: TaskResult) -> float:
@@ -182,15 +168,23 @@ def _time(result: TaskResult) -> float:
 class Paired:
     """Scores of the same items under the same seeds: (seeds, items) arrays, clusters of the items where there are any.
 
-    seeds: training seeds, None where unknown. left_out: why, then the items. notes: what else a reader should know.
+    names: of both models. first: one of the baseline's results, for what all have in common. seeds: training seeds,
+    None where unknown. left_out: why, then the items. notes: what else a reader should know.
     """
 
+    names: tuple[str, str]
+    first: TaskResult
     baseline: NDArray[np.float64]
     model: NDArray[np.float64]
     seeds: tuple[int | None, ...]
     clusters: tuple[str, ...] | None
     left_out: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
+
+    @property
+    def gaps(self) -> NDArray[np.float64]:
+        """Model minus baseline, (seeds, items)."""
+        return self.model - self.baseline
 
     @property
     def binary(self) -> bool:
@@ -229,7 +223,7 @@ def pair(baseline: BySeed, model: BySeed, names: tuple[str, str]) -> Paired:
     clusters = _clusters(pairs, items)
     arrays = [np.array([[each[side][item] for item in items] for each in scores]) for side in (0, 1)]
     seeds = tuple(after.seed if before.seed is None else before.seed for before, after in pairs)
-    return Paired(arrays[0], arrays[1], seeds, clusters, left_out, (*notes, *made))
+    return Paired(names, first, arrays[0], arrays[1], seeds, clusters, left_out, (*notes, *made))
 
 
 def _check_settings(results: Sequence[TaskResult]) -> list[str]:
@@ -345,7 +339,5 @@ def _clusters(pairs: Sequence[tuple[TaskResult, TaskResult]], items: Sequence[st
                     f"{result.task}: item {item!r} is in cluster {known[item]!r} and, in {result.path}, "
                     f"in {cluster!r}; evaluate both with the same task"
                 )
-    if not known:
-        return None
-    clusters = tuple(known[item] for item in items)
+    clusters = tuple(known[item] for item in items) if known else ()
     return clusters if len(set(clusters)) < len(clusters) else None

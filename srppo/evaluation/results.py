@@ -89,13 +89,6 @@ def write_result(parent: Path, summary: Mapping[str, Any], samples: Sequence[Map
     return folder
 
 
-def not_scored_file(folder: Path) -> Path:
-    """Where a result's items without a score are listed: a file beside its folder (`srppo eval` writes it), a line an
-    item with the reason; or else the samples themselves."""
-    listed = folder.with_name(f"{folder.name}{NOT_SCORED}")
-    return listed if listed.exists() else folder / SAMPLES
-
-
 def read_result(folder: Path, metric: str | None = None) -> TaskResult:
     """The result in one folder; `metric` picks another column of its samples than the primary one.
 
@@ -161,9 +154,8 @@ def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[Tas
                 continue
             seed = int(stage.identity["config"]["seed"])
             own = [result for decoding in DECODINGS for result in own_tests(stage, arm, seed, decoding)]
-            if metric is not None:
-                own = [result for result in own if result.metric == metric]
-            found += own + [replace(each, model=arm, seed=seed) for each in _read(stage.path / "eval", metric)]
+            found += [result for result in own if metric in (None, result.metric)]
+            found += [replace(each, model=arm, seed=seed) for each in _read(stage.path / "eval", metric)]
     return found
 
 

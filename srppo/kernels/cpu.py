@@ -19,7 +19,7 @@ from srppo.kernels.precision import fp32_products
 from srppo.kernels.types import Gradients, Head, LogprobDiff, RowStats, Transform, accumulator, difference, one_head
 
 CHUNK = 1024  # vocabulary entries, and rows, that torch multiplies at a time
-FEWEST = 16  # rows and columns of a product by torch: BLAS has kernels of their own for fewer, and they round otherwise
+STEP = 16  # rows and columns of a product by torch are multiples of it: BLAS may round what is left over otherwise
 ONE_THREAD_FLOPS = 1e7  # below it, waking a second thread costs more than it saves
 
 
@@ -78,13 +78,11 @@ def backward(
     """
     dtype, (rows, depth), columns = accumulator(*head), head.hidden_ND.shape, len(head.weight_VD)
     hidden_ND, weight_VD, bias_V = head
-    wide_ND = _padded(hidden_ND.to(dtype))
+    wide_ND = _padded(hidden_ND.to(dtype))  # in rows and columns of padding every product is 0
     d_hidden_ND = torch.zeros_like(wide_ND) if needs[0] else None
     d_weight_VD = torch.empty_like(weight_VD) if needs[1] else None
     d_bias_V = torch.empty_like(bias_V) if bias_V is not None and needs[2] else None
-    # exp(z - infinity) is 0: a padding row has no gradient, whatever the bias.
-    max_N = _padded(stats.max_N, torch.inf)
-    vectors = [_padded(tokens_N), max_N, _padded(stats.log_sum_N), _padded(grad_N.to(dtype))]
+    vectors = [tokens_N, stats.max_N, stats.log_sum_N, grad_N.to(dtype)]
     with fp32_products():
         for start in range(0, columns, CHUNK):
             chunk = slice(start, min(start + CHUNK, columns))
@@ -92,16 +90,17 @@ def backward(
             weight_CD = _padded(weight_VD[chunk].to(dtype))
             bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
             d_weight_CD, d_bias_C = torch.zeros_like(weight_CD), weight_CD.new_zeros(count)
-            for first in range(0, len(wide_ND), CHUNK):
-                wave = slice(first, first + CHUNK)
-                d_raw_NC = wide_ND[wave] @ weight_CD.T  # 0 in columns of padding
-                _to_gradient(d_raw_NC[:, :count], start, bias_C, [x[wave] for x in vectors], transform)
+            for first in range(0, rows, CHUNK):
+                wave, size = slice(first, first + CHUNK), min(rows - first, CHUNK)
+                terms = max(size, STEP)  # of sums over rows: with more zeros BLAS might cut them elsewhere
+                d_raw_NC = wide_ND[wave] @ weight_CD.T
+                _to_gradient(d_raw_NC[:size, :count], start, bias_C, [x[wave] for x in vectors], transform)
                 if d_hidden_ND is not None:
                     d_hidden_ND[wave].addmm_(d_raw_NC, weight_CD)
                 if d_weight_VD is not None:
-                    d_weight_CD.addmm_(d_raw_NC.T, wide_ND[wave])
+                    d_weight_CD.addmm_(d_raw_NC[:terms].T, wide_ND[first : first + terms])
                 if d_bias_V is not None:
-                    d_bias_C += d_raw_NC[:, :count].sum(dim=0)
+                    d_bias_C += d_raw_NC[:terms, :count].sum(dim=0)
             if d_weight_VD is not None:
                 d_weight_VD[chunk] = d_weight_CD[:count, :depth]
             if d_bias_V is not None:
@@ -144,10 +143,10 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     max_N = wide_ND.new_full((len(wide_ND),), -torch.inf)
     sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
     # Used by every chunk: the allocator keeps nothing.
-    z_buffer = wide_ND.new_empty(len(wide_ND) * min(CHUNK, max(len(head.weight_VD), FEWEST)))
+    z_buffer = wide_ND.new_empty(len(wide_ND) * min(CHUNK, len(head.weight_VD) + STEP))
     weight_buffer = wide_ND.new_empty(CHUNK * depth if head.weight_VD.dtype != dtype else 0)
     # torch leaves products of up to 16 x 16 x 16 in fp32: deeper than that, all chunks and rows are of one kind.
-    with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head) and depth > FEWEST):
+    with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head) and depth > STEP):
         for start, weight_CD in zip(range(0, len(head.weight_VD), CHUNK), head.weight_VD.split(CHUNK), strict=True):
             count = len(weight_CD)
             if weight_CD.dtype != dtype:
@@ -169,13 +168,10 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     return RowStats((target_N - max_N)[:rows], max_N[:rows], sum_N.log()[:rows])
 
 
-def _padded(x: Tensor, value: float = 0.0) -> Tensor:
-    """A vector or matrix with FEWEST rows at least in its last CHUNK, and FEWEST columns.
-
-    So a row's bits do not depend on how many others there are, nor on its place among them.
-    """
-    missing = [max(FEWEST - size, 0) for size in (*x.shape[1:], len(x) % CHUNK or CHUNK)]
-    return F.pad(x, [side for count in missing for side in (0, count)], value=value) if any(missing) else x
+def _padded(x: Tensor) -> Tensor:
+    """x with zeros up to multiples of STEP: a row's bits hang neither on its place nor on how many there are."""
+    missing = [-size % STEP for size in reversed(x.shape)]
+    return F.pad(x, [side for count in missing for side in (0, count)]) if any(missing) else x
 
 
 def _compiled(*tensors: Tensor | None) -> native.ctypes.CDLL | None:

@@ -93,10 +93,8 @@ class Lease:
         try:
             self.claim(self._stage, self.number + 1, {"state": "released"})
         except OSError:
-            with suppress(OSError):
-                os.utime(
-                    self._stage / "lease" / str(self.number), (0, 0)
-                )  # a full disk: an old heartbeat needs no space
+            with suppress(OSError):  # a full disk: an old heartbeat needs no space
+                os.utime(self._stage / "lease" / str(self.number), (0, 0))
 
     def _beat(self, heartbeat_s: float) -> None:
         while not self._stop.wait(heartbeat_s):

@@ -8,7 +8,7 @@
         result.json                     the commit point; never overwritten
 
 A stage's id is a hash of everything that decides its outcome, so two machines' folders unite by copying. Any process
-may die at any instant: what is here is whole (see `checkpoint.py`), and the next attempt resumes from it.
+may die at any instant: what is here is whole (see `files.py`), and the next attempt resumes from it.
 """
 
 from __future__ import annotations
@@ -73,13 +73,11 @@ class Run:
         StorageError when it cannot be written.
         """
         folder = Path(folder)
+        text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
         with placing(folder):
-            found = stranger(folder)
-        if found:
-            raise RecordError(f"{folder} {found}, so it is no record of ours; give --out a new or empty folder")
-        with placing(folder), storing(folder / "sweep.json"):
+            if found := stranger(folder):
+                raise RecordError(f"{folder} {found}, so it is no record of ours; give --out a new or empty folder")
             folder.mkdir(parents=True, exist_ok=True)
-            text = canonical_json({"schema_version": SCHEMA_VERSION, "spec": spec})
             create_exclusive(folder / "sweep.json", text)
         if other := differences(_comparable(cls.load(folder).spec), _comparable(json.loads(text)["spec"])):
             raise RecordError(f"{folder} was made with other settings ({other}); give --out another folder")
@@ -203,8 +201,8 @@ class Stage:
             return
         if result["status"] == "ok":
             raise RecordError(f"stage {self.id} is committed as ok; it is not run again")
-        kept = next(iter(self.path.glob(f"attempts/{result['attempt']}-*")), None)
-        kept = kept or self.path / "attempts" / f"{result['attempt']}-unknown"
+        tried, unknown = result["attempt"], self.path / "attempts" / f"{result['attempt']}-unknown"
+        kept = next(self.path.glob(f"attempts/{tried}-*"), unknown)
         with storing(kept / "result.json"):
             number, _ = Lease.top(self.path)
             if self.holder() or not Lease.claim(self.path, number + 1, {"state": "reopened"}):
@@ -256,8 +254,7 @@ class Stage:
         """The newest whole checkpoint; `on_torn` hears of each newer one that is damaged, and why."""
         for step in reversed(self.checkpoint_steps()):
             path = self.path / "checkpoints" / f"step-{step}"
-            reason = damage(path)
-            if reason is None:
+            if (reason := damage(path)) is None:
                 return step, path
             if on_torn:
                 on_torn(path, reason)

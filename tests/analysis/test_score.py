@@ -76,7 +76,7 @@ def test_a_given_response_is_scored_as_in_training(pair: Pair) -> None:
         given_row(pair, {"prompt": "a longer prompt, so that ours is padded", "response": "and answer"}, "there"),
         row,
     ]
-    (_, scored), _ = score_rows(pair, rows)
+    _, scored = score_rows(pair, rows)
     text = "Q: reverse big plum\nA: plum big<eos>"
     ids = pair.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == [*row[0].ids, *row[1]]
@@ -95,7 +95,7 @@ def test_a_given_response_is_scored_as_in_training(pair: Pair) -> None:
 def test_an_answer_without_its_end(pair: Pair) -> None:
     whole, cut = (given_row(pair, {"prompt": "p", "response": "r", "ended": e}, "here") for e in (True, False))
     assert cut[1] == whole[1][:-1]
-    scored, _ = score_rows(pair, [whole, cut])
+    scored = score_rows(pair, [whole, cut])
     assert [each.ended for each in scored] == [True, False]
 
 
@@ -170,7 +170,7 @@ def test_a_file_of_responses(noisy: Path, tmp_path: Path) -> None:
 
 def test_the_markup_survives_anything(pair: Pair, tmp_path: Path) -> None:
     row = given_row(pair, {"prompt": "<b>&", "response": "</pre><script>x</script> [bold]"}, "here")
-    scored, _ = score_rows(pair, [row])
+    scored = score_rows(pair, [row])
     result = ScoreResult(tuple(scored), "sft", "base", "given")
     html = report_score(result, tmp_path / "s", quiet_console()).read_text()
     assert "<script" not in html

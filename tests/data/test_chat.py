@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from data_cases import CHATML, EXPLICIT_BOS, demo, encode, make_tokenizer, message_of, write
+from data_cases import CHATML, EXPLICIT_BOS, demo, encode, encode_prompt, make_tokenizer, message_of, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from srppo.data.chat import (
     CHAT_TEMPLATE,
-    encode_demonstration,
     encode_demonstrations,
-    encode_prompt,
     encode_prompts,
     ensure_chat_template,
     render,
@@ -185,12 +183,12 @@ def test_rows_encoded_together_are_as_each_alone(template, bos, system):
     ensure_chat_template(tokenizer)
     limits = {"system": system, "max_tokens": 300, "max_prompt_tokens": 256}
     together = encode_demonstrations(tokenizer, SEVERAL, **limits)
-    assert together == [encode_demonstration(tokenizer, row, **limits) for row in SEVERAL]
+    assert together == [encode(tokenizer, row, **limits) for row in SEVERAL]
     assert {type(row) for row in together} == {str, EncodedDemonstration}
     prompts = [Prompt(row.prompt, row.source) for row in SEVERAL if row.prompt]
     found = encode_prompts(tokenizer, prompts, system=system, max_prompt_tokens=256)
     for prompt, ids in zip(prompts, found, strict=True):
-        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.prompt]
         if system and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
         if template == NO_SYSTEM and turns[0]["role"] == "system":
@@ -329,7 +327,7 @@ def test_what_is_trained_follows_the_generation_prompt_and_holds_the_answer(name
     use_template(tokenizer, None, shape.kwargs)
     stops = tokenizer.convert_tokens_to_ids(list(shape.stops))
     asked = Prompt((Message("user", "Which cat?"), Message("assistant", "one cat"), Message("user", "What?")), "a:1")
-    row = Demonstration(asked.messages, "it is a cat.", "a:1")
+    row = Demonstration(asked.prompt, "it is a cat.", "a:1")
     fed = encode_prompt(tokenizer, asked, system=None, max_prompt_tokens=500)
     last = encode(tokenizer, row, stop=stops)
     assert isinstance(last, EncodedDemonstration), last

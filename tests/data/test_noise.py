@@ -57,7 +57,7 @@ def noised(rows: list[Demonstration], kind: str, rate: float, seed: int = 0) -> 
 
 
 def answers(noise: Noise) -> dict[int, str]:
-    return {change.position: change.answer for change in noise.changes}
+    return {position: answer for position, (answer, _) in noise.changes.items()}
 
 
 def row(answer: str, place: int = 1, task: str = "", prompt: str = "do it") -> Demonstration:
@@ -495,7 +495,7 @@ def test_prompts_of_a_group_leak_nothing(group: str, seed: int) -> None:
 def test_groups_are_sources_that_add_up() -> None:
     one = load_prompts(["embedded:unseen"], seed=0)
     two = load_prompts(["embedded:demonstrated", "embedded:unseen"], seed=0)
-    assert (one.read, two.read) == (4000, 8000)
+    assert [[part.rows for part in each.opened] for each in (one, two)] == [[4000], [4000, 4000]]
     assert two.rows[4000:] == one.rows
     assert one.rows[0].source == "embedded:unseen#1"
     both = prompts(12, 0, ("demonstrated", "prompted"))

@@ -64,11 +64,11 @@ def test_size_counts_rows_that_can_be_used_and_few_more_are_encoded(usable, size
 
     def encode(some):
         asked.extend(some)
-        return [(i,) if usable[i := int(row.messages[0].content)] else "no" for row in some]
+        return [(i,) if usable[i := int(row.prompt[0].content)] else "no" for row in some]
 
     found = encoded(rows, encode, size)
     right = [row for row, good in zip(rows, usable, strict=True) if good][:size]
-    assert found.rows == right and found.ids == [(int(row.messages[0].content),) for row in right]
+    assert found.rows == right and found.ids == [(int(row.prompt[0].content),) for row in right]
     read = rows.index(right[-1]) + 1 if size is not None and len(right) == size else len(rows)
     assert found.refused == [("no", row.source) for row, good in zip(rows[:read], usable, strict=False) if not good]
     assert asked == rows[: len(asked)] and read <= len(asked) <= min(read + 32 if size else read, len(rows))

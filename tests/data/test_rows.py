@@ -94,7 +94,7 @@ def test_demonstration_columns(tmp_path, row, prompt, answer):
 )
 def test_prompt_columns(tmp_path, row, messages):
     (read,) = load_prompts([write(tmp_path, "a.jsonl", [row])], seed=0).rows
-    assert read.messages == messages
+    assert read.prompt == messages
 
 
 def test_unused_rows_are_counted_by_reason_with_the_first_line(tmp_path):
@@ -129,7 +129,7 @@ def test_unused_rows_are_counted_by_reason_with_the_first_line(tmp_path):
         "content in messages is not text": (1, f"{path}:10"),
         "messages is missing": (1, f"{path}:11"),
     }
-    assert loaded.read == len(rows) == len(loaded.rows) + sum(part.count for part in loaded.unused.values())
+    assert loaded.opened[0].rows == len(rows) == len(loaded.rows) + sum(part.count for part in loaded.unused.values())
 
 
 CALL = '{"name": "look", "arguments": {"at": "sky"}}'
@@ -181,7 +181,7 @@ def test_turns_of_tools_are_read_as_calls_and_what_came_back(tmp_path, row):
     assert (call.prompt, call.answer, call.calls) == (ONE_TURN, "", CALLS)  # an answer that only calls is one
     waits = write(tmp_path, "c.jsonl", [row | {column: row[column][:3]}])
     (prompt,) = load_prompts([waits], seed=0).rows
-    assert (prompt.messages, prompt.tools) == (asked, WRAPPED)
+    assert (prompt.prompt, prompt.tools) == (asked, WRAPPED)
     assert len({row_id(each) for each in (read, call, replace(read, tools=""), replace(call, calls=""))}) == 4
 
 

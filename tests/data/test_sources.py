@@ -51,7 +51,7 @@ def test_every_format_reads_the_same_rows(tmp_path, name, content, places):
     loaded = load_demonstrations([path], seed=0)
     assert [(prompt_text(row), row.answer) for row in loaded.rows] == [tuple(row.values()) for row in ROWS]
     assert [row.source for row in loaded.rows] == [path + place for place in places]
-    assert (loaded.read, loaded.unused) == (2, {})
+    assert (loaded.opened[0].rows, loaded.unused) == (2, {})
     assert loaded.sha == load_demonstrations([write(tmp_path, "other.jsonl", ROWS)], seed=0).sha  # content, not paths
 
 
@@ -67,7 +67,7 @@ def test_folder_reads_its_files_in_order_each_by_its_own_columns(tmp_path):
 def test_embedded_is_a_fixed_pool_drawn_by_seed():
     one, again, other = (load_demonstrations(["embedded"], seed=seed) for seed in (0, 0, 1))
     assert one.sha == again.sha != other.sha
-    assert one.read == sources.EMBEDDED_ROWS["demonstrations"] == len(one.rows)
+    assert one.opened[0].rows == sources.EMBEDDED_ROWS["demonstrations"] == len(one.rows)
     assert load_prompts(["embedded"], seed=0).rows[0].source == "embedded#1"
 
 

@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 
 from srppo.console import Console
 from srppo.errors import DataError, UserError
-from srppo.evaluation.comparison import ComparisonResult, Difference, Unscored, compare
+from srppo.evaluation.comparison import ComparisonResult, Difference, compare
 from srppo.evaluation.pairing import by_seed, made_alike, pair
 from srppo.evaluation.results import TaskResult, write_result
 from srppo.record.store import Run
@@ -160,23 +160,6 @@ def test_what_cannot_be_paired_is_named() -> None:
     half = {0: before, 1: result([1, 1], items=("a", "b"))}
     found = pair(half, half, ("A", "B"))
     assert found.left_out == {"not in A at every seed": ("c", "d"), "not in B at every seed": ("c", "d")}
-
-
-def test_items_without_a_score_are_counted_once_for_all_models(tmp_path: Path) -> None:
-    """With the file that lists them: the list of `srppo eval` where there is one, else the samples."""
-    lacking = {"items": ("a", "b", "c"), "not_scored": {"a": "no punkt", "b": "no punkt"}}
-    scores, listed = [math.nan, math.nan, 1], tmp_path / "A@k.not-scored.jsonl"
-    listed.touch()
-    arms = {
-        name: [result(scores, name, seed, path=tmp_path / f"{name}@k", **lacking) for seed in (0, 1)] for name in "ABC"
-    }
-    arms["C"] = [result([math.nan, 1, 1], "C", 0, path=tmp_path / "C@k", **lacking | {"not_scored": {"a": "no punkt"}})]
-    arms["A"] += [result(scores, "A", seed, decoding="sampled", **lacking) for seed in (0, 1)]
-    assert compare(arms).unscored == (
-        Unscored("t", "no punkt", 2, ("A", "B"), listed),
-        Unscored("t", "no punkt", 1, ("C",), tmp_path / "C@k" / "samples.parquet"),
-    )
-    assert compare({"A": [result([1])], "B": [result([0], "B")]}).unscored == ()
 
 
 def test_items_are_paired_by_id_not_by_place() -> None:

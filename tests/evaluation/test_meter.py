@@ -71,3 +71,16 @@ def test_a_quiet_console_says_nothing(clock: Clock) -> None:
         clock.now += 100
         meter.advance(1)
     assert said.getvalue() == ""
+
+
+def test_the_bar_is_one_line_on_the_console_that_all_is_said_on(clock: Clock) -> None:
+    said = io.StringIO()
+    console = Console(plain=False, file=said, clock=clock)
+    with Meter(console, "letters", 4) as meter:
+        clock.now += 6
+        meter.finish(2)
+        console.warn("about the letters")
+        console.print(meter)
+    warning, bar = said.getvalue().splitlines()
+    assert warning == "warning: about the letters"
+    assert bar.split() == ["letters", *bar.split()[1:2], "2/4", "6", "s,", "6", "s", "left"]

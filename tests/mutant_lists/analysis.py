@@ -162,8 +162,8 @@ MUTANTS = [
     Mutant(
         "score: responses in the order of lengths",
         "analysis/score.py",
-        "for i, ratios_T, bases_T in zip(chunk, ",
-        "for i, ratios_T, bases_T in zip(range(start, start + len(chunk)), ",
+        "zip(places, ratios, ",
+        "zip(range(len(places)), ratios, ",
         "analysis/test_score.py::test_a_given_response_is_scored_as_in_training",
     ),
     Mutant(

@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "noise: a derangement over all tasks",
         "data/noise.py",
-        "return row.task or re.sub",
-        'return "" or re.sub',
+        "return row.task or file_of(row)",
+        'return "" or file_of(row)',
         "data/test_noise.py::test_a_derangement_at_rate_1_exchanges_the_answers_of_each_task",
     ),
     Mutant(
@@ -151,20 +151,20 @@ MUTANTS = [
     Mutant(
         "prompts: shares count unused rows",
         "data/prepare.py",
-        "choose_prompts(config, usable, used, questions",
-        "choose_prompts(config, usable, usable, questions",
+        "_prompts(config, seed, questions, loaded.rows, train.rows, encode_asked)",
+        "_prompts(config, seed, questions, loaded.rows, loaded.rows, encode_asked)",
         "data/test_noise.py::test_the_share_asked_for_is_the_share_measured",
     ),
     Mutant(
         "prompts: shared ones drawn again",
-        "data/prompts.py",
-        "drawn = encoded(kept, encode, count - shared)",
-        "drawn = encoded(ordered, encode, count - shared)",
+        "data/prepare.py",
+        "drawn = encoded(kept, encode, size)",
+        "drawn = encoded(ordered, encode, size)",
         "data/test_noise.py::test_a_share_that_cannot_be_met_says_why",
     ),
     Mutant(
         "prompts: shares are not nested",
-        "data/prompts.py",
+        "data/prepare.py",
         "for turn in reversed(range(shared))]",
         "for turn in range(shared)]",
         "data/test_noise.py::test_larger_shares_keep_what_stays_in_its_place",

@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant(
         "store: torn checkpoints are used",
         "record/store.py",
-        "            if reason is None:\n                return step, path\n",
+        "            if (reason := damage(path)) is None:\n                return step, path\n",
         "            return step, path\n",
         "record/test_store.py::test_a_torn_checkpoint_is_named_and_the_one_before_is_used",
     ),

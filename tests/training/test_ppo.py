@@ -1,6 +1,6 @@
 """The wiring of the trainer, against plain loops: what enters the reward, one optimizer step, schedules, a resumed run.
 
-The maths alone is in test_goldens.py and test_properties.py, the fixed point of it all in test_oracle.py.
+The maths alone is in test_advantage.py, test_losses.py and test_reward.py, the fixed point of it all in test_oracle.py.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ from typing import Any
 
 from srppo.errors import DataError, ModelError
 from srppo.evaluation.harness import ifeval
-from srppo.evaluation.harness.decode import Decoding
 from srppo.evaluation.harness.guards import restating
-from srppo.evaluation.harness.model import HarnessModel
+from srppo.evaluation.harness.model import Decoding, HarnessModel
 from srppo.evaluation.harness.scores import as_float
 from srppo.evaluation.harness.tasks import HarnessTask, code_of, config_of, content_of, digest_of
 
@@ -23,13 +22,16 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 MULTITURN = True  # examples under a chat template are turns of their own, as in lm-eval's own call
 TRIED = 8  # items of the trial: enough that every class of a choice is guessed
 TEXT = "One is 1.\n\nTwo is 2."
-Build = Callable[..., list[Any]]  # the requests of a task as it is configured now: of `limit` items, or of `indices`
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What changes a result, beside model and task. samples None: as the task says, which is nearly always greedy.
-    system None: the model's own, with which a run trained it. cluster None: as the task's metadata says.
+    """What changes a result, beside model and task.
+
+    samples: so many a prompt at `temperature`; None: as the task says, nearly always greedily. chat_template None: the
+    tokenizer's own if it has one, ours for our models and for the embedded suite. system: a system message, "" for
+    none; None: that with which a run was trained. cluster: the items' field that says which belong together; None: as
+    the task's metadata says. score_rest: what cannot be scored is left out and listed, not refused.
     """
 
     samples: int | None = None
@@ -65,22 +67,11 @@ class TaskRequests:
     system: str | None
     cluster: str | None
 
-    @property
-    def generates(self) -> bool:
-        """Whether the model writes text, so that samples of it differ."""
-        return any(instance.request_type == "generate_until" for instance in self.instances)
-
-    @property
-    def sampled(self) -> bool:
-        """Whether the model samples: the task says so, or the command."""
-        return self.decoding is not None and self.decoding.temperature is not None
-
 
 def prepare(
     loaded: HarnessTask,
     model: HarnessModel,
     options: EvalOptions,
-    *,
     templated: bool,
     system: str | None,
     warn: Callable[[str], None],
@@ -94,17 +85,25 @@ def prepare(
     shots = _few_shot(loaded, options.num_fewshot, warn)
     model.templated = templated
     cluster = options.cluster or (task.config.metadata or {}).get("cluster")
-    build = partial(_build, loaded, model, templated, options.seed, system)
+    build = partial(_build, loaded, model, FEWSHOT_SEED + options.seed, templated, system)
     with restating(name, vars(task.config)):
         count = min(len(task.eval_docs), options.limit or len(task.eval_docs))
         docs = [doc for _, doc in task.doc_iterator(limit=count)]
-        _check_clusters(name, docs, cluster)
+        if lacking := [i for i, doc in enumerate(docs) if cluster is not None and doc.get(cluster) is None]:
+            raise DataError(
+                f"task {name}: {len(lacking)} of {count} items, the first {lacking[0]}, have no {cluster!r} to be "
+                f"clustered by; they have {', '.join(docs[lacking[0]])}: name another with --cluster, or leave it out"
+            )
         instances = build(limit=count)
-        again = partial(build, limit=count)
-        skipped = _unscorable(loaded, docs) | _too_long(loaded, instances, model, again, options.score_rest, warn)
-        indices = _scorable(name, count, skipped, options.score_rest)
+        absent = ifeval.missing() if loaded.ifeval else []  # refused by load_tasks, unless the rest is to be scored
+        reasons = {i: ifeval.reason_not_scored(doc, absent) for i, doc in enumerate(docs if absent else [])}
+        skipped = {i: reason for i, reason in reasons.items() if reason}
+        skipped |= _too_long(loaded, instances, model, partial(build, limit=count), options.score_rest, warn)
+        if len(skipped) == count:
+            raise DataError(f"task {name}: none of {count} prompts can be scored: {skipped[0]}")
+        indices = [i for i in range(count) if i not in skipped] if skipped else None
         if indices is not None:
-            instances = build(indices=indices)
+            instances = build(samples=indices)
         _try_scoring(loaded, instances)
     asked = [i.args[1] for i in instances if i.request_type == "generate_until"]
     config, code = config_of(task), code_of(task)
@@ -123,33 +122,6 @@ def prepare(
         system=system,
         cluster=cluster,
     )
-
-
-def _scorable(name: str, count: int, skipped: dict[int, str], score_rest: bool) -> list[int] | None:
-    """Indices of the items that are left; None where all are. Raises DataError where that was not asked for."""
-    if not skipped:
-        return None
-    if not score_rest:
-        doc, reason = min(skipped.items())
-        raise DataError(
-            f"task {name}: {len(skipped)} of {count} prompts cannot be scored, the first ({doc}): {reason}; "
-            "pass --score-rest to score the others and list these"
-        )
-    if len(skipped) == count:
-        raise DataError(f"task {name}: none of {count} prompts can be scored: {skipped[0]}")
-    return [i for i in range(count) if i not in skipped]
-
-
-def _check_clusters(name: str, docs: list[Any], cluster: str | None) -> None:
-    """Every item must say which others it belongs with."""
-    if cluster is None:
-        return
-    lacking = [i for i, doc in enumerate(docs) if doc.get(cluster) is None]
-    if lacking:
-        raise DataError(
-            f"task {name}: {len(lacking)} of {len(docs)} items, the first {lacking[0]}, have no {cluster!r} to be "
-            f"clustered by; they have {', '.join(docs[lacking[0]])}: name another with --cluster, or leave it out"
-        )
 
 
 def _few_shot(loaded: HarnessTask, asked: int | None, warn: Callable[[str], None]) -> int:
@@ -174,38 +146,24 @@ def _few_shot(loaded: HarnessTask, asked: int | None, warn: Callable[[str], None
 
 
 def _build(
-    loaded: HarnessTask,
-    model: HarnessModel,
-    templated: bool,
-    seed: int,
-    system: str | None,
-    *,
-    limit: int | None = None,
-    indices: list[int] | None = None,
+    loaded: HarnessTask, model: HarnessModel, seed: int, templated: bool, system: str | None, **which: Any
 ) -> list[Any]:
-    loaded.task.set_fewshot_seed(FEWSHOT_SEED + seed)
+    """The requests of a task as it is configured now: of `limit` items, or of those whose places are `samples`."""
+    loaded.task.set_fewshot_seed(seed)
     try:
         type(loaded.task).build_all_requests(
             loaded.task,
-            limit=limit,
-            samples=indices,
             system_instruction=system,
             apply_chat_template=templated,
             fewshot_as_multiturn=MULTITURN and templated,
             chat_template=model.apply_chat_template if templated else None,
             tokenizer_name="",
+            **which,
         )
     except ModelError as error:
         turns = ", or --num-fewshot 0: examples are turns of the chat" if loaded.task.config.num_fewshot else ""
         raise ModelError(f"task {loaded.name}: {error}{turns}") from None
     return list(loaded.task.instances)
-
-
-def _unscorable(loaded: HarnessTask, docs: list[Any]) -> dict[int, str]:
-    """Prompts whose checker lacks something here."""
-    absent = ifeval.missing() if loaded.ifeval else []
-    reasons = {i: ifeval.reason_not_scored(doc, absent) for i, doc in enumerate(docs)} if absent else {}
-    return {i: reason for i, reason in reasons.items() if reason}
 
 
 # ---- whether prompts fit
@@ -215,7 +173,7 @@ def _too_long(
     loaded: HarnessTask,
     instances: list[Any],
     model: HarnessModel,
-    build: Build,
+    build: Callable[[], list[Any]],
     score_rest: bool,
     warn: Callable[[str], None],
 ) -> dict[int, str]:
@@ -254,7 +212,7 @@ def _beyond(instances: list[Any], model: HarnessModel) -> tuple[dict[int, str], 
     return found, cut
 
 
-def _fewer_shots(loaded: HarnessTask, model: HarnessModel, build: Build) -> list[str]:
+def _fewer_shots(loaded: HarnessTask, model: HarnessModel, build: Callable[[], list[Any]]) -> list[str]:
     """The most examples with which all prompts fit; where none do, how many fit without any."""
     shots = loaded.task.config.num_fewshot or 0
     ways: list[str] = []
@@ -289,23 +247,21 @@ def _try_scoring(loaded: HarnessTask, instances: Sequence[Any]) -> None:
             instance.resps = [invented] * max(instance.repeats or 1, 1)
     for ensemble in getattr(task, "_filters", []):
         ensemble.apply(asked)
-    values: dict[str, dict[str, list[Any]]] = {}  # by metric and filter, a value an item
+    values: dict[tuple[str, str], list[Any]] = {}  # by metric and filter, a value an item
     for each in by_item.values():
         for name in each[0].filtered_resps:
             task.doc_to_target(each[0].doc)
             for metric, value in task.process_results(each[0].doc, [i.filtered_resps[name] for i in each]).items():
-                values.setdefault(metric, {}).setdefault(name, []).append(value)
+                values.setdefault((metric, name), []).append(value)
     for instance in asked:
         instance.resps, instance.filtered_resps = [], {}
-    _try_metrics(loaded, {metric: list(found.values())[-1] for metric, found in values.items()})
+    _try_metrics(loaded, {metric: found for (metric, _), found in values.items()})
 
 
 def _invented(kind: str, chosen: bool) -> Any:
     """A response of the type that the model gives; of an item's choices, one is the likeliest."""
-    if kind == "generate_until":
-        return TEXT
     nats = -5.0 if chosen else -10.0
-    return nats if kind == "loglikelihood_rolling" else (nats, chosen)
+    return TEXT if kind == "generate_until" else nats if kind == "loglikelihood_rolling" else (nats, chosen)
 
 
 def _try_metrics(loaded: HarnessTask, values: dict[str, list[Any]]) -> None:

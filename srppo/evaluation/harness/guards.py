@@ -19,10 +19,9 @@ import numpy as np
 
 from srppo.errors import DataError, SrppoError, UserError
 
-EXTRAS = {"math_verify": "math", "sympy": "math", "antlr4": "math", "langdetect": "ifeval", "immutabledict": "ifeval"}
+EXTRAS = {"math_verify": "math", "sympy": "math", "antlr4": "math"}
+EXTRAS |= dict.fromkeys(("langdetect", "immutabledict", "nltk"), "ifeval")
 """Packages that come with an extra of ours."""
-INSTALL = "pip install -c constraints.txt -e '.[{}]'"
-"""How an extra of ours is installed, from the folder of a clone."""
 
 _AWAY = ("offline", "couldn't reach", "couldn't connect", "connection", "max retries", "resolve")
 
@@ -126,7 +125,7 @@ def restate(name: str, error: BaseException, config: Mapping[str, Any], doing: s
     if broken := next((e for e in chain if isinstance(e, ImportError) and e.name), None):
         return _needs(name, broken)
     if hinted := re.search(r"`?pip install ([\w\[\].-]+)", text):
-        return f"task {name} needs the package {hinted[1]}: {_way(hinted[1])}"
+        return f"task {name} needs the package {hinted[1]}: {way_to(hinted[1])}"
     if any(isinstance(e, ConnectionError) for e in chain) or (source and any(word in text.lower() for word in _AWAY)):
         local = "pass --data with a local file" if name in ("ifeval", "gsm8k") else "run once with the hub in reach"
         return f"task {name} needs the hub's data set {source}, which is not in the cache, and the hub is away: {local}"
@@ -156,7 +155,7 @@ def _needs(name: str, error: ImportError) -> str:
     absent = str(error.name)
     top = absent.split(".")[0]
     if find_spec(top) is None:
-        return f"task {name} needs the package {absent}: {_way(absent)}"
+        return f"task {name} needs the package {absent}: {way_to(absent)}"
     try:
         version = f" {metadata.version(top)}"
     except metadata.PackageNotFoundError:
@@ -168,9 +167,12 @@ def _needs(name: str, error: ImportError) -> str:
     )
 
 
-def _way(package: str) -> str:
+def way_to(package: str) -> str:
+    """The command that installs a package (an extra of ours from the folder of a clone), or nltk's table."""
+    if package == "punkt_tab":
+        return "python -m nltk.downloader punkt_tab"
     known = EXTRAS.get(package.split(".")[0])
-    return INSTALL.format(known) if known else f"pip install {package}"
+    return f"pip install -c constraints.txt -e '.[{known}]'" if known else f"pip install {package}"
 
 
 def _unknown_metrics(config: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from srppo.errors import DataError
-from srppo.evaluation.harness.guards import INSTALL as EXTRA
+from srppo.evaluation.harness.guards import way_to
 
 NEEDS = {
     "language:response_language": "langdetect",
@@ -21,36 +21,25 @@ NEEDS = {
 }
 """Checkers that need a package or a table of nltk. The names are IFEval's own."""
 
-INSTALL = {
-    "langdetect": EXTRA.format("ifeval"),
-    "immutabledict": EXTRA.format("ifeval"),
-    "nltk": EXTRA.format("ifeval"),
-    "punkt_tab": "python -m nltk.downloader punkt_tab",
-}
-_STUBBED = ("langdetect", "immutabledict")
-
 
 def missing() -> list[str]:
-    """Names in INSTALL that are not here."""
+    """Packages that the checkers need and that are not here, and nltk's table of sentence ends."""
     absent = [name for name in ("langdetect", "immutabledict", "nltk") if importlib.util.find_spec(name) is None]
-    return absent if "nltk" in absent or _has_punkt() else [*absent, "punkt_tab"]
+    if "nltk" not in absent:
+        import nltk
 
-
-def _has_punkt() -> bool:
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return False
-    return True
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            absent.append("punkt_tab")
+    return absent
 
 
 def check_packages(score_rest: bool) -> None:
     """Raises DataError for what is not here, unless the prompts that need it may be left out."""
     absent = missing()
     if "nltk" in absent or (absent and not score_rest):
-        ways = "; ".join(dict.fromkeys(INSTALL[name] for name in absent))
+        ways = "; ".join(dict.fromkeys(map(way_to, absent)))
         rest = "" if "nltk" in absent else "; or pass --score-rest to score the other prompts and list these"
         raise DataError(f"IFEval's checkers need {', '.join(absent)}, not found here: {ways}{rest}")
 
@@ -64,12 +53,8 @@ def reason_not_scored(doc: Mapping[str, Any], absent: list[str]) -> str | None:
 def is_ifeval(config: Mapping[str, Any]) -> bool:
     """Whether a task's results are made by lm-eval's IFEval checkers; config as lm-eval reads it from YAML."""
     check = config.get("process_results")
-    return (
-        str(getattr(check, "__module__", check))
-        .replace("/", ".")
-        .removesuffix(".process_results")
-        .endswith("lm_eval.tasks.ifeval.utils")
-    )
+    module = str(getattr(check, "__module__", check)).replace("/", ".").removesuffix(".process_results")
+    return module.endswith("lm_eval.tasks.ifeval.utils")
 
 
 @contextmanager
@@ -81,7 +66,7 @@ def checkers_importable() -> Iterator[None]:
     """
     import nltk
 
-    added = {name: _stub(name) for name in _STUBBED if importlib.util.find_spec(name) is None}
+    added = {name: _stub(name) for name in ("langdetect", "immutabledict") if importlib.util.find_spec(name) is None}
     download = nltk.download
     nltk.download = lambda *args, **kwargs: False
     sys.modules.update(added)
@@ -98,14 +83,11 @@ def checkers_importable() -> Iterator[None]:
 
 
 def _stub(name: str) -> ModuleType:
-    module = ModuleType(name)
-    if name == "immutabledict":
-        module.immutabledict = dict  # type: ignore[attr-defined]
-        return module
+    """What the checkers import of the package."""
 
     def detect(text: str) -> str:
-        raise RuntimeError(f"langdetect is not installed: {INSTALL['langdetect']}")
+        raise RuntimeError(f"langdetect is not installed: {way_to('langdetect')}")
 
-    module.detect = detect  # type: ignore[attr-defined]
-    module.LangDetectException = type("LangDetectException", (Exception,), {})  # type: ignore[attr-defined]
+    module, unknown = ModuleType(name), type("LangDetectException", (Exception,), {})
+    vars(module).update(immutabledict=dict, detect=detect, LangDetectException=unknown)
     return module

@@ -1,33 +1,59 @@
-"""Our language model as lm-eval asks for one: text in, text and log-likelihoods out."""
+"""Our language model as lm-eval asks for one: text in, text and log-likelihoods out, decoded as each task asks."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
 from inspect import signature
-from time import perf_counter
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from srppo.config import derive_seed
 from srppo.data.chat import render, stop_ids
 from srppo.errors import ModelError, OutOfMemory
-from srppo.evaluation.harness.decode import Decoding, decode, how_asked
 from srppo.evaluation.meter import Meter
 from srppo.models.language_model import LanguageModel, model_inputs
 from srppo.models.memory import batch_size, by_length
 from srppo.training.batch import left_pad
+from srppo.training.rollout import generate
 
+DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
 Pair = tuple[Any, list[int], list[int]]  # (texts, ids of the context, ids of the continuation)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode. temperature None: greedy. extra: further keys of GenerationConfig that a task asks for."""
+
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def how_asked(asked: Mapping[str, Any], temperature: float | None, new_tokens: int | None) -> Decoding:
+    """A task's generation_kwargs by lm-eval's rules; `temperature` samples and `new_tokens` limits whatever it says."""
+    own: dict[str, Any] = dict(normalize_gen_kwargs(dict(asked), DEFAULT_NEW_TOKENS))
+    until = tuple(str(text) for text in own.pop("until") or ())
+    limit = int(own.pop("max_gen_toks"))
+    warmth = float(own.pop("temperature", None) or 1.0)
+    warm = warmth if own.pop("do_sample") else None
+    top_k, top_p = int(own.pop("top_k", None) or 0), float(own.pop("top_p", None) or 1.0)
+    if temperature is not None:
+        return Decoding(new_tokens or limit, until, temperature, extra=own)
+    return Decoding(new_tokens or limit, until, warm, top_k, top_p, extra=own)
 
 
 class HarnessModel(TemplateLM):
@@ -38,26 +64,25 @@ class HarnessModel(TemplateLM):
     decode as they say, nearly all greedily. new_tokens: overrides the limit of every task.
     """
 
+    meter: Meter
+
     def __init__(
         self,
         load: Callable[[], LanguageModel],
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         *,
-        seed: int = 0,
-        temperature: float | None = None,
-        new_tokens: int | None = None,
-        rows: int | None = None,
+        seed: int,
+        temperature: float | None,
+        new_tokens: int | None,
+        rows: int | None,
     ) -> None:
         super().__init__()
         self.load, self.tokenizer, self.context = load, tokenizer, context
         self.seed, self.temperature, self.new_tokens, self.rows = seed, temperature, new_tokens, rows
         self.templated, self.draw = False, 0
-        self.meter: Meter | None = None
         self.used_rows: int | None = None
-        self.seconds = 0.0  # of decoding and scoring, the model's own time
         self._known: dict[tuple[str, bool], list[int]] = {}
-        self._how: dict[str, Decoding] = {}
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -84,11 +109,13 @@ class HarnessModel(TemplateLM):
         """Only for lm-eval's request cache, which is never used."""
         return "srppo"
 
+    def _special(self, text: str) -> bool:
+        """Whether the tokenizer adds special tokens: not to a text that has its BOS or is templated."""
+        return not (self.templated or has_bos_prefix(text, self.tokenizer.decode([self.prefix_token_id])))
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; special tokens as the tokenizer adds them, none where the text has its BOS or is templated."""
-        special = add_special_tokens
-        if special is None:
-            special = not (self.templated or has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])))
+        special = self._special(string) if add_special_tokens is None else add_special_tokens
         if (string, special) not in self._known:
             ids = self.tokenizer(string, add_special_tokens=special, verbose=False)["input_ids"]
             self._known[string, special] = list(ids)
@@ -96,10 +123,9 @@ class HarnessModel(TemplateLM):
 
     def encode_all(self, texts: Sequence[str]) -> None:
         """Encode many at once, which is several times faster, for `tok_encode` to know them."""
-        bos = self.tokenizer.decode([self.prefix_token_id])
+        keys = dict.fromkeys((text, self._special(text)) for text in texts)
         for special in (False, True):
-            rows = [text for text in texts if special is not (self.templated or has_bos_prefix(text, bos))]
-            if rows := [text for text in rows if (text, special) not in self._known]:
+            if rows := [key[0] for key in keys if key[1] is special and key not in self._known]:
                 encoded = self.tokenizer(rows, add_special_tokens=special, verbose=False)["input_ids"]
                 self._known |= {(text, special): list(ids) for text, ids in zip(rows, encoded, strict=True)}
 
@@ -116,60 +142,36 @@ class HarnessModel(TemplateLM):
 
     def decoding(self, asked: Mapping[str, Any]) -> Decoding:
         """A task's generation_kwargs with what the command overrides."""
-        known = repr(asked)  # lm-eval gives each request a copy of its own
-        if known not in self._how:
-            self._how[known] = how_asked(asked, self.temperature, self.new_tokens)
-        return self._how[known]
+        return how_asked(asked, self.temperature, self.new_tokens)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The response to each request, cut before its first stop text. Repeated requests get samples of their own."""
-        texts, how = [], []
-        for request in requests:
+        prompts = [self.tok_encode(request.args[0]) for request in requests]  # they fit: see `checks`
+        seeds: list[int] = []
+        seen = Counter[str]()
+        alike: dict[str, list[int]] = defaultdict(list)  # places of the requests that are decoded alike
+        for i, request in enumerate(requests):
             text, asked = request.args
-            texts.append(text)
-            how.append(self.decoding(asked))
-        prompts = [
-            self.tok_encode(text)[-(self.context - h.max_new_tokens) :] for text, h in zip(texts, how, strict=True)
-        ]
-        seen: dict[str, int] = defaultdict(int)
-        seeds = []
-        for text, h in zip(texts, how, strict=True):
-            seeds.append(0 if h.temperature is None else row_seed(self.seed, text, self.draw, seen[text]))
+            alike[repr(asked)].append(i)  # lm-eval gives each request a copy of its own
+            seeds.append(row_seed(self.seed, text, self.draw, seen[text]))
             seen[text] += 1
         answers = [""] * len(requests)
-        for members in _alike(how):
-            self._answer(members, how[members[0]], prompts, seeds, answers)
+        for places in alike.values():
+            how = self.decoding(requests[places[0]].args[1])
+            size = self._size(max(len(prompts[i]) for i in places) + how.max_new_tokens)
+            for batch in by_length(places, lambda i: len(prompts[i]), size):
+                members = [places[j] for j in batch]
+                written = self._decode([prompts[i] for i in members], [seeds[i] for i in members], how)
+                self.meter.finish(len(members))
+                texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+                for i, text in zip(members, texts, strict=True):
+                    answers[i] = postprocess_generated_text(text, list(how.until), None)
         return answers
 
-    def _answer(
-        self, members: list[int], how: Decoding, prompts: list[list[int]], seeds: list[int], answers: list[str]
-    ) -> None:
-        stops = stop_ids(self.tokenizer, self.lm.model.generation_config)
-        longest = max(len(prompts[i]) for i in members)
-        size = self._size(longest + how.max_new_tokens)
-        for batch in by_length(members, lambda i: len(prompts[i]), size):
-            rows = [members[place] for place in batch]
-            before = self.meter.whole if self.meter else 0
-            part = len(rows) / how.max_new_tokens
-            written = self._decode(
-                [prompts[i] for i in rows], [seeds[i] for i in rows], how, stops, partial(self._advance, part)
-            )
-            if self.meter:
-                self.meter.finish(before + len(rows))
-            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-            for i, text in zip(rows, texts, strict=True):
-                answers[i] = postprocess_generated_text(text, list(how.until), None)
-
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        seeds: list[int],
-        how: Decoding,
-        stops: list[int],
-        tick: Callable[[], None],
-    ) -> list[list[int]]:
+    def _decode(self, prompts: list[list[int]], seeds: list[int], how: Decoding) -> list[list[int]]:
         """decode(); a batch that does not fit after all is halved, which changes samples by rounding alone."""
-        began = perf_counter()
+        stops = stop_ids(self.tokenizer, self.lm.model.generation_config)
+        tick = partial(self.meter.advance, len(prompts) / how.max_new_tokens)
         try:
             return decode(self.lm, self.tokenizer, prompts, seeds, how, stop_ids=stops, tick=tick)
         except OutOfMemory:
@@ -178,13 +180,9 @@ class HarnessModel(TemplateLM):
                     f"one prompt of {len(prompts[0])} tokens and {how.max_new_tokens} new ones do not fit the memory; "
                     "pass --max-new-tokens, or --device cpu"
                 ) from None
-        finally:
-            self.seconds += perf_counter() - began
         torch.cuda.empty_cache()
         half = len(prompts) // 2
-        return self._decode(prompts[:half], seeds[:half], how, stops, tick) + self._decode(
-            prompts[half:], seeds[half:], how, stops, tick
-        )
+        return self._decode(prompts[:half], seeds[:half], how) + self._decode(prompts[half:], seeds[half:], how)
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         """(log-prob in nats, whether greedy decoding would write it) of each continuation; contexts are cut left."""
@@ -196,14 +194,12 @@ class HarnessModel(TemplateLM):
         for batch in by_length(rows, lambda row: len(row[0]), size):
             for i, result in zip(batch, self._score([rows[i] for i in batch]), strict=True):
                 found[i] = result
-            if self.meter:
-                self.meter.finish(self.meter.whole + len(batch))
+            self.meter.finish(len(batch))
         return found
 
     @torch.no_grad()
     def _score(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         device, model = self.lm.device, self.lm.model
-        began = perf_counter()
         pad = int(self.tokenizer.pad_token_id)
         tokens_BS, mask_BS = (x.to(device) for x in left_pad([ids for ids, _ in rows], pad))
         width = max(count for _, count in rows)
@@ -214,29 +210,22 @@ class HarnessModel(TemplateLM):
         target_BT = tokens_BS[:, -width:]
         logprobs_BT = logprobs_BTV.gather(-1, target_BT.unsqueeze(-1)).squeeze(-1)
         equal_BT = logprobs_BTV.argmax(dim=-1) == target_BT
-        found = [
+        return [
             (float(logprobs_BT[i, width - count :].sum()), bool(equal_BT[i, width - count :].all()))
             for i, (_, count) in enumerate(rows)
         ]
-        self.seconds += perf_counter() - began
-        return found
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-prob in nats, whether greedy) of each (context, continuation)."""
-        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-prob of whole texts, nats; texts beyond the context are read in windows, as lm-eval defines them."""
         found = []
+        size = self._size(self.context, scored=self.context)
         for request in requests:
             windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.context, 1)
-            pairs: list[Pair] = [(None, *make_disjoint_window(window)) for window in windows]
-            size = self._size(self.context, scored=self.context)
-            parts = [
-                self._score([(a + b, len(b)) for _, a, b in pairs[i : i + size]]) for i in range(0, len(pairs), size)
-            ]
+            pairs = [make_disjoint_window(window) for window in windows]
+            rows = [(context + continuation, len(continuation)) for context, continuation in pairs]
+            parts = [self._score(rows[i : i + size]) for i in range(0, len(rows), size)]
             found.append(sum(logprob for part in parts for logprob, _ in part))
-            self._advance(1)
+            self.meter.advance(1)
         return found
 
     def _size(self, positions: int, scored: int = 1) -> int:
@@ -244,21 +233,60 @@ class HarnessModel(TemplateLM):
         self.used_rows = max(size, self.used_rows or 0)
         return size
 
-    def _advance(self, rows: float) -> None:
-        if self.meter:
-            self.meter.advance(rows)
+
+class _StopTexts(StoppingCriteria):
+    """Ends a row once one of the texts stands in its response; looks at as many last tokens as could hold one. For one
+    batch; `tick` is called at each step."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tick: Callable[[], None]) -> None:
+        self.tokenizer, self.texts, self.tick = tokenizer, [text for text in texts if text], tick
+        self.window, self.steps = max((len(text.encode()) + 1 for text in self.texts), default=0), 0
+        self.done: list[bool] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.tick()
+        self.steps += 1
+        self.done = self.done or [False] * len(input_ids)
+        for i, tail in enumerate(input_ids[:, -min(self.steps, self.window) :].tolist() if self.texts else []):
+            if not self.done[i]:
+                written = str(self.tokenizer.decode(tail, skip_special_tokens=True))
+                self.done[i] = any(text in written for text in self.texts)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def decode(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    how: Decoding,
+    *,
+    stop_ids: Sequence[int],
+    tick: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """Token ids of the response to each prompt, up to its first stop token (left out), as one batch of `generate`.
+
+    A sampled row's random numbers come from its seed alone.
+    """
+    generated = generate(
+        model,
+        prompts,
+        stop_ids=stop_ids,
+        pad_id=int(tokenizer.pad_token_id),
+        max_new_tokens=how.max_new_tokens,
+        seed=seeds,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
+        criteria=[_StopTexts(tokenizer, how.until, tick)],
+        settings=how.extra,
+        rows=len(prompts),
+    )
+    ended = generated.ended_B.tolist()
+    return [row[:-1] if stopped else row for row, stopped in zip(generated.responses(), ended, strict=True)]
 
 
 def row_seed(seed: int, prompt: str, draw: int, repeat: int) -> int:
     """The seed of one sample: of the prompt's text, not of its place, so that limits and batches change no seed."""
     place = int.from_bytes(sha256(f"{draw}/{repeat}/{prompt}".encode()).digest()[:6], "big")
     return derive_seed(seed, "harness", place)
-
-
-def _alike(how: Sequence[Decoding]) -> list[list[int]]:
-    """Indices of requests that are decoded alike."""
-    names = {place: repr(each) for place, each in {id(each): each for each in how}.items()}
-    groups: dict[str, list[int]] = {}
-    for i, each in enumerate(how):
-        groups.setdefault(names[id(each)], []).append(i)
-    return list(groups.values())

@@ -1,104 +1,91 @@
-"""`srppo eval`: check everything, look up what is known, evaluate the rest, write each result at once."""
+"""`srppo eval`: check everything, look up what is known, evaluate the rest, write each result at once.
+
+Requests are shared by arms with one tokenizer, and results by arms with the same weights.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 from srppo.config import canonical_json
-from srppo.console import Console
-from srppo.errors import ConfigError
-from srppo.evaluation.harness.checks import EvalOptions
-from srppo.evaluation.harness.guards import Problems, quiet, seeded
-from srppo.evaluation.harness.session import Evaluator
+from srppo.console import Console, duration
+from srppo.data.chat import ensure_chat_template
+from srppo.environment import environment
+from srppo.errors import ConfigError, UserError
+from srppo.evaluation.harness.checks import MULTITURN, EvalOptions, TaskRequests, prepare
+from srppo.evaluation.harness.guards import Problems, quiet, restating, seeded
+from srppo.evaluation.harness.ifeval import checkers_importable
+from srppo.evaluation.harness.model import HarnessModel
+from srppo.evaluation.harness.scores import Row, figures, not_scored_rows, rows_of
 from srppo.evaluation.harness.targets import Target, find_targets
-from srppo.evaluation.harness.tasks import load_tasks, wanted
-from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY
-from srppo.models.loading import check_weights
+from srppo.evaluation.harness.tasks import HarnessTask, load_tasks, wanted
+from srppo.evaluation.meter import Meter
+from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY, read_result, write_result
+from srppo.models.loading import check_weights, fingerprint, load_model, load_tokenizer, resolve
 from srppo.record.arms import ArmsOf, stages_by_kind
 from srppo.record.files import write_atomic
 from srppo.record.folder import check_place
 from srppo.record.json import plain, read_json
 
+EPOCH = 2  # raised when the same request would get another response or score
 NAMED = 10  # reasons for prompts not scored that are printed; every prompt is in the file beside the result
 
 
 def evaluate_command(
     model: str | None,
+    options: EvalOptions,
     *,
     tasks: Sequence[str] = (),
     suite: str | None = None,
     data: Path | None = None,
     include_path: Sequence[Path] = (),
-    num_fewshot: int | None = None,
-    chat_template: bool | None = None,
-    samples: int | None = None,
-    temperature: float = 1.0,
-    max_new_tokens: int | None = None,
     batch_size: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
-    score_rest: bool = False,
-    system: str | None = None,
-    cluster: str | None = None,
     console: Console | None = None,
     arms: ArmsOf = stages_by_kind,
 ) -> list[Path]:
-    """Evaluate a model, or every arm of a run; returns the folders of the results.
-
-    samples: so many a prompt at `temperature`; None: decode as each task says. chat_template None: the tokenizer's own
-    if it has one, ours for our models and for the embedded suite. system: a system message, by default that with which
-    a run was trained, "" for none. cluster: the items' field that says which belong together, by default as the task's
-    metadata says. arms: what the arms of a run are.
+    """Evaluate a model, or every arm of a run; returns the folders of the results. arms: what the arms of a run are.
 
     Raises a UserError, before anything is generated, for whatever cannot be loaded, scored or fitted into the context.
     """
     console = console or Console()
-    options = EvalOptions(
-        samples, temperature, num_fewshot, chat_template, max_new_tokens, limit, seed, score_rest, system, cluster
-    )
     _check_numbers(options, batch_size)
     targets = find_targets(model, out, console.say, arms)
     if model is None:
         console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
-    problems = _problems_of(targets)
-    with quiet(), seeded(seed):
-        loaded = load_tasks(
-            wanted(tasks, suite),
-            data=data,
-            include_path=include_path,
-            score_rest=score_rest,
-            say=console.say,
-            problems=problems,
-        )
-        evaluator = Evaluator(options, batch_size, device, console)
+    problems = Problems()
+    for target in targets:  # places of results that cannot be written, and weights of any arm that are not whole
+        with problems.gathered():
+            check_place(target.parent)
+        with problems.gathered():
+            check_weights(target.spec, target.config)
+    with quiet(), seeded(options.seed):
+        names, rest, say = wanted(tasks, suite), options.score_rest, console.say
+        loaded = load_tasks(names, data=data, include_path=include_path, score_rest=rest, say=say, problems=problems)
+        evaluation = _Evaluation(options, batch_size, device, console)
         plan = []
         for target in targets:
             with problems.gathered():
-                plan.append((target, *evaluator.prepare(target, loaded, problems)))
+                plan.append((target, *evaluation.prepare(target, loaded, problems)))
             problems.raise_any()  # of one arm: the other arms have the same
         found = []
         for target, lm, requests in plan:
-            found += [evaluator.evaluate(target, lm, each) for each in requests]
+            weights = fingerprint(target.spec, target.config)
+            found += [evaluation.evaluate(target, weights, lm, each) for each in requests]
             lm.release()
     _say_not_scored(console, found)
     folders = list(dict.fromkeys(str(path.parent) for path in found))
     console.print(f"results: {folders[0]}{f' and {len(folders) - 1} more such folders' if folders[1:] else ''}")
     return found
-
-
-def _problems_of(targets: Sequence[Target]) -> Problems:
-    """Weights of any arm that are not whole, and places of results that cannot be written."""
-    problems = Problems()
-    for target in targets:
-        with problems.gathered():
-            check_place(target.parent)
-        with problems.gathered():
-            check_weights(target.spec, target.config)
-    return problems
 
 
 def _check_numbers(options: EvalOptions, rows: int | None) -> None:
@@ -111,6 +98,179 @@ def _check_numbers(options: EvalOptions, rows: int | None) -> None:
         raise ConfigError(f"--batch-size {rows}: it must be at least 1, or left out to fit the memory")
     if not options.temperature > 0:
         raise ConfigError(f"--temperature {options.temperature}: it must be above 0; leave out --samples for greedy")
+
+
+@dataclass
+class _Evaluation:
+    """One command: requests by tokenizer, context and task; results by key. rows: batch size, None: by memory."""
+
+    options: EvalOptions
+    rows: int | None
+    device: str
+    console: Console
+    requests: dict[tuple[Any, ...], TaskRequests] = field(default_factory=dict)
+    written: dict[str, tuple[dict[str, Any], list[Row]]] = field(default_factory=dict)
+
+    @cached_property
+    def machine(self) -> dict[str, Any]:
+        """Facts for every summary."""
+        return environment()
+
+    def prepare(
+        self, target: Target, tasks: Sequence[HarnessTask], problems: Problems
+    ) -> tuple[HarnessModel, list[TaskRequests]]:
+        """The model, not loaded yet, and its requests for every task, checked; what is wrong with the tasks is added to
+        `problems`. Raises ConfigError where a chat template was asked for that the tokenizer lacks."""
+        from lm_eval.models.utils import resolve_max_length
+
+        options = self.options
+        tokenizer = load_tokenizer(target.spec, target.config)
+        own = tokenizer.chat_template is not None
+        if options.chat_template and not own and not target.ours:
+            raise ConfigError(
+                f"the tokenizer of {target.spec} has no chat template: pass --no-chat-template, or set one in its "
+                "tokenizer_config.json"
+            )
+        ensure_chat_template(tokenizer)
+        config = AutoConfig.from_pretrained(resolve(target.spec), trust_remote_code=target.config.trust_remote_code)
+        lm = HarnessModel(
+            lambda: load_model(target.spec, target.config, device=self.device, vocab_size=len(tokenizer)),
+            tokenizer,
+            context=resolve_max_length(config, tokenizer),  # positions, by lm-eval's rule
+            seed=options.seed,
+            temperature=options.temperature if options.samples else None,
+            new_tokens=options.max_new_tokens,
+            rows=self.rows,
+        )
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else str(id(tokenizer))
+        encoding = hashlib.sha256(f"{text}\0{tokenizer.chat_template}".encode()).hexdigest()
+        asked = (target.system if options.system is None else options.system) or None
+        found: list[TaskRequests] = []
+        for task in tasks:
+            templated = own or target.ours or task.embedded if options.chat_template is None else options.chat_template
+            system = asked if templated else None
+            place = (encoding, lm.context, task.name, templated, system)
+            with problems.gathered():
+                if place not in self.requests:
+                    if asked and not templated:
+                        self.console.warn(
+                            f"task {task.name}: without the chat template there is no system message either"
+                        )
+                    self.requests[place] = prepare(task, lm, options, templated, system, self.console.warn)
+                found.append(self.requests[place])
+        return lm, found
+
+    def evaluate(self, target: Target, weights: str, lm: HarnessModel, requests: TaskRequests) -> Path:
+        """The folder with the result of one task: found, shared with an arm of the same weights, or made.
+
+        It is known by a key: equal keys, equal results. The requests in `digest` hold template, shots and limit.
+        """
+        name, options = f"{requests.task.name}, {target.title}", self.options
+        sampled = requests.decoding is not None and requests.decoding.temperature is not None
+        parts = {
+            "epoch": EPOCH,
+            "weights": weights,
+            "precision": target.config.precision,
+            "task": requests.digest,
+            "templated": requests.templated,
+            "system": requests.system,
+            "cluster": requests.cluster,
+            "max_new_tokens": options.max_new_tokens,
+            "sampling": [options.samples, options.temperature, options.seed] if sampled else None,
+        }
+        key = hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
+        for known in (path.parent for path in target.parent.glob(f"*@{key}/{SUMMARY}")):
+            try:
+                read_result(known)
+            except UserError as error:
+                self.console.warn(f"{name}: {error}; it is evaluated again")
+            else:
+                self.console.say(f"{name}: known, {known}")
+                return known
+        if key not in self.written:
+            self.written[key] = self._generate(target, lm, requests, (options.samples or 1) if sampled else 1)
+        made, rows = self.written[key]
+        own = {"model": target.label, "spec": target.spec, "seed": target.seed, "key": key, "weights": weights}
+        return write_result(target.parent, {**made, **own, "decoding": "sampled" if sampled else "greedy"}, rows)
+
+    def _generate(
+        self, target: Target, lm: HarnessModel, requests: TaskRequests, draws: int
+    ) -> tuple[dict[str, Any], list[Row]]:
+        """(what a summary says but for whose weights they are, rows of samples)."""
+        task, options, began = requests.task, self.options, self.console.clock()
+        results, rows = [], []
+        lm.templated, lm.used_rows = requests.templated, None
+        total = sum(max(instance.repeats or 1, 1) for instance in requests.instances) * draws
+        with Meter(self.console, f"{task.name}, {target.title}", total) as lm.meter, checkers_importable():
+            for draw in range(draws):
+                lm.draw = draw
+                result = _by_lm_eval(lm, requests, options.seed)
+                results.append(result["results"][task.task.task_name])
+                rows += rows_of(result["samples"][task.task.task_name], draw, requests.cluster)
+        scores = figures(rows, results)
+        numeric = [name for name, value in rows[0].items() if name in scores and value == value]  # NaN is not
+        if not numeric:
+            raise ConfigError(
+                f"task {task.name} has no metric with a value for each item; such tasks are not supported"
+            )
+        rows += not_scored_rows(task.task, requests.skipped, requests.cluster)
+        seconds = self.console.clock() - began
+        self.console.say(f"{task.name}, {target.title}: {total} requests in {duration(seconds)}")
+        summary = {
+            "task": task.name,
+            "group": task.group,
+            "metric": numeric[0],
+            "metrics": scores,
+            "higher_is_better": bool(task.task.higher_is_better().get(numeric[0].partition(",")[0], True)),
+            "samples": draws,
+            "temperature": options.temperature if options.samples else None,
+            "eval_seed": options.seed,
+            "harness": EPOCH,
+            "task_version": getattr(task.task, "VERSION", None),
+            "task_content": requests.content,
+            "num_fewshot": requests.few_shot,
+            "fewshot_seed": requests.fewshot_seed,
+            "fewshot_as_multiturn": MULTITURN,
+            "generation": None if requests.decoding is None else asdict(requests.decoding),
+            "system": requests.system,
+            "cluster": requests.cluster,
+            "chat_template": lm.tokenizer.chat_template if requests.templated else None,
+            "limit": options.limit,
+            "max_new_tokens": options.max_new_tokens,
+            "batch_size": lm.used_rows,
+            "device": self.device,
+            "precision": target.config.precision,
+            "items": len({row["item"] for row in rows}),
+            "not_scored": len(requests.skipped),
+            "seconds": seconds,
+            "environment": self.machine,
+        }
+        return summary, rows
+
+
+def _by_lm_eval(lm: HarnessModel, requests: TaskRequests, seed: int) -> Any:
+    """What lm-eval's own `evaluate` returns for one task on requests that are built and checked already; its bootstrap,
+    at 15 s a metric, stays off. Raises DataError, in one line, for what its checkers and metrics raise."""
+    from lm_eval import evaluator
+
+    task, name = requests.task.task, requests.task.task.task_name
+
+    def already_built(**_: Any) -> None:
+        for instance in requests.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        task._instances = requests.instances
+
+    task.build_all_requests = already_built
+    try:
+        with seeded(seed), restating(requests.task.name, vars(task.config), "scored"):
+            count = max(instance.doc_id for instance in requests.instances) + 1
+            chosen = {"limit": count} if requests.indices is None else {"samples": {name: requests.indices}}
+            return evaluator.evaluate(
+                lm, {"tasks": {name: task}}, bootstrap_iters=0, apply_chat_template=requests.templated, **chosen
+            )
+    finally:
+        del task.build_all_requests
 
 
 def _say_not_scored(console: Console, found: Sequence[Path]) -> None:

@@ -67,11 +67,6 @@ def as_float(name: str, value: Any) -> float:
     return float(value) if isinstance(value, int | float | np.number) else math.nan
 
 
-def metric_names(rows: Sequence[Row]) -> list[str]:
-    """Columns that hold a metric, in the task's order."""
-    return [n for n, v in rows[0].items() if isinstance(v, float) and n != UNITS]
-
-
 def figures(rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each metric lm-eval's own score (the mean over draws), our 95% interval and the number of items.
 

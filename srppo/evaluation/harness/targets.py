@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from srppo.config import ModelConfig, Recipe, build_recipe, is_embedded
+from srppo.config import ModelConfig, build_recipe, is_embedded
 from srppo.errors import RecordError
 from srppo.record.arms import ArmsOf, is_sweep, one_run, problem_of, stages_by_kind
-from srppo.record.store import Run, Stage
+from srppo.record.store import Run
 
 RUNS = Path("runs")
 FALLBACK = "embedded:s"
@@ -39,12 +39,11 @@ class Target:
 def newest_run(runs: Path = RUNS) -> Path | None:
     """The run whose record was last written to, sweeps aside; None where there is none."""
     found = [path.parent for path in runs.glob("*/sweep.json")] if runs.is_dir() else []
-    found = [folder for folder in found if not is_sweep(Run.load(folder).spec)]
-    return max(found, key=_last_written, default=None)
 
+    def last_written(run: Path) -> float:
+        return max(path.stat().st_mtime for path in (run / "sweep.json", *run.glob("stages/*/result.json")))
 
-def _last_written(run: Path) -> float:
-    return max(path.stat().st_mtime for path in (run / "sweep.json", *run.glob("stages/*/result.json")))
+    return max((run for run in found if not is_sweep(Run.load(run).spec)), key=last_written, default=None)
 
 
 def find_targets(
@@ -64,11 +63,13 @@ def find_targets(
 def _of_run(folder: Path, out: Path | None, say: Callable[[str], object], arms: ArmsOf) -> list[Target]:
     run = one_run(folder)
     recipe = build_recipe({**run.spec["recipe"], "seed": run.spec["seeds"][0]})
+    given = {"base": recipe.model.base, "given-sft": recipe.model.sft}
     found: dict[Path, Target] = {}
     left_out = []
     for arm, stages in arms(run).items():
         for stage in stages:
-            spec = _weights_of(stage, recipe)
+            own = str(stage.path / "model") if (stage.path / "model").is_dir() else None
+            spec = own or given.get(stage.identity["kind"])  # None for an arm that is made at decoding
             if problem := problem_of(stage, stage.result()):
                 left_out.append(f"{arm}: {problem}")
             elif spec is None:
@@ -84,10 +85,3 @@ def _of_run(folder: Path, out: Path | None, say: Callable[[str], object], arms: 
     if not found:
         raise RecordError(f"{folder} has no finished arm with a model yet; finish the run: srppo train --out {folder}")
     return list(found.values())
-
-
-def _weights_of(stage: Stage, recipe: Recipe) -> str | None:
-    """Where an arm's weights are; None for an arm that is made at decoding."""
-    own = stage.path / "model"
-    given = {"base": recipe.model.base, "given-sft": recipe.model.sft}
-    return str(own) if own.is_dir() else given.get(stage.identity["kind"])

@@ -170,7 +170,10 @@ class _Library:
         from lm_eval.tasks import TaskManager
 
         if not self.complete:
-            self._report_broken(name)
+            for path in (each for folder in self.include_path for each in sorted(Path(folder).rglob("*.yaml"))):
+                # lm-eval passes over a user's YAML that does not parse without a word
+                if path.stem == name or f"task: {name}\n" in path.read_text(errors="replace"):
+                    _users_yaml(path, str(path))
             self.say(f"{name} is not one of our tasks: reading lm-eval's list, about 8 s")
             self.manager = TaskManager(include_path=[str(FOLDER), *self.include_path])
             self.complete = True
@@ -181,13 +184,6 @@ class _Library:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise DataError(f"there is no task {name!r} in lm-eval or here{where}{hint}")
         return entry
-
-    def _report_broken(self, name: str) -> None:
-        """A user's YAML of that name which does not parse: lm-eval passes over such files without a word."""
-        for folder in self.include_path:
-            for path in sorted(Path(folder).rglob("*.yaml")):
-                if path.stem == name or f"task: {name}\n" in path.read_text(errors="replace"):
-                    _users_yaml(path, str(path))
 
 
 def _users_yaml(path: Path | str, name: str) -> dict[str, Any]:

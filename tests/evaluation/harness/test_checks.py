@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_cases import real
 from harness_cases import choice_task, evaluate, samples, summary, tiny_model, write_task
 from worlds import write_rows
 
 from srppo.errors import UserError
-from srppo.evaluation.harness import ifeval, run, session
+from srppo.evaluation.harness import ifeval, run
 from srppo.evaluation.harness.scores import as_float, figures
 from srppo.evaluation.harness.targets import newest_run
 from srppo.evaluation.harness.tasks import wanted
@@ -22,7 +23,6 @@ from srppo.evaluation.results import read_results
 from srppo.models.loading import load_model
 from srppo.record.store import Run
 
-IFEVAL_DATA = Path(__file__).parents[4] / "shared/data/ifeval/input_data.jsonl"
 PROMPTS = [
     ("Write without commas.", ["punctuation:no_comma"], [{}]),
     ("Write b and c.", ["keywords:existence", "punctuation:no_comma"], [{"keywords": ["b", "c"]}, {}]),
@@ -41,7 +41,7 @@ def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(run, "load_model", load)
     monkeypatch.setattr("srppo.data.hub.reachable", lambda: False)
 
 
@@ -107,7 +107,7 @@ def test_names_and_files_that_are_not_there(model: Path, tmp_path: Path) -> None
         ({"tasks": ["mine"], "include_path": [broken]}, "mine.yaml: its YAML cannot be used"),
     ):
         with pytest.raises(UserError) as caught:
-            run.evaluate_command(str(model), out=out, **options)  # type: ignore[arg-type]
+            evaluate(model, out, **options)  # type: ignore[arg-type]
         assert words in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="neither a folder here nor a hub name"):
         evaluate("./nowhere", out)
@@ -150,7 +150,7 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
     data = _ifeval_file(tmp_path)
     options: dict[str, Any] = {"suite": "ifeval", "data": data, "max_new_tokens": 8}
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-        patch.setattr(session, "load_model", None)
+        patch.setattr(run, "load_model", None)
         evaluate(model, tmp_path / "out", **options)
     for word in (
         "langdetect",
@@ -177,9 +177,8 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
     assert summary(path)["metric"] == "prompt_level_strict_acc"
 
 
-@pytest.mark.skipif(not IFEVAL_DATA.exists(), reason="IFEval's prompts are not part of the project")
 def test_every_ifeval_prompt_gets_a_verdict_or_a_reason() -> None:
-    docs = [json.loads(line) for line in IFEVAL_DATA.read_text().splitlines()]
+    docs = [json.loads(line) for line in Path(real("ifeval/input_data.jsonl")).read_text().splitlines()]
     reasons = {need: [ifeval.reason_not_scored(doc, [need]) for doc in docs] for need in ("langdetect", "punkt_tab")}
     assert len(docs) == 540
     assert sum(map(bool, reasons["langdetect"])) == 95 and sum(map(bool, reasons["punkt_tab"])) == 64
@@ -238,7 +237,7 @@ def test_a_run_is_evaluated_arm_by_arm(model: Path, tmp_path: Path, monkeypatch:
         alive.add(lm := load_model(*args, **options))
         return lm
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(run, "load_model", load)
     paths, said = evaluate(None, None, "letters", include_path=[tasks], limit=3)  # type: ignore[arg-type]
     assert "the newest run" in said and newest_run() == Path("runs/one")
     assert [(summary(path)["model"], summary(path)["seed"]) for path in paths] == [

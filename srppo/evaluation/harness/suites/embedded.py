@@ -9,26 +9,6 @@ from srppo.world.items import items
 from srppo.world.tasks import check
 
 
-def demonstrated(**_: Any) -> dict[str, Any]:
-    """Test items of the tasks in the demonstrations of SFT."""
-    return _split("demonstrated")
-
-
-def prompted(**_: Any) -> dict[str, Any]:
-    """Test items of the tasks that PPO alone has seen."""
-    return _split("prompted")
-
-
-def unseen(**_: Any) -> dict[str, Any]:
-    """Test items of the tasks that no stage has seen: out-of-domain."""
-    return _split("unseen")
-
-
-def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Right means equal to the one answer after stripping outer white space, as in every table of this package."""
-    return {"exact_match": float(check(doc["answer"], results[0]))}
-
-
 class Rows(list[dict[str, str]]):
     """A list with the one thing more that lm-eval asks of a data set; a Dataset would decode each row three times."""
 
@@ -38,11 +18,17 @@ class Rows(list[dict[str, str]]):
         return dict.fromkeys(self[0], "string")
 
 
-def _split(group: str) -> dict[str, Rows]:
-    return {"test": Rows(_drawn(group))}
+def load(group: str, **_: Any) -> dict[str, Rows]:
+    """Test items of a group of tasks: demonstrated in SFT, prompted in PPO alone, or unseen by every stage."""
+    return {"test": _drawn(group)}
 
 
 @cache
-def _drawn(group: str) -> list[dict[str, str]]:
+def _drawn(group: str) -> Rows:
     """Drawn once a process: 900 items take 0.1 s, a tenth of what a small model takes to answer them."""
-    return [{"prompt": i.prompt, "answer": i.answer, "kind": i.task} for i in items(group, "test")]
+    return Rows({"prompt": item.prompt, "answer": item.answer, "kind": item.task} for item in items(group, "test"))
+
+
+def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Right means equal to the one answer after stripping outer white space, as in every table of this package."""
+    return {"exact_match": float(check(doc["answer"], results[0]))}
