@@ -1,6 +1,7 @@
 """Tables and pictures of README.md and docs/ from a finished run: `python tools/pictures.py runs/demo-... "COMMAND"`.
 
-terminal.svg is the command's own rendering of the record; accuracy.png and curves.png are the run's own plots.
+Of a run of one seed the terminal, terminal.svg, rendered from its record; of several seeds the tables, and the run's
+own plots accuracy.png and curves.png.
 """
 
 import io
@@ -59,13 +60,15 @@ def markdown_table(run: Run, decoding: str) -> str:
 
 def main(folder: Path, command: str) -> None:
     run, docs = Run.load(folder), ROOT / "docs"
-    terminal_picture(run, command, docs / "terminal.svg")
+    if len(run.spec["seeds"]) == 1:
+        terminal_picture(run, command, docs / "terminal.svg")
+        write_block("docs/sweeps.md", command, "![The terminal during and after the command](terminal.svg)")
+        return
     for name in ("accuracy.png", "curves.png"):
         shutil.copy(folder / "report" / name, docs / name)
     picture = "![Test accuracy of every arm with intervals](docs/accuracy.png)"
     write_block("README.md", command, f"{markdown_table(run, 'greedy')}\n\n{picture}")
-    pictures = "![Training curves](curves.png)\n\n![The terminal during and after the command](terminal.svg)"
-    write_block("docs/sweeps.md", command, f"{markdown_table(run, 'sampled')}\n\n{pictures}")
+    write_block("docs/sweeps.md", command, f"{markdown_table(run, 'sampled')}\n\n![Training curves](curves.png)")
 
 
 if __name__ == "__main__":
