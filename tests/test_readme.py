@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from records import new_run, train
 from test_layers import LAYERS
 
 from srppo.ablations.sweeps import SWEEPS
@@ -25,6 +26,7 @@ from srppo.config import Recipe, all_keys
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 LINKED = {**PAGES, **{name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "LOG.md")}}
+PATIENCE_S = 3600  # for a command on a busy machine: the demo took 16 minutes where 14 processes shared two cores
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FROM, END = re.compile(r"^<!-- from: (.*) -->$", re.MULTILINE), "<!-- end -->"
 CLI: Any = typer.main.get_command(app)
@@ -60,7 +62,7 @@ def commands_of(text: str) -> list[str]:
 
 def run(arguments: list[str], folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stderr[-2000:]}"
     return done.stdout
 
@@ -258,6 +260,37 @@ def test_a_tool_replaces_its_own_block_alone(tmp_path: Path, monkeypatch: pytest
         assert page.read_text() == empty.replace("<!-- from: srppo a -->\n<!-- end -->", block)
     with pytest.raises(AssertionError, match="0 blocks"):
         blocks.write_block("page.md", "srppo c", "lost")
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_a_run_fills_the_blocks_of_its_command(
+    seeds: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one seed the terminal; of several the tables and the run's own plots."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    blocks, pictures = map(importlib.import_module, ("blocks", "pictures"))
+    for module in (blocks, pictures):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    run, docs = new_run(tmp_path / "run", seeds), tmp_path / "docs"
+    for seed in seeds:
+        train(run, seed)
+    for folder in (docs, run.path / "report"):
+        folder.mkdir()
+    for name in ("accuracy.png", "curves.png"):
+        (run.path / "report" / name).write_text(name)
+    for page in (tmp_path / "README.md", docs / "sweeps.md"):
+        page.write_text("<!-- from: srppo demo -->\n<!-- end -->\n")
+    pictures.main(run.path, "srppo demo")
+    readme, sweeps = ((tmp_path / name).read_text() for name in ("README.md", "docs/sweeps.md"))
+    if len(seeds) == 1:
+        assert "(terminal.svg)" in sweeps and "|" not in readme + sweeps
+        assert "SRPPO" in (docs / "terminal.svg").read_text()
+    else:
+        assert "| greedy |" in readme and "| sampled |" in sweeps and "| *SRPPO minus SFT* |" in readme
+        assert "3 training seeds" in readme and {path.name for path in docs.glob("*.png")} == {
+            "accuracy.png",
+            "curves.png",
+        }
 
 
 def test_the_readme_is_short() -> None:
