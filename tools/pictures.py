@@ -51,7 +51,7 @@ def markdown_table(run: Run, decoding: str) -> str:
         cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
         lines.append(f"| {arm.name} | {' | '.join(cells)} |")
     for pair in pairs:
-        cells = [estimate_text(pair.figures.get((group, decoding)), "+") for group in groups]
+        cells = [estimate_text(pair.figures.get((group, decoding)), "+.2f") for group in groups]
         lines.append(f"| *SRPPO minus {pair.name}* | {' | '.join(cells)} |")
     estimate = next(iter(arms[-1].figures.values()))
     n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"

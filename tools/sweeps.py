@@ -15,8 +15,8 @@ from srppo.ablations.analysis import analyse
 from srppo.ablations.run import load_sweep
 from srppo.record.store import Stage
 from srppo.report.history import environment_of
-from srppo.report.sweep import spent_of, stages_of
-from srppo.report.sweep_words import answer, trend_lines
+from srppo.report.sweep import stages_of
+from srppo.report.sweep_words import answer, spent_line, trend_lines
 
 EXTRA = {"kl-steps": "kl --axis reward.anchor=sft --axis reward.beta=0.125,0.25,0.5 --axis ppo.steps=5,10,20,40"}
 """Sweeps that are no shipped one at its defaults: NAME=FOLDER names them, and this follows `srppo ablate`."""
@@ -52,7 +52,7 @@ def said(argument: str) -> tuple[str, str]:
     slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
     files = {"Cells": "cells.csv", "differences": "differences.csv", "slopes": "trends.csv"}
     links = [f"[{word}]({where}/{file})" for word, file in files.items() if (ROOT / "docs" / where / file).exists()]
-    lines = [answer(result), *slopes, spent_of(stages), f"{', '.join(links)}."]
+    lines = [answer(result), *slopes, spent_line(stages.values()), f"{', '.join(links)}."]
     return command, f"{picture}\n\n{' '.join(lines)}"
 
 

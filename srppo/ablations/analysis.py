@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
-from srppo.ablations.spec import Cell, Comparison, Sweep
+from srppo.ablations.spec import Analysis, Cell, Comparison, Sweep
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
@@ -139,8 +139,8 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     scores = {cell: {seed: each.scores for seed, each in by_seed.items()} for cell, by_seed in found.items()}
     cells = tuple(_cell(progress, found[progress.cell]) for progress in watch.cells(states))
     rows = tuple(row for cell, by_seed in found.items() for row in _rows(plan.sweep, cell, by_seed))
-    differences = _differences(plan, scores)
-    return SweepResult(plan, cells, differences, trends(plan.sweep, scores), rows, peaks(plan.sweep, scores))
+    trends, peaks = _along_the_axis(plan.sweep, scores)
+    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks)
 
 
 def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:
@@ -186,6 +186,9 @@ def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
         values = _matrix([scores], metric)[0]
         accuracy[metric] = calibrated_interval(values, limits=(0.0, 1.0), draws=DRAWS)
         iqm[metric] = interquartile_mean(values.mean(axis=1))
+    figures: dict[str, list[float]] = {}
+    for key, value in (figure for each in measured for figure in each.figures.items()):
+        figures.setdefault(key, []).append(value)
     return CellResult(
         progress.cell,
         tuple(found),
@@ -195,7 +198,7 @@ def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
         _mean([each.flops for each in measured]),
         _mean([each.selection_flops for each in measured]) or 0.0,
         _mean([each.seconds for each in measured if each.seconds is not None]),
-        _means([each.figures for each in measured]),
+        {key: float(np.mean(values)) for key, values in figures.items()},
         progress.reasons,
     )
 
@@ -246,41 +249,40 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
 
 def _differences(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Tested, ...]:
     """The family on the primary metric, corrected by Holm; then the same pairs on every other metric, exploratory."""
-    analysis = plan.sweep.analysis
-    primary = (analysis.group, analysis.decoding)
+    family = plan.sweep.analysis.family
+    primary = (plan.sweep.analysis.group, plan.sweep.analysis.decoding)
     metrics = dict.fromkeys(m for by_seed in scores.values() for by_metric in by_seed.values() for m in by_metric)
-    found = []
-    pairs = {each: _paired(scores, each, primary) for each in analysis.family}
-    usable = {each: pair for each, pair in pairs.items() if pair is not None}
+    usable = {each: pair for each in family if (pair := _paired(scores, each, primary)) is not None}
     flips = [sign_flip(gaps.mean(axis=1)).p for gaps, _ in usable.values()]
     # What failed still counts in the correction: a family does not shrink because some of it is missing.
-    corrected = holm([*flips, *[1.0] * (len(pairs) - len(usable))])
-    for (each, (gaps, seeds)), p, p_holm in zip(usable.items(), flips, corrected, strict=False):
-        found.append(_tested(each, primary, gaps, seeds, p, p_holm, analysis.alpha, len(pairs)))
+    corrected = holm([*flips, *[1.0] * (len(family) - len(usable))])
+    found = [
+        _tested(plan.sweep.analysis, each, primary, *pair, p, p_holm)
+        for (each, pair), p, p_holm in zip(usable.items(), flips, corrected, strict=False)
+    ]
     for metric in metrics:
-        for each in analysis.family if metric != primary else ():
-            pair = _paired(scores, each, metric)
-            if pair is not None:
-                found.append(_tested(each, metric, *pair, math.nan, math.nan, analysis.alpha, len(pairs)))
+        for each in family if metric != primary else ():
+            if (pair := _paired(scores, each, metric)) is not None:
+                found.append(_tested(plan.sweep.analysis, each, metric, *pair, math.nan, math.nan))
     return tuple(found)
 
 
 def _tested(
+    analysis: Analysis,
     comparison: Comparison,
     metric: Metric,
     gaps: NDArray[np.float64],
     seeds: tuple[int, ...],
     p: float,
     p_holm: float,
-    alpha: float,
-    comparisons: int,
 ) -> Tested:
+    alpha = analysis.alpha
     interval = calibrated_interval(gaps, limits=(-1.0, 1.0), draws=DRAWS)
     verdict = "cannot tell"
     if p_holm <= alpha and (interval.low > 0 or interval.high < 0):
         verdict = "better" if interval.mean > 0 else "worse"
     error, df = crossed_error(gaps)
-    can = len(seeds) >= seeds_needed(alpha, comparisons)
+    can = len(seeds) >= seeds_needed(alpha, len(analysis.family))
     least = detectable(error, df, alpha=alpha) if can and error > 1e-12 else math.inf
     return Tested(comparison, metric, seeds, interval, p, p_holm, least, verdict, not math.isnan(p))
 
@@ -311,93 +313,57 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}
-
-
 # ---- along an axis
 
 
-def trends(sweep: Sweep, scores: Mapping[Cell, Scores]) -> tuple[Trend, ...]:
-    """Slopes along the planned axis, of each arm and of each kind of difference, apart for each other axis value."""
-    analysis = sweep.analysis
-    metric, found = (analysis.group, analysis.decoding), []
-    for what, where, line in _lines(sweep, scores, _pairs(sweep)):
-        slope = _slope(line, analysis.scale)
-        if slope is not None:
-            estimate, seeds, same = slope
-            axis = analysis.trend or ""
-            found.append(Trend(what, axis, analysis.scale, where, metric, estimate, len(line), seeds, same))
-    return tuple(found)
+def _along_the_axis(sweep: Sweep, scores: Mapping[Cell, Scores]) -> tuple[tuple[Trend, ...], tuple[Peak, ...]]:
+    """(slopes of each arm and of each kind of difference, peaks of each arm) along the planned axis, on the primary
+    metric, apart for each other axis value.
+
+    Over the seeds that have every point, where there are three; an arm that is the same at all of them has no peak.
+    Slopes are least squares, seed by seed and item by item: linear, so their intervals are those of a mean.
+    """
+    analysis, trends, peaks = sweep.analysis, list[Trend](), list[Peak]()
+    metric, axis, scale = (analysis.group, analysis.decoding), analysis.trend or "", analysis.scale
+    for what, where, line in _lines(sweep, scores, metric):
+        seeds = [s for s in line[0][1] if all(s in own for _, own in line)] if len({x for x, _ in line}) >= 3 else []
+        if not seeds:
+            continue
+        rows = [(x, np.array([own[seed] for seed in seeds])) for x, own in line]
+        same = all(np.array_equal(row, rows[0][1]) for _, row in rows)
+        xs = np.array([math.log2(x) if scale == "log2" else x for x, _ in line])
+        weights = (xs - xs.mean()) / ((xs - xs.mean()) ** 2).sum()
+        slopes = np.asarray(sum(weight * row for weight, (_, row) in zip(weights, rows, strict=True)))
+        slope = calibrated_interval(slopes, draws=DRAWS)
+        trends.append(Trend(what, axis, scale, where, metric, slope, len(line), len(seeds), same))
+        if same or not any(arm.name == what for arm in sweep.arms):
+            continue
+        values = dict(sorted(rows, key=lambda row: row[0]))
+        at = max(values, key=lambda x: float(values[x].mean()))
+        ends = [x for x in (min(values), max(values)) if x != at]
+        drops = [(x, calibrated_interval(values[at] - values[x], limits=(-1.0, 1.0), draws=DRAWS)) for x in ends]
+        peaks.append(Peak(what, axis, where, at, float(values[at].mean()), tuple(drops), len(seeds)))
+    return tuple(trends), tuple(peaks)
 
 
-def peaks(sweep: Sweep, scores: Mapping[Cell, Scores]) -> tuple[Peak, ...]:
-    """Of each arm that is not the same at every point, along the planned axis."""
-    found = [_peak(sweep, *line) for line in _lines(sweep, scores, ())]
-    return tuple(each for each in found if each is not None)
-
-
-def _pairs(sweep: Sweep) -> tuple[tuple[str, str], ...]:
-    """(model, baseline) of the comparisons within a point."""
-    within = [each for each in sweep.analysis.family if each.model.point == each.baseline.point]
-    return tuple(dict.fromkeys((each.model.arm, each.baseline.arm) for each in within))
-
-
-def _lines(
-    sweep: Sweep, scores: Mapping[Cell, Scores], pairs: Sequence[tuple[str, str]]
-) -> Iterator[tuple[str, str, Line]]:
-    """(what, where, values along the planned axis) of each arm and pair of arms, on the primary metric."""
-    axis, metric = sweep.analysis.trend, (sweep.analysis.group, sweep.analysis.decoding)
+def _lines(sweep: Sweep, scores: Mapping[Cell, Scores], metric: Metric) -> Iterator[tuple[str, str, Line]]:
+    """(what, where, values along the planned axis) of each arm, and of each pair that is compared within a point."""
+    axis, family = sweep.analysis.trend, sweep.analysis.family
+    within = [(each.model.arm, each.baseline.arm) for each in family if each.model.point == each.baseline.point]
     for where, points in sweep.lines(axis).items() if axis is not None else ():
         lines: dict[str, list[tuple[float, dict[int, NDArray[np.float64]]]]] = {}
         for point in points:
             x = float(point.values[axis or ""])
-            by_arm = {a.name: _by_seed(scores[Cell(point.name, a.name)], metric) for a in sweep.arms}
-            for name, own in by_arm.items():
-                lines.setdefault(name, []).append((x, own))
-            for model, baseline in pairs:
+            by_arm = {}
+            for arm in sweep.arms:
+                found = scores[Cell(point.name, arm.name)]
+                by_arm[arm.name] = {
+                    seed: np.array(each[metric].scores) for seed, each in found.items() if metric in each
+                }
+                lines.setdefault(arm.name, []).append((x, by_arm[arm.name]))
+            for model, baseline in dict.fromkeys(within):
                 after, before = by_arm[model], by_arm[baseline]
                 gap = {seed: after[seed] - before[seed] for seed in after if seed in before}
                 lines.setdefault(f"{model} minus {baseline}", []).append((x, gap))
         for what, line in lines.items():
             yield what, where, line
-
-
-def _by_seed(scores: Scores, metric: Metric) -> dict[int, NDArray[np.float64]]:
-    return {seed: np.array(found[metric].scores) for seed, found in scores.items() if metric in found}
-
-
-def _seeds(line: Line) -> list[int]:
-    """Seeds that have every point; none where there are not three values on the axis."""
-    return [s for s in line[0][1] if all(s in own for _, own in line)] if len({x for x, _ in line}) >= 3 else []
-
-
-def _same(line: Line, seeds: Sequence[int]) -> bool:
-    return all(np.array_equal(own[seed], line[0][1][seed]) for _, own in line for seed in seeds)
-
-
-def _slope(line: Line, scale: str) -> tuple[Estimate, int, bool] | None:
-    """(slope, seeds, whether nothing differs between points). None without three points and a seed that has them all.
-
-    Least squares over the points, seed by seed and item by item: linear, so its interval is that of a mean.
-    """
-    xs = np.array([math.log2(x) if scale == "log2" else x for x, _ in line])
-    seeds = _seeds(line)
-    if not seeds:
-        return None
-    weights = (xs - xs.mean()) / ((xs - xs.mean()) ** 2).sum()
-    values = np.array([sum(w * own[seed] for w, (_, own) in zip(weights, line, strict=True)) for seed in seeds])
-    return calibrated_interval(values, draws=DRAWS), len(seeds), _same(line, seeds)
-
-
-def _peak(sweep: Sweep, what: str, where: str, line: Line) -> Peak | None:
-    """None without three points and a seed that has them all, and where all points are the same."""
-    seeds = _seeds(line)
-    if not seeds or _same(line, seeds):
-        return None
-    values = {x: np.array([own[seed] for seed in seeds]) for x, own in sorted(line, key=lambda each: each[0])}
-    at = max(values, key=lambda x: float(values[x].mean()))
-    ends = [x for x in (min(values), max(values)) if x != at]
-    drops = [(x, calibrated_interval(values[at] - values[x], limits=(-1.0, 1.0), draws=DRAWS)) for x in ends]
-    return Peak(what, sweep.analysis.trend or "", where, at, float(values[at].mean()), tuple(drops), len(seeds))

@@ -30,7 +30,6 @@ GRACE_S = 5.0  # for the process to end once it has answered, or was interrupted
 SEED_SD, ITEM_SD, REST_SD = 0.06, 0.30, 0.45
 """Of a paired difference of accuracies: between seeds, between items, and within both; what ten seeds of `srppo demo`
 gave for SRPPO minus SFT (0.05, 0.34, 0.43) and minus longer SFT (0.07, 0.17, 0.48), greedy."""
-POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds: of each task, by key. least: the smallest difference such a sweep shows with 80% power before
-    correction, NaN where its seeds cannot show any."""
+    """seconds: of each task, by key. lines: what could be significant, in plain words."""
 
     seconds: Mapping[str, float]
-    least: float
     lines: tuple[str, ...]
-
-    @property
-    def core_hours(self) -> float:
-        return sum(self.seconds.values()) / 3600
 
 
 # ---- what is tried
@@ -159,11 +152,20 @@ def _measure(recipe: Recipe, device: str) -> Pace:
 # ---- what it says
 
 
-def estimate(plan: Plan, paces: Mapping[str, Pace]) -> Estimate:
-    """paces: measured, by `model.base`."""
+def estimate(plan: Plan, device: str, console: Console) -> Estimate:
+    """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
+    tasks = [task for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
+    console.say("checking the data")
+    check_data(tasks)
+    paces: dict[str, Pace] = {}
+    for recipe in (task.recipe for task in tasks):
+        base = recipe.model.base
+        if base not in paces:
+            console.say(f"measuring a short step of {base}")
+            paces[base] = measure_pace(recipe, device)
     seconds = {key: task_seconds(task, paces[task.recipe.model.base]) for key, task in plan.tasks.items()}
     items = test_items(plan.sweep.recipe)[plan.sweep.analysis.group]
-    return Estimate(seconds, could_show(plan, items), tuple(power_lines(plan, items)))
+    return Estimate(seconds, tuple(power_lines(plan, items)))
 
 
 def task_seconds(task: Task, pace: Pace) -> float:
@@ -196,33 +198,22 @@ def _sft_steps(recipe: Recipe, pace: Pace) -> tuple[int, int]:
     return recipe.sft.epochs * math.ceil(rows / recipe.sft.batch), recipe.sft.epochs
 
 
-def could_show(plan: Plan, items: int) -> float:
-    """The smallest difference shown with 80% power at these seeds and items, on the spreads assumed above."""
-    seeds, alpha = len(plan.sweep.seeds), plan.sweep.analysis.alpha
-    if seeds < seeds_needed(alpha, max(len(plan.sweep.analysis.family), 1)) or not items:
-        return math.nan
-    error = math.sqrt(SEED_SD**2 / seeds + ITEM_SD**2 / items + REST_SD**2 / (seeds * items))
-    return detectable(error, seeds - 1, alpha=alpha)
-
-
 def power_lines(plan: Plan, items: int) -> list[str]:
-    """In plain words: what could be significant, and a warning where nothing could."""
+    """In plain words: the smallest difference that these seeds and items show, or a warning where none can be."""
     analysis, seeds = plan.sweep.analysis, len(plan.sweep.seeds)
     tests, needed = len(analysis.family), seeds_needed(analysis.alpha, max(len(analysis.family), 1))
     if not tests:
         return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:
-        alone = seeds_needed(analysis.alpha)
+        counted = f"{seeds} seed{'s' * (seeds > 1)} no difference can be significant: {tests} test{'s' * (tests > 1)}"
         return [
-            f"warning: with {_many(seeds, 'seed')} no difference can be significant: {_many(tests, 'test')} of the "
-            f"plan take {needed} seeds (one alone {alone}); read the intervals, or give --seeds"
+            f"warning: with {counted} of the plan take {needed} seeds (one alone {seeds_needed(analysis.alpha)}); read "
+            "the intervals, or give --seeds"
         ]
+    error = math.sqrt(SEED_SD**2 / seeds + ITEM_SD**2 / items + REST_SD**2 / (seeds * items))
+    least = detectable(error, seeds - 1, alpha=analysis.alpha)
     return [
-        f"{seeds} seeds and {items} items a group show differences of about {could_show(plan, items):.2f} or more with "
-        f"80% power before Holm's correction over {tests} (assumed spreads: {SEED_SD:g} between seeds, {ITEM_SD:g} "
-        f"between items, {REST_SD:g} within)"
+        f"{seeds} seeds and {items} items a group show differences of about {least:.2f} or more with 80% power before "
+        f"Holm's correction over {tests} (assumed spreads: {SEED_SD:g} between seeds, {ITEM_SD:g} between items, "
+        f"{REST_SD:g} within)"
     ]
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

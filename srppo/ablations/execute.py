@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from srppo.ablations.ledger import Ledger
@@ -22,13 +21,12 @@ def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console
     """Run the task's stage to its commit, or find it committed. Raises what the stage raises."""
     console = console or Console(plain=True)
     run = prepare_run(task.recipe, [task.kind], ledger.run, console, device=device, environment=environment())
-    run_stages(run, share=task.share, on_stage=partial(_link, task, ledger))
 
+    def link(kind: str, stage: Stage) -> None:
+        if kind == task.kind:  # its parents have tasks of their own
+            ledger.link(task, stage)
 
-def _link(task: Task, ledger: Ledger, kind: str, stage: Stage) -> None:
-    """Say which stage a task is, before it runs; its parents have tasks of their own."""
-    if kind == task.kind:
-        ledger.link(task, stage)
+    run_stages(run, share=task.share, on_stage=link)
 
 
 def make_ready(task: Task) -> None:

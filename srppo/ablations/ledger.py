@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, Literal
 
 from srppo.ablations.plan import Task
 from srppo.config import Recipe, canonical_json, free_settings
-from srppo.record.files import storing, write_atomic
+from srppo.record.files import storing, write_atomic, write_whole
 from srppo.record.json import read_json, read_lines
 from srppo.record.lease import now
 from srppo.record.store import Run, Stage
@@ -59,12 +58,9 @@ class Ledger:
 
     def link(self, task: Task, stage: Stage) -> None:
         """Remember which stage a task is; said before the stage runs."""
-        path = self.folder(task) / "stage"
-        aside = path.with_name(f".tmp-{uuid.uuid4().hex}")
+        path = self._made(task) / "stage"
         with storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(stage.id)
-            os.replace(aside, path)  # not synced: what a power cut takes, the next try says again
+            write_whole(path, stage.id)  # not synced: what a power cut takes, the next try says again
 
     def state(self, task: Task) -> State:
         """As the stage says; where it says nothing, as the failures do."""
@@ -88,12 +84,10 @@ class Ledger:
     def fail(self, task: Task, reason: str, *, final: bool = False) -> None:
         """Write down a failed try. final: another one would fail the same way; so is the last that is allowed."""
         final = final or len(self.failures(task)) + 1 >= self.tries
-        path = self.folder(task) / "failures.jsonl"
         line = canonical_json({"reason": reason, "final": final, "time": now(), "host": socket.gethostname()}) + "\n"
-        with storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab", buffering=0) as file:
-                file.write(line.encode())
+        path = self._made(task) / "failures.jsonl"
+        with storing(path), open(path, "ab", buffering=0) as file:
+            file.write(line.encode())
 
     def forgive(self, task: Task) -> None:
         """Let a task that was given up be tried again; its failures stay readable."""
@@ -108,22 +102,18 @@ class Ledger:
         write_atomic(self.run.path / "limits.json", canonical_json(limits))
 
     @property
-    def timeout_s(self) -> float | None:
-        """How long a stage may take; None in a sweep that nobody has started yet."""
-        return self._limits().get("timeout_s")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Keys of `config.FREE` as the last start has set them, by `section.key`."""
-        return dict(self._limits().get("settings", {}))
-
-    def _limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, Any]:
+        """What the last start has set: `timeout_s`, None where nobody has started yet, and `settings`, the keys of
+        `config.FREE` by `section.key`."""
         path = self.run.path / "limits.json"
-        return read_json(path) if path.exists() else {}
+        return {"timeout_s": None, "settings": {}} | (read_json(path) if path.exists() else {})
 
     def log_path(self, task: Task) -> Path:
         """Where a new try prints."""
+        return self._made(task) / f"log-{time.time_ns()}-{os.getpid()}.txt"
+
+    def _made(self, task: Task) -> Path:
         folder = self.folder(task)
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"log-{time.time_ns()}-{os.getpid()}.txt"
+        return folder

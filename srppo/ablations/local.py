@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -29,6 +30,10 @@ from srppo.ablations.plan import Task
 from srppo.errors import Diverged, Interrupted, RecordError, RunError, SrppoError, StorageError, UserError
 
 HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
+CODES: dict[type[BaseException], int] = {
+    **{Diverged: DIVERGED, StorageError: STORAGE, UserError: USER},
+    **{Interrupted: INTERRUPTED, KeyboardInterrupt: INTERRUPTED},
+}
 GRACE_S = 30.0  # for children to save after a stop was asked for
 STOPS = (signal.SIGINT, signal.SIGTERM)
 PAUSE_S = 0.1  # between looks at record, clock and table; the end of a stage is seen at once,
@@ -74,9 +79,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._children: dict[str, Any] = {}  # by task: what the engine knows of its running stages
-        self._open = dict(self.tasks)  # not known to be done or given up
-        self._finished: set[str] = set()
-        self._hopeless: set[str] = set()
+        self._closed: dict[str, bool] = {}  # by task: whether it is known to be done, else given up
         self._later: dict[str, float] = {}  # held by others, or just failed: when to look again
 
     def run(self) -> None:
@@ -88,22 +91,17 @@ class Worker:
         gc.freeze()  # or a child that collects garbage would walk and copy all that is loaded here: 0.3 s a time
         with _stop_requests() as stopped:
             try:
-                while self._step():
+                while self._start() or self._children:
                     if stopped:
                         raise Interrupted(STOPPED)
                     self.on_change()
                     self._wait()
+                    self._reap()
+                    self._kill_overdue()
             finally:
                 self._stop_children(stopped)
                 gc.unfreeze()
         self.on_change()
-
-    def _step(self) -> bool:
-        """Reap, time out, start. False once nothing runs and nothing can be started."""
-        self._reap()
-        self._kill_overdue()
-        waits = self._start()
-        return bool(self._children) or waits
 
     def _wait(self) -> None:
         """Until a stage ends, at most PAUSE_S."""
@@ -118,44 +116,31 @@ class Worker:
     def _start(self) -> bool:
         """Fill the free slots with tasks that can run. True while tasks are left that others run or that must wait."""
         waits = False
-        for key, task in list(self._open.items()):
+        for key, task in self.tasks.items():
             if len(self._children) >= self.slots:
                 return True
-            if key in self._children:
+            if key in self._children or key in self._closed:
                 continue
-            if any(need in self._hopeless for need in task.needs):
-                self._give_up(task)
-                continue
-            if not all(need in self._finished for need in task.needs):
+            needs = [self._closed.get(need) for need in task.needs]
+            if False in needs:
+                self._closed[key] = False
+            elif None in needs or self._later.get(key, 0.0) > time.monotonic():
                 waits = True
-                continue
-            if self._later.get(key, 0.0) > time.monotonic():
-                waits = True
-                continue
-            waits |= self._consider(task)
+            else:
+                waits |= self._consider(task)
         return waits
 
     def _consider(self, task: Task) -> bool:
         """Look at the record and start a task if it waits. True where somebody else runs it."""
-        state = self.ledger.state(task)
-        if state.status == "done":
-            self._finish(task)
-        elif state.status in ("failed", "diverged"):
-            self._give_up(task)
-        elif state.status == "running":
+        status = self.ledger.state(task).status
+        if status == "running":
             self._later[task.key] = time.monotonic() + ELSEWHERE_S
             return True
-        else:
+        if status == "waiting":
             self._launch(task)
+        else:
+            self._closed[task.key] = status == "done"
         return False
-
-    def _finish(self, task: Task) -> None:
-        self._finished.add(task.key)
-        del self._open[task.key]
-
-    def _give_up(self, task: Task) -> None:
-        self._hopeless.add(task.key)
-        del self._open[task.key]
 
     def _launch(self, task: Task) -> None:
         taken = {child.slot for child in self._children.values()}
@@ -177,8 +162,7 @@ class Worker:
     def _reap(self) -> None:
         for key, child in list(self._children.items()):
             if _ended(child.pid):
-                _kill_group(child.pid)  # whatever the stage had started itself; its number is still taken
-                code = os.waitstatus_to_exitcode(self._forget(key))
+                code = os.waitstatus_to_exitcode(self._bury(key))
                 self._judge(child.task, code, last_line(child.log))
 
     def _judge(self, task: Task, code: int, reason: str) -> None:
@@ -190,7 +174,7 @@ class Worker:
         elif code == INTERRUPTED:
             pass  # somebody stopped the stage by hand: it is saved, and goes on
         elif (status := self.ledger.state(task).status) == "done":
-            self._finish(task)
+            self._closed[task.key] = True
         elif status == "diverged":
             self.on_event(f"{task.name} diverged: {reason}")
         else:
@@ -213,8 +197,7 @@ class Worker:
             return
         for key, child in list(self._children.items()):
             if time.monotonic() - child.began > self.timeout_s:
-                _kill_group(child.pid)
-                self._forget(key)
+                self._bury(key)
                 self._fail(child.task, f"timed out after {self.timeout_s:g} s")
 
     def _stop_children(self, stopped: Sequence[int]) -> None:
@@ -223,19 +206,18 @@ class Worker:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
-        while self._children and time.monotonic() < deadline and len(stopped) < 2:
-            for key, child in list(self._children.items()):
-                if _ended(child.pid):
-                    _kill_group(child.pid)
-                    self._forget(key)
+        while self._children:
             self._wait()
-        for key, child in list(self._children.items()):
-            _kill_group(child.pid)
-            self._forget(key)
+            late = time.monotonic() >= deadline or len(stopped) >= 2
+            for key, child in list(self._children.items()):
+                if late or _ended(child.pid):
+                    self._bury(key)
 
-    def _forget(self, key: str) -> int:
-        """Wait for a child that has ended, or is about to; its status as the system gives it."""
+    def _bury(self, key: str) -> int:
+        """Kill a child, and whatever it had started itself, ended or not; its status as the system gives it."""
         child = self._children.pop(key)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)  # until it is waited for, its number is still taken
         if child.end is not None:
             os.close(child.end)
         return os.waitpid(child.pid, 0)[1]
@@ -311,7 +293,7 @@ def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int,
         os.setsid()
         _die_with(parent)
         for number in STOPS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _interrupt)
+            signal.signal(number, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
@@ -331,38 +313,19 @@ def try_task(task: Task, ledger: Ledger, execute: Execute) -> int:
     """Run a task in this process; how it ended, as a child's exit code, with the reason as the last printed line."""
     try:
         execute(task, ledger)
-    except Diverged as error:
-        return _end(DIVERGED, error)
-    except Interrupted as error:
-        return _end(INTERRUPTED, error)
-    except StorageError as error:
-        return _end(STORAGE, error)
-    except RecordError as error:
-        # Somebody else was faster, or took over after this process had slept past its lease: their attempt counts.
-        state = ledger.state(task).status
-        return _end(HELD if state in ("running", "done") else 1, error)
-    except UserError as error:
-        return _end(USER, error)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        return _end(1, error)
+        code = next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
+        if isinstance(error, RecordError):
+            # Somebody else was faster, or took over after this process had slept past its lease: their attempt counts.
+            code = HELD if ledger.state(task).status in ("running", "done") else 1
+        elif code == 1:
+            traceback.print_exc()
+        text = str(error).strip().partition("\n")[0]
+        known = isinstance(error, UserError | Diverged | StorageError)
+        with suppress(OSError):  # a disk may be so full that not even this can be written
+            print(text if known else f"{type(error).__name__}: {text}", flush=True)
+        return code
     return 0
-
-
-def _end(code: int, error: BaseException) -> int:
-    text = str(error).strip().partition("\n")[0]
-    known = isinstance(error, UserError | Diverged | StorageError)
-    with suppress(OSError):  # a disk may be so full that not even this can be written
-        print(text if known else f"{type(error).__name__}: {text}", flush=True)
-    return code
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _die_with(parent: int) -> None:
@@ -383,11 +346,6 @@ def _end_of(pid: int) -> int | None:
 def _ended(pid: int) -> bool:
     """Whether a child has come to its end; its number stays taken until it is waited for."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 def last_line(log: Path) -> str:

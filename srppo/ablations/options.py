@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,18 +34,24 @@ def read_options(
     if name not in SWEEPS:
         raise ConfigError(f"unknown sweep {name!r}{_nearest(name, SWEEPS)}; there are: {', '.join(SWEEPS)}")
     short = {"data.size": sizes, "data.noise_rate": rates}
-    given = [*(f"{key}={values}" for key, values in short.items() if values is not None), *axes]
     found: dict[str, tuple[Any, ...]] = {}
-    for text in given:
+    own = SWEEPS[name][1]
+    for text in (*(f"{key}={values}" for key, values in short.items() if values is not None), *axes):
         key, values = read_axis(text)
-        own = SWEEPS[name][1]
         if name != "grid" and key not in own:
             has = f"its axes are {', '.join(own)}" if own else "it has no axis to change"
             raise ConfigError(f"{key} is no axis of {name}: {has}; `srppo ablate grid --axis {key}=...` takes any key")
         if key in found:
             raise ConfigError(f"the axis {key} is given twice; give all its values at once")
         found[key] = values
-    _check_models(name, recipe, found)
+    others = [str(base) for base in found.get("model.base", ()) if not is_embedded(str(base))]
+    if others and is_embedded(recipe.model.base):
+        raise ConfigError(
+            f"model.base = {others[0]} needs data and learning rates of its own, the recipe's are the embedded "
+            "world's: give a recipe with one of these models as model.base"
+        )
+    if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
+        raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
     return Options(recipe, _primary(primary, recipe), seeds, found, quick, _arms(name, arms))
 
 
@@ -71,18 +77,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {lowered[near[0]]!r}?" if near else ""
 
 
-def _check_models(name: str, recipe: Recipe, axes: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ConfigError where the models of a sweep cannot mean what was asked."""
-    others = [str(base) for base in axes.get("model.base", ()) if not is_embedded(str(base))]
-    if others and is_embedded(recipe.model.base):
-        raise ConfigError(
-            f"model.base = {others[0]} needs data and learning rates of its own, the recipe's are the embedded "
-            "world's: give a recipe with one of these models as model.base"
-        )
-    if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
-        raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
-
-
 def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """`section.key=v1,v2` to (key, values). A comma within brackets or quotes belongs to the value."""
     key, _, raw = text.partition("=")
@@ -91,13 +85,14 @@ def read_axis(text: str) -> tuple[str, tuple[Any, ...]]:
         values = tomllib.loads(f"values = [{raw}]")["values"]
     except tomllib.TOMLDecodeError:
         values = [_value(part.strip()) for part in raw.split(",") if part.strip()]
-    if key.strip() == "seed":
+    key = key.strip()
+    if key == "seed":
         raise ConfigError("seed is no axis: every point has the same seeds; give their number with --seeds")
     if not values:
-        raise ConfigError(f"the axis {key.strip()} is empty; give values, for example --axis {key.strip()}=1,2")
+        raise ConfigError(f"the axis {key} is empty; give values, for example --axis {key}=1,2")
     if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-        raise ConfigError(f"the axis {key.strip()} has {twice[0]!r} twice; give each value once")
-    return key.strip(), tuple(values)
+        raise ConfigError(f"the axis {key} has {twice[0]!r} twice; give each value once")
+    return key, tuple(values)
 
 
 def _value(raw: str) -> Any:
@@ -109,47 +104,39 @@ def _value(raw: str) -> Any:
 
 
 def build_sweep(name: str, options: Options) -> Sweep:
-    """The sweep, with every cell's recipe validated. Raises ConfigError for a value that a key does not take."""
+    """The sweep, with every cell's recipe validated. Raises ConfigError for a value that a key does not take, and in a
+    grid for two points that would train and measure the very same stages."""
     sweep = SWEEPS[name][0](options)
     for cell in sweep.cells():
         sweep.recipe_of(cell, sweep.seeds[0])
-    if name == "grid":
-        _refuse_idle_axes(sweep)
-    return sweep
-
-
-def _refuse_idle_axes(sweep: Sweep) -> None:
-    """Raises ConfigError where two points would train and measure the very same stages."""
+    if name != "grid":
+        return sweep
     measured = Plan(replace(sweep, seeds=sweep.seeds[:1])).measured_by
     by_keys: dict[tuple[tuple[str, ...], ...], str] = {}
     for point in sweep.points:
         keys = tuple(measured[Cell(point.name, arm.name), sweep.seeds[0]] for arm in sweep.arms)
-        if other := by_keys.get(keys):
+        if (other := by_keys.setdefault(keys, point.name)) != point.name:
             raise ConfigError(
                 f"the points {other!r} and {point.name!r} are the same to "
                 f"{', '.join(arm.name for arm in sweep.arms)}: an axis changes nothing that they read; leave it out"
             )
-        by_keys[keys] = point.name
+    return sweep
 
 
 def _primary(text: str | None, recipe: Recipe) -> tuple[str, str]:
     """(group, decoding) of the primary metric: given as GROUP/DECODING, else out-of-domain, or the only group."""
     groups = list(test_items(recipe))
     group, _, decoding = (text or "").partition("/")
-    group, decoding = group or _default(groups), decoding or "greedy"
+    group = group or ("unseen" if "unseen" in groups else groups[0] if len(groups) == 1 else "")
+    decoding = decoding or "greedy"
+    if not group:
+        several = ", ".join(groups)
+        raise ConfigError(f"several groups of items ({several}): say which decides, --primary {groups[0]}/greedy")
     if group not in groups:
         raise ConfigError(f"--primary {group!r} is no group of the items; there are: {', '.join(groups)}")
     if decoding not in DECODINGS:
         raise ConfigError(f"--primary {decoding!r} is no decoding; give {' or '.join(DECODINGS)}")
     return group, decoding
-
-
-def _default(groups: Sequence[str]) -> str:
-    if "unseen" in groups:
-        return "unseen"
-    if len(groups) == 1:
-        return groups[0]
-    raise ConfigError(f"several groups of items ({', '.join(groups)}): say which decides, --primary {groups[0]}/greedy")
 
 
 def test_items(recipe: Recipe) -> dict[str, int]:

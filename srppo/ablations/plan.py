@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srppo.ablations.spec import Arm, Cell, Sweep
+from srppo.ablations.spec import Cell, Sweep
 from srppo.config import Recipe, canonical_json
 from srppo.record.store import stage_id
 from srppo.stages.kinds import KINDS, kind_of, stage_settings
@@ -28,8 +28,12 @@ class Task:
     @property
     def name(self) -> str:
         """For lines in a log."""
+        return f"{self.titled(self.kind)}, {self.key[:8]}"
+
+    def titled(self, name: str) -> str:
+        """With its share of the compute, where it has one, and its seed."""
         share = f" ({self.share:g} of the compute)" if self.share is not None else ""
-        return f"{self.kind}{share}, seed {self.recipe.seed}, {self.key[:8]}"
+        return f"{name}{share}, seed {self.recipe.seed}"
 
 
 class Plan:
@@ -43,21 +47,14 @@ class Plan:
         for seed in sweep.seeds:  # seed by seed: a sweep that is stopped has whole seeds
             for cell in sweep.cells():
                 arm, recipe = sweep.arm(cell.arm), sweep.recipe_of(cell, seed)
-                keys = self.measured_by[cell, seed] = self._of_arm(arm, recipe)
+                keys = tuple(self._add(arm.kind, recipe, share) for share in arm.shares or (None,))
+                self.measured_by[cell, seed] = keys
                 for key in keys:
                     self._titles.setdefault(key, f"{cell.arm} at {cell.point}" if len(sweep.points) > 1 else cell.arm)
 
     def title(self, key: str) -> str:
         """A task as people know it: the first cell that it measures, or what it is a parent for, and its seed."""
-        task = self.tasks[key]
-        of = self._titles.get(key, task.kind)
-        share = f" ({task.share:g} of the compute)" if task.share is not None else ""
-        return f"{of}{share}, seed {task.recipe.seed}"
-
-    def _of_arm(self, arm: Arm, recipe: Recipe) -> tuple[str, ...]:
-        if not arm.shares:
-            return (self._add(arm.kind, recipe),)
-        return tuple(self._add(arm.kind, recipe, share) for share in arm.shares)
+        return self.tasks[key].titled(self._titles.get(key, self.tasks[key].kind))
 
     def _add(self, kind: str, recipe: Recipe, share: float | None = None) -> str:
         needs = tuple(self._add(parent, recipe) for parent in KINDS[kind].parents)

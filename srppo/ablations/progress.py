@@ -5,14 +5,15 @@ The table of cells is redrawn in place on a terminal; elsewhere a line says what
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -28,6 +29,7 @@ from srppo.record.store import Stage
 
 GLYPHS = {"waiting": "·", "running": "▸", "done": "●", "failed": "✗", "diverged": "!"}
 STYLES = {"waiting": "dim", "running": "yellow", "done": "green", "failed": "bold red", "diverged": "bold red"}
+WORST_FIRST: tuple[Status, ...] = ("failed", "diverged", "running", "waiting", "done")
 REFRESH_S = 0.5
 LEGEND = "one mark a seed: " + "  ".join(f"{glyph} {name}" for name, glyph in GLYPHS.items())
 
@@ -37,14 +39,21 @@ class Running:
     """A stage at work: `step` of `total`, and seconds left by its own pace; None where it is not known yet."""
 
     task: Task
-    step: int | None
-    total: int | None
-    seconds_left: float | None
+    step: int | None = None
+    total: int | None = None
+    seconds_left: float | None = None
+
+    def __str__(self) -> str:
+        """`step 5 of 20, 12 s left`."""
+        where = "starting" if self.step is None else f"step {self.step} of {self.total}"
+        left = f", {duration(self.seconds_left)} left" if self.seconds_left is not None else ""
+        return f"{where}{left}"
 
 
 @dataclass(frozen=True)
 class CellProgress:
-    """A cell, seed by seed. reasons: of what failed or diverged, each once."""
+    """A cell, seed by seed: of several stages that measure it the worst news, done only when all are. reasons: of what
+    failed or diverged, each once."""
 
     cell: Cell
     statuses: Mapping[int, Status]
@@ -75,32 +84,29 @@ class Watch:
     def cells(self, states: Mapping[str, State] | None = None) -> list[CellProgress]:
         """Every cell of the sweep in table order."""
         states = self.states() if states is None else states
-        return [self._cell(cell, states) for cell in self.plan.sweep.cells()]
-
-    def _cell(self, cell: Cell, states: Mapping[str, State]) -> CellProgress:
-        statuses, running, reasons = {}, [], []
-        for seed in self.plan.sweep.seeds:
-            keys = self.plan.measured_by[cell, seed]
-            statuses[seed] = _joined([states[key].status for key in keys])
-            running += [self.running(self.plan.tasks[key]) for key in keys if states[key].status == "running"]
-            reasons += [f"seed {seed}: {states[key].reason}" for key in keys if states[key].reason]
-        return CellProgress(cell, statuses, tuple(running), tuple(dict.fromkeys(reasons)))
+        found = []
+        for cell in self.plan.sweep.cells():
+            statuses, running, reasons = {}, [], []
+            for seed in self.plan.sweep.seeds:
+                keys = self.plan.measured_by[cell, seed]
+                statuses[seed] = min((states[key].status for key in keys), key=WORST_FIRST.index)
+                running += [self.running(self.plan.tasks[key]) for key in keys if states[key].status == "running"]
+                reasons += [f"seed {seed}: {states[key].reason}" for key in keys if states[key].reason]
+            found.append(CellProgress(cell, statuses, tuple(running), tuple(dict.fromkeys(reasons))))
+        return found
 
     def running(self, task: Task) -> Running:
         """How far a running stage is."""
         stage = self.ledger.stage(task)
-        attempts = stage.attempts() if stage else []
-        if not attempts:
-            return Running(task, None, None, None)
-        events = read_lines(attempts[-1] / "events.jsonl")
+        attempt = stage.attempts()[-1:] if stage else []
+        events = read_lines(attempt[0] / "events.jsonl") if attempt else []
         begun = next((event for event in reversed(events) if event.get("event") == "training"), None)
         if begun is None:
-            return Running(task, None, None, None)
-        step = _last_step(attempts[-1], int(begun["start"]))
-        did = step - int(begun["start"])
+            return Running(task)
+        start, total = int(begun["start"]), int(begun["total"])
+        step = _last_step(attempt[0] / "metrics.jsonl", start)
         seconds = time.time() - datetime.fromisoformat(begun["time"]).timestamp()
-        left = seconds / did * (int(begun["total"]) - step) if did else None
-        return Running(task, step, int(begun["total"]), left)
+        return Running(task, step, total, seconds / (step - start) * (total - step) if step > start else None)
 
 
 def counts(states: Mapping[str, State]) -> Counter[str]:
@@ -130,23 +136,14 @@ def stage_seconds(stage: Stage) -> float | None:
     return sum(end - start for (start, _), end in zip(spans, ends, strict=True))
 
 
-def _joined(statuses: Sequence[Status]) -> Status:
-    """Of a cell that several stages measure: the worst news first, done only when all are."""
-    order: tuple[Status, ...] = ("failed", "diverged", "running", "waiting", "done")
-    return min(statuses, key=order.index)
-
-
-def _last_step(attempt: Any, start: int) -> int:
+def _last_step(path: Path, start: int) -> int:
     """From the end of the log, without reading all of it."""
-    path = attempt / "metrics.jsonl"
     if not path.exists():
         return start
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
-        lines = file.read().split(b"\n")[1 if path.stat().st_size > 8192 else 0 : -1]
-    import json
-
-    return max([start, *(int(json.loads(line)["step"]) for line in lines[-1:])])
+        whole = file.read().split(b"\n")[1 if path.stat().st_size > 8192 else 0 : -1]
+    return max([start, *(int(json.loads(line)["step"]) for line in whole[-1:])])
 
 
 # ---- on the screen
@@ -203,41 +200,23 @@ class LiveTable:
         """The table and what runs now; at most 80 columns."""
         cells = self.watch.cells(self._states)
         table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_column(max_width=34, overflow="ellipsis", no_wrap=True)
-        table.add_column(max_width=20, overflow="ellipsis", no_wrap=True)
-        table.add_column(max_width=22, overflow="ellipsis", no_wrap=True)
-        room = max(self.console.height - 6 - self.slots, 5)
-        shown, hidden = _most_telling(cells, room)
-        last = None
+        for width in (34, 20, 22):
+            table.add_column(max_width=width, overflow="ellipsis", no_wrap=True)
+        shown, last = _most_telling(cells, max(self.console.height - 6 - self.slots, 5)), None
         for each in shown:
-            name = each.cell.point if each.cell.point != last else ""
+            marks = Text.assemble(*((GLYPHS[status], STYLES[status]) for status in each.statuses.values()))
+            table.add_row(each.cell.point if each.cell.point != last else "", each.cell.arm, marks)
             last = each.cell.point
-            table.add_row(name, each.cell.arm, _glyphs(each.statuses))
+        hidden = len(cells) - len(shown)
         lines = [Text(f"{hidden} more cells", "dim")] if hidden else []
         at_work = list({r.task.key: r for each in cells for r in each.running}.values())
         for running in at_work[: self.slots + 2]:
-            lines.append(Text(f"{self.plan.title(running.task.key)}: {running_text(running)}", "yellow"))
+            lines.append(Text(f"{self.plan.title(running.task.key)}: {running}", "yellow"))
         return Group(Text(self.summary(), "bold"), table, *lines, Text(LEGEND, "dim"))
 
 
-def running_text(running: Running) -> str:
-    """`step 5 of 20, 12 s left`."""
-    where = "starting" if running.step is None else f"step {running.step} of {running.total}"
-    left = f", {duration(running.seconds_left)} left" if running.seconds_left is not None else ""
-    return f"{where}{left}"
-
-
-def _glyphs(statuses: Mapping[int, str]) -> Text:
-    text = Text()
-    for status in statuses.values():
-        text.append(GLYPHS[status], STYLES[status])
-    return text
-
-
-def _most_telling(cells: list[CellProgress], room: int) -> tuple[list[CellProgress], int]:
+def _most_telling(cells: list[CellProgress], room: int) -> list[CellProgress]:
     """Cells that fit: those at work or in trouble first, then those that wait, in table order."""
-    if len(cells) <= room:
-        return cells, 0
     rank = {"running": 0, "failed": 1, "diverged": 1, "waiting": 2, "done": 3}
     ranked = sorted(range(len(cells)), key=lambda i: (min(rank[s] for s in cells[i].statuses.values()), i))
-    return [cells[i] for i in sorted(ranked[:room])], len(cells) - room
+    return [cells[i] for i in sorted(ranked[:room])]

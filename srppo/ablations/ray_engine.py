@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,24 +43,20 @@ SHARED = "a sweep's folder must lie on a disk that all nodes share: give --out o
 def run_ray(
     plan: Plan,
     ledger: Ledger,
+    execute: Execute,
     *,
     device: str,
     timeout_s: float | None,
     console: Console,
     slots: int | None = None,
-    execute: Execute | None = None,
 ) -> None:
     """Run what is left on the cluster at RAY_ADDRESS or on this machine; where there is none, on one started for it.
 
-    slots: stages at once, None for as many as the cluster can run. execute: what runs a stage. Raises ConfigError
-    where no node could run one, RecordError naming a node that does not see the record, and what `Worker.run` raises.
+    slots: stages at once, None for as many as the cluster can run. Raises ConfigError where no node could run one,
+    RecordError naming a node that does not see the record, and what `Worker.run` raises.
     """
     run = replace(ledger.run, path=ledger.run.path.absolute())  # a node's processes have another working directory
     ledger = Ledger(run, ledger.tries)
-    if execute is None:
-        from srppo.ablations.execute import execute as real  # torch comes with this
-
-        execute = partial(real, device=device)
     with _cluster(run.path / "ray.log", console) as log:
         needs = _needs(device)
         room = _room(needs)
@@ -197,14 +192,13 @@ def _printing_to(log: Path) -> Iterator[None]:
     """Let this process and what it starts print into a file."""
     kept = os.dup(1), os.dup(2)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _redirect(file, file)
-    os.close(file)
     try:
+        _redirect(file, file)
         yield
     finally:
         _redirect(*kept)
-        for old in kept:
-            os.close(old)
+        for each in (file, *kept):
+            os.close(each)
 
 
 def _redirect(out: int, err: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from srppo.ablations.estimate import Estimate, Pace, check_data, estimate, measure_pace
+from srppo.ablations.estimate import Estimate, check_data, estimate
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.options import build_sweep
 from srppo.ablations.plan import Plan
@@ -49,18 +50,19 @@ def ablate_command(
         import srppo.ablations.ray_engine  # noqa: F401  a missing Ray is said now, not after the trial
     sweep = build_sweep(name, options)
     plan = Plan(sweep)
-    folder = out or Path("runs") / f"{name}-{_id(sweep)}"
+    spec = sweep.as_spec()
+    decides = canonical_json({**spec, "recipe": decisive(spec["recipe"])})
+    folder = out or Path("runs") / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
     if not plan_only:
         _refuse_other(folder, sweep)
     slots, gpus, device = places(sweep, launch)
-    found = _estimate(plan, device, console)
+    found = estimate(plan, device, console)
     for line in plan_lines(plan, found, folder, slots):
         console.say(line)
     if plan_only:
         return None
-    run = Run.open(folder, sweep.as_spec())
+    ledger = Ledger(Run.open(folder, sweep.as_spec()), TRIES)
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
-    ledger = Ledger(run, TRIES)
     ledger.limit(timeout_s, sweep.recipe)
     if launch.retry:
         forgive(plan, ledger, console)
@@ -70,9 +72,11 @@ def ablate_command(
         write_sbatch(plan, ledger, found, slots=slots, device=launch.device, timeout_s=timeout_s, console=console)
         return None
     if launch.engine == "ray":
+        from srppo.ablations.execute import execute  # torch comes with this
         from srppo.ablations.ray_engine import run_ray
 
-        run_ray(plan, ledger, slots=launch.slots, device=device, timeout_s=timeout_s, console=console)
+        run = partial(execute, device=device)
+        run_ray(plan, ledger, run, slots=launch.slots, device=device, timeout_s=timeout_s, console=console)
     else:
         work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     return folder
@@ -107,7 +111,7 @@ def work_command(folder: Path, launch: Launch, console: Console) -> None:
         raise RecordError(f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match")
     slots, gpus, device = places(plan.sweep, launch)
     check_data([next(iter(plan.tasks.values()))])  # a wrong folder here must not fail every stage
-    timeout_s = launch.timeout_s or ledger.timeout_s
+    timeout_s = launch.timeout_s or ledger.limits["timeout_s"]
     work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     raise_if_lost(plan, ledger)
 
@@ -118,7 +122,7 @@ def load_sweep(folder: Path) -> tuple[Plan, Ledger]:
     if not is_sweep(run.spec):
         raise RecordError(f"{folder} is the record of a single run, not of a sweep; `srppo report {folder}` reads it")
     ledger, sweep = Ledger(run, TRIES), Sweep.from_spec(run.spec)
-    return Plan(replace(sweep, recipe=with_overrides(sweep.recipe, ledger.settings))), ledger
+    return Plan(replace(sweep, recipe=with_overrides(sweep.recipe, ledger.limits["settings"]))), ledger
 
 
 def work(
@@ -135,8 +139,7 @@ def work(
     from srppo.ablations.execute import execute, make_ready  # torch comes with this
     from srppo.ablations.local import Worker, run_apart
 
-    watch = Watch(plan, ledger)
-    table = LiveTable(plan, watch, console, slots)
+    table = LiveTable(plan, Watch(plan, ledger), console, slots)
     worker = Worker(
         plan.tasks,
         ledger,
@@ -149,7 +152,7 @@ def work(
         on_event=console.warn,
     )
     with table.shown():
-        if any(state.status in ("waiting", "running") for state in watch.states().values()):
+        if any(state.status in ("waiting", "running") for state in table.watch.states().values()):
             run_apart(worker)
     console.say(table.summary())
 
@@ -175,7 +178,10 @@ def places(sweep: Sweep, launch: Launch) -> tuple[int, tuple[str, ...], str]:
     if launch.device.startswith("cuda") and not gpus and launch.engine == "local":
         raise ConfigError(f"device {launch.device!r} cannot be used here: no GPU is visible; try --device cpu")
     slots = launch.slots or (len(gpus) or (cores if embedded else 1))
-    prepare_process(1 if embedded else max(cores // slots, 1))
+    # What torch and its kin read when they are imported; children inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", str(1 if embedded else max(cores // slots, 1)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if launch.device.startswith("cuda") and not gpus:
         return slots, (), "cuda"  # of nodes elsewhere
     if gpus:
@@ -193,59 +199,25 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named.split(",")[:count]) if named else tuple(map(str, range(count)))
 
 
-def prepare_process(threads: int) -> None:
-    """Set what torch and its kin read when they are imported. Children inherit it."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
 def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[str]:
     """What is about to happen, in a few lines."""
-    sweep, kinds = plan.sweep, _kinds(plan)
-    values = {
-        axis: dict.fromkeys(label(p.values[axis]) for p in sweep.points if axis in p.values) for axis in sweep.axes
-    }
+    sweep, analysis = plan.sweep, plan.sweep.analysis
+    values = {axis: [label(p.values[axis]) for p in sweep.points if axis in p.values] for axis in sweep.axes}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(task.kind for task in plan.tasks.values()).items())
     alone = sum(len(keys) for keys in plan.measured_by.values())
-    analysis = sweep.analysis
+    hours = sum(found.seconds.values()) / 3600
     return [
         f"sweep {sweep.name}: {sweep.question}",
-        *(f"{axis}: {', '.join(found_values)}" for axis, found_values in values.items()),
+        *(f"{axis}: {', '.join(dict.fromkeys(labels))}" for axis, labels in values.items()),
         f"arms: {', '.join(arm.name for arm in sweep.arms)}; seeds {sweep.seeds[0]} to {sweep.seeds[-1]}",
         f"{len(sweep.points)} points x {len(sweep.arms)} arms x {len(sweep.seeds)} seeds = "
         f"{len(sweep.cells()) * len(sweep.seeds)} cells; {len(plan.tasks)} stages after sharing ({kinds}), "
         f"{alone} measured",
-        f"estimated from a measured short step: {found.core_hours:.2f} core-hours, "
-        f"{duration(found.core_hours * 3600 / slots)} with {slots} at once",
+        f"estimated from a measured short step: {hours:.2f} core-hours, {duration(hours * 3600 / slots)} with {slots} "
+        "at once",
         f"fixed now: {analysis.group} items, {analysis.decoding}; {len(analysis.family)} paired differences, "
         f"{analysis.test}, {analysis.correction} at {analysis.alpha:g}; all else is exploratory",
         *found.lines,
         *(f"note: {note}" for note in sweep.notes),
         f"folder: {folder}",
     ]
-
-
-def _kinds(plan: Plan) -> str:
-    found: dict[str, int] = {}
-    for task in plan.tasks.values():
-        found[task.kind] = found.get(task.kind, 0) + 1
-    return ", ".join(f"{count} {kind}" for kind, count in found.items())
-
-
-def _estimate(plan: Plan, device: str, console: Console) -> Estimate:
-    """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
-    tasks = [task for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
-    console.say("checking the data")
-    check_data(tasks)
-    paces: dict[str, Pace] = {}
-    for recipe in (task.recipe for task in tasks):
-        base = recipe.model.base
-        if base not in paces:
-            console.say(f"measuring a short step of {base}")
-            paces[base] = measure_pace(recipe, device)
-    return estimate(plan, paces)
-
-
-def _id(sweep: Sweep) -> str:
-    spec = sweep.as_spec()
-    return hashlib.sha256(canonical_json({**spec, "recipe": decisive(spec["recipe"])}).encode()).hexdigest()[:8]

@@ -80,7 +80,11 @@ def write_sbatch(
         f"wrote {script}: {workers} workers, at most {_limit(left, found.seconds, workers)} each; logs in slurm/"
     )
     if shutil.which("sbatch"):
-        job = _submit(script)
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+        if done.returncode:
+            why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise RunError(f"sbatch refused {script}: {why}; change the script's #SBATCH lines and submit it by hand")
+        job = done.stdout.strip().partition(";")[0]
         console.say(f"submitted as job {job}; watch it with `squeue -j {job}`, read it with `{report}`")
     else:
         where = "there is no sbatch here: on the cluster, with this folder on a disk that its nodes share,"
@@ -104,12 +108,14 @@ def sbatch_script(
     gpu = device.startswith("cuda") or (device == "auto" and not embedded)
     command = [sys.executable, "-m", "srppo", "worker", str(folder), "--plain", "--slots", "1", "--device", device]
     command += ["--timeout", f"{timeout_s:.0f}"] if timeout_s else []
+    # Read alike by the shell and by sbatch, whose own quotes differ from the shell's; % is sbatch's.
+    logs = re.sub(r"([^\w@%+=:,./-])", r"\\\1", str(folder / "slurm").replace("%", "%%"))
     return SCRIPT.format(
-        job=_word(f"srppo-{folder.name}"),
+        job=re.sub(r"[^A-Za-z0-9._-]", "_", f"srppo-{folder.name}"),
         workers=workers,
         cores=1 if embedded else 4,
         limit=_limit(left, seconds, workers),
-        log=_escaped(str(folder / "slurm").replace("%", "%%")) + "/%A-%a.txt",
+        log=f"{logs}/%A-%a.txt",
         gpu="" if gpu else "#",
         cwd=shlex.quote(cwd),
         command=shlex.join(command),
@@ -125,21 +131,3 @@ def _limit(left: list[Task], seconds: Mapping[str, float], workers: int) -> str:
     minutes = SLACK * max(share, max(ends.values())) / 60
     rounded = min(math.ceil(minutes / STEP_MIN) * STEP_MIN, MOST_MIN)
     return f"{rounded // 60:02d}:{rounded % 60:02d}:00"
-
-
-def _submit(script: Path) -> str:
-    """The job's number."""
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RunError(f"sbatch refused {script}: {said}; change the script's #SBATCH lines and submit it by hand")
-    return done.stdout.strip().partition(";")[0]
-
-
-def _word(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text)
-
-
-def _escaped(text: str) -> str:
-    """Read alike by the shell and by sbatch, whose own quotes differ from the shell's."""
-    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", text)

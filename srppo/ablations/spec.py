@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from srppo.config import CODE_EPOCH, Recipe, build_recipe, with_overrides
 from srppo.errors import ConfigError
@@ -109,7 +111,24 @@ class Sweep:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self)
+        """Raises ConfigError for what could not be analysed."""
+        if not self.points:
+            raise ConfigError(f"sweep {self.name} has no points: an axis is empty; give at least one value")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"sweep {self.name} has the seeds {list(self.seeds)}; give one or more, each once")
+        for names, what in (([p.name for p in self.points], "point"), ([a.name for a in self.arms], "arm")):
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise ConfigError(f"sweep {self.name} has the {what} {twice[0]!r} twice; give each value once")
+        cells, family = set(self.cells()), self.analysis.family
+        for cell in (cell for each in family for cell in (each.model, each.baseline)):
+            if cell not in cells:
+                raise ConfigError(f"sweep {self.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")
+        if len(family) > MOST_COMPARISONS:
+            raise ConfigError(
+                f"sweep {self.name} would test {len(family)} differences; its family may have {MOST_COMPARISONS}, or "
+                "Holm's correction leaves little to see: trim an axis (--axis KEY=V1,V2), leave out arms (--arms of "
+                "grid), or run two sweeps"
+            )
 
     def cells(self) -> list[Cell]:
         """Arms within points, in the order of tables."""
@@ -142,60 +161,21 @@ class Sweep:
 
     def as_spec(self) -> dict[str, Any]:
         """What sweep.json holds."""
-        parts = {key: value for key, value in vars(self).items() if key != "recipe"}
-        spec = {key: _plain(value) for key, value in parts.items()}
-        recipe = self.recipe.model_dump(mode="json")
-        return {"sweep": spec.pop("name"), "code_epoch": CODE_EPOCH, "recipe": recipe, **spec}
+        spec = _ADAPTER.dump_python(self, mode="json")
+        return {"sweep": spec.pop("name"), "code_epoch": CODE_EPOCH, **spec}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Sweep:
         """The sweep that `as_spec` wrote."""
-        analysis = dict(spec["analysis"])
-        family = tuple(Comparison(Cell(**each["model"]), Cell(**each["baseline"])) for each in analysis.pop("family"))
-        return cls(
-            name=spec["sweep"],
-            question=spec["question"],
-            recipe=build_recipe(spec["recipe"]),
-            axes=tuple(spec["axes"]),
-            points=tuple(Ablation(**point) for point in spec["points"]),
-            arms=tuple(Arm(**{**arm, "shares": tuple(arm["shares"])}) for arm in spec["arms"]),
-            seeds=tuple(spec["seeds"]),
-            analysis=Analysis(family=family, **analysis),
-            notes=tuple(spec["notes"]),
-        )
+        return _ADAPTER.validate_python({**spec, "name": spec["sweep"], "recipe": build_recipe(spec["recipe"])})
+
+
+_ADAPTER = TypeAdapter(Sweep)
 
 
 def _one_to_one(points: Sequence[Ablation], one: str, other: str) -> bool:
     pairs = {(label(point.values.get(one)), label(point.values.get(other))) for point in points}
     return 1 < len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
-
-
-def _check(sweep: Sweep) -> None:
-    """Raises ConfigError for what could not be analysed."""
-    if not sweep.points:
-        raise ConfigError(f"sweep {sweep.name} has no points: an axis is empty; give at least one value")
-    if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
-        raise ConfigError(f"sweep {sweep.name} has the seeds {list(sweep.seeds)}; give one or more, each once")
-    for names, what in (([p.name for p in sweep.points], "point"), ([a.name for a in sweep.arms], "arm")):
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ConfigError(f"sweep {sweep.name} has the {what} {twice[0]!r} twice; give each value once")
-    cells = set(sweep.cells())
-    for comparison in sweep.analysis.family:
-        for cell in (comparison.model, comparison.baseline):
-            if cell not in cells:
-                raise ConfigError(f"sweep {sweep.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")
-    if (tests := len(sweep.analysis.family)) > MOST_COMPARISONS:
-        raise ConfigError(
-            f"sweep {sweep.name} would test {tests} differences; its family may have {MOST_COMPARISONS}, or Holm's "
-            "correction leaves little to see: trim an axis (--axis KEY=V1,V2), leave out arms (--arms of grid), or run "
-            "two sweeps"
-        )
 
 
 def every(points: Iterable[Ablation], model: str, *baselines: str) -> tuple[Comparison, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from srppo.ablations.spec import Ablation, Analysis, Arm, Cell, Comparison, Sweep, every, grid, label
+from srppo.ablations.spec import Ablation, Analysis, Arm, Comparison, Sweep, every, grid, label
 from srppo.config import Recipe, is_embedded
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
@@ -60,30 +60,39 @@ class Options:
         self,
         name: str,
         question: str,
-        axes: Sequence[str],
         points: Sequence[Ablation],
-        arms: Sequence[Arm],
-        family: Sequence[Comparison],
+        arms: Sequence[Arm] = (SFT, SRPPO),
+        family: Sequence[Comparison] | None = None,
         *,
+        axes: Sequence[str] | None = None,
         trend: str | None = None,
         scale: str = "linear",
         notes: Sequence[str] = (),
     ) -> Sweep:
-        """A sweep of this recipe, its seeds and its primary metric. Without three points there is no trend."""
+        """A sweep of this recipe, its seeds and its primary metric.
+
+        family: SRPPO minus every other arm; without SRPPO every arm minus SFT, or minus the first. axes: all that the
+        points have values on. Without three points there is no trend.
+        """
+        if family is None:
+            names = [arm.name for arm in arms]
+            base = next((name for name in ("SRPPO", "SFT") if name in names), names[0])
+            others = [name for name in names if name != base]
+            lone = [each for name in others for each in every(points, name, base)]
+            family = every(points, base, *others) if base == "SRPPO" else lone
         if self.recipe.model.sft is not None and (longer := [arm.name for arm in arms if arm.shares]):
             # What a given SFT model took is not known, so nothing can be trained at equal compute.
             arms = [arm for arm in arms if not arm.shares]
             family = [each for each in family if not {each.model.arm, each.baseline.arm} & set(longer)]
             notes = [*notes, f"{longer[0]} is left out: what the given model.sft took to train is not known"]
         if trend is not None and not all(_fits(point.values.get(trend), scale) for point in points):
-            trend, notes = (
-                None,
-                [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"],
-            )
+            notes = [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"]
+            trend = None
         test = f"{'exact ' if len(self.seed_list) <= EXACT_FLIPS else ''}sign-flip over seeds"
         analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale, test)
+        lie_on = tuple(dict.fromkeys(key for point in points for key in point.values) if axes is None else axes)
         return Sweep(
-            name, question, self.recipe, tuple(axes), tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
+            name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
         )
 
 
@@ -105,14 +114,11 @@ def data_size(options: Options) -> Sweep:
         for budget, keys in budgets.items()
         for size in sizes
     ]
-    arms = (SFT, SRPPO) if options.quick else (SFT, LONGER, SRPPO)
     return options.sweep(
         "data-size",
         "With how many demonstrations does SRPPO beat SFT, and longer SFT?",
-        ("demonstrations", "same"),
         points,
-        arms,
-        every(points, "SRPPO", *(arm.name for arm in arms if arm is not SRPPO)),
+        (SFT, SRPPO) if options.quick else (SFT, LONGER, SRPPO),
         trend="demonstrations",
         scale="log2",
         notes=(f"same steps: {steps} SFT steps at every size; same epochs: {recipe.sft.epochs}", NOT_TUNED),
@@ -136,10 +142,8 @@ def noise(options: Options) -> Sweep:
     return options.sweep(
         "noise",
         "Does SRPPO beat SFT when answers in the demonstrations are wrong?",
-        ("rate", "kind"),
         points,
-        (SFT, SRPPO),
-        every(tested, "SRPPO", "SFT"),
+        family=every(tested, "SRPPO", "SFT"),
         trend="rate",
         notes=("rate 0 is the same for every kind: it is run and tested once", NOT_TUNED),
     )
@@ -163,10 +167,10 @@ def model_scale(options: Options) -> Sweep:
     return options.sweep(
         "model-scale",
         "At which model sizes does SRPPO beat SFT?",
-        ("base",),
         points,
         (BASE, SFT, SRPPO),
         every(points, "SRPPO", "SFT"),
+        axes=("base",),
         trend="parameters" if known else None,
         scale="log2",
         notes=("learning rates are the same at every size: not tuned per scale", *(() if known else (unknown,))),
@@ -219,7 +223,6 @@ def reward(options: Options) -> Sweep:
     return options.sweep(
         "reward",
         "What does the coherent reward contribute, beside its parts and its variants?",
-        (),
         points,
         arms,
         [
@@ -249,7 +252,6 @@ def kl(options: Options) -> Sweep:
     return options.sweep(
         "kl",
         "At which anchors and weights of the KL penalty does SRPPO beat SFT?",
-        ("beta", "anchor", *(("steps",) if several else ())),
         points,
         (SFT, OPTIMUM, SRPPO),
         every(points, "SRPPO", "SFT"),
@@ -269,10 +271,7 @@ def overlap(options: Options) -> Sweep:
     return options.sweep(
         "overlap",
         "Does SRPPO beat SFT whatever share of its prompts SFT has seen?",
-        ("share",),
         points,
-        (SFT, SRPPO),
-        every(points, "SRPPO", "SFT"),
         trend="share",
         notes=(
             "as the share grows there are fewer distinct prompts (at 1 only the demonstrations' own, repeated), of the "
@@ -301,10 +300,7 @@ def prompts(options: Options) -> Sweep:
     return options.sweep(
         "prompts",
         "With how many PPO prompts, of which domain, does SRPPO beat SFT?",
-        ("prompts", "domain"),
         points,
-        (SFT, SRPPO),
-        every(points, "SRPPO", "SFT"),
         trend="prompts",
         scale="log2",
     )
@@ -328,11 +324,10 @@ def method(options: Options) -> Sweep:
     arms.append(Arm(SRPPO.name, "ppo", {"ppo.advantage": "gae"}))
     others = [arm.name for arm in arms if arm.name != "SRPPO"]
     family = [*every(points, "SRPPO", *others)]
-    family += [Comparison(Cell("all", name), Cell("all", "SFT")) for name in others if name != "SFT"]
+    family += [each for name in others if name != "SFT" for each in every(points, name, "SFT")]
     return options.sweep(
         "method",
         "Is PPO worth it, beside cheaper ways to the same optimum?",
-        (),
         points,
         arms,
         family,
@@ -344,26 +339,15 @@ def any_grid(options: Options) -> Sweep:
     """Every combination of the axes given."""
     if not options.axes:
         raise ConfigError("grid needs axes; give --axis section.key=v1,v2, for example --axis ppo.lr=3e-5,1e-4")
-    arms, points = options.arms or (SFT, SRPPO), grid(**options.axes)
-    names = list(points[0].values)
-    ordered = [name for name in names if all(_is_number(point.values[name]) for point in points)]
+    points = grid(**options.axes)
+    ordered = [name for name in points[0].values if all(_is_number(point.values[name]) for point in points)]
     return options.sweep(
         "grid",
         "What do " + " and ".join(options.axes) + " change?",
-        names,
         points,
-        arms,
-        _each_against(points, [arm.name for arm in arms]),
+        options.arms or (SFT, SRPPO),
         trend=ordered[0] if ordered else None,
     )
-
-
-def _each_against(points: Sequence[Ablation], arms: Sequence[str]) -> tuple[Comparison, ...]:
-    """SRPPO minus every other arm, or without it every arm minus SFT, or minus the first."""
-    if "SRPPO" in arms:
-        return every(points, "SRPPO", *(name for name in arms if name != "SRPPO"))
-    baseline = "SFT" if "SFT" in arms else arms[0]
-    return tuple(each for name in arms if name != baseline for each in every(points, name, baseline))
 
 
 def _fits(value: Any, scale: str) -> bool:

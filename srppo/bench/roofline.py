@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from srppo.bench.options import SHAPES
 from srppo.bench.rows import Row
-from srppo.report.style import INK, PAPER, STYLE
+from srppo.report.page import INK, PAPER
+from srppo.report.plots import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,11 +13,10 @@ import typer
 from typer import Option
 
 from srppo.cli.options import Debug, Device, Keys, Plain, Recipe, RunFolder, Sets
-from srppo.errors import Diverged
+from srppo.errors import Interrupted, RecordError, StorageError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe as LoadedRecipe
-    from srppo.stages.run import PreparedRun
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
@@ -45,11 +44,7 @@ def demo(
     from srppo.config import load_recipe
 
     kinds = ["base", "ppo", "longer-sft"]
-    with _runs(load_recipe(None, sets or []), kinds, "demo", out, "cpu", [], plain, seeds) as runs:
-        from srppo.stages.run import run_stages
-
-        for run in runs:
-            run_stages(run)
+    _run(load_recipe(None, sets or []), kinds, "demo", out, device="cpu", plain=plain, seeds=seeds)
 
 
 def sft(
@@ -66,11 +61,7 @@ def sft(
     from srppo.config import load_recipe
 
     loaded = load_recipe(recipe, sets or [], ppo=False)
-    with _runs(loaded, ["base", "sft"], recipe, out, device, track or [], plain) as runs:
-        from srppo.stages.run import run_stages
-
-        for run in runs:
-            run_stages(run)
+    _run(loaded, ["base", "sft"], recipe, out, device=device, track=track, plain=plain)
 
 
 def train(
@@ -88,25 +79,21 @@ def train(
     from srppo.config import load_recipe
 
     kinds = ["base", "ppo", *(["longer-sft"] if baselines else [])]
-    with _runs(load_recipe(recipe, sets or []), kinds, recipe, out, device, track or [], plain) as runs:
-        from srppo.stages.run import run_stages
-
-        for run in runs:
-            run_stages(run)
+    _run(load_recipe(recipe, sets or []), kinds, recipe, out, device=device, track=track, plain=plain)
 
 
-@contextmanager
-def _runs(
+def _run(
     recipe: LoadedRecipe,
     kinds: list[str],
     given: Path | str | None,
     out: Path | None,
+    *,
     device: str,
-    track: list[str],
+    track: list[str] | None = None,
     plain: bool,
     seeds: int = 1,
-) -> Iterator[Iterator[PreparedRun]]:
-    """The runs of a recipe, one a training seed, each prepared when its turn comes; then the report on their folder.
+) -> None:
+    """Run the stages of a recipe, seed by seed, each prepared when its turn comes; then the report on their folder.
 
     Where a stage fails there is a report too, of what there is and with the reason; main prints the error.
     """
@@ -125,19 +112,20 @@ def _runs(
     with stopping_at_once():
         from srppo.models.loading import pick_device
         from srppo.report.run import report_run
-        from srppo.stages.run import prepare_run  # torch comes with this
+        from srppo.stages.run import prepare_run, run_stages  # torch comes with this
 
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
-    options: dict[str, Any] = {
-        "device": pick_device(device),
-        "environment": environment(),
-        "seeds": [one.seed for one in recipes],
-    }
-    try:
-        yield (prepare_run(one, kinds, folder, console, track=track, **options) for one in recipes)
-    except Diverged:
-        report_run(folder, console)
-        raise
+    shared: dict[str, Any] = {"environment": environment(), "seeds": [one.seed for one in recipes]}
+    shared |= {"device": pick_device(device), "track": track or []}
+    for one in recipes:
+        run = prepare_run(one, kinds, folder, console, **shared)
+        try:
+            run_stages(run)
+        except (Interrupted, RecordError, StorageError):  # no stage's result says so, and nothing more can be written
+            raise
+        except Exception:
+            report_run(folder, console)
+            raise
     report_run(folder, console)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from srppo.record.arms import problem_of
 from srppo.record.store import Run, Stage
-from srppo.report.words import DECODINGS, GROUP_WORDS, group_words
+from srppo.report.words import DECODINGS, GROUP_WORDS
 from srppo.stages.arms import CHOSEN, EQUAL, stages_by_arm
 from srppo.statistics.intervals import Estimate, calibrated_interval, within
 
@@ -82,7 +82,7 @@ def answers_file(stage: Stage, which: str, decoding: str) -> Path:
 
 
 def read_verdicts(path: Path) -> list[dict[str, Any]]:
-    """Rows of a samples.jsonl; none where it is gone or cannot be read, which `attempts.missing_of` says."""
+    """Rows of a samples.jsonl; none where it is gone or cannot be read, which `history.missing_of` says."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -177,6 +177,11 @@ def _figures(row: ArmRow, costs: Mapping[str, tuple[float, float]]) -> ArmFigure
     }
     results = [figures_of(stage) for stage in row.stages]
     measured = [result.get("last", result) if row.which == "last" else result for result in results]
+
+    def mean_of(key: str) -> float | None:
+        values = [each[key] for each in measured if key in each]
+        return mean(values) if values else None
+
     spent = [[costs[each] for each in (stage.id, *stage.identity["parents"]) if each in costs] for stage in row.stages]
     steps = [result["steps"] for result in results]
     kept = [result["kept_step"] for result in results] if row.which == "kept" else steps
@@ -188,18 +193,13 @@ def _figures(row: ArmRow, costs: Mapping[str, tuple[float, float]]) -> ArmFigure
         seconds=mean(sum(seconds for _, seconds in one) for one in spent),
         kept_step=int(median(kept)),
         steps=int(median(steps)),
-        mean_length=_mean_of(measured, "sampled_tokens"),
-        ended_share=_mean_of(measured, "sampled_ended"),
-        nll=_mean_of(measured, "held_out_nll"),
+        mean_length=mean_of("sampled_tokens"),
+        ended_share=mean_of("sampled_ended"),
+        nll=mean_of("held_out_nll"),
         problem=row.problem,
         note=spread,
-        seeds=max([len(row.answers[decoding]) for decoding in DECODINGS] + [0]) or len(row.stages),
+        seeds=max(map(len, row.answers.values())) or len(row.stages),
     )
-
-
-def _mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if key in row]
-    return mean(values) if values else None
 
 
 def seconds_of(stage: Stage) -> float:
@@ -210,14 +210,13 @@ def seconds_of(stage: Stage) -> float:
 
 def groups_of(arms: Sequence[ArmFigures]) -> list[str]:
     """Group names of all arms: the embedded three in their order, then others as they come."""
-    seen = dict.fromkeys(group for arm in arms for group, _ in arm.figures)
-    return [g for g in GROUP_WORDS if g in seen] + [g for g in seen if g not in GROUP_WORDS]
+    seen = {group: True for arm in arms for group, _ in arm.figures}
+    return [group for group in dict.fromkeys((*GROUP_WORDS, *seen)) if group in seen]
 
 
 def decodings_of(arms: Sequence[ArmFigures]) -> list[str]:
     """Decodings that any arm has, greedy first."""
-    seen = dict.fromkeys(decoding for arm in arms for _, decoding in arm.figures)
-    return [d for d in DECODINGS if d in seen] + [d for d in seen if d not in DECODINGS]
+    return [each for each in DECODINGS if any(decoding == each for arm in arms for _, decoding in arm.figures)]
 
 
 def differences_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
@@ -272,8 +271,7 @@ def lengths_of(rows: Sequence[ArmRow]) -> list[Lengths]:
     found = []
     for row in rows:
         by_seed = row.answers["sampled"]
-        ended: Counter[int] = Counter()
-        cut: Counter[int] = Counter()
+        ended, cut = Counter[int](), Counter[int]()
         for verdict in (each for verdicts in by_seed.values() for each in verdicts):
             for tokens, whole in zip(verdict["tokens"], verdict["ended"], strict=True):
                 (ended if whole else cut)[tokens] += 1
@@ -283,23 +281,9 @@ def lengths_of(rows: Sequence[ArmRow]) -> list[Lengths]:
     return found
 
 
-# ---- samples
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A test prompt and what each arm wrote; `right` says which answers were right, where that is known."""
-
-    prompt: str
-    responses: Mapping[str, str]
-    answer: str | None = None
-    group: str = ""
-    right: Mapping[str, bool] = field(default_factory=dict)
-
-
-def samples_of(rows: Sequence[ArmRow]) -> list[Sample]:
-    """The greedy answers of every arm's first seed, at its kept step, to SAMPLES items of each group: chosen by place,
-    never by outcome."""
+def samples_of(rows: Sequence[ArmRow]) -> list[dict[str, Mapping[str, Any]]]:
+    """By arm, the verdicts on the greedy answers of its first seed, at its kept step, to each of SAMPLES items of each
+    group: chosen by place, never by outcome."""
     by_arm: dict[str, Verdicts] = {}
     for row in rows:
         first = next(iter(row.answers["greedy"].values()), None)
@@ -310,16 +294,4 @@ def samples_of(rows: Sequence[ArmRow]) -> list[Sample]:
         places[verdict["group"]].append(i)
     counts = {group: min(SAMPLES, len(found)) for group, found in places.items()}
     chosen = [found[len(found) * i // counts[group]] for group, found in places.items() for i in range(counts[group])]
-    return [_sample({arm: verdicts[i] for arm, verdicts in by_arm.items()}) for i in chosen]
-
-
-def _sample(by_arm: Mapping[str, Mapping[str, Any]]) -> Sample:
-    verdict = next(iter(by_arm.values()))
-    group, task = group_words(verdict["group"]), verdict["task"]
-    return Sample(
-        verdict["prompt"],
-        {arm: own["responses"][0].strip() for arm, own in by_arm.items()},
-        answer=verdict["answer"],
-        group=group if task == verdict["group"] else f"{group}, task {task}",
-        right={arm: own["correct"][0] for arm, own in by_arm.items()},
-    )
+    return [{arm: verdicts[i] for arm, verdicts in by_arm.items()} for i in chosen]

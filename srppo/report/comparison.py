@@ -13,21 +13,28 @@ from rich.text import Text
 from srppo.console import Console
 from srppo.errors import DataError, UserError
 from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, compare, number, p_text, signed
-from srppo.evaluation.results import SAMPLES, TaskResult, read_results
+from srppo.evaluation.results import TaskResult, not_scored_file, read_results
 from srppo.record.arms import problem_of
 from srppo.record.files import storing, write_atomic
 from srppo.record.folder import check_place
 from srppo.record.json import plain
 from srppo.record.store import Run
-from srppo.report.table import Column, Row, Table, paragraph, plain_markdown, records, to_csv, to_markdown
+from srppo.report.table import (
+    VERDICT_MARKS,
+    Column,
+    Row,
+    Table,
+    paragraph,
+    plain_markdown,
+    records,
+    to_csv,
+    to_markdown,
+)
 from srppo.report.words import span
 from srppo.stages.arms import arm_names, stages_by_arm
 from srppo.statistics.intervals import Estimate
 from srppo.statistics.tests import seeds_needed
 
-SCHEMA_VERSION = 1
-MARKS = {"better": "good", "worse": "bad", "cannot tell": ""}
-COLOURS = {"better": "green", "worse": "red", "cannot tell": ""}
 NAMED, ID_LENGTH = 3, 12  # items named in a line, and characters of an item's id there
 COLUMNS = (
     *("kind", "decoding", "task", "group", "metric", "baseline", "model", "baseline_mean", "model_mean"),
@@ -84,8 +91,9 @@ def arms_of(paths: Sequence[Path], metric: str | None = None) -> tuple[dict[str,
         path, arm = _split(argument)
         models = _by_model(read_results(path, metric, stages_by_arm))
         is_run = (path / "sweep.json").exists()
-        if is_run:
-            notes += _problems(path)
+        for name, stages in stages_by_arm(Run.load(path)).items() if is_run else ():
+            problems = (problem_of(stage, stage.result()) for stage in stages)
+            notes += [f"{path}, {name}, left out: {problem}" for problem in problems if problem]
         if len(paths) == 1 and arm is None:
             return {name: models[name] for name in sorted(models, key=lambda name: name != "SFT")}, notes
         if arm is None and len(models) > 1 and not is_run:
@@ -124,22 +132,9 @@ def _named(arm: str, models: Mapping[str, object], path: Path) -> str:
 
 def _labelled(chosen: Sequence[tuple[Path, str, list[TaskResult]]]) -> dict[str, list[TaskResult]]:
     """Names as short as they tell the models apart: the model's, else with its folder's, else with the whole path."""
-    names = [name for _, name, _ in chosen]
-    if len(set(names)) < len(names):
-        names = [f"{path.name}:{name}" for path, name, _ in chosen]
-    if len(set(names)) < len(names):
-        names = [f"{path}:{name}" for path, name, _ in chosen]
+    forms = [name for _, name, _ in chosen], [f"{path.name}:{name}" for path, name, _ in chosen]
+    names = next((names for names in forms if len(set(names)) == len(names)), [f"{p}:{name}" for p, name, _ in chosen])
     return dict(zip(names, (results for _, _, results in chosen), strict=True))
-
-
-def _problems(path: Path) -> list[str]:
-    """Seeds and arms of a run that are left out since they failed, diverged or are not finished."""
-    return [
-        f"{path}, {arm}, left out: {problem}"
-        for arm, stages in stages_by_arm(Run.load(path)).items()
-        for stage in stages
-        if (problem := problem_of(stage, stage.result()))
-    ]
 
 
 def select(
@@ -177,7 +172,7 @@ def print_comparison(found: ComparisonResult, notes: Sequence[str], console: Con
         whole = [each for each in found.aggregates if (each.decoding, each.model) == (decoding, model)]
         console.print(differences_table(f"{decoding}: {model} minus {found.baseline}", found.baseline, rows, whole))
         for each in rows:
-            console.print(paragraph(each.sentence, COLOURS[each.verdict]))
+            console.print(paragraph(each.sentence, VERDICT_MARKS[each.verdict]))
         for line in dict.fromkeys(line for each in rows for line in remarks(each)):
             console.print(paragraph(line, "dim"))
         console.print(Text(""))
@@ -193,7 +188,7 @@ def differences_table(title: str, baseline: str, rows: Sequence[Difference], who
     for each in rows:
         figures = [number(each.baseline_mean), number(each.model_mean), signed(each.difference)]
         tests = [p_text(each.p), p_text(each.p_holm), number(each.detectable), each.verdict]
-        made.append(Row([each.task, each.model, *figures, *tests], MARKS[each.verdict]))
+        made.append(Row([each.task, each.model, *figures, *tests], VERDICT_MARKS[each.verdict]))
     for one in whole:
         means = [number(one.iqm.baseline.mean), number(one.iqm.model.mean), signed(one.iqm.difference)]
         made.append(Row([average(one), one.model, *means, "", "", "", ""]))
@@ -237,12 +232,8 @@ def unscored(arms: Mapping[str, Sequence[TaskResult]]) -> list[str]:
     lines = []
     for (task, reason), by_arm in found.items():
         counts = [sum(why == reason for why in result.not_scored.values()) for result in by_arm.values()]
-        path = next(iter(by_arm.values())).path
-        listed = path.with_name(f"{path.name}.not-scored.jsonl")
-        where = listed if listed.exists() else path / SAMPLES
-        lines.append(
-            f"{task}: {span(counts, 'item')} left out, not scored in {', '.join(by_arm)}: {reason} (listed in {where})"
-        )
+        said = f"{task}: {span(counts, 'item')} left out, not scored in {', '.join(by_arm)}: {reason}"
+        lines.append(f"{said} (listed in {not_scored_file(next(iter(by_arm.values())).path)})")
     return lines
 
 
@@ -291,21 +282,19 @@ def as_csv(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
     for each in found.differences:
         counts = {"items": each.difference.n, "seeds": len(each.seeds)}
         counts["left_out"] = len({item for items in each.left_out.values() for item in items})
-        rows.append(asdict(each) | _estimate(each.difference) | counts | {"kind": "difference"})
+        rows.append(asdict(each) | {"kind": "difference", **each.difference._asdict(), **counts})
     for one in found.aggregates:
         means = {"baseline_mean": one.iqm.baseline.mean, "model_mean": one.iqm.model.mean}
-        row = asdict(one) | _estimate(one.iqm.difference) | means
-        rows.append(row | {"kind": "iqm", "task": "+".join(one.tasks), "sentence": aggregate_sentence(one)})
+        row = asdict(one) | {"kind": "iqm", **one.iqm.difference._asdict(), **means}
+        rows.append(row | {"task": "+".join(one.tasks), "sentence": aggregate_sentence(one)})
+    for row in rows:
+        row["difference"] = row["mean"]  # of the estimate
     return to_csv(records({name: row.get(name) for name in COLUMNS} for row in rows))
-
-
-def _estimate(value: Estimate) -> dict[str, float]:
-    return {"difference": value.mean, "low": value.low, "high": value.high}
 
 
 def as_json(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
     """Everything, items left out by name included; numbers that are not finite are strings, as in the record."""
-    content = {"schema_version": SCHEMA_VERSION, **_fields(found), "notes": [*found.notes, *notes]}
+    content = {"schema_version": 1, **_fields(found), "notes": [*found.notes, *notes]}
     return json.dumps(plain(content), indent=1, ensure_ascii=False) + "\n"
 
 

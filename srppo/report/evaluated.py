@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +17,43 @@ from srppo.report.words import estimate_text, interval_words
 from srppo.stages.arms import stages_by_arm
 from srppo.statistics.intervals import Estimate, calibrated_interval, item_interval, within
 
-TITLE = "Tasks of srppo eval"
 
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One arm on one task, evaluated in one way. score: with its 95% interval; its n counts items that were scored."""
-
-    task: str
-    arm: str
-    metric: str
-    score: Estimate
-    decoding: str
-    shots: str
-    seeds: int
-    not_scored: int
-    clustered: bool
-
-
-def evaluated_of(folder: Path) -> tuple[list[Evaluated], list[str]]:
-    """Results of `srppo eval` in a run, by task, and what of them cannot be read."""
+def evaluated_table(folder: Path) -> tuple[Table, list[str]]:
+    """Results of `srppo eval` in a run, a row an arm under a heading for each task and way to evaluate; and what of
+    them cannot be read."""
     try:
         results = read_results(folder, arms=stages_by_arm)
-        found = [result for result in results if result.path.parent.name == "eval" and "@" in result.path.name]
+        found, problems = [each for each in results if each.path.parent.name == "eval" and "@" in each.path.name], []
     except SrppoError as error:
-        return [], [] if "no evaluated stage" in str(error) else [str(error)]
+        found, problems = [], [] if "no evaluated stage" in str(error) else [str(error)]
     groups: dict[tuple[object, ...], list[TaskResult]] = {}
-    for result in found:
-        groups.setdefault((result.task, result.decoding, _shots(result), _way(result), result.model), []).append(result)
-    arms = list(dict.fromkeys(result.model for result in found))
-    ranked = sorted(groups, key=lambda key: (*map(str, key[:-1]), arms.index(str(key[-1]))))
-    return [_evaluated(groups[key]) for key in ranked], []
+    for each in found:
+        groups.setdefault((each.task, each.decoding, _shots(each), _way(each), each.model), []).append(each)
+    arms = list(dict.fromkeys(each.model for each in found))
+    rows: dict[str, list[Row]] = {}  # by heading
+    seeds, left = [], []
+    for key in sorted(groups, key=lambda key: (*map(str, key[:-1]), arms.index(str(key[-1])))):
+        first = groups[key][0]
+        # Training seeds of one arm together where they are on the same items, else the first alone.
+        same = {each.seed: each for each in groups[key] if each.items == first.items}
+        values = np.array([each.scores for each in same.values()])
+        known = ~np.isnan(values).any(axis=0)
+        clusters = None if first.clusters is None else list(compress(first.clusters, known))
+        score, lost = _score(values[:, known], clusters), int((~known).sum())
+        heading = f"{first.task}, {first.metric}, {_decoding(first)}, {_shots(first)} shots"
+        rows.setdefault(heading, []).append(Row([first.model, estimate_text(score), str(score.n)]))
+        seeds.append(len(same))
+        left += [f"{lost} of {first.task} ({first.model})"] if lost else []
+    caption = [
+        f"Each task's primary score, with 95% intervals over {interval_words(seeds)}"
+        + (" Items in clusters count by cluster." if any(each.clusters for each in found) else ""),
+        "Sampled (k, seed): the mean over k samples an item. srppo compare RUN says which arms differ.",
+        f"Not scored, and in no score: {'; '.join(left)}." if left else "",
+    ]
+    listed: list[Row | str] = []
+    for heading, members in rows.items():
+        listed += [heading, *members]
+    return Table.of("Tasks of srppo eval", ["", "score", "n"], listed, caption if rows else ()), problems
 
 
 def _way(result: TaskResult) -> tuple[object, ...]:
@@ -68,27 +74,6 @@ def _decoding(result: TaskResult) -> str:
     return f"sampled ({samples}, seed {seed})" if result.decoding == "sampled" else result.decoding
 
 
-def _evaluated(results: Sequence[TaskResult]) -> Evaluated:
-    """Training seeds of one arm together where they are on the same items, else the first alone."""
-    first = results[0]
-    same = list({result.seed: result for result in results if result.items == first.items}.values())
-    values = np.array([result.scores for result in same])
-    known = ~np.isnan(values).any(axis=0)
-    return Evaluated(
-        first.task,
-        first.model,
-        first.metric,
-        _score(
-            values[:, known], [c for c, k in zip(first.clusters, known, strict=True) if k] if first.clusters else None
-        ),
-        _decoding(first),
-        _shots(first),
-        len(same),
-        int((~known).sum()),
-        first.clusters is not None,
-    )
-
-
 def _score(values: np.ndarray, clusters: Sequence[str] | None) -> Estimate:
     if values.size == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
@@ -96,18 +81,6 @@ def _score(values: np.ndarray, clusters: Sequence[str] | None) -> Estimate:
     if len(values) == 1 and clusters is None:
         return item_interval(values[0], limits=limits)
     return within(calibrated_interval(values, clusters, limits=limits), limits)
-
-
-def evaluated_table(found: Sequence[Evaluated]) -> Table:
-    """A row an arm under a heading for each task and way to evaluate."""
-    ways: dict[str, list[Evaluated]] = {}
-    for one in found:
-        ways.setdefault(f"{one.task}, {one.metric}, {one.decoding}, {one.shots} shots", []).append(one)
-    rows: list[Row | str] = []
-    for way, members in ways.items():
-        rows.append(way)
-        rows += [Row([one.arm, estimate_text(one.score), str(one.score.n)]) for one in members]
-    return Table.of(TITLE, ["", "score", "n"], rows, captions(found))
 
 
 def scores_table(folders: Sequence[Path]) -> Table:
@@ -123,13 +96,3 @@ def scores_table(folders: Sequence[Path]) -> Table:
             interval = "" if each["low"] is None else f"[{each['low']:.3f}, {each['high']:.3f}]"
             rows.append(Row([name, f"{each['value']:.3f}", interval, items]))
     return Table.of("Scores with 95% intervals over items", ["metric", "score", "interval", "items"], rows)
-
-
-def captions(found: Sequence[Evaluated]) -> list[str]:
-    """What scores and intervals are."""
-    words = f"Each task's primary score, with 95% intervals over {interval_words([one.seeds for one in found])}"
-    lines = [words, "Sampled (k, seed): the mean over k samples an item. srppo compare RUN says which arms differ."]
-    if any(one.clustered for one in found):
-        lines[0] += " Items in clusters count by cluster."
-    left = [f"{one.not_scored} of {one.task} ({one.arm})" for one in found if one.not_scored]
-    return lines + ([f"Not scored, and in no score: {'; '.join(left)}."] if left else [])

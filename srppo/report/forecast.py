@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,23 +36,21 @@ def report_forecast(result: ForecastResult, folder: Path, console: Console) -> P
     path."""
     table, groups, said = forecast_table(result), groups_table(result), sentences(result)
     console.print(replace(table, caption=(*table.caption, *result.notes)))
-    if groups:
-        console.print(groups)
-    for line in said:
-        console.print(paragraph(line))
+    for part in (groups, *map(paragraph, said)):
+        console.print(part)
     path, page = folder / "forecast.json", folder / "forecast.html"
     folder.mkdir(parents=True, exist_ok=True)
     content = {"schema_version": 1, **plain(asdict(result)), "sentences": said}
     write_atomic(path, canonical_json(content) + "\n")
     plots = frontier_plot(result, folder / "frontier")
     caption = "Optima and PPO against KL to SFT, with 95% intervals over prompts"
-    models = f"SFT: {result.sft}. Base: {result.base}. Objective: anchor {result.anchor}, beta {result.beta:g}."
+    objective = f"Objective: anchor {result.anchor}, beta {result.beta:g}."
     parts = [
-        soft_text(models),
+        soft_text(f"SFT: {result.sft}. Base: {result.base}. {objective}"),
         bullets("What it says", said, ""),
         section("Reward and accuracy against KL", plot(caption, plots)),
         section(table.title, to_html(table) + soft_text(MEANING)),
-        section("Accuracy by group", to_html(groups) if groups else ""),
+        section(groups.title, to_html(groups)),
         bullets("Notes", result.notes, ""),
     ]
     write_page(page, "srppo forecast", parts)
@@ -85,14 +82,13 @@ def forecast_table(result: ForecastResult) -> Table:
     return Table.of("Forecast", [*heads, Column("length, tokens", "len"), Column("accuracy")], rows, caption)
 
 
-def groups_table(result: ForecastResult) -> Table | None:
-    """Accuracy by group of SFT, the checkpoints and the recipe's own optimum; None for a single group."""
-    groups = list(result.start.by_group)
-    shown = [p for p in (result.start, *result.checkpoints, result.own) if p is not None]
-    rows = [
-        [_name(p, result), *(estimate_text(p.by_group[g]) if p.answered else CANNOT for g in groups)] for p in shown
-    ]
-    return Table.of("Accuracy by group", ["", *groups], rows) if len(groups) > 1 else None
+def groups_table(result: ForecastResult) -> Table:
+    """Accuracy by group of SFT, the checkpoints and the recipe's own optimum; without rows for a single group."""
+    groups, rows = list(result.start.by_group), []
+    for point in filter(None, (result.start, *result.checkpoints, result.own) if len(groups) > 1 else ()):
+        cells = (estimate_text(point.by_group[group]) if point.answered else CANNOT for group in groups)
+        rows.append([_name(point, result), *cells])
+    return Table.of("Accuracy by group", ["", *groups], rows)
 
 
 def _name(point: Point, result: ForecastResult) -> str:
@@ -140,12 +136,11 @@ def _reached_line(reached: Reached, result: ForecastResult) -> str:
     if reached.share is None:
         return f"{reached.name}: its objective ({objective}) allows no gain over SFT that could be measured."
     point = next(point for point in result.checkpoints if point.name == reached.name)
-    theirs = (
-        f" (SFT {estimate_text(result.start.accuracy)}, PPO {estimate_text(point.accuracy)})" if best.accuracy else ""
-    )
+    theirs = f" (SFT {estimate_text(result.start.accuracy)}, PPO {estimate_text(point.accuracy)})"
+    theirs = theirs if best.accuracy else ""
     return (
-        f"{reached.name} reached {_percent(reached.share)} of what its own objective allows (reward - beta KL over "
-        f"SFT's; {objective}){_scores(best)}{theirs}."
+        f"{reached.name} reached {estimate_text(reached.share, '.0%')} of what its own objective allows (reward - beta "
+        f"KL over SFT's; {objective}){_scores(best)}{theirs}."
     )
 
 
@@ -155,7 +150,7 @@ def _verdict(result: ForecastResult) -> list[str]:
         return []
     first = result.reached[0]
     better, left = first.differences["optimum - SFT"], first.differences["optimum - PPO"]
-    gain = estimate_text(better, "+")
+    gain = estimate_text(better, "+.2f")
     if better.high < 0:
         return [
             f"The reward fails: its optimum is less accurate than SFT, by {gain}. A better optimiser would not help."
@@ -167,9 +162,4 @@ def _verdict(result: ForecastResult) -> list[str]:
         return [line + f"{first.name}, is short of it by {estimate_text(left)}: that is the optimiser's part."]
     if left.high < 0:
         return [line + f"{first.name}, is more accurate than that optimum, which it is not at."]
-    return [line + f"{first.name}, cannot be told from that optimum in accuracy ({estimate_text(left, '+')})."]
-
-
-def _percent(share: Estimate) -> str:
-    bounds = f"{share.low:.0%}, {share.high:.0%}" if math.isfinite(share.low) else "-, -"
-    return f"{share.mean:.0%} [{bounds}]"
+    return [line + f"{first.name}, cannot be told from that optimum in accuracy ({estimate_text(left, '+.2f')})."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,10 +85,8 @@ def band_words(arms: Mapping[str, SeedRows]) -> str:
     """What lines and bands are, for a caption."""
     counts = {name: len(arm.done) for name, arm in arms.items() if arm.done}
     numbers = set(counts.values())
-    words = ["Nothing is finished."]
-    if numbers == {1}:
-        words = ["One training seed: lines without bands."]
-    elif numbers:
+    words = ["One training seed: lines without bands." if numbers else "Nothing is finished."]
+    if numbers - {1}:
         some = f"{max(numbers)}" if len(numbers) == 1 else ", ".join(f"{n} of {name}" for name, n in counts.items())
         kinds = ["95% t interval of the mean, point by point"] if max(numbers) > 2 else []
         kinds += ["the range of both seeds where there are 2"] if 2 in numbers else []
@@ -128,24 +127,18 @@ def longer_ends(run: Run) -> SeedRows:
     `step` counts the lengths, since their optimizer steps differ a little between seeds. A seed whose lengths are not
     all finished, where another's are, is left out.
     """
-    ends: dict[int, list[dict[str, Any]]] = {}
+    ends, starts = defaultdict[int, list[dict[str, Any]]](list), dict[int, list[dict[str, Any]]]()
     for stage in run.stages():
         kind = KINDS.get(stage.identity["kind"])
         if kind and kind.shares and stage.done and (rows := stage.metrics()):
-            ends.setdefault(seed_of(stage), []).append(dict(rows[-1]))
-    starts = {
-        seed_of(stage): [dict(row)]
-        for stage in stages_by_arm(run).get("SFT", [])
-        for row in stage.metrics()
-        if row.get("step") == 0
-    }
-    whole = max(map(len, ends.values()), default=0)
+            ends[seed_of(stage)].append(rows[-1])
+    for stage in stages_by_arm(run).get("SFT", []):
+        starts[seed_of(stage)] = [*filter(lambda row: row.get("step") == 0, stage.metrics())][-1:]
     done = {}
     for seed, rows in sorted(ends.items()):
-        rows.sort(key=lambda row: row["step"])
-        if len(rows) == whole:
+        if len(rows) == max(map(len, ends.values())):
             start = starts.get(seed, [])
-            ranked = enumerate([*start, *rows], start=1 - len(start))
+            ranked = enumerate([*start, *sorted(rows, key=lambda row: row["step"])], 1 - len(start))
             done[seed] = [{**row, "step": i, "tflops": row.get("flops", 0) / 1e12} for i, row in ranked]
     return SeedRows(done)
 

@@ -10,57 +10,22 @@ from typing import Any
 from zlib import crc32
 
 from srppo.record.files import storing, write_atomic
-from srppo.report.style import GRID, INK, PAPER
 
 RUNS = Path("runs")
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#24292f;--soft:#57606a;--line:#d8dee4;--wash:#f6f8fa;--bad:#b42318;
---good:#1a7f37}
-@media(prefers-color-scheme:dark){:root{--paper:#0f1318;--ink:#e6edf3;--soft:#9aa4af;--line:#30363d;--wash:#171c23;
---bad:#ff9a8d;--good:#56d364}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1040px;padding:1rem;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
-h3{font-size:1rem;margin:1.2rem 0 .2rem}
-p,li{overflow-wrap:anywhere}.soft{color:var(--soft);font-size:.9rem}.bad,.wrong{color:var(--bad)}.right{color:var(--good)}
-.wide{overflow-x:auto;margin:.6rem 0 1rem}table{border-collapse:collapse;font-size:.9rem;
-font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;
-vertical-align:top}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
-thead th{color:var(--soft);font-weight:600;white-space:normal}
-.over th{font-weight:600;padding-top:.8rem}tr.good td:not(:first-child){color:var(--good)}
-tr.bad td:not(:first-child){color:var(--bad)}tr.own{font-weight:600}
-.facts td:last-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
-figure{margin:1rem 0}figure .wide{margin:0 0 .3rem}svg{width:100%;height:auto;min-width:700px}
-svg text{font-family:inherit!important}
-.sample{border:1px solid var(--line);border-radius:8px;margin:.8rem 0;padding:.7rem .8rem}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:.6rem;margin-top:.5rem}
-.answers.long{grid-template-columns:repeat(auto-fit,minmax(290px,1fr))}
-.answers div{background:var(--wash);border-radius:6px;padding:.5rem .6rem}
-pre{margin:.2rem 0 0;white-space:pre-wrap;overflow-wrap:anywhere;
-font:.85rem/1.45 ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
-.narrow{display:none}.narrow svg{min-width:0}
-@media(max-width:640px){.narrow{display:block}.wide.roomy{display:none}
-th:first-child,td:first-child{white-space:normal;min-width:6.8rem;max-width:6.8rem;overflow-wrap:anywhere;hyphens:auto;
-border-bottom:0;box-shadow:inset 0 -1px var(--line)}
-th{white-space:normal}body{padding:.8rem}table{font-size:.85rem}.facts td:first-child{min-width:0}}
-details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}
-details>pre{background:var(--wash);padding:.7rem;border-radius:6px}
-"""
+INK, GRID, PAPER = "#24292f", "#d8dee4", "#fffffe"  # of every plot; the page replaces them to follow its theme
 
 
-def write_page(path: Path, title: str, parts: Sequence[str], style: str = "") -> Path:
-    """Write a whole page and return its path. The title is escaped, the parts are HTML, `style` is added to STYLE.
+def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
+    """Write a whole page and return its path. The title is escaped, the parts are HTML.
 
     Lone surrogates are replaced. Raises StorageError when the disk refuses.
     """
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>"
+        f"<title>{escape(title)}</title><style>{style}</style></head>"
         f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
     with storing(path):

@@ -11,31 +11,51 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from srppo.console import rate
 from srppo.report import sweep_tables as tables
 from srppo.report.answers import ArmFigures, Lengths, decodings_of, groups_of
 from srppo.report.history import Line, SeedRows, over_seeds
-from srppo.report.page import narrow_of
-from srppo.report.style import GRID, INK, PAPER, STYLE
-from srppo.report.words import GROUP_WORDS, is_number
+from srppo.report.page import GRID, INK, PAPER, narrow_of
+from srppo.report.words import GROUP_WORDS, is_number, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from srppo.ablations.analysis import Metric, SweepResult
-    from srppo.ablations.spec import Ablation
+    from srppo.ablations.spec import Sweep
     from srppo.analysis.forecast import ForecastResult
     from srppo.analysis.optimum import Point
-    from srppo.analysis.score import Scored, ScoreResult
+    from srppo.analysis.score import ScoreResult
     from srppo.statistics.intervals import Estimate
 
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": PAPER,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "srppo",
+}
 # Okabe and Ito's colours, told apart also without red-green vision.
 ARM_COLOURS = {
     "base": "#7f7f7f",
@@ -55,6 +75,7 @@ MOST_TASKS = 24  # drawn in a group; the table holds all
 MOST_GROUPS = 3  # panels side by side; the tables hold all groups
 BAND = 0.2  # opacity
 TaskFigures = Mapping[str, Mapping[tuple[str, str, str], "Estimate"]]  # by row, then by group, task and decoding
+Accuracies = Mapping["Metric", Mapping[tuple[str, str], "Estimate"]]  # by metric, then by point and arm
 
 
 # ---- what all plots share
@@ -239,18 +260,17 @@ def accuracy_plot(arms: Sequence[ArmFigures], path: Path) -> list[Path]:
     shown, groups, decodings = [arm for arm in arms if arm.figures], groups_of(arms), decodings_of(arms)
     if not shown:
         return []
-    colours, names = arm_colours([arm.name for arm in shown]), [arm.name for arm in shown]
+    colours = arm_colours([arm.name for arm in shown])
     shifts = {decoding: (i - (len(decodings) - 1) / 2) * 0.3 for i, decoding in enumerate(decodings)}
-
-    def dots(group: str) -> list[tuple[float, Estimate, str, bool]]:
-        return [
+    panels = []
+    for group in groups:
+        dots = [
             (row + shift, arm.figures[group, decoding], colours[arm.name], decoding != "sampled")
             for row, arm in enumerate(shown)
             for decoding, shift in shifts.items()
             if (group, decoding) in arm.figures
         ]
-
-    panels = [Dots(GROUP_WORDS.get(group, group), names, dots(group)) for group in groups]
+        panels.append(Dots(GROUP_WORDS.get(group, group), [*colours], dots))
     fills = {each: PAPER if each == "sampled" else INK for each in decodings}
     legend = {each: Line2D([], [], marker="o", ls="", color=INK, mfc=fill) for each, fill in fills.items()}
     height = 1.1 + math.ceil(len(groups) / 3) * (0.5 + 0.42 * len(shown))
@@ -342,7 +362,14 @@ def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
                 for key, style in series:
                     _course(axis, arm, "step", key, style, colours[name], name if style == "-" else "_")
             axis.set_title(title)
-            _step_axis(axis, ppo)
+            axis.set_xlabel("PPO step")
+            steps = {row["step"] for arm in ppo.values() for row in arm.rows() if "reward" in row}
+            if len(steps) < 5:  # no room for fractions of a step
+                axis.set_xticks(sorted(steps))
+                axis.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
+            else:
+                axis.locator_params(axis="x", integer=True, nbins=5)
+            axis.locator_params(axis="y", nbins=5)
             if title == "ended by EOS":
                 axis.set_ylim(-0.03, 1.03)
         shared = None
@@ -352,9 +379,8 @@ def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
             shared = shared or axis
             _development(axis, f"dev/{key}", arms, colours)
             axis.set_title(title)
-        _legend(
-            figure, _handles(reversed(figure.axes)), "lower", ncols=4
-        )  # development panels first: their handles have dots
+        # Development panels first: their handles have dots.
+        _legend(figure, _handles(reversed(figure.axes)), "lower", ncols=4)
 
     return save_figure(draw, path, height=0.6 + 2.6 * rows)
 
@@ -376,17 +402,6 @@ def _broken(axis: Axes, line: Line | None, colour: str, label: str) -> None:
     if line is not None:
         axis.plot(line.x, line.mean, "--", color=colour, lw=0.9, label=label)
         axis.plot(line.x[-1:], line.mean[-1:], "x", color=colour, ms=5, label="_")
-
-
-def _step_axis(axis: Axes, ppo: Mapping[str, SeedRows]) -> None:
-    axis.set_xlabel("PPO step")
-    steps = {row["step"] for arm in ppo.values() for row in arm.rows() if "reward" in row}
-    if len(steps) < 5:  # no room for fractions of a step
-        axis.set_xticks(sorted(steps))
-        axis.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
-    else:
-        axis.locator_params(axis="x", integer=True, nbins=5)
-    axis.locator_params(axis="y", nbins=5)
 
 
 def _development_panels(arms: Mapping[str, SeedRows]) -> list[tuple[str, str]]:
@@ -424,22 +439,20 @@ def _development(axis: Axes, key: str, arms: Mapping[str, SeedRows], colours: Ma
 def reward_kl_plot(arm: SeedRows, path: Path, colour: str) -> list[Path]:
     """PPO's reward against its KL to SFT and to the base, a point a step: each seed thin, the mean of the finished
     ones thick, its first and last step marked."""
-    pairs = [("kl_sft", "KL to SFT, nats"), ("kl_base", "KL to base, nats")]
-    lines = {key: [over_seeds({seed: rows}, key, "reward") for seed, rows in arm.done.items()] for key, _ in pairs}
-    broken = {key: [over_seeds({seed: rows}, key, "reward") for seed, rows in arm.broken.items()] for key, _ in pairs}
-    if not any(line for group in (lines, broken) for many in group.values() for line in many):
+    keys, several = ("kl_sft", "kl_base"), len(arm.done) > 1
+    seeds = [{seed: rows} for seed, rows in (*arm.done.items(), *arm.broken.items())]
+    if not any(over_seeds(one, key, "reward") for one in seeds for key in keys):
         return []
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, (key, title) in zip(axes, pairs, strict=True):
-            several = len(lines[key]) > 1
-            for line in filter(None, lines[key] if several else []):
-                axis.plot(line.x, line.mean, "-", color=colour, lw=0.8, alpha=0.5, label="a seed")
-            for other in broken[key]:
-                _broken(axis, other, colour, "a seed, not finished or failed")
-            whole = over_seeds(arm.done, key, "reward")
-            if whole is not None:
+        for axis, key, title in zip(axes, keys, ("KL to SFT, nats", "KL to base, nats"), strict=True):
+            for one in seeds[: len(arm.done)] if several else []:
+                if line := over_seeds(one, key, "reward"):
+                    axis.plot(line.x, line.mean, "-", color=colour, lw=0.8, alpha=0.5, label="a seed")
+            for one in seeds[len(arm.done) :]:
+                _broken(axis, over_seeds(one, key, "reward"), colour, "a seed, not finished or failed")
+            if whole := over_seeds(arm.done, key, "reward"):
                 label = "mean over seeds" if several else "the seed"
                 axis.plot(whole.x, whole.mean, "o-", color=colour, lw=2.0, ms=3.5, label=label, zorder=3)
                 first, last = (whole.x[:1], whole.mean[:1]), (whole.x[-1:], whole.mean[-1:])
@@ -458,7 +471,8 @@ RIGHT, WRONG = "#0072b2", "#d55e00"
 
 
 def score_plot(result: ScoreResult, path: Path) -> list[Path]:
-    """Reward against length, and the share right by reward; nothing for fewer than 3 responses."""
+    """Reward against length, and the share right in up to ten equal groups by reward; nothing for fewer than 3
+    responses."""
     if len(result.responses) < 3:
         return []
     known = [each for each in result.responses if each.correct is not None]
@@ -477,20 +491,16 @@ def score_plot(result: ScoreResult, path: Path) -> list[Path]:
         axes[0].locator_params(axis="x", integer=True)
         if known:
             axes[0].legend()
-            _right_shares(axes[1], sorted(known, key=lambda each: each.reward))
+            bins = min(10, max(len(known) // 10, 1))
+            by_reward = sorted(((each.reward, bool(each.correct)) for each in known), key=lambda pair: pair[0])
+            ends = [len(known) * i // bins for i in range(1, bins)]
+            means = [np.mean(group, axis=0) for group in np.split(np.array(by_reward), ends)]
+            axes[1].plot(*np.transpose(means), "o-", color=RIGHT, ms=4)
+            axes[1].set_ylim(-0.03, 1.03)
+            axes[1].set_title(f"share right, {bins} equal groups by reward")
+            axes[1].set_xlabel("mean reward of the group, nats")
 
     return save_figure(draw, path, height=3.6)
-
-
-def _right_shares(axis: Axes, by_reward: Sequence[Scored]) -> None:
-    """Share right in up to ten equal groups by reward."""
-    bins = min(10, max(len(by_reward) // 10, 1))
-    groups = [by_reward[a:b] for a, b in pairwise(len(by_reward) * i // bins for i in range(bins + 1))]
-    x = [sum(each.reward for each in group) / len(group) for group in groups]
-    axis.plot(x, [sum(bool(each.correct) for each in group) / len(group) for group in groups], "o-", color=RIGHT, ms=4)
-    axis.set_ylim(-0.03, 1.03)
-    axis.set_title(f"share right, {bins} equal groups by reward")
-    axis.set_xlabel("mean reward of the group, nats")
 
 
 # ---- a forecast
@@ -575,74 +585,63 @@ def sweep_plot(result: SweepResult, path: Path) -> list[Path]:
     numbers, a row of panels for each value of the other axes; else dots."""
     decoding = tables.primary_metric(result.plan.sweep)[1]
     metrics = [metric for metric in tables.metrics_of(result) if metric[1] == decoding][:MOST_GROUPS]
+    known = {
+        metric: {(c.cell.point, c.cell.arm): c.accuracy[metric] for c in result.cells if metric in c.accuracy}
+        for metric in metrics
+    }
     if not metrics:
         return []
     axis = tables.line_axis(result.plan.sweep)
-    return _sweep_lines(result, axis, metrics, path) if axis else _sweep_dots(result, metrics, path)
+    return _sweep_lines(result.plan.sweep, axis, known, path) if axis else _sweep_dots(result.plan.sweep, known, path)
 
 
-def _cells(result: SweepResult, metric: Metric) -> dict[tuple[str, str], Estimate]:
-    """Accuracy by point and arm."""
-    return {(c.cell.point, c.cell.arm): c.accuracy[metric] for c in result.cells if metric in c.accuracy}
-
-
-def _sweep_lines(result: SweepResult, axis: str, metrics: Sequence[Metric], path: Path) -> list[Path]:
-    sweep = result.plan.sweep
+def _sweep_lines(sweep: Sweep, axis: str, known: Accuracies, path: Path) -> list[Path]:
     rows, colours = tables.panels(sweep, axis), arm_colours([arm.name for arm in sweep.arms])
     values = sorted({float(point.values[axis]) for point in sweep.points})
 
+    def line(panel: Axes, colour: str, shown: Mapping[float, Estimate]) -> None:
+        xs, means = [*shown], [each.mean for each in shown.values()]
+        low, high = [each.low for each in shown.values()], [each.high for each in shown.values()]
+        panel.fill_between(xs, low, high, color=colour, alpha=BAND, lw=0)
+        panel.plot(xs, means, "o-", ms=4, lw=1.6, color=colour)
+        if len(shown) == 1:  # a band of one point cannot be seen
+            panel.errorbar(xs, means, yerr=_reach([*shown.values()]), color=colour)
+
     def draw(figure: Figure) -> None:
-        grid = figure.subplots(len(rows), len(metrics), sharex=True, sharey="col", squeeze=False)
-        for line, (where, points) in zip(grid, rows.items(), strict=True):
-            for panel, metric in zip(line, metrics, strict=True):
-                _bands(panel, axis, points, _cells(result, metric), colours)
-                title = GROUP_WORDS.get(metric[0], metric[0])
+        grid = figure.subplots(len(rows), len(known), sharex=True, sharey="col", squeeze=False)
+        for panels, (where, points) in zip(grid, rows.items(), strict=True):
+            for panel, ((group, _), found) in zip(panels, known.items(), strict=True):
+                for arm, colour in colours.items():
+                    at = {float(p.values[axis]): found[p.name, arm] for p in points if (p.name, arm) in found}
+                    line(panel, colour, at)
+                title = GROUP_WORDS.get(group, group)
                 panel.set_title(f"{title}, {where}" if where else title, fontsize=9.5)
         for panel in grid[0]:
             _clamp(panel.get_ylim, panel.set_ylim, 0.0, 1.0)
         if tables.is_log(sweep, axis):
             grid[0][0].set_xscale("log", base=2)
-        grid[0][0].set_xticks(values, [f"{value:g}" if value < 1e5 else rate(value) for value in values])
+        grid[0][0].set_xticks(values, [short_number(value) for value in values])
         grid[0][0].minorticks_off()
         figure.supxlabel(tables.axis_words(axis), fontsize=10)
-        figure.supylabel(f"accuracy, {metrics[0][1]}", fontsize=10)
+        figure.supylabel(f"accuracy, {sweep.analysis.decoding}", fontsize=10)
         _legend(figure, _arm_handles(colours))
 
     return save_figure(draw, path, height=1.2 + 2.5 * len(rows))
 
 
-def _bands(
-    panel: Axes,
-    axis: str,
-    points: Sequence[Ablation],
-    known: Mapping[tuple[str, str], Estimate],
-    colours: Mapping[str, str],
-) -> None:
-    for arm, colour in colours.items():
-        shown = [(float(p.values[axis]), known[p.name, arm]) for p in points if (p.name, arm) in known]
-        xs, estimates = [x for x, _ in shown], [estimate for _, estimate in shown]
-        low, high = [each.low for each in estimates], [each.high for each in estimates]
-        panel.fill_between(xs, low, high, color=colour, alpha=BAND, lw=0)
-        panel.plot(xs, [each.mean for each in estimates], "o-", ms=4, lw=1.6, color=colour)
-        if len(shown) == 1:  # a band of one point cannot be seen
-            panel.errorbar(xs, [each.mean for each in estimates], yerr=_reach(estimates), color=colour)
-
-
-def _sweep_dots(result: SweepResult, metrics: Sequence[Metric], path: Path) -> list[Path]:
+def _sweep_dots(sweep: Sweep, known: Accuracies, path: Path) -> list[Path]:
     """A line a cell: points in groups, in each a dot with whiskers an arm."""
-    sweep, arms = result.plan.sweep, len(result.plan.sweep.arms)
-    colours = arm_colours([arm.name for arm in sweep.arms])
+    arms, colours = len(sweep.arms), arm_colours([arm.name for arm in sweep.arms])
     cells, several = sweep.cells(), len(sweep.points) > 1
     names = [tables.point_label(sweep, point.name) for point in sweep.points] if several else [c.arm for c in cells]
     at = [i * arms + (arms - 1) / 2 for i in range(len(names))] if several else None
     panels = []
-    for metric in metrics:
-        known = _cells(result, metric)
-        found = [(y, cell, (cell.point, cell.arm)) for y, cell in enumerate(cells)]
-        dots = [(y, known[key], colours[cell.arm], True) for y, cell, key in found if key in known]
-        panels.append(Dots(GROUP_WORDS.get(metric[0], metric[0]), names, dots, at, range(arms, len(cells), arms)))
-    label, legend = f"accuracy, {metrics[0][1]}, 95% interval", _arm_handles(colours) if several else None
-    height = 1.3 + 0.3 * len(cells)
+    for (group, _), found in known.items():
+        keys = [(y, (cell.point, cell.arm)) for y, cell in enumerate(cells)]
+        dots = [(y, found[key], colours[key[1]], True) for y, key in keys if key in found]
+        panels.append(Dots(GROUP_WORDS.get(group, group), names, dots, at, range(arms, len(cells), arms)))
+    label, height = f"accuracy, {sweep.analysis.decoding}, 95% interval", 1.3 + 0.3 * len(cells)
+    legend = _arm_handles(colours) if several else None
     return _dot_plot(panels, path, label, height=height, legend=legend, rows=len(cells), sharey=True)
 
 
@@ -657,16 +656,10 @@ def differences_plot(result: SweepResult, path: Path) -> list[Path]:
     panels = []
     for pair, rows in pairs.items():
         names = [row if found else f"{row}: no result" for row, _, found in rows]
-        dots = [
-            (
-                y,
-                found.difference,
-                colours[(each.model if pair[1] else each.baseline).arm],
-                found.verdict != "cannot tell",
-            )
-            for y, (_, each, found) in enumerate(rows)
-            if found
-        ]
+        dots = []
+        for y, (_, each, found) in enumerate(rows):
+            colour = colours[(each.model if pair[1] else each.baseline).arm]
+            dots += [(y, found.difference, colour, found.verdict != "cannot tell")] if found else []
         panels.append(Dots(tables.pair_words(pair), names, dots))
     counts = [len(rows) for rows in pairs.values()]
     label = f"difference of accuracy, {tables.metric_words(metric)}, 95% interval"

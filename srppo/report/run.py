@@ -12,23 +12,11 @@ from srppo.config import build_recipe, canonical_json, to_toml
 from srppo.console import Console
 from srppo.record.files import write_atomic
 from srppo.record.store import Run
-from srppo.report import answers, history, plots
-from srppo.report.answers import ArmFigures, ArmRow, Sample
-from srppo.report.evaluated import TITLE, evaluated_of, evaluated_table
+from srppo.report import answers, history, plots, words
+from srppo.report.answers import ArmFigures, ArmRow
+from srppo.report.evaluated import evaluated_table
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
-from srppo.report.plots import TaskFigures
 from srppo.report.table import Column, Row, Table, paragraph, to_html
-from srppo.report.words import (
-    DECODINGS,
-    GROUP_MEANING,
-    GROUP_WORDS,
-    estimate_text,
-    group_words,
-    interval_words,
-    number_text,
-    span,
-    teraflops,
-)
 from srppo.stages.arms import stages_by_arm
 
 LONG = 200  # characters of an answer that need a wider column
@@ -50,20 +38,21 @@ def report_run(folder: Path, console: Console) -> None:
     """
     run = Run.load(folder)
     rows, out, seeds = answers.arm_rows(run), folder / "report", run.spec["seeds"]
-    arms, pairs, (evaluated, unread) = answers.arms_of(rows), answers.differences_of(rows), evaluated_of(folder)
+    arms, pairs, (evaluated, unread) = answers.arms_of(rows), answers.differences_of(rows), evaluated_table(folder)
+    accuracy, cost, differences = accuracy_table(arms), cost_table(arms), differences_table(pairs)
+    problems = problem_lines(arms)
+    for part in (accuracy, cost, *(paragraph(line, "bold red") for line in problems), differences, evaluated):
+        console.print(part)
     missing = [*history.missing_of(run), *answers.left_out(rows), *unread]
-    print_arms(arms, pairs, console)
-    if evaluated:
-        console.print(evaluated_table(evaluated))
-    accuracy = plot("Test accuracy with 95% intervals", plots.accuracy_plot(arms, out / "accuracy"))
+    drawn = plot("Test accuracy with 95% intervals", plots.accuracy_plot(arms, out / "accuracy"))
     recipe = to_toml(build_recipe({**run.spec["recipe"], "seed": seeds[0]}))
     parts = [
         text(f"Training seeds: {', '.join(map(str, seeds))}. Made by: srppo report {folder}"),
-        bullets("Missing or failed", [*problem_lines(arms), *missing], "bad"),
-        section("Results", results_html(arms) + accuracy),
-        section("Paired differences: SRPPO minus", to_html(differences_table(pairs)) if pairs else ""),
+        bullets("Missing or failed", [*problems, *missing], "bad"),
+        section("Results", to_html(accuracy) + to_html(cost) + drawn),
+        section(differences.title, to_html(differences)),
         section("Accuracy by task", _tasks(rows, out)),
-        section(TITLE, to_html(evaluated_table(evaluated)) if evaluated else ""),
+        section(evaluated.title, to_html(evaluated)),
         *_training(history.curves_of(run), out),
         section("Length of answers", _lengths(rows, out)),
         samples_html(answers.samples_of(rows)),
@@ -84,36 +73,26 @@ def report_run(folder: Path, console: Console) -> None:
 # ---- tables
 
 
-def print_arms(arms: Sequence[ArmFigures], pairs: Sequence[ArmFigures], console: Console) -> None:
-    """Accuracy by group and decoding, cost of each arm, what failed, and the paired differences."""
-    console.print(accuracy_table(arms))
-    console.print(cost_table(arms))
-    for line in problem_lines(arms):
-        console.print(paragraph(line, "bold red"))
-    if pairs:
-        console.print(differences_table(pairs))
-
-
 def accuracy_table(arms: Sequence[ArmFigures]) -> Table:
     """Accuracy of each arm on each group of items, a block a decoding, and what the intervals mean."""
-    meanings = "; ".join(GROUP_MEANING[g] for g in answers.groups_of(arms) if g in GROUP_MEANING)
+    meanings = "; ".join(each for group, each in words.GROUP_MEANING.items() if group in answers.groups_of(arms))
     return _by_group("Test items", arms, [interval_caption(arms), f"{meanings}." if meanings else ""])
 
 
 def differences_table(pairs: Sequence[ArmFigures]) -> Table:
     """Differences of accuracy between arms on the same items and seeds."""
-    return _by_group("Paired differences: SRPPO minus", pairs, [PAIRS], sign="+")
+    return _by_group("Paired differences: SRPPO minus", pairs, [PAIRS] if pairs else [], "+.2f")
 
 
-def _by_group(title: str, arms: Sequence[ArmFigures], caption: Sequence[str], sign: str = "") -> Table:
+def _by_group(title: str, arms: Sequence[ArmFigures], caption: Sequence[str], form: str = ".2f") -> Table:
     groups = answers.groups_of(arms)
     rows: list[Row | str] = []
     for decoding in answers.decodings_of(arms):
         rows.append(decoding)
         for arm in arms:
-            cells = [estimate_text(arm.figures.get((group, decoding)), sign) for group in groups]
+            cells = [words.estimate_text(arm.figures.get((group, decoding)), form) for group in groups]
             rows.append(_arm_row(arm, cells))
-    heads = (Column(group_words(group), GROUP_WORDS.get(group, group)) for group in groups)
+    heads = (Column(words.group_words(group), words.GROUP_WORDS.get(group, group)) for group in groups)
     return Table.of(title, [Column(""), *heads], rows, caption)
 
 
@@ -125,12 +104,12 @@ def cost_table(arms: Sequence[ArmFigures]) -> Table:
     for arm in arms:
         cells = [
             str(arm.seeds) if several and arm.flops is not None else "-",
-            teraflops(arm.flops),
-            number_text(arm.seconds, ",.0f"),
+            words.teraflops(arm.flops),
+            words.number_text(arm.seconds, ",.0f"),
             "-" if arm.kept_step is None else f"{arm.kept_step} of {arm.steps}",
-            number_text(arm.mean_length),
-            number_text(arm.ended_share, ".0%"),
-            number_text(arm.nll, ".3f"),
+            words.number_text(arm.mean_length),
+            words.number_text(arm.ended_share, ".0%"),
+            words.number_text(arm.nll, ".3f"),
         ]
         rows.append(_arm_row(arm, cells))
     notes = (f"{arm.name}: {arm.note}" for arm in arms if arm.note)
@@ -157,40 +136,30 @@ def interval_caption(arms: Sequence[ArmFigures]) -> str:
     groups = answers.groups_of(arms)
     if not groups:
         return "No items with known answers were given (eval.items), so there is no accuracy: held-out answer NLL only."
-    counts: dict[str, set[int]] = {g: set() for g in groups}
-    for arm in arms:
-        for (group, _), estimate in arm.figures.items():
-            counts[group].add(estimate.n)
-    sizes = {g: "/".join(str(n) for n in sorted(ns)) for g, ns in counts.items()}
+    counts = {g: {each.n for arm in arms for (group, _), each in arm.figures.items() if group == g} for g in groups}
+    sizes = {g: "/".join(map(str, sorted(ns))) for g, ns in counts.items()}
     same = len(set(sizes.values())) == 1
     n = f"n = {sizes[groups[0]]} items a group" if same else "n = " + ", ".join(f"{sizes[g]} {g}" for g in groups)
-    words = interval_words([arm.seeds for arm in arms if arm.figures])
-    text = f"Exact-match accuracy, {n}, with 95% intervals over {words}"
+    over = words.interval_words([arm.seeds for arm in arms if arm.figures])
+    caption = f"Exact-match accuracy, {n}, with 95% intervals over {over}"
     if "sampled" in answers.decodings_of(arms):
-        text += " Sampled: temperature 1; an item counts by its share of right samples."
+        caption += " Sampled: temperature 1; an item counts by its share of right samples."
     if sum(bool(arm.figures) for arm in arms) > 1:
-        text += " Arms share items and seeds: read the paired differences, not the overlap."
-    return text
+        caption += " Arms share items and seeds: read the paired differences, not the overlap."
+    return caption
 
 
 def cost_caption(arms: Sequence[ArmFigures]) -> str:
     """What the columns of cost and shape are, those that are shown."""
-    parts = []
-    if any(arm.flops is not None for arm in arms):
-        parts.append("TFLOPs: counted training operations, 10^12, SFT included")
-    if any(arm.mean_length is not None for arm in arms):
-        parts.append("length: tokens of a sampled answer; ended: by EOS")
-    if any(arm.nll is not None for arm in arms):
-        parts.append("NLL: of held-out answers, nats a token")
-    return ". ".join(part[0].upper() + part[1:] for part in parts) + "." if parts else ""
+    columns = {
+        "TFLOPs: counted training operations, 10^12, SFT included.": [arm.flops for arm in arms],
+        "Length: tokens of a sampled answer; ended: by EOS.": [arm.mean_length for arm in arms],
+        "NLL: of held-out answers, nats a token.": [arm.nll for arm in arms],
+    }
+    return " ".join(meaning for meaning, cells in columns.items() if any(cell is not None for cell in cells))
 
 
 # ---- sections of the page
-
-
-def results_html(arms: Sequence[ArmFigures]) -> str:
-    """Accuracy and cost."""
-    return to_html(accuracy_table(arms)) + to_html(cost_table(arms))
 
 
 def _tasks(rows: Sequence[ArmRow], out: Path) -> str:
@@ -202,27 +171,22 @@ def _tasks(rows: Sequence[ArmRow], out: Path) -> str:
         return ""
     items = [estimate.n for figures in by_row.values() for estimate in figures.values()]
     caption = (
-        f"n = {span(items)} items a task, with 95% intervals over {_over(rows)} Many tasks are shown at once and no "
-        "interval is corrected for that."
+        f"n = {words.span(items)} items a task, with 95% intervals over {_over(rows)} Many tasks are shown at once and "
+        "no interval is corrected for that."
     )
     if max(map(groups.count, groups)) > plots.MOST_TASKS:
         caption += f" Of each group {plots.MOST_TASKS} tasks are drawn; the tables hold all."
     html = ""
-    for decoding in DECODINGS:
-        name = f"Accuracy on each task, {decoding}"
-        html += plot(name, plots.task_plot(by_row, decoding, out / f"tasks-{decoding}"))
-        html += details(f"{name}, as a table", to_html(_task_table(by_row, tasks, decoding)))
+    for decoding in words.DECODINGS:
+        title = f"Accuracy on each task, {decoding}"
+        html += plot(title, plots.task_plot(by_row, decoding, out / f"tasks-{decoding}"))
+        arms = {name: own for name, own in by_row.items() if any(key[2] == decoding for key in own)}
+        table = [
+            [f"{task} ({group})", *(words.estimate_text(own.get((group, task, decoding))) for own in arms.values())]
+            for group, task in tasks
+        ]
+        html += details(f"{title}, as a table", to_html(Table.of("", ["task", *arms], table if arms else [])))
     return html + soft_text(caption)
-
-
-def _task_table(by_row: TaskFigures, tasks: Sequence[tuple[str, str]], decoding: str) -> Table:
-    """A row a task, a column an arm."""
-    names = [name for name, figures in by_row.items() if any(key[2] == decoding for key in figures)]
-    rows = [
-        [f"{task} ({group})", *(estimate_text(by_row[name].get((group, task, decoding))) for name in names)]
-        for group, task in tasks
-    ]
-    return Table.of("", ["task", *names], rows if names else [])
 
 
 def _training(curves: Mapping[str, history.SeedRows], out: Path) -> list[str]:
@@ -240,12 +204,12 @@ def _training(curves: Mapping[str, history.SeedRows], out: Path) -> list[str]:
             seeds = "One finished training seed, from its first step (ring) to its last (diamond)."
         if not ours.done:
             seeds = "No seed is finished: each is dashed, up to where it came."
-        words = (
+        meaning = (
             "Reward of a batch of rollouts against its KL, both nats a response, a point a PPO step; up and left: "
             f"more reward for less change. {seeds}"
         )
         drawn = plots.reward_kl_plot(ours, out / "reward-kl", plots.ARM_COLOURS["SRPPO"])
-        parts.append(section("Reward against KL", plot(words, drawn)))
+        parts.append(section("Reward against KL", plot(meaning, drawn)))
     return parts
 
 
@@ -263,7 +227,7 @@ def length_table(lengths: Sequence[answers.Lengths], over: str = "") -> Table:
     for each in lengths:
         tokens = sorted((each.ended + each.cut).elements())
         quantiles = (tokens[max(math.ceil(share * len(tokens)) - 1, 0)] for share in (0.1, 0.5, 0.9))
-        share = f"{each.cut_share.mean:.2%} [{each.cut_share.low:.2%}, {each.cut_share.high:.2%}]"
+        share = words.estimate_text(each.cut_share, ".2%")
         rows.append([each.name, f"{sum(tokens) / len(tokens):.2f}", *map(str, quantiles), share])
     caption = f"Share that reached the limit: of all sampled answers, with 95% intervals over {over}" if over else ""
     return Table.of("", ["arm", "mean", "10%", "median", "90%", "reached the limit"], rows, [caption])
@@ -271,26 +235,27 @@ def length_table(lengths: Sequence[answers.Lengths], over: str = "") -> Table:
 
 def _over(rows: Sequence[ArmRow]) -> str:
     """What intervals of the sampled answers' rows are over."""
-    return interval_words([len(row.answers["sampled"]) for row in rows if row.answers["sampled"]])
+    return words.interval_words([len(row.answers["sampled"]) for row in rows if row.answers["sampled"]])
 
 
-def samples_html(samples: Sequence[Sample]) -> str:
+def samples_html(samples: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
     """Test items with what each arm answered, side by side."""
     return section("Samples", soft_text(CHOICE) + "".join(map(_sample, samples)) if samples else "")
 
 
-def _sample(sample: Sample) -> str:
-    told = ""
-    for arm, words in sample.responses.items():
-        kind = ("right" if sample.right[arm] else "wrong") if arm in sample.right else ""
-        verdict = f' <span class="{kind}">{"✓" if kind == "right" else "✗"}&nbsp;{kind}</span>' if kind else ""
-        shown = escape(words) or "(nothing)"
-        told += f'<div><span class="soft">{escape(arm)}{verdict}</span><pre>{shown}</pre></div>'
-    long = max(map(len, sample.responses.values()), default=0) > LONG
-    answer = f'<span class="soft">right answer: <code>{escape(sample.answer)}</code></span>' if sample.answer else ""
+def _sample(by_arm: Mapping[str, Mapping[str, Any]]) -> str:
+    item, told, longest = next(iter(by_arm.values())), "", 0
+    for arm, verdict in by_arm.items():
+        response, kind = verdict["responses"][0].strip(), "right" if verdict["correct"][0] else "wrong"
+        shown = f'<span class="{kind}">{"✓" if verdict["correct"][0] else "✗"}&nbsp;{kind}</span>'
+        shown = f'<span class="soft">{escape(arm)} {shown}</span><pre>{escape(response) or "(nothing)"}</pre>'
+        told, longest = f"{told}<div>{shown}</div>", max(longest, len(response))
+    group = words.group_words(item["group"])
+    group += "" if item["task"] == item["group"] else f", task {item['task']}"
+    answer = f'<span class="soft">right answer: <code>{escape(item["answer"])}</code></span>' if item["answer"] else ""
     return (
-        f'<div class="sample"><span class="soft">{escape(sample.group)}</span><pre>{escape(sample.prompt)}</pre>'
-        f'{answer}<div class="answers{" long" if long else ""}">{told}</div></div>'
+        f'<div class="sample"><span class="soft">{escape(group)}</span><pre>{escape(item["prompt"])}</pre>'
+        f'{answer}<div class="answers{" long" if longest > LONG else ""}">{told}</div></div>'
     )
 
 
@@ -308,7 +273,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
             common = {"arm": arm, "seed": answers.seed_of(stage), "flops": figures.get("flops"), **made}
             common |= {"kept_step": figures.get("kept_step"), "steps": figures.get("steps")}
             for which in ("kept", "last"):
-                for decoding in DECODINGS:
+                for decoding in words.DECODINGS:
                     verdicts = answers.read_verdicts(answers.answers_file(stage, which, decoding))
                     for group in dict.fromkeys(each["group"] for each in verdicts):
                         shares = [answers.right_share(each) for each in verdicts if each["group"] == group]

@@ -24,10 +24,10 @@ from srppo.report.words import estimate_text, span
 if TYPE_CHECKING:
     from srppo.analysis.score import Scored, ScoreResult, Token
 
-UP, DOWN = (86, 180, 233), (230, 159, 0)  # Okabe and Ito's sky blue and orange: told apart in any colour vision
+UP, DOWN = (86, 180, 233), (230, 159, 0)  # Okabe and Ito's sky blue and orange, told apart by all; so in page.css
 SMALLEST_SCALE = 0.1  # nats; below it everything is neutral
 FAINT = 0.08  # of the scale; tokens below have no colour
-VISIBLE = {"\n": "⏎\n", "\t": "⇥\t", "\r": "␍"}
+VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥\t", "\r": "␍"})
 MOST_SHOWN = 200  # responses on the page; the JSON holds all
 LEGEND = (-1.0, -0.5, 0.5, 1.0)  # of the scale
 FINDINGS = {
@@ -41,18 +41,6 @@ FINDINGS = {
     "rank correlation": "rank correlation of reward with being right",
 }
 """Findings in words."""
-STYLE = f"""
-.t{{border-radius:3px;padding:.08em 0;box-decoration-break:clone;-webkit-box-decoration-break:clone}}
-.up{{background:rgba({UP[0]},{UP[1]},{UP[2]},calc(var(--a)*var(--most)))}}
-.dn{{background:rgba({DOWN[0]},{DOWN[1]},{DOWN[2]},calc(var(--a)*var(--most)))}}
-:root{{--most:.95}}@media(prefers-color-scheme:dark){{:root{{--most:.55}}}}
-.off{{text-decoration:underline wavy var(--bad);text-underline-offset:.2em}}.eos{{font-size:.85em}}
-.text{{margin:.5rem 0;white-space:pre-wrap;overflow-wrap:anywhere;
-font:1rem/1.75 ui-monospace,Menlo,"DejaVu Sans Mono",monospace}}
-.legend .t{{padding:.1rem .45rem;color:var(--ink)}}.head{{display:flex;gap:.2rem 1rem;flex-wrap:wrap}}
-.sample details{{margin:.3rem 0 0}}.sample summary{{font-weight:400;font-size:.9rem;color:var(--soft)}}
-.sample .wide{{margin:.3rem 0}}.sample th:first-child,.sample td:first-child{{background:none;box-shadow:none}}
-"""
 
 
 def report_score(result: ScoreResult, folder: Path, console: Console, *, top: int = 5, bottom: int = 5) -> Path:
@@ -62,11 +50,13 @@ def report_score(result: ScoreResult, folder: Path, console: Console, *, top: in
     console.print(score_text(result, best, worst))
     for line in result.warnings:
         console.warn(line)
-    page = _write_page(result, folder, best, worst)
-    findings = {name: estimate._asdict() for name, estimate in result.findings.items()}
-    content = {"schema_version": 1, "sft": result.sft, "base": result.base, "origin": result.origin}
-    content |= {"findings": findings, "warnings": result.warnings}
-    content["responses"] = [each.as_dict() for each in result.responses]
+    page = write_page(folder / "index.html", "srppo score", page_parts(result, folder, best, worst))
+    content = {
+        **{"schema_version": 1, "sft": result.sft, "base": result.base, "origin": result.origin},
+        "findings": {name: estimate._asdict() for name, estimate in result.findings.items()},
+        "warnings": result.warnings,
+        "responses": [each.as_dict() for each in result.responses],
+    }
     write_atomic(folder / "scores.json", canonical_json(plain(content)) + "\n")
     console.print(f"scores: {folder / 'scores.json'}")
     console.print(f"page: {page}")
@@ -95,8 +85,7 @@ def strength(token: Token, scale: float) -> float:
 
 def shown(token: Token) -> str:
     """A token's text with what cannot be seen made visible; `·` where it holds only part of a character."""
-    text = "".join(VISIBLE.get(letter, letter) for letter in token.text)
-    return text if text else "·"
+    return token.text.translate(VISIBLE) or "·"
 
 
 def named(token: Token) -> str:
@@ -123,10 +112,8 @@ def finding_lines(result: ScoreResult) -> list[str]:
 
 def score_text(result: ScoreResult, best: Sequence[Scored], worst: Sequence[Scored]) -> RenderableType:
     """What the terminal shows; legible without colour, since the tokens that carry a reward stand below it."""
-    scale, parts = scale_of(result.responses), []
-    count = span([len(result.responses)], "response")
-    parts.append(Text(f"{count}, {result.origin}. r = log pi_sft - log pi_base, nats."))
-    parts.append(_legend(scale))
+    scale, count = scale_of(result.responses), span([len(result.responses)], "response")
+    parts = [Text(f"{count}, {result.origin}. r = log pi_sft - log pi_base, nats."), _legend(scale)]
     for title, group in (("The reward likes most", best), ("and least", worst)):
         if len(result.responses) > 1 and group:
             parts.append(Text(f"\n{title}", "bold"))
@@ -166,8 +153,8 @@ def _response(each: Scored, scale: float) -> Text:
         token = each.tokens[i]
         off = "  off the base's support" if token.off_support else ""
         text.append(f"  {token.log_ratio:+7.2f}  {share:4.0%}  base {token.base_logprob:7.2f}  {named(token)}{off}\n")
-    off_support = sum(token.off_support for token in each.tokens)
-    text.append(f"  {span([off_support], 'token')} off the base's support\n" if off_support else "")
+    if off_support := sum(token.off_support for token in each.tokens):
+        text.append(f"  {span([off_support], 'token')} off the base's support\n")
     text.rstrip()
     return text
 
@@ -175,14 +162,15 @@ def _response(each: Scored, scale: float) -> Text:
 # ---- the page
 
 
-def _write_page(result: ScoreResult, folder: Path, best: Sequence[Scored], worst: Sequence[Scored]) -> Path:
+def page_parts(result: ScoreResult, folder: Path, best: Sequence[Scored], worst: Sequence[Scored]) -> list[str]:
+    """HTML; the plot is written into `folder`."""
     scale, every = scale_of(result.responses), result.responses
     several = len(every) > 1
     more = f" (the first {MOST_SHOWN} of {len(every)}; scores.json holds all)" if len(every) > MOST_SHOWN else ""
     listed = "".join(_sample(each, scale) for each in every[:MOST_SHOWN]) if several else ""
     *lines, note = finding_lines(result)
     opened = "" if several else " open"
-    parts = [
+    return [
         soft_text(f"r = log pi_sft - log pi_base, nats, temperature 1. SFT: {result.sft}. Base: {result.base}."),
         soft_text(f"{span([len(every)], 'response')}, {result.origin}."),
         _page_legend(scale),
@@ -193,7 +181,6 @@ def _write_page(result: ScoreResult, folder: Path, best: Sequence[Scored], worst
         section("Least liked", "".join(_sample(each, scale, "") for each in worst)),
         section("All", details(f"Every response{more}", listed)),
     ]
-    return write_page(folder / "index.html", "srppo score", parts, STYLE)
 
 
 def _page_legend(scale: float) -> str:
@@ -213,10 +200,8 @@ def _sample(each: Scored, scale: float, table: str | None = None) -> str:
     verdict = "" if each.correct is None else ("✓ right" if each.correct else f"✗ wrong, right: {each.answer}")
     tokens, below = "".join(_span(token, scale) for token in each.tokens), ""
     if table is not None:
-        rows = [
-            [named(token), f"{token.log_ratio:+.3f}", f"{share:.0%}", f"{token.base_logprob:.2f}"]
-            for token, share in ((each.tokens[i], share) for i, share in each.carriers(len(each.tokens)))
-        ]
+        carriers = ((each.tokens[i], f"{share:.0%}") for i, share in each.carriers(len(each.tokens)))
+        rows = [[named(t), f"{t.log_ratio:+.3f}", share, f"{t.base_logprob:.2f}"] for t, share in carriers]
         figures = to_html(Table.of("", ["token", "log-ratio", "share", "base log-prob"], rows))
         below = f"<details{table}><summary>tokens by share of the reward</summary>{figures}</details>"
     return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,47 +13,18 @@ from rich.text import Text
 from srppo.ablations.analysis import CellResult, Metric, SweepResult, analyse
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan
-from srppo.ablations.progress import stage_seconds
-from srppo.ablations.run import TRIES
-from srppo.ablations.spec import Sweep
+from srppo.ablations.run import load_sweep
 from srppo.config import canonical_json, to_toml
 from srppo.console import Console
 from srppo.record.files import storing, write_atomic
 from srppo.record.json import plain
-from srppo.record.store import Run, Stage
+from srppo.record.store import Stage
+from srppo.report import sweep_tables as tables
+from srppo.report import sweep_words as says
 from srppo.report.history import environment_of
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
 from srppo.report.plots import differences_plot, sweep_plot
-from srppo.report.sweep_tables import (
-    cells_table,
-    costs_table,
-    course,
-    difference_label,
-    differences_table,
-    figures_table,
-    metric_words,
-    metrics_of,
-    metrics_table,
-    primary_metric,
-    tested_by_pair,
-)
-from srppo.report.sweep_words import (
-    answer,
-    direction,
-    exploratory_line,
-    family_line,
-    interval_line,
-    missing_lines,
-    peak_lines,
-    per,
-    power_lines,
-    progress_line,
-    slope_text,
-    spent_line,
-    trend_caption,
-    trend_lines,
-)
-from srppo.report.table import Column, Table, as_dicts, paragraph, records, to_csv, to_html, to_latex, to_parquet
+from srppo.report.table import Column, Table, paragraph, records, to_csv, to_html, to_latex, to_parquet
 from srppo.statistics.intervals import Estimate
 
 STATUSES = ("done", "failed", "diverged", "running", "waiting")
@@ -62,7 +32,6 @@ CELLS = (
     "seeds: measured of planned. fail, div: failed, diverged. TFLOPs: counted training operations, 10^12, parents "
     "included. len: tokens of a test answer."
 )
-STYLE = ".answer{font-size:1.1rem;font-weight:600;border-left:4px solid var(--soft);padding-left:.8rem;margin:1rem 0}"
 BANDS = (
     "Accuracy on test items with 95% intervals over seeds and items. Arms share items and seeds: read the paired "
     "differences, not the overlap of bands."
@@ -84,17 +53,36 @@ def report_sweep(folder: Path, console: Console) -> Path:
     A sweep that is half finished, or has failed in part, is reported as far as it goes. Raises RecordError, in one
     line, for a folder that holds no record or a damaged one, StorageError when the disk refuses.
     """
-    run = Run.load(folder)
-    plan, ledger = Plan(Sweep.from_spec(run.spec)), Ledger(run, TRIES)
+    plan, ledger = load_sweep(folder)
     result, stages, out = analyse(plan, ledger), stages_of(plan, ledger), folder / "report"
-    spent = spent_of(stages)
+    sweep, spent = plan.sweep, says.spent_line(stages.values())
     console.print(sweep_text(result, spent))
-    plots = {"accuracy": sweep_plot(result, out / "accuracy")}
-    plots["differences"] = differences_plot(result, out / "differences")
-    files = [*write_files(result, out), *(path for paths in plots.values() for path in paths)]
+    accuracy, differences = sweep_plot(result, out / "accuracy"), differences_plot(result, out / "differences")
+    files = [path.name for path in (*write_files(result, out), *accuracy, *differences)]
     environment = next((found for stage in stages.values() if (found := environment_of(stage))), {})
-    lines = [*(path.name for path in files), f"record: {folder}", f"made by: srppo report {folder}"]
-    page = _write_page(result, out / "index.html", plots, spent, environment, lines)
+    intervals = f"{says.interval_line(result)} seeds: measured of planned. TFLOPs: a seed, parents included."
+    tested = tables.differences_table(result, tables.primary_metric(sweep), [says.family_line(result)])
+    parts = [
+        text(sweep.question),
+        text(says.answer(result), "answer"),
+        *map(text, says.power_lines(result)),
+        text(says.progress_line(result), "bad"),
+        bullets("Missing, failed and diverged", says.missing_lines(result), "bad"),
+        section(
+            "Accuracy", plot(BANDS, accuracy) + to_html(tables.cells_table(result, [f"{intervals} Length: tokens."]))
+        ),
+        section("Paired differences", plot(ZERO, differences) + to_html(tested)),
+        section("Trends", to_html(trends_table(result)) + "".join(map(soft_text, says.peak_lines(result)))),
+        section("Training compute", to_html(tables.costs_table(result)) + soft_text(spent)),
+        section("What else was measured", to_html(tables.figures_table(result)) + soft_text(MEASURED)),
+        section("Exploratory: not in the plan", _exploratory(result)),
+        bullets("Notes", sweep.notes, ""),
+        section("The plan, as sweep.json fixed it", _plan(result)),
+        section("Recipe", details("recipe.toml", f"<pre>{escape(to_toml(sweep.recipe))}</pre>")),
+        section("Environment of one attempt", facts(environment)),
+        bullets("Files", [*files, f"record: {folder}", f"made by: srppo report {folder}"], ""),
+    ]
+    page = write_page(out / "index.html", sweep.name, parts)
     for path in sorted(out.iterdir()):
         if path.is_file() and path != page:
             console.print(f"written: {path}")
@@ -108,28 +96,22 @@ def stages_of(plan: Plan, ledger: Ledger) -> dict[str, Stage]:
     return {stage.id: stage for stage in found if stage is not None}
 
 
-def spent_of(stages: Mapping[str, Stage]) -> str:
-    """Core-hours of the stages that were committed."""
-    return spent_line([each for stage in stages.values() if (each := stage_seconds(stage)) is not None])
-
-
 def sweep_text(result: SweepResult, spent: str) -> RenderableType:
     """Everything that is printed, legible in a plain log and in ASCII; `spent` is the line on core-hours."""
     sweep = result.plan.sweep
-    caption = " ".join([family_line(result), exploratory_line(result)]).strip()
-    cells = dataclasses.replace(cells_table(result), caption=(" ".join([interval_line(result), CELLS]),))
+    caption = " ".join([says.family_line(result), says.exploratory_line(result)]).strip()
     parts = [
         paragraph(f"{sweep.name}: {sweep.question}", "dim"),
-        paragraph(answer(result), "bold"),
-        *map(paragraph, power_lines(result)),
-        *([paragraph(progress_line(result), "bold yellow")] if progress_line(result) else []),
+        paragraph(says.answer(result), "bold"),
+        *map(paragraph, says.power_lines(result)),
+        *([paragraph(says.progress_line(result), "bold yellow")] if says.progress_line(result) else []),
         Text(""),
-        cells,
-        *([differences_table(result, primary_metric(sweep), [caption])] if sweep.analysis.family else []),
-        *([trends_table(result)] if trend_lines(result) else []),
-        *map(paragraph, [*peak_lines(result), ""] if result.peaks else []),
-        costs_table(result),
-        *(paragraph(line, "red") for line in missing_lines(result)),
+        tables.cells_table(result, [f"{says.interval_line(result)} {CELLS}"]),
+        tables.differences_table(result, tables.primary_metric(sweep), [caption]),
+        trends_table(result),
+        *map(paragraph, [*says.peak_lines(result), ""] if result.peaks else []),
+        tables.costs_table(result),
+        *(paragraph(line, "red") for line in says.missing_lines(result)),
         *(paragraph(f"Note: {note}", "dim") for note in sweep.notes),
         paragraph(spent, "dim"),
     ]
@@ -141,60 +123,26 @@ def trends_table(result: SweepResult) -> Table:
     heads = [Column(head, only="page") for head in ("what", "where", "slope", "unit", "points", "seeds", "in words")]
     heads += [Column("", only="terminal"), Column("course", only="terminal")]
     rows = []
-    for each, line in zip(result.trends, trend_lines(result), strict=False):
+    for each, line in zip(result.trends, says.trend_lines(result), strict=False):
         counts = [str(each.points), str(each.seeds)]
-        cells = [each.what, each.where or "-", slope_text(each), per(each), *counts, direction(each)]
-        rows.append([*cells, line, course(result, each.what, each.where)])
-    unfitted = trend_lines(result)[len(result.trends) :]
-    return Table.of("Trends", heads, rows, [*unfitted, trend_caption(result)])
+        cells = [each.what, each.where or "-", says.slope_text(each), says.per(each), *counts, says.direction(each)]
+        rows.append([*cells, line, tables.course(result, each.what, each.where)])
+    unfitted = says.trend_lines(result)[len(result.trends) :]
+    return Table.of("Trends", heads, rows, [*unfitted, says.trend_caption(result)])
 
 
-# ---- the page
-
-
-def _write_page(
-    result: SweepResult,
-    path: Path,
-    plots: Mapping[str, list[Path]],
-    spent: str,
-    environment: Mapping[str, Any],
-    files: list[str],
-) -> Path:
-    """plots: files of each plot, by name. files: where things lie."""
-    sweep = result.plan.sweep
-    explained = f"{interval_line(result)} seeds: measured of planned. TFLOPs: a seed, parents included. Length: tokens."
-    differences = to_html(differences_table(result, primary_metric(sweep), [family_line(result)]))
-    trends = to_html(trends_table(result)) if result.trends else "".join(map(soft_text, trend_lines(result)))
-    parts = [
-        text(sweep.question),
-        text(answer(result), "answer"),
-        *map(text, power_lines(result)),
-        text(progress_line(result), "bad"),
-        bullets("Missing, failed and diverged", missing_lines(result), "bad"),
-        section("Accuracy", plot(BANDS, plots["accuracy"]) + to_html(cells_table(result)) + soft_text(explained)),
-        section("Paired differences", plot(ZERO, plots["differences"]) + differences if sweep.analysis.family else ""),
-        section("Trends", trends + "".join(map(soft_text, peak_lines(result)))),
-        section("Training compute", to_html(costs_table(result)) + soft_text(spent)),
-        section("What else was measured", to_html(figures_table(result)) + soft_text(MEASURED)),
-        section("Exploratory: not in the plan", _exploratory(result)),
-        bullets("Notes", sweep.notes, ""),
-        section("The plan, as sweep.json fixed it", _plan(result)),
-        section("Recipe", details("recipe.toml", f"<pre>{escape(to_toml(sweep.recipe))}</pre>")),
-        section("Environment of one attempt", facts(environment)),
-        bullets("Files", files, ""),
-    ]
-    return write_page(path, sweep.name, parts, STYLE)
+# ---- parts of the page
 
 
 def _exploratory(result: SweepResult) -> str:
     """All other metrics: accuracy of every cell, then the differences of the plan's pairs, uncorrected."""
-    primary, metrics = primary_metric(result.plan.sweep), metrics_of(result)
-    tables = [metrics_table(result, each) for each in dict.fromkeys(decoding for _, decoding in metrics)]
-    html = "".join(details(table.title, to_html(table)) for table in tables)
+    primary, metrics = tables.primary_metric(result.plan.sweep), tables.metrics_of(result)
+    found = [tables.metrics_table(result, each) for each in dict.fromkeys(decoding for _, decoding in metrics)]
+    html = "".join(details(table.title, to_html(table)) for table in found)
     for metric in metrics if result.plan.sweep.analysis.family else ():
         if metric != primary:
-            inner = to_html(differences_table(result, metric))
-            html += details(f"differences, {metric_words(metric)} (exploratory: not in the plan)", inner)
+            inner = to_html(tables.differences_table(result, metric))
+            html += details(f"differences, {tables.metric_words(metric)} (exploratory: not in the plan)", inner)
     return soft_text(EXPLORATORY) + html if len(metrics) > 1 else ""
 
 
@@ -202,7 +150,7 @@ def _plan(result: SweepResult) -> str:
     sweep = result.plan.sweep
     analysis = {key: value for key, value in dataclasses.asdict(sweep.analysis).items() if key != "family"}
     plan = {"seeds": sweep.seeds, "arms": [f"{arm.name} ({arm.kind})" for arm in sweep.arms], **analysis}
-    family = "".join(f"<li>{escape(difference_label(sweep, each))}</li>" for each in sweep.analysis.family)
+    family = "".join(f"<li>{escape(tables.difference_label(sweep, each))}</li>" for each in sweep.analysis.family)
     return facts(plan) + details(f"family of {len(sweep.analysis.family)} comparisons", f"<ol>{family}</ol>")
 
 
@@ -214,7 +162,7 @@ def write_files(result: SweepResult, folder: Path) -> list[Path]:
     rows = records(result.rows)
     texts = {
         "rows.csv": to_csv(rows),
-        "rows.jsonl": "".join(canonical_json(plain(row)) + "\n" for row in as_dicts(rows)),
+        "rows.jsonl": "".join(canonical_json(plain(row)) + "\n" for row in rows),
         "cells.csv": to_csv(cell_records(result)),
         "differences.csv": to_csv(difference_records(result)),
         "trends.csv": to_csv(trend_records(result)),
@@ -228,9 +176,9 @@ def write_files(result: SweepResult, folder: Path) -> list[Path]:
     return [*(folder / name for name in texts), folder / "rows.parquet"]
 
 
-def cell_records(result: SweepResult) -> Table:
+def cell_records(result: SweepResult) -> list[dict[str, Any]]:
     """A row a cell and metric; a cell without a result has one on the primary metric, its figures empty."""
-    primary, metrics = primary_metric(result.plan.sweep), metrics_of(result)
+    primary, metrics = tables.primary_metric(result.plan.sweep), tables.metrics_of(result)
     return records(
         _cell_record(result, cell, metric)
         for cell in result.cells
@@ -242,7 +190,7 @@ def _cell_record(result: SweepResult, cell: CellResult, metric: Metric) -> dict[
     sweep, estimate = result.plan.sweep, cell.accuracy.get(metric)
     values = sweep.point(cell.cell.point).values
     row = {"sweep": sweep.name, "point": cell.cell.point, **values, "arm": cell.cell.arm}
-    row |= {"group": metric[0], "decoding": metric[1], "primary": metric == primary_metric(sweep)}
+    row |= {"group": metric[0], "decoding": metric[1], "primary": metric == tables.primary_metric(sweep)}
     row |= {"accuracy": estimate.mean if estimate else None, **_bounds(estimate), "iqm": cell.iqm.get(metric)}
     row |= {"items": estimate.n if estimate else None, "seeds": len(cell.seeds), "planned_seeds": len(sweep.seeds)}
     row |= {status: cell.statuses.get(status, 0) for status in STATUSES}
@@ -257,9 +205,9 @@ def _bounds(estimate: Estimate | None) -> dict[str, float | None]:
     return {"low": estimate.low if estimate else None, "high": estimate.high if estimate else None}
 
 
-def difference_records(result: SweepResult) -> Table:
+def difference_records(result: SweepResult) -> list[dict[str, Any]]:
     """All of the family, those without a result too, then the exploratory ones."""
-    family, metric = result.plan.sweep.analysis.family, primary_metric(result.plan.sweep)
+    family, metric = result.plan.sweep.analysis.family, tables.primary_metric(result.plan.sweep)
     tested = {each.comparison: each for each in result.differences if each.primary}
     found = [(each, metric, tested.get(each)) for each in family]
     found += [(each.comparison, each.metric, each) for each in result.differences if not each.primary]
@@ -277,7 +225,7 @@ def difference_records(result: SweepResult) -> Table:
     return records(made)
 
 
-def trend_records(result: SweepResult) -> Table:
+def trend_records(result: SweepResult) -> list[dict[str, Any]]:
     """A row a slope."""
     return records(
         {"what": each.what, "axis": each.axis, "scale": each.scale, "where": each.where, "group": each.metric[0]}
@@ -289,16 +237,21 @@ def trend_records(result: SweepResult) -> Table:
 
 def latex(result: SweepResult) -> str:
     """The cells and the planned differences, two tables."""
-    sweep, metric = result.plan.sweep, primary_metric(result.plan.sweep)
-    missing = "; ".join(missing_lines(result))
+    sweep, metric = result.plan.sweep, tables.primary_metric(result.plan.sweep)
+    missing = "; ".join(says.missing_lines(result))
     caption = [
-        *(f"{sweep.name}: {sweep.question}", answer(result), progress_line(result), interval_line(result)),
-        f"Accuracy, {metric_words(metric)}. TFLOPs are counted training operations, parents included.",
+        *(
+            f"{sweep.name}: {sweep.question}",
+            says.answer(result),
+            says.progress_line(result),
+            says.interval_line(result),
+        ),
+        f"Accuracy, {tables.metric_words(metric)}. TFLOPs are counted training operations, parents included.",
         f"Without all their seeds: {missing}." if missing else "",
     ]
-    made = to_latex(dataclasses.replace(cells_table(result), caption=tuple(filter(None, caption))), f"tab:{sweep.name}")
-    if not tested_by_pair(result, metric):
+    made = to_latex(tables.cells_table(result, caption), f"tab:{sweep.name}")
+    if not sweep.analysis.family:
         return made
-    head = f"{sweep.name}: paired differences of accuracy, {metric_words(metric)}."
-    table = differences_table(result, metric, [head, interval_line(result), family_line(result)])
+    head = f"{sweep.name}: paired differences of accuracy, {tables.metric_words(metric)}."
+    table = tables.differences_table(result, metric, [head, says.interval_line(result), says.family_line(result)])
     return made + "\n" + to_latex(table, f"tab:{sweep.name}-differences")

@@ -9,11 +9,9 @@ from srppo.ablations.analysis import CellResult, Metric, SweepResult, Tested
 from srppo.ablations.spec import Ablation, Cell, Comparison, Sweep, label
 from srppo.console import sparkline
 from srppo.evaluation.comparison import number, p_text, signed
-from srppo.report.table import Chart, Column, Row, Table
+from srppo.report.table import NO_RESULT, VERDICT_MARKS, Chart, Column, Row, Table
 from srppo.report.words import DECODINGS, GROUP_WORDS, estimate_text, is_number, number_text, teraflops
 
-NO_RESULT = "no result"
-VERDICT_MARKS = {"better": "good", "worse": "bad", NO_RESULT: "bad"}
 AXIS_WORDS = {"size": "demonstrations", "lr": "learning rate", "beta": "KL coefficient beta"}
 """What an axis is called in a plot, where its own name says too little."""
 LOG_SPAN = 8.0  # values that span more are drawn evenly by their logarithm
@@ -170,7 +168,7 @@ def tested_by_pair(result: SweepResult, metric: Metric) -> dict[Pair, list[tuple
 # ---- tables
 
 
-def cells_table(result: SweepResult) -> Table:
+def cells_table(result: SweepResult, caption: Sequence[str]) -> Table:
     """A row a cell on the primary metric, with what failed and what it cost."""
     sweep, metric = result.plan.sweep, primary_metric(result.plan.sweep)
     several, last = len(sweep.points) > 1, ""
@@ -189,7 +187,7 @@ def cells_table(result: SweepResult) -> Table:
         mark = "bad" if any(lost) else "unsure" if set(each.statuses) - {"done"} else ""
         rows.append(Row([*cells, *map(str, lost), *cost], mark))
         last = point
-    return Table.of(f"Cells, {metric_words(metric)}", heads, rows, names=1 + several)
+    return Table.of(f"Cells, {metric_words(metric)}", heads, rows, caption, names=1 + several)
 
 
 def _points_head(sweep: Sweep) -> str:
@@ -235,7 +233,7 @@ def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str
         for row, _, found in members:
             told, chart = _difference_cells(found), Chart(found.difference if found else None, -reach, reach)
             rows.append(Row([row or "all", chart, *told][: len(heads)], VERDICT_MARKS.get(told[-1], "")))
-    return Table.of(f"Paired differences, {metric_words(metric)}", heads, rows, caption).telling()
+    return Table.of(f"Paired differences, {metric_words(metric)}", heads, rows, caption if rows else ()).telling()
 
 
 def _difference_cells(found: Tested | None) -> list[str]:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from srppo.ablations.analysis import CellResult, Peak, SweepResult, Tested, Trend
+from srppo.ablations.progress import stage_seconds
 from srppo.ablations.spec import Comparison
 from srppo.evaluation.comparison import number, p_text, signed
-from srppo.report.sweep_tables import (
-    NO_RESULT,
-    Pair,
-    axis_words,
-    cell_label,
-    difference_label,
-    metric_words,
-    primary_metric,
-    tested_by_pair,
-    varying,
-)
+from srppo.record.store import Stage
+from srppo.report import sweep_tables as tables
+from srppo.report.table import NO_RESULT
 from srppo.report.words import INTERVAL, joined, number_text, short_number, span
 from srppo.statistics.tests import seeds_needed
 
@@ -34,24 +27,25 @@ MOST_REASONS = 3  # shown in a line; the record has all
 
 def answer(result: SweepResult) -> str:
     """The answer to the sweep's question by the tests that were planned, in plain words."""
-    sweep, family = result.plan.sweep, result.plan.sweep.analysis.family
-    metric = primary_metric(sweep)
+    analysis, metric = result.plan.sweep.analysis, tables.primary_metric(result.plan.sweep)
+    family, tested = analysis.family, _tested(result)
     if not family:
         return "The plan tests no difference: what follows describes, and shows nothing."
-    tested = _tested(result)
     if not tested:
         return f"No answer yet: none of the {len(family)} planned comparisons has a result."
     seeds = span([len(each.seeds) for each in tested], "seed")
-    said = [_pair_sentence(result, pair, rows) for pair, rows in tested_by_pair(result, metric).items()]
-    holm = f"{sweep.analysis.correction} over {len(family)}; " if len(family) > 1 else ""
-    return f"{'. '.join(said)} ({metric_words(metric)}; {holm}{seeds})."
+    said = [_pair_sentence(result, pair, rows) for pair, rows in tables.tested_by_pair(result, metric).items()]
+    holm = f"{analysis.correction} over {len(family)}; " if len(family) > 1 else ""
+    return f"{'. '.join(said)} ({tables.metric_words(metric)}; {holm}{seeds})."
 
 
 def _tested(result: SweepResult) -> list[Tested]:
     return [each for each in result.differences if each.primary]
 
 
-def _pair_sentence(result: SweepResult, pair: Pair, rows: Sequence[tuple[str, Comparison, Tested | None]]) -> str:
+def _pair_sentence(
+    result: SweepResult, pair: tables.Pair, rows: Sequence[tuple[str, Comparison, Tested | None]]
+) -> str:
     """`SRPPO is better than SFT at 3 of 6 sizes, worse at none, cannot tell at 3`; arms by name at a single point."""
     by: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for row, _, found in rows:
@@ -64,7 +58,7 @@ def _pair_sentence(result: SweepResult, pair: Pair, rows: Sequence[tuple[str, Co
     if len(rows) == 1:
         verdict = next(verdict for verdict, named in by.items() if named)
         return _clause(model, verdict, baseline) + (f" at {rows[0][0]}" if rows[0][0] else "")
-    axes = varying(result.plan.sweep)
+    axes = tables.varying(result.plan.sweep)
     where = f"{len(rows)} {axes[0].replace('_', ' ')}s" if len(axes) == 1 else f"{len(rows)} points"
     without = [f"{NO_RESULT} at {len(by[NO_RESULT])}"] if by[NO_RESULT] else []
     if len(by[NO_RESULT]) == len(rows):
@@ -172,10 +166,8 @@ def trend_caption(result: SweepResult) -> str:
     trend = result.plan.sweep.analysis.trend
     if not trend or not result.trends:
         return ""
-    return (
-        f"Slopes along {axis_words(trend)}: least squares seed by seed and item by item, 95% intervals, no test and no "
-        "correction."
-    )
+    how = "least squares seed by seed and item by item, 95% intervals, no test and no correction"
+    return f"Slopes along {tables.axis_words(trend)}: {how}."
 
 
 def peak_lines(result: SweepResult) -> list[str]:
@@ -210,10 +202,10 @@ def missing_lines(result: SweepResult) -> list[str]:
     sweep = result.plan.sweep
     lines = [_lost_line(result, cell) for cell in result.cells if set(cell.statuses) & set(LOST)]
     left = [(cell, sum(n for status, n in cell.statuses.items() if status in LEFT)) for cell in result.cells]
-    if waiting := [f"{cell_label(sweep, cell.cell)} {count}" for cell, count in left if count]:
+    if waiting := [f"{tables.cell_label(sweep, cell.cell)} {count}" for cell, count in left if count]:
         lines.append(f"Seeds not finished: {'; '.join(waiting)}")
     known = {each.comparison for each in _tested(result)}
-    if unknown := [difference_label(sweep, each) for each in sweep.analysis.family if each not in known]:
+    if unknown := [tables.difference_label(sweep, each) for each in sweep.analysis.family if each not in known]:
         lines.append(f"Planned, {NO_RESULT}, since no seed has both cells measured: {'; '.join(unknown)}")
     return lines
 
@@ -228,14 +220,12 @@ def _lost_line(result: SweepResult, cell: CellResult) -> str:
     said = [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}: {why}" for why, seeds in by_reason.items()]
     more = [f"{len(said) - MOST_REASONS} more"] if len(said) > MOST_REASONS else []
     reasons = "; ".join([*said[:MOST_REASONS], *more])
-    return f"{cell_label(result.plan.sweep, cell.cell)}: {counts}" + (f" ({reasons})" if reasons else "")
+    return f"{tables.cell_label(result.plan.sweep, cell.cell)}: {counts}" + (f" ({reasons})" if reasons else "")
 
 
 def progress_line(result: SweepResult) -> str:
     """How much of a sweep there is; "" for a whole one."""
-    counts: Mapping[str, int] = {
-        status: sum(cell.statuses.get(status, 0) for cell in result.cells) for status in ("done", *LOST)
-    }
+    counts = {each: sum(cell.statuses.get(each, 0) for cell in result.cells) for each in ("done", *LOST)}
     whole = len(result.cells) * len(result.plan.sweep.seeds)
     parts = [f"{counts[status]} {status}" for status in LOST if counts[status]]
     if waiting := whole - sum(counts.values()):
@@ -246,7 +236,7 @@ def progress_line(result: SweepResult) -> str:
 
 def interval_line(result: SweepResult) -> str:
     """What the intervals are over."""
-    metric, counts = primary_metric(result.plan.sweep), [len(cell.seeds) for cell in result.cells if cell.seeds]
+    metric, counts = tables.primary_metric(result.plan.sweep), [len(cell.seeds) for cell in result.cells if cell.seeds]
     items = sorted({cell.accuracy[metric].n for cell in result.cells if metric in cell.accuracy})
     if not items:
         return ""
@@ -270,11 +260,12 @@ def family_line(result: SweepResult) -> str:
 
 def exploratory_line(result: SweepResult) -> str:
     """That there is more to see, and what it is worth; "" where there is not."""
-    others = dict.fromkeys(metric_words(each.metric) for each in result.differences if not each.primary)
+    others = dict.fromkeys(tables.metric_words(each.metric) for each in result.differences if not each.primary)
     return f"Exploratory, not in the plan, uncorrected, on the page only: {'; '.join(others)}." if others else ""
 
 
-def spent_line(seconds: Sequence[float]) -> str:
+def spent_line(stages: Iterable[Stage]) -> str:
     """`Spent: 0.12 core-hours: the wall time of 18 finished stages.`"""
-    many = f"{len(seconds)} finished stage{'' if len(seconds) == 1 else 's'}"
-    return f"Spent: {number_text(sum(seconds) / 3600, '.3g')} core-hours: the wall time of {many}."
+    seconds = [each for stage in stages if (each := stage_seconds(stage)) is not None]
+    hours, many = number_text(sum(seconds) / 3600, ".3g"), span([len(seconds)], "finished stage")
+    return f"Spent: {hours} core-hours: the wall time of {many}."

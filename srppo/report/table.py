@@ -30,6 +30,8 @@ NAME_LEAST = 18  # columns that a name gets before numbers go into a table below
 HEAD_MOST, HEAD_WHOLE = 17, 12  # a head's longest word, and a head that is not folded
 CHART_LEAST, CHART_MOST = 8, 16
 MARKS = {"good": "green", "bad": "red", "unsure": "yellow", "own": "bold"}  # in HTML they are classes of the row
+NO_RESULT = "no result"
+VERDICT_MARKS = {"better": "good", "worse": "bad", NO_RESULT: "bad", "cannot tell": ""}
 ASCII = str.maketrans("●─│·▁▂▃▄▅▆▇█", "o-|..:-=+*%#")
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -61,6 +63,11 @@ class Column:
     short: str | None = None
     only: Literal["", "terminal", "page"] = ""
 
+    @property
+    def narrow(self) -> str:
+        """The head in the terminal."""
+        return self.head if self.short is None else self.short
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,7 +79,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns, rows and lines of caption. A text among the rows is a heading over those that follow it.
+    """A title, columns, rows and lines of caption. A text among the rows is a heading over those that follow it. One
+    without rows and caption is nothing, in the terminal and on a page.
 
     names: so many of the terminal's first columns are names, which may fold; numbers never do.
     """
@@ -112,15 +120,15 @@ class Table:
         return Table(self.title, tuple(self.columns[i] for i in keep), tuple(rows), self.caption, self.names)
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield from _terminal(self.shown("terminal"), min(options.max_width, WIDTH), options.ascii_only)
-        for line in self.caption:
-            yield paragraph(line, "dim")
-        yield Text("")
+        if self.rows or self.caption:
+            yield from _terminal(self.shown("terminal"), min(options.max_width, WIDTH), options.ascii_only)
+            yield from (paragraph(line, "dim") for line in self.caption)
+            yield Text("")
 
 
 def paragraph(text: str, style: str = "") -> RenderableType:
-    """Text for the terminal, no wider than the tables."""
-    return Constrain(Text(text, style), WIDTH)
+    """Text for the terminal, no wider than the tables, in a style of rich's or of a mark of MARKS."""
+    return Constrain(Text(text, MARKS.get(style, style)), WIDTH)
 
 
 # ---- terminal
@@ -128,19 +136,23 @@ def paragraph(text: str, style: str = "") -> RenderableType:
 
 def _terminal(table: Table, width: int, ascii_only: bool) -> Iterator[RenderableType]:
     """Title, head and rows in `width` columns; what does not fit goes into a further table with the same names."""
-    if table.title and (table.rows or table.caption):
+    if table.title:
         yield paragraph(table.title, "bold")
-    for part, (keep, widths, gap) in enumerate(_layouts(table, width) if table.rows else ()):
-        rows = [row if isinstance(row, str) else Row([row.cells[i] for i in keep], row.mark) for row in table.rows]
-        heads = [_head_lines(table, i, size) for i, size in zip(keep, widths, strict=True)]
-        if part:
-            yield Text("")
+    for number, (keep, widths, gap) in enumerate(_layouts(table, width) if table.rows else ()):
+        part = table._kept(keep)
+        heads = [_head_lines(part, i, size) for i, size in enumerate(widths)]
+        yield from [Text("")] if number else []
         if any(heads):
             yield from _lines(heads, "", widths, gap, table.names, ascii_only)
             yield Text(("-" if ascii_only else "─") * (sum(widths) + gap * (len(widths) - 1)), "dim")
-        for place, row in enumerate(rows):
+        for place, row in enumerate(part.rows):
             if isinstance(row, Row):
-                columns = [_cell_lines(cell, size) for cell, size in zip(row.cells, widths, strict=True)]
+                columns = [
+                    [whisker(cell.estimate, size, cell.low, cell.high)]
+                    if isinstance(cell, Chart)
+                    else folded(str(cell), size)
+                    for cell, size in zip(row.cells, widths, strict=True)
+                ]
                 yield from _lines(columns, MARKS.get(row.mark, ""), widths, gap, table.names, ascii_only)
             else:
                 yield from [Text("")] if place else []
@@ -153,12 +165,8 @@ def _head_lines(table: Table, place: int, width: int) -> list[str]:
     if isinstance(chart, Chart):
         low, high = (f"{end:+.2f}" if chart.low < 0 else f"{end:g}" for end in (chart.low, chart.high))
         return [low + high.rjust(width - len(low))] if len(low) + len(high) < width else []
-    head = _head(table.columns[place])
+    head = table.columns[place].narrow
     return folded(head, width, hang="") if head else []
-
-
-def _cell_lines(cell: Any, width: int) -> list[str]:
-    return [whisker(cell.estimate, width, cell.low, cell.high)] if isinstance(cell, Chart) else folded(str(cell), width)
 
 
 def _lines(
@@ -204,7 +212,7 @@ def _natural(column: Column, cells: Sequence[Any]) -> int:
     """The width at which nothing of a column folds but a long head."""
     if any(isinstance(cell, Chart) for cell in cells):
         return CHART_LEAST
-    head = _head(column)
+    head = column.narrow
     words = cell_len(head) if cell_len(head) <= HEAD_WHOLE else max(map(cell_len, head.split()))
     return max([min(words, HEAD_MOST), 1, *(cell_len(str(cell)) for cell in cells)])
 
@@ -215,10 +223,6 @@ def _name_widths(natural: Sequence[int], free: int) -> dict[int, int]:
         return dict(enumerate([min(natural[0], max(free, 4)), *natural[1:]]))
     first = min(natural[0], max(free // 2, free - natural[1]))
     return {0: first, 1: min(natural[1], free - first)}
-
-
-def _head(column: Column) -> str:
-    return column.head if column.short is None else column.short
 
 
 def folded(text: str, width: int, hang: str = "  ") -> list[str]:
@@ -262,7 +266,7 @@ def to_html(table: Table) -> str:
     heads = "".join(f'<th scope="col">{escape(column.head)}</th>' for column in shown.columns)
     lines = "".join(_html_row(row, len(shown.columns)) for row in shown.rows)
     body = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-    return body + "".join(map(soft_text, table.caption))
+    return (body if lines else "") + "".join(map(soft_text, table.caption))
 
 
 def _html_row(row: Row | str, columns: int) -> str:
@@ -276,13 +280,10 @@ def to_markdown(table: Table) -> str:
     """The table alone; a heading is a row of its own."""
     shown = table.shown("page")
     empty = [""] * (len(shown.columns) - 1)
-    lines = [[row, *empty] if isinstance(row, str) else row.cells for row in shown.rows]
-    head, *rest = (_markdown_row(cells) for cells in ([column.head for column in shown.columns], *lines))
+    lines = [[column.head for column in shown.columns]]
+    lines += [[row, *empty] if isinstance(row, str) else [*map(str, row.cells)] for row in shown.rows]
+    head, *rest = (f"| {' | '.join(map(plain_markdown, cells))} |\n" for cells in lines)
     return "".join([head, f"|---|{'---:|' * len(empty)}\n", *rest])
-
-
-def _markdown_row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(plain_markdown(str(cell)) for cell in cells)} |\n"
 
 
 def plain_markdown(text: str) -> str:
@@ -306,9 +307,7 @@ def to_latex(table: Table, name: str) -> str:
 
 def _latex_row(cells: Sequence[str]) -> str:
     # A row that began with [ would be read as an option of the row end before it.
-    return (
-        " & ".join("{}" + plain_latex(cell) if cell.startswith("[") else plain_latex(cell) for cell in cells) + r" \\"
-    )
+    return " & ".join("{}" * cell.startswith("[") + plain_latex(cell) for cell in cells) + r" \\"
 
 
 def plain_latex(text: str) -> str:
@@ -319,8 +318,8 @@ def plain_latex(text: str) -> str:
 # ---- data
 
 
-def records(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Plain values by column name, each column of one type: what is not numbers throughout becomes text; None stays."""
+def records(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the same columns, each of one type: what is not numbers throughout becomes text; None stays."""
     rows = list(rows)
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     for key, values in columns.items():
@@ -328,22 +327,16 @@ def records(rows: Iterable[Mapping[str, Any]]) -> Table:
         if len(kinds) > 1 or not kinds <= {int, float, bool, str}:
             form = float if kinds == {int, float} else _text
             columns[key] = [None if value is None else form(value) for value in values]
-    return Table.of("", columns, zip(*columns.values(), strict=True))
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list | tuple | dict) else label(value)
 
 
-def as_dicts(table: Table) -> list[dict[str, Any]]:
-    """The rows by the heads of the columns."""
-    heads = [column.head for column in table.columns]
-    return [dict(zip(heads, row.cells, strict=True)) for row in table.rows if isinstance(row, Row)]
-
-
-def to_csv(table: Table) -> str:
-    """With a head, no number rounded; an empty field is None; "" without rows."""
-    rows, text = as_dicts(table), io.StringIO()
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`records` with a head, no number rounded; an empty field is None; "" without rows."""
+    text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -351,11 +344,11 @@ def to_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def to_parquet(table: Table) -> bytes:
-    """The values with their types."""
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """`records` with their types."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows, sink = as_dicts(table), io.BytesIO()
-    pq.write_table(pa.table({key: [row[key] for row in rows] for key in (rows[0] if rows else ())}), sink)
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
     return sink.getvalue()

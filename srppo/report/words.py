@@ -28,14 +28,13 @@ def group_words(group: str) -> str:
     return f"{GROUP_WORDS[group]} ({group})" if group in GROUP_WORDS else group
 
 
-def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
-    """`0.43 [0.38, 0.49]`, or a dash; with sign "+" of a difference, `+0.43 [+0.38, +0.49]`; `0.43 [-, -]` where the
-    data do not tell an interval, such as those of one unit."""
+def estimate_text(estimate: Estimate | None, form: str = ".2f") -> str:
+    """`0.43 [0.38, 0.49]`, or a dash; in the form "+.2f" of a difference `+0.43 [+0.38, +0.49]`; `0.43 [-, -]` where
+    the data do not tell an interval, such as those of one unit."""
     if estimate is None or estimate.n == 0 or not math.isfinite(estimate.mean):
         return "-"
-    if not math.isfinite(estimate.low):
-        return f"{estimate.mean:{sign}.2f} [-, -]"
-    return f"{estimate.mean:{sign}.2f} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+    bounds = f"{estimate.low:{form}}, {estimate.high:{form}}" if math.isfinite(estimate.low) else "-, -"
+    return f"{estimate.mean:{form}} [{bounds}]"
 
 
 def number_text(value: float | None, form: str = ".1f") -> str:

@@ -153,7 +153,7 @@ def run(tmp_path: Path, *tasks: Task, tries: int = 2, timeout_s: float | None = 
     ledger = open_ledger(tmp_path, tries)
     console = Console(plain=True, file=said)
     execute = partial(pretend, folder=tmp_path)
-    run_ray(plan_of(*tasks), ledger, device="cpu", timeout_s=timeout_s, console=console, execute=execute)
+    run_ray(plan_of(*tasks), ledger, execute, device="cpu", timeout_s=timeout_s, console=console)
     return ledger, said.getvalue()
 
 
@@ -254,10 +254,11 @@ def test_nodes_that_do_not_see_the_record_are_named(joined: None, tmp_path: Path
     assert sight(Run(ledger.run.path, {"other": 1})).startswith("sees another sweep in")
     (tmp_path / "gone").mkdir()
     gone = Ledger(Run(tmp_path / "gone", {}), 1)
+    how: dict[str, Any] = {"timeout_s": None, "console": Console(plain=True, file=io.StringIO())}
     with pytest.raises(RecordError, match=r"Ray node .* does not see .*gone; .* disk that all nodes share"):
-        run_ray(plan_of(task("a")), gone, device="cpu", timeout_s=None, console=Console(plain=True, file=io.StringIO()))
+        run_ray(plan_of(task("a")), gone, pretend, device="cpu", **how)
     with pytest.raises(ConfigError, match="no node of the Ray cluster has 1 CPU, 1 GPU"):
-        run_ray(plan_of(), ledger, device="cuda", timeout_s=None, console=Console(plain=True, file=io.StringIO()))
+        run_ray(plan_of(), ledger, pretend, device="cuda", **how)
 
 
 @needs_ray

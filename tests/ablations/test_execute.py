@@ -95,7 +95,7 @@ def test_what_no_result_depends_on_reaches_workers_that_join_later(world: World,
         ledger = Ledger(Run.open(tmp_path / "sweep", sweep.as_spec()), 1)
         ledger.limit(60.0, sweep.recipe)
     plan, joined = load_sweep(tmp_path / "sweep")
-    assert joined.timeout_s == 60 and plan.sweep.recipe.ppo.micro_batch == 3
+    assert joined.limits["timeout_s"] == 60 and plan.sweep.recipe.ppo.micro_batch == 3
     assert {task.recipe.ppo.micro_batch for task in plan.tasks.values()} == {3}
     assert plan.tasks.keys() == Plan(sweeps[0]).tasks.keys()
     with pytest.raises(RecordError, match="made with other settings"):

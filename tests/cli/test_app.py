@@ -291,6 +291,37 @@ def test_a_run_whose_numbers_end_stops_as_diverged(cli: Trainer, tmp_path: Path)
     assert found and found["status"] == "diverged" and not (stage / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        ("MemoryError('no room')", 1, "oom: out of memory (no room)"),
+        ("srppo.errors.OutOfMemory('no room to generate')", 1, "oom: no room to generate"),
+        ("ZeroDivisionError('a bug')", 1, "failed: ZeroDivisionError: a bug"),
+        ("srppo.errors.ConfigError('no such thing')", 2, "failed: ConfigError: no such thing"),
+        ("srppo.errors.StorageError('the disk is full')", 1, ""),
+        ("srppo.errors.Interrupted('stopped')", 130, ""),
+    ],
+)
+def test_a_run_whose_stage_fails_is_reported_with_the_reason(
+    error: str, code: int, reason: str, cli: Trainer, tmp_path: Path
+) -> None:
+    """However it failed; but not where it stopped on purpose, or nothing more can be written."""
+    out = tmp_path / "run"
+    lines = (
+        "import sys, srppo.errors, srppo.stages.run, srppo.cli.app",
+        f"def fail(*_, **__): raise {error}",
+        "srppo.stages.run.train_ppo = fail",
+        f"sys.argv = {['srppo', 'train', *map(str, cli.arguments(out))]}",
+        "srppo.cli.app.main()",
+    )
+    done = cli("-c", "\n".join(lines))
+    assert done.code == code and error.partition("'")[2].partition("'")[0] in done.err
+    assert (out / "report" / "index.html").exists() == ("Test items" in done.out) == bool(reason)
+    if reason:
+        said = f"SRPPO: seed 0 {reason}"
+        assert said in " ".join(done.out.split()) and said in (out / "report" / "index.html").read_text()
+
+
 # ---- runs that stop and go on
 
 

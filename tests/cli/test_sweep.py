@@ -89,7 +89,7 @@ def test_a_finished_sweep_is_shown_and_nothing_is_run_again(swept: Swept) -> Non
 
 def test_a_worker_that_joins_has_the_sweeps_own_time_limit(swept: Swept, tmp_path: Path) -> None:
     _, ledger = load_sweep(swept.folder)
-    assert ledger.timeout_s and ledger.timeout_s >= LEAST_TIMEOUT_S
+    assert ledger.limits["timeout_s"] >= LEAST_TIMEOUT_S
     endless = with_overrides(build_recipe(ledger.run.spec["recipe"]), {"sft.steps": 100_000}).model_dump(mode="json")
     other = Run.open(tmp_path / "other", {**ledger.run.spec, "seeds": [0], "recipe": endless})
     Ledger(other, 3).limit(0.5, build_recipe(endless))

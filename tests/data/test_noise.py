@@ -211,6 +211,7 @@ def test_near_misses_are_of_every_sort() -> None:
     assert {"sun cat", "act sun", "cat snu"} <= found
     assert any(len(set(text) - set("cat sun")) == 1 for text in found if text)
     assert {near_miss("42", Random(seed)) for seed in range(99)} >= {"24", "43", "92"}
+    assert all(differs(text, near_miss(text, Random(seed))) for text in "7aZ" for seed in range(99))
     assert (near_miss("!!", Random(0)), truncated("7 ", Random(0))) == (None, None)
 
 

@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant(
         "sweep: who joins later has the micro-batch of the first",
         "ablations/run.py",
-        "replace(sweep, recipe=with_overrides(sweep.recipe, ledger.settings))",
+        'replace(sweep, recipe=with_overrides(sweep.recipe, ledger.limits["settings"]))',
         "sweep",
         "ablations/test_execute.py::test_what_no_result_depends_on_reaches_workers_that_join_later",
     ),

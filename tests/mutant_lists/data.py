@@ -139,7 +139,7 @@ MUTANTS = [
         "data/noise.py",
         'random.choice(letters.replace(own, ""))',
         "random.choice(letters)",
-        "data/test_noise.py::test_a_near_miss_is_one_edit",
+        "data/test_noise.py::test_near_misses_are_of_every_sort",
     ),
     Mutant(
         "noise: not applied to training",

@@ -87,7 +87,7 @@ MUTANTS = [
         "record/folder.py",
         "            shutil.rmtree(trial, ignore_errors=True)\n",
         "            pass\n",
-        "evaluation/harness/test_checks.py::test_a_trap_is_one_line_before_any_generation",
+        "record/test_store.py::test_a_place_that_can_be_used_is_left_as_it_was",
     ),
     Mutant(
         "a sweep is taken for a run",

@@ -8,8 +8,8 @@ MUTANTS = [
     Mutant(
         "report: nothing of srppo eval",
         "report/evaluated.py",
-        'result.path.parent.name == "eval"',
-        'result.path.parent.name == ""',
+        'each.path.parent.name == "eval"',
+        'each.path.parent.name == ""',
         "report/test_evaluated.py::test_every_evaluated_task_of_every_arm_is_shown",
     ),
     Mutant(

@@ -257,4 +257,11 @@ MUTANTS = [
         "            pass\n",
         "stages/test_kinds.py::test_a_new_method_is_one_entry_and_one_function",
     ),
+    Mutant(
+        "train: only what diverged is reported",
+        "cli/train.py",
+        "        except Exception:\n            report_run(folder, console)\n",
+        "        except ZeroDivisionError:\n            report_run(folder, console)\n",
+        "cli/test_app.py::test_a_run_whose_stage_fails_is_reported_with_the_reason",
+    ),
 ]

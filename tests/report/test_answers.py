@@ -16,7 +16,7 @@ from srppo.config import with_overrides
 from srppo.console import Console
 from srppo.record.store import Run
 from srppo.report.answers import SAMPLES, arm_rows, arms_of, differences_of, lengths_of, samples_of, tasks_of
-from srppo.report.run import length_table, rows_of
+from srppo.report.run import length_table, rows_of, samples_html
 from srppo.stages.arms import CHOSEN, EQUAL
 from srppo.stages.run import prepare_run, run_stages
 from srppo.statistics.intervals import calibrated_interval
@@ -52,12 +52,16 @@ def test_lengths_count_every_sampled_answer(run: Run) -> None:
 
 def test_samples_are_chosen_by_place_and_side_by_side(run: Run) -> None:
     samples = samples_of(arm_rows(run))
-    assert [sample.prompt for sample in samples] == ["first 0", "first 5", "swap 2", "sort 0", "sort 2", "sort 5"]
-    assert len(samples) == SAMPLES * len(TASKS) and "task swap" in samples[2].group
-    expected = {"base", "SFT", EQUAL, CHOSEN, "SRPPO"}
-    assert all(sample.responses.keys() == expected == sample.right.keys() for sample in samples)
-    assert samples[0].responses["SFT"] == "a" and samples[0].right is not None
-    assert samples[0].right["SFT"] == verdicts(0, 0.4, 1)[0]["correct"][0]
+    assert all(sample.keys() == {"base", "SFT", EQUAL, CHOSEN, "SRPPO"} for sample in samples)
+    expected = ["first 0", "first 5", "swap 2", "sort 0", "sort 2", "sort 5"]
+    assert [{row["prompt"] for row in sample.values()} for sample in samples] == [{prompt} for prompt in expected]
+    assert len(samples) == SAMPLES * len(TASKS) and samples[0]["SFT"] == verdicts(0, 0.4, 1)[0]
+    html = samples_html(samples)
+    assert (
+        html.count("<div><span") == 6 * 5 and "in-domain (demonstrated), task swap" in html and "<pre>a</pre>" in html
+    )
+    right = sum(bool(row["correct"][0]) for sample in samples for row in sample.values())
+    assert html.count("✓&nbsp;right") == right and html.count("✗&nbsp;wrong") == 6 * 5 - right
 
 
 @pytest.fixture(scope="module")

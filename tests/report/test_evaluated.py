@@ -14,7 +14,7 @@ from srppo.config import canonical_json
 from srppo.console import Console
 from srppo.record.json import plain
 from srppo.report.answers import SHARE, interval
-from srppo.report.evaluated import TITLE, evaluated_of, scores_table
+from srppo.report.evaluated import evaluated_table, scores_table
 from srppo.report.run import report_run
 from srppo.report.words import estimate_text
 from srppo.statistics.intervals import item_interval
@@ -35,7 +35,10 @@ def test_every_evaluated_task_of_every_arm_is_shown(tmp_path: Path) -> None:
     said = io.StringIO()
     report_run(run.path, Console(plain=True, file=said))
     page, printed = offline_page(run.path / "report" / "index.html").text, said.getvalue()
-    assert TITLE in page and TITLE in printed and max(map(len, printed.splitlines()[:-3])) <= 80
+    assert (
+        all("Tasks of srppo eval" in said for said in (page, printed))
+        and max(map(len, printed.splitlines()[:-3])) <= 80
+    )
     wanted = [estimate_text(interval(values, SHARE)) for values in greedy]
     wanted.append(estimate_text(item_interval(shares.mean(axis=1))))
     for text in wanted:
@@ -47,13 +50,14 @@ def test_every_evaluated_task_of_every_arm_is_shown(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", [0])
-    assert evaluated_of(run.path) == ([], [])
+    nothing = evaluated_table(run.path)
+    assert not nothing[0].rows and not nothing[0].caption and nothing[1] == []
     stage = finish(run.stage("sft", {"seed": 0}), 0, 0.3, [], 0)
-    assert evaluated_of(run.path) == ([], []), "a run's own tests have sections of their own"
+    assert evaluated_table(run.path) == nothing, "a run's own tests have sections of their own"
     evaluate(stage, "SFT", 0, [[1.0]])
     next(stage.path.glob("eval/sums@*/samples.parquet")).write_bytes(b"")
-    found, problems = evaluated_of(run.path)
-    assert found == [] and "is damaged" in problems[0]
+    found, problems = evaluated_table(run.path)
+    assert not found.rows and "is damaged" in problems[0]
 
 
 def test_scores_of_srppo_eval_stand_one_a_row(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from pages import offline_page
 from records import ARMS, HOSTILE, ODD
 
-from srppo.report.answers import ArmFigures, Sample
+from srppo.report.answers import ArmFigures
 from srppo.report.history import SeedRows
 from srppo.report.page import bullets, details, facts, page_folder, plot, section, text, write_page
 from srppo.report.plots import accuracy_plot, training_curves
-from srppo.report.run import differences_table, results_html, samples_html
+from srppo.report.run import accuracy_table, cost_table, differences_table, samples_html
 from srppo.report.table import to_html
 
 
@@ -23,16 +23,20 @@ def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
     curves = training_curves({HOSTILE: SeedRows({0: rows}), "SRPPO": SeedRows({0: rows})}, tmp_path / "curves")
     dots = accuracy_plot([*ARMS, *ODD], tmp_path / "dots")
     hostile_arms = [*ODD, ArmFigures(HOSTILE, problem=HOSTILE)]
-    answers = {HOSTILE: HOSTILE, "SFT": "", "lone \ud800": "\ud800"}
+    item = {"group": HOSTILE, "task": HOSTILE, "prompt": HOSTILE, "answer": HOSTILE, "correct": [False]}
+    answers = {
+        arm: {**item, "responses": [said]} for arm, said in ((HOSTILE, HOSTILE), ("SFT", ""), ("\ud800", "\ud800"))
+    }
+    arms = [*ARMS, *hostile_arms]
     parts = [
         text(HOSTILE),
         bullets(HOSTILE, [HOSTILE], "bad"),
-        section(HOSTILE, results_html([*ARMS, *hostile_arms]) + plot("dots", dots)),
+        section(HOSTILE, to_html(accuracy_table(arms)) + to_html(cost_table(arms)) + plot("dots", dots)),
         section("empty", ""),
         to_html(differences_table(hostile_arms)),
         plot(HOSTILE, curves),
         plot("nothing", []),
-        samples_html([Sample(HOSTILE, answers, HOSTILE, HOSTILE, {HOSTILE: False})]),
+        samples_html([answers]),
         details(HOSTILE, text(HOSTILE)),
         facts({"packages": {"torch": HOSTILE}, HOSTILE: [1, None]}),
     ]
@@ -42,7 +46,7 @@ def test_page_is_self_contained_and_escapes_everything(tmp_path: Path) -> None:
 
 
 def test_a_run_without_anything_says_why(tmp_path: Path) -> None:
-    parts = [results_html([]), samples_html([]), section("Environment", facts({}))]
+    parts = [to_html(accuracy_table([])), to_html(cost_table([])), samples_html([]), section("Environment", facts({}))]
     page = offline_page(write_page(tmp_path / "r.html", "t", parts))
     assert "eval.items" in page.text and "Samples" not in page.text and "Environment" not in page.text
 

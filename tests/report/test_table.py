@@ -16,7 +16,6 @@ from srppo.report.table import (
     Column,
     Row,
     Table,
-    as_dicts,
     folded,
     records,
     to_csv,
@@ -126,11 +125,11 @@ def test_values_that_are_not_all_numbers_become_text() -> None:
         {"a": None, "b": None, "c": [1]},
     ]
     even = records(rows)
-    assert as_dicts(even) == [
+    assert even == [
         {"a": 1.0, "b": "1", "c": "x"},
         {"a": 0.5, "b": "many", "c": None},
         {"a": None, "b": None, "c": "[1]"},
     ]
-    assert pq.read_table(io.BytesIO(to_parquet(even))).to_pylist() == as_dicts(even)
+    assert pq.read_table(io.BytesIO(to_parquet(even))).to_pylist() == even
     assert to_csv(even).splitlines() == ["a,b,c", "1.0,1,x", "0.5,many,", ",,[1]"]
     assert to_csv(records([])) == ""
