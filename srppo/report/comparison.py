@@ -13,7 +13,7 @@ from rich.text import Text
 from srppo.console import Console
 from srppo.errors import DataError, UserError
 from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, compare, number, p_text, signed
-from srppo.evaluation.results import TaskResult, not_scored_file, read_results
+from srppo.evaluation.results import NOT_SCORED, SAMPLES, TaskResult, read_results
 from srppo.record.arms import problem_of
 from srppo.record.files import storing, write_atomic
 from srppo.record.folder import check_place
@@ -233,7 +233,9 @@ def unscored(arms: Mapping[str, Sequence[TaskResult]]) -> list[str]:
     for (task, reason), by_arm in found.items():
         counts = [sum(why == reason for why in result.not_scored.values()) for result in by_arm.values()]
         said = f"{task}: {span(counts, 'item')} left out, not scored in {', '.join(by_arm)}: {reason}"
-        lines.append(f"{said} (listed in {not_scored_file(next(iter(by_arm.values())).path)})")
+        path = next(iter(by_arm.values())).path
+        listed = path.with_name(f"{path.name}{NOT_SCORED}")
+        lines.append(f"{said} (listed in {listed if listed.exists() else path / SAMPLES})")
     return lines
 
 

@@ -188,18 +188,15 @@ def _dot_plot(
     legend: Mapping[str, Any] | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
     rows: int | None = None,
-    zero: bool = False,
     **grid: Any,
 ) -> list[Path]:
-    """Panels of dots over one axis, `label`, that does not run beyond the limits of its values.
-
-    rows: of every panel, None for each its own. zero: with a line there.
-    """
+    """Panels of dots over one axis, `label`, that does not run beyond the limits of its values, with a line at a 0
+    between them. rows: of every panel, None for each its own."""
 
     def draw(figure: Figure) -> None:
         axes = _panels(figure, len(panels), sharex=True, **grid)
         for axis, panel in zip(axes, panels, strict=True):
-            if zero:
+            if limits[0] < 0:
                 axis.axvline(0.0, color=INK, lw=1)
             for place, estimate, colour, filled in panel.dots:
                 if math.isfinite(estimate.mean):
@@ -285,16 +282,15 @@ def task_plot(by_row: TaskFigures, decoding: str, path: Path) -> list[Path]:
         tasks.setdefault(group, []).append(task)
     if not tasks:
         return []
-    most = min(max(map(len, tasks.values())), MOST_TASKS)
-    panels = []
+    most, panels = min(max(map(len, tasks.values())), MOST_TASKS), []
     for group, names in tasks.items():
+        shown = names[:MOST_TASKS]
         dots = [
             (i + (place + 0.5) / len(colours) * 0.8 - 0.4, by_row[name][group, task, decoding], colour, True)
             for place, (name, colour) in enumerate(colours.items())
-            for i, task in enumerate(names[:MOST_TASKS])
+            for i, task in enumerate(shown)
             if (group, task, decoding) in by_row[name]
         ]
-        shown = names[:MOST_TASKS]
         panels.append(Dots(GROUP_WORDS.get(group, group), shown, dots, borders=range(1, len(shown))))
     height = 1.3 + math.ceil(len(tasks) / 3) * (0.4 + most * (0.14 + 0.13 * len(colours)))
     label, legend = f"accuracy, {decoding}, 95% interval", _arm_handles(colours)
@@ -665,4 +661,4 @@ def differences_plot(result: SweepResult, path: Path) -> list[Path]:
     label = f"difference of accuracy, {tables.metric_words(metric)}, 95% interval"
     grid: dict[str, Any] = {"columns": 1, "gridspec_kw": {"height_ratios": [count + 0.8 for count in counts]}}
     height = 0.9 + 0.5 * len(pairs) + 0.3 * sum(counts)
-    return _dot_plot(panels, path, label, height=height, limits=(-1.0, 1.0), zero=True, **grid)
+    return _dot_plot(panels, path, label, height=height, limits=(-1.0, 1.0), **grid)

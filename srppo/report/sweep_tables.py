@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from srppo.ablations.analysis import CellResult, Metric, SweepResult, Tested
+from srppo.ablations.analysis import Metric, SweepResult, Tested
 from srppo.ablations.spec import Ablation, Cell, Comparison, Sweep, label
 from srppo.console import sparkline
 from srppo.evaluation.comparison import number, p_text, signed
@@ -208,15 +208,11 @@ def metrics_table(result: SweepResult, decoding: str) -> Table:
 
 def figures_table(result: SweepResult) -> Table:
     """Means over seeds of what else was measured, those columns that any cell has."""
-    rows = [
-        [
-            cell_label(result.plan.sweep, cell.cell),
-            *(number_text(cell.figures.get(key), form) for key, _, form in FIGURES),
-        ]
-        for cell in result.cells
-    ]
-    heads = [_head(result.plan.sweep), *(head for _, head, _ in FIGURES)]
-    return Table.of("What else was measured", heads, rows).telling()
+    sweep, rows = result.plan.sweep, []
+    for cell in result.cells:
+        figures = (number_text(cell.figures.get(key), form) for key, _, form in FIGURES)
+        rows.append([cell_label(sweep, cell.cell), *figures])
+    return Table.of("What else was measured", [_head(sweep), *(head for _, head, _ in FIGURES)], rows).telling()
 
 
 def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str] = ()) -> Table:
@@ -247,14 +243,16 @@ def costs_table(result: SweepResult) -> Table:
     """A row an arm, over its points: counted training operations, their ratio to the reference arm's at the same
     point, and what was spent on candidates that were trained and dropped."""
     reference = reference_arm(result.plan.sweep)
+    theirs = {each.cell.point: each.flops for each in result.cells if each.cell.arm == reference}
     heads = ["arm", "TFLOPs", f"/ {reference}", "dropped", f"all / {reference}"]
     rows = []
     for arm in result.plan.sweep.arms:
-        cells = [cell for cell in result.cells if cell.cell.arm == arm.name and cell.seeds]
-        alone = _range((cell.flops for cell in cells), teraflops)
-        dropped = _range((cell.selection_flops for cell in cells), teraflops)
-        ratio = _range((_ratio(result, cell, 0.0) for cell in cells), "{:.2f}".format)
-        whole = _range((_ratio(result, cell, cell.selection_flops) for cell in cells), "{:.2f}".format)
+        cells = [each for each in result.cells if each.cell.arm == arm.name]
+        costs = [(c.flops, c.selection_flops, theirs.get(c.cell.point)) for c in cells if c.flops is not None]
+        alone = _range((own for own, _, _ in costs), teraflops)
+        dropped = _range((extra for _, extra, _ in costs), teraflops)
+        ratio = _range((own / their for own, _, their in costs if their), "{:.2f}".format)
+        whole = _range(((own + extra) / their for own, extra, their in costs if their), "{:.2f}".format)
         rows.append([arm.name, alone, ratio, dropped, whole])
     caption = (
         "TFLOPs: counted training operations, 10^12, parents included, a seed; from the cheapest point to the dearest. "
@@ -264,22 +262,10 @@ def costs_table(result: SweepResult) -> Table:
     return Table.of("Training compute", heads, rows, [caption])
 
 
-def _ratio(result: SweepResult, cell: CellResult, extra: float) -> float | None:
-    """Of a cell's operations to those of the reference arm at its point; None where there is none."""
-    reference = Cell(cell.cell.point, reference_arm(result.plan.sweep))
-    at = [each for each in result.cells if each.cell == reference]
-    if not at or not at[0].flops or cell.flops is None:
-        return None
-    return (cell.flops + extra) / at[0].flops
-
-
-def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+def _range(values: Iterable[float], form: Callable[[float], str]) -> str:
     """`1.20`, or `0.98 to 1.20` over the points."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    low, high = form(min(known)), form(max(known))
-    return low if low == high else f"{low} to {high}"
+    shown = [form(value) for value in sorted(values)]
+    return " to ".join(dict.fromkeys([shown[0], shown[-1]])) if shown else "-"
 
 
 def course(result: SweepResult, what: str, where: str) -> str:

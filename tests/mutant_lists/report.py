@@ -36,8 +36,8 @@ MUTANTS = [
     Mutant(
         "sweep report: dropped training is free",
         "report/sweep_tables.py",
-        "return (cell.flops + extra) / at[0].flops",
-        "return cell.flops / at[0].flops",
+        "(own + extra) / their",
+        "own / their",
         "report/test_sweep.py::test_compute_by_hand",
     ),
     Mutant(
