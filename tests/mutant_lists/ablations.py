@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant(
         "sweep: the family shrinks",
         "ablations/analysis.py",
-        "holm([*flips, *[1.0] * (len(pairs) - len(usable))])",
+        "holm([*flips, *[1.0] * (len(family) - len(usable))])",
         "holm(flips)",
         "ablations/test_analysis.py::test_the_family_does_not_shrink_with_what_is_missing",
     ),
