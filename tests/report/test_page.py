@@ -65,10 +65,8 @@ def test_report_and_environment_import_no_torch_and_no_matplotlib() -> None:
 def test_files_beside_the_code_are_in_the_wheel() -> None:
     """The page's CSS is one of them: a clone has it, an installation only where pyproject.toml names it."""
     package = Path(srppo.__file__).parent
-    setup = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "srppo"
-    ]
-    shipped = {path for pattern in setup for path in package.glob(pattern)}
+    setup = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {path for pattern in setup["package-data"]["srppo"] for path in package.glob(pattern)}
     kinds = (".css", ".cpp", ".yaml", ".json", ".safetensors")
     assert {path for path in package.rglob("*") if path.suffix in kinds} <= shipped
     assert package / "report" / "page.css" in shipped
