@@ -168,6 +168,10 @@ def _committed(stage: Stage | None) -> dict[str, Any]:
     return ((stage.result() if stage else None) or {}).get("figures", {})
 
 
+def _flops(stage: Stage | None) -> float:
+    return float(_committed(stage).get("flops") or 0.0)
+
+
 def _chosen(stages: Sequence[Stage]) -> Stage:
     """The one that scored best on development items; the shorter at a tie."""
 
@@ -209,10 +213,6 @@ def _ancestors(plan: Plan, task: Task) -> list[Task]:
     for key in task.needs:
         found |= {each.key: each for each in (plan.tasks[key], *_ancestors(plan, plan.tasks[key]))}
     return list(found.values())
-
-
-def _flops(stage: Stage | None) -> float:
-    return float(_committed(stage).get("flops") or 0.0)
 
 
 def _figures(stage: Stage) -> dict[str, float]:
@@ -356,10 +356,8 @@ def _lines(sweep: Sweep, scores: Mapping[Cell, Scores], metric: Metric) -> Itera
             x = float(point.values[axis or ""])
             by_arm = {}
             for arm in sweep.arms:
-                found = scores[Cell(point.name, arm.name)]
-                by_arm[arm.name] = {
-                    seed: np.array(each[metric].scores) for seed, each in found.items() if metric in each
-                }
+                seeds = scores[Cell(point.name, arm.name)].items()
+                by_arm[arm.name] = {seed: np.array(each[metric].scores) for seed, each in seeds if metric in each}
                 lines.setdefault(arm.name, []).append((x, by_arm[arm.name]))
             for model, baseline in dict.fromkeys(within):
                 after, before = by_arm[model], by_arm[baseline]

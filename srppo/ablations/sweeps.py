@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -129,15 +130,10 @@ def noise(options: Options) -> Sweep:
     """Kinds of noise in the demonstrations' answers at nested rates; rate 0 is one point for all kinds."""
     kinds = options.values("data.noise", ("derangement", "token-corruption", "base-answers"), quick=("derangement",))
     rates = options.values("data.noise_rate", (0.0, 0.2, 0.4, 0.7), quick=(0.0, 0.3, 0.7))
-    points = [
-        Ablation(
-            f"{label(kind)} {label(rate)}",
-            {"data.noise": kind if rate else "none", "data.noise_rate": rate},
-            {"rate": rate, "kind": kind},
-        )
-        for kind in kinds
-        for rate in rates
-    ]
+    points = []
+    for kind, rate in itertools.product(kinds, rates):
+        keys = {"data.noise": kind if rate else "none", "data.noise_rate": rate}
+        points.append(Ablation(f"{label(kind)} {label(rate)}", keys, {"rate": rate, "kind": kind}))
     tested = [point for point in points if point.values["rate"] or point.values["kind"] == kinds[0]]
     return options.sweep(
         "noise",
@@ -153,15 +149,13 @@ def model_scale(options: Options) -> Sweep:
     """A family of models with one tokenizer."""
     if not options.embedded and "model.base" not in options.axes:
         raise ConfigError("model-scale on your own data needs --axis model.base=A,B: models with one tokenizer")
-    bases = options.values(
-        "model.base", ("embedded:xs", "embedded:s", "embedded:l"), quick=("embedded:xs", "embedded:s")
-    )
+    shipped = ("embedded:xs", "embedded:s", "embedded:l")
+    bases = options.values("model.base", shipped, quick=shipped[:2])
     counts = [parameter_count(str(base)) for base in bases]
     known = None not in counts and len(set(counts)) == len(counts)
-    sizes = [{"parameters": count} if known else {} for count in counts]
     points = [
-        Ablation(str(base), {"model.base": base}, {"base": base, **size})
-        for base, size in zip(bases, sizes, strict=True)
+        Ablation(str(base), {"model.base": base}, {"base": base} | ({"parameters": count} if known else {}))
+        for base, count in zip(bases, counts, strict=True)
     ]
     unknown = "no slope along the number of parameters: it is known of local folders with safetensors, each another"
     return options.sweep(
@@ -239,16 +233,11 @@ def kl(options: Options) -> Sweep:
     betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5, 2.0))
     steps = options.values("ppo.steps", (options.recipe.ppo.steps,))
     several = len(steps) > 1
-    points = [
-        Ablation(
-            f"anchor {anchor}, beta {label(beta)}" + (f", {count} steps" if several else ""),
-            {"reward.anchor": anchor, "reward.beta": beta, "ppo.steps": count},
-            {"beta": beta, "anchor": anchor, **({"steps": count} if several else {})},
-        )
-        for anchor in anchors
-        for count in steps
-        for beta in betas
-    ]
+    points = []
+    for anchor, count, beta in itertools.product(anchors, steps, betas):
+        name = f"anchor {anchor}, beta {label(beta)}" + (f", {count} steps" if several else "")
+        keys = {"reward.anchor": anchor, "reward.beta": beta, "ppo.steps": count}
+        points.append(Ablation(name, keys, {"beta": beta, "anchor": anchor} | ({"steps": count} if several else {})))
     return options.sweep(
         "kl",
         "At which anchors and weights of the KL penalty does SRPPO beat SFT?",
@@ -285,18 +274,12 @@ def prompts(options: Options) -> Sweep:
     counts = options.values("data.prompts_size", (16, 128, 1024), quick=(16, 128, 1024))
     if not options.embedded and not {"data.prompts_size", "data.prompts"} <= options.axes.keys():
         raise ConfigError("prompts on your own data needs --axis data.prompts_size=... and --axis data.prompts=...")
-    domains = options.values(
-        "data.prompts", ("embedded:demonstrated", "embedded:prompted", "embedded"), quick=("embedded",)
-    )
-    points = [
-        Ablation(
-            f"{label(count)} of {label(domain)}",
-            {"data.prompts": domain, "data.prompts_size": count},
-            {"prompts": count, "domain": domain},
-        )
-        for domain in domains
-        for count in counts
-    ]
+    all_domains = ("embedded:demonstrated", "embedded:prompted", "embedded")
+    domains = options.values("data.prompts", all_domains, quick=("embedded",))
+    points = []
+    for domain, count in itertools.product(domains, counts):
+        keys = {"data.prompts": domain, "data.prompts_size": count}
+        points.append(Ablation(f"{label(count)} of {label(domain)}", keys, {"prompts": count, "domain": domain}))
     return options.sweep(
         "prompts",
         "With how many PPO prompts, of which domain, does SRPPO beat SFT?",
@@ -319,7 +302,7 @@ ARMS: Mapping[str, Arm] = {
 
 def method(options: Options) -> Sweep:
     """Every way to use the same two models: is PPO worth it?"""
-    points = [Ablation("all", {}, {})]
+    points = [Ablation("all", {})]
     arms = [arm for arm in ARMS.values() if arm not in (BASE, SRPPO)]
     arms.append(Arm(SRPPO.name, "ppo", {"ppo.advantage": "gae"}))
     others = [arm.name for arm in arms if arm.name != "SRPPO"]

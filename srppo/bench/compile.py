@@ -11,7 +11,7 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _matrix(row: CompileRow) -> str:
 
 def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
     """(name, recorded launch) of every kernel; the operations run on CPU tensors whose values nobody reads."""
-    from srppo.kernels import triton_linear
+    from srppo.kernels import triton_linear as kernels
     from srppo.kernels.triton_backward import CHUNK
     from srppo.kernels.triton_common import recording
 
@@ -145,36 +145,29 @@ def _launches(target: str, dtype: torch.dtype) -> list[tuple[str, Any]]:
     odd = Head(torch.zeros(COUNT, DEPTH + 1, dtype=dtype), torch.zeros(RAGGED, DEPTH + 1, dtype=dtype))
     ragged = sft._replace(weight_VD=sft.weight_VD[:RAGGED])
     needs = (True, False, False)
+    # One chunk of the vocabulary is enough of a gradient: the others launch the same code.
+    first, last = slice(CHUNK), slice(RAGGED // CHUNK * CHUNK, RAGGED)
+    chunk = sft._replace(weight_VD=sft.weight_VD[first])
+    biased_chunk = chunk._replace(bias_V=torch.zeros(CHUNK, dtype=dtype))
+    ragged_chunk = Head(sft.hidden_ND, sft.weight_VD[last], torch.zeros(RAGGED % CHUNK, dtype=dtype))
+    calls: dict[tuple[str, ...], Callable[[], object]] = {
+        ("logits",): lambda: kernels.logprob_diff(logits_NV, logits_NV, tokens_N, plain),
+        ("logits, odd V, cap",): lambda: kernels.logprob_diff(odd_NV, odd_NV, tokens_N, capped),
+        ("linear diff", "fold diff"): lambda: kernels.linear_logprob_diff(sft, base, tokens_N, plain),
+        ("linear diff, odd D", "fold diff, odd D"): lambda: kernels.linear_logprob_diff(odd, odd, tokens_N, plain),
+        ("linear diff, odd V", "fold diff, odd V"): lambda: kernels.linear_logprob_diff(
+            ragged, ragged, tokens_N, plain
+        ),
+        ("linear stats, all", "fold stats, all"): lambda: kernels.forward(biased, tokens_N, capped),
+        ("d logits",): lambda: kernels.backward(chunk, tokens_N, plain, stats, ones_N, needs),
+        ("d logits, all",): lambda: kernels.backward(biased_chunk, tokens_N, capped, stats, ones_N, needs),
+        ("d logits, odd V",): lambda: kernels.backward(ragged_chunk, tokens_N, capped, stats, ones_N, needs),
+    }
     named: list[tuple[str, Any]] = []
-    with recording(target) as launches:
-
-        def take(*names: str) -> None:
-            named.extend(zip(names, launches, strict=True))
-            launches.clear()
-
-        triton_linear.logprob_diff(logits_NV, logits_NV, tokens_N, plain)
-        take("logits")
-        triton_linear.logprob_diff(odd_NV, odd_NV, tokens_N, capped)
-        take("logits, odd V, cap")
-        triton_linear.linear_logprob_diff(sft, base, tokens_N, plain)
-        take("linear diff", "fold diff")
-        triton_linear.linear_logprob_diff(odd, odd, tokens_N, plain)
-        take("linear diff, odd D", "fold diff, odd D")
-        triton_linear.linear_logprob_diff(ragged, ragged, tokens_N, plain)
-        take("linear diff, odd V", "fold diff, odd V")
-        triton_linear.forward(biased, tokens_N, capped)
-        take("linear stats, all", "fold stats, all")
-        # One chunk of the vocabulary is enough: the others launch the same code.
-        narrow = Head(sft.hidden_ND, sft.weight_VD[:CHUNK])
-        triton_linear.backward(narrow, tokens_N, plain, stats, ones_N, needs)
-        take("d logits")
-        narrow = narrow._replace(bias_V=torch.zeros(CHUNK, dtype=dtype))
-        triton_linear.backward(narrow, tokens_N, capped, stats, ones_N, needs)
-        take("d logits, all")
-        last = slice(RAGGED // CHUNK * CHUNK, RAGGED)
-        narrow = Head(sft.hidden_ND, sft.weight_VD[last], torch.zeros(RAGGED % CHUNK, dtype=dtype))
-        triton_linear.backward(narrow, tokens_N, capped, stats, ones_N, needs)
-        take("d logits, odd V")
+    for names, call in calls.items():
+        with recording(target) as launches:
+            call()
+        named.extend(zip(names, launches, strict=True))
     return named
 
 

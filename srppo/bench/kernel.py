@@ -143,16 +143,15 @@ class KernelSession:
         prepared: dict[str, Prepared] = {}
         missing: dict[str, str] = {}
         for rival in rivals:
-            reason = missing_reason(rival, inputs.case, self.device)
-            if reason is None:
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # of other packages, at import and compilation
-                        prepared[rival.id] = _first_calls(rival, inputs, truth, self.device)
-                except Exception as error:  # whatever another package raises, it is that package's reason
-                    reason = measure.failure(error)
-            if reason is not None:
+            if reason := missing_reason(rival, inputs.case, self.device):
                 missing[rival.id] = reason
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of other packages, at import and compilation
+                    prepared[rival.id] = _first_calls(rival, inputs, truth, self.device)
+            except Exception as error:  # whatever another package raises, it is that package's reason
+                missing[rival.id] = measure.failure(error)
         return prepared, missing
 
     def _row(self, case: Case, rival: Rival, missing: str | None, floor: str | None, **figures: Any) -> Row:

@@ -108,6 +108,13 @@ def read_result(folder: Path, metric: str | None = None) -> TaskResult:
     return _result(folder, summary, rows, metric)
 
 
+def not_scored_file(folder: Path) -> Path:
+    """Where a result's items without a score are listed: a file beside its folder (`srppo eval` writes it), a line an
+    item with the reason; or else the samples themselves."""
+    listed = folder.with_name(f"{folder.name}{NOT_SCORED}")
+    return listed if listed.exists() else folder / SAMPLES
+
+
 def read_results(path: Path, metric: str | None = None, arms: ArmsOf = stages_by_kind) -> list[TaskResult]:
     """Every result in a result folder, in a folder of them, or in a run (then a model an arm, a result a seed).
 

@@ -56,9 +56,9 @@ _RUN, _EXTRA, _CHOOSE = "srppo.stages.run", "srppo.stages.extrapolation", "srppo
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("base", f"{_RUN}:base_stage", ("eval",), label="base"),
+        Kind("base", f"{_RUN}:untrained_stage", ("eval",), label="base"),
         Kind("sft", f"{_RUN}:sft_stage", ("sft", "eval"), label="SFT", files=("model",)),
-        Kind("given-sft", f"{_RUN}:given_sft_stage", ("eval",), label="SFT"),
+        Kind("given-sft", f"{_RUN}:untrained_stage", ("eval",), label="SFT"),
         Kind(
             "longer-sft",
             f"{_RUN}:sft_stage",
@@ -103,14 +103,7 @@ KINDS: dict[str, Kind] = {
             check=f"{_CHOOSE}:check_resamples",
             needs_items=True,
         ),
-        Kind(
-            "best-of-n",
-            f"{_CHOOSE}:best_of_n_stage",
-            ("eval.samples",),
-            parents=("samples",),
-            label="best-of-n",
-            needs_items=True,
-        ),
+        Kind("best-of-n", f"{_CHOOSE}:best_of_n_stage", ("eval.samples",), ("samples",), "best-of-n", needs_items=True),
         Kind(
             "ppo",
             f"{_RUN}:ppo_stage",

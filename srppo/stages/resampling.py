@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from srppo.analysis.optimum import MIN_ESS, Draws, Floats, effective, enough, log_weights, samples_needed
 from srppo.analysis.samples import Question, distinct, rewarded, sample
 from srppo.config import RewardConfig, derive_seed
-from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.evaluation.development import Answer, encode_items, verdict_of
 from srppo.models.flops import forward_flops
@@ -155,20 +154,15 @@ def resampled_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures
     recipe, sampled = run.recipe, load_samples(done["samples"])
     weights_QK = normalised_weights(sampled.draws, recipe.reward)
     ess = ess_of(weights_QK)
-    _warn_of_few(run.console, ess, recipe.methods.samples)
+    if not ess.enough:
+        more = f"about {ess.needed} would do" if ess.needed else "single samples hold nearly all the weight"
+        run.console.warn(
+            f"resampling has {ess.harmonic:.1f} effective samples an item of methods.samples = "
+            f"{recipe.methods.samples}, too few for the closed form ({more}): its figures say little of it"
+        )
     drawn = resampled(sampled, weights_QK, recipe.eval.samples, recipe.seed)
     answers = {"greedy": most_weighted(sampled, weights_QK), "sampled": drawn}
     return chosen_figures(run, bench, sampled, answers) | {"ess": ess._asdict()}
-
-
-def _warn_of_few(console: Console, ess: Ess, samples: int) -> None:
-    if ess.enough:
-        return
-    more = f"about {ess.needed} would do" if ess.needed else "single samples hold nearly all the weight"
-    console.warn(
-        f"resampling has {ess.harmonic:.1f} effective samples an item of methods.samples = {samples}, too few for the "
-        f"closed form ({more}): its figures say little of it"
-    )
 
 
 def normalised_weights(draws: Draws, config: RewardConfig) -> Floats:

@@ -26,13 +26,7 @@ from srppo.console import Console
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.data.prepare import PreparedData, prepare
 from srppo.errors import ConfigError, Diverged, Interrupted, OutOfMemory, RecordError, RunError, StorageError
-from srppo.evaluation.development import (
-    Development,
-    Verdict,
-    accuracy_by_group,
-    answer_items,
-    answer_nll,
-)
+from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_items, answer_nll
 from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.language_model import LanguageModel
@@ -121,15 +115,9 @@ def prepare_run(
             )
     stops = stop_ids(tokenizer, (given_sft or base).model.generation_config)
     limit = recipe.rollout.max_new_tokens
-    data = prepare(
-        recipe.data,
-        tokenizer,
-        recipe.seed,
-        context_length(base),
-        max_new_tokens=limit,
-        stop=stops,
-        sample=partial(sample_texts, base, tokenizer, stops, limit),
-    )
+    sample = partial(sample_texts, base, tokenizer, stops, limit)
+    length = context_length(base)
+    data = prepare(recipe.data, tokenizer, recipe.seed, length, max_new_tokens=limit, stop=stops, sample=sample)
     for line in data.report.lines():
         console.say(line)
     base_id = fingerprint(recipe.model.base, recipe.model)
@@ -304,14 +292,10 @@ def _what_helps(run: PreparedRun, kind: Kind) -> str:
 # ---- the trained stages, and those that are only measured
 
 
-def base_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """The base as it is: nothing to train, only to measure."""
-    return UNTRAINED | measure(run, bench.attempt, run.base)
-
-
-def given_sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """The SFT model that the recipe names, likewise."""
-    return UNTRAINED | measure(run, bench.attempt, sft_model(run, done))
+def untrained_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The base as it is, or the SFT model that the recipe names: nothing to train, only to measure."""
+    given = bench.stage.identity["kind"] == "given-sft"
+    return UNTRAINED | measure(run, bench.attempt, sft_model(run, done) if given else run.base)
 
 
 def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
@@ -325,18 +309,8 @@ def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
 def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """SRPPO from the SFT model."""
     sft = sft_model(run, done)
-    policy = sft.copy()
-    session = train_ppo(
-        run.recipe,
-        bench,
-        policy,
-        sft,
-        run.base,
-        run.data.prompts,
-        run.development,
-        stop_ids=run.stops,
-        pad_id=run.pad_id,
-    )
+    policy, recipe, prompts, measured = sft.copy(), run.recipe, run.data.prompts, run.development
+    session = train_ppo(recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
     return finish(run, bench, policy, session)
 
 
@@ -358,21 +332,18 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
     figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
     if kept != session.total:
         figures["last"] = measure(run, bench.attempt, model, "last")
-        load_weights(model.model, kept_checkpoint(bench.stage, kept) / "policy.safetensors")
+        try:
+            checkpoint = bench.stage.checkpoint(kept)
+        except RecordError as error:  # later ones cannot stand in for it, so a damaged one costs the stage
+            reason = str(error).partition(";")[0]
+            again = f"remove {bench.stage.path} to train that stage again"
+            raise RecordError(f"{reason}; it holds the kept step: {again}") from error
+        load_weights(model.model, checkpoint / "policy.safetensors")
     figures |= measure(run, bench.attempt, model)
     for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
         write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
     export(run, bench, model, figures)
     return figures
-
-
-def kept_checkpoint(stage: Stage, step: int) -> Path:
-    """The checkpoint of the kept step; later ones cannot stand in for it, so a damaged one costs the stage."""
-    try:
-        return stage.checkpoint(step)
-    except RecordError as error:
-        reason = str(error).partition(";")[0]
-        raise RecordError(f"{reason}; it holds the kept step: remove {stage.path} to train that stage again") from error
 
 
 def export(run: PreparedRun, bench: Workbench, model: LanguageModel, figures: Figures) -> None:

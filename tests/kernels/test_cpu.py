@@ -18,7 +18,6 @@ from kernel_cases import (
     INF,
     NAN,
     OFFSET,
-    ROWS,
     Allocations,
     Head,
     Problem,
@@ -27,7 +26,6 @@ from kernel_cases import (
     fast,
     few,
     grads_of,
-    impls,
     make_head,
     make_tokens,
     one_of,
@@ -168,43 +166,6 @@ def test_bits_do_not_depend_on_threads(impl: Any, pair: tuple[torch.dtype, torch
         torch.set_num_threads(threads)
     assert all(same_bits(*each) for each in zip(results[0], results[1], strict=True)), "two threads"
     assert all(same_bits(*each) for each in zip(results[0], results[2], strict=True)), "the same call again"
-
-
-@impls
-@dtype_pairs
-def test_autocast_and_global_precision_are_left_alone(impl: Any, pair: tuple[torch.dtype, torch.dtype]) -> None:
-    """Nothing is rounded under autocast; oneDNN's mode for fp32 matrices is as before, also after an error."""
-
-    def modes() -> tuple[str, ...]:
-        return torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
-
-    before = modes()
-    sft, base = (make_head(ROWS, 64, 1000, pair, seed=seed) for seed in (1, 2))
-    tokens_N, upstream_N = make_tokens(ROWS, 1000), torch.randn(ROWS, generator=rng(3))
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
-            results.append([*diff_of(sft, base, tokens_N, impl), one_of(sft, tokens_N, impl)])
-            if impl != "reference":  # whose backward pass is autograd's own
-                results[-1] += grads_of(sft, tokens_N, upstream_N, impl)
-        assert modes() == before
-    assert all(map(same_bits, *results))
-
-
-@impls
-def test_user_settings_do_not_reach_the_results(impl: Any) -> None:
-    """fp32 products stay fp32 where the user has allowed coarser ones."""
-    head, tokens_N = make_head(64, 256, 999), make_tokens(64, 999)
-    leaf_ND = head.hidden_ND.clone().requires_grad_()
-    before = torch.get_float32_matmul_precision()
-    answers = []
-    try:
-        for precision in ("highest", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            answers.append(one_of(head._replace(hidden_ND=leaf_ND), tokens_N, impl))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(*answers)
 
 
 @fast
