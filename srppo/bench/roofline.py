@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from srppo.bench.options import SHAPES
 from srppo.bench.rows import Row
-from srppo.report.page import INK, PAPER
-from srppo.report.plots import STYLE
+from srppo.report.style import INK, PAPER, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

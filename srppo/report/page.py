@@ -10,10 +10,9 @@ from typing import Any
 from zlib import crc32
 
 from srppo.record.files import storing, write_atomic
+from srppo.report.style import GRID, INK, PAPER
 
 RUNS = Path("runs")
-
-INK, GRID, PAPER = "#24292f", "#d8dee4", "#fffffe"  # of every plot; the page replaces them to follow its theme
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:

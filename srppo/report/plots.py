@@ -20,7 +20,8 @@ import numpy as np
 from srppo.report import sweep_tables as tables
 from srppo.report.answers import ArmFigures, Lengths, decodings_of, groups_of
 from srppo.report.history import Line, SeedRows, over_seeds
-from srppo.report.page import GRID, INK, PAPER, narrow_of
+from srppo.report.page import narrow_of
+from srppo.report.style import GRID, INK, PAPER, STYLE
 from srppo.report.words import GROUP_WORDS, is_number, short_number
 
 if TYPE_CHECKING:
@@ -34,28 +35,6 @@ if TYPE_CHECKING:
     from srppo.analysis.score import ScoreResult
     from srppo.statistics.intervals import Estimate
 
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.facecolor": PAPER,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "srppo",
-}
 # Okabe and Ito's colours, told apart also without red-green vision.
 ARM_COLOURS = {
     "base": "#7f7f7f",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from pages import offline_page
 from records import ARMS, HOSTILE, ODD
 
+import srppo
 from srppo.report.answers import ArmFigures
 from srppo.report.history import SeedRows
 from srppo.report.page import bullets, details, facts, page_folder, plot, section, text, write_page
@@ -58,6 +60,16 @@ def test_report_and_environment_import_no_torch_and_no_matplotlib() -> None:
         "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_beside_the_code_are_in_the_wheel() -> None:
+    """The page's CSS is one of them: a clone has it, an installation only where pyproject.toml names it."""
+    package = Path(srppo.__file__).parent
+    setup = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {path for pattern in setup["package-data"]["srppo"] for path in package.glob(pattern)}
+    kinds = (".css", ".cpp", ".yaml", ".json", ".safetensors")
+    assert {path for path in package.rglob("*") if path.suffix in kinds} <= shipped
+    assert package / "report" / "page.css" in shipped
 
 
 @pytest.mark.parametrize(
