@@ -207,6 +207,7 @@ def _work(
     options: dict[str, Any],
 ) -> None:
     local.GRACE_S, local.RETRY_S = grace_s, retry_s
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a test may ask for a stop until the process is gone
     if odd:
         sys.stdout = Table()  # type: ignore[assignment]
     if overdue:
