@@ -135,16 +135,16 @@ def cluster() -> Iterator[Any]:
     try:
         yield made
     finally:
+        ray.shutdown()
         del os.environ["RAY_ADDRESS"]
         made.shutdown()
 
 
-@pytest.fixture(scope="module")
-def joined(cluster: Any) -> Iterator[None]:
-    """This process in the cluster, so that tests share processes of Ray's, which take seconds to start."""
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
-    yield
-    ray.shutdown()
+@pytest.fixture
+def joined(cluster: Any) -> None:
+    """This process in the cluster, and left there: tests share processes of Ray's, which take seconds to start."""
+    if not ray.is_initialized():
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
 
 
 def run(tmp_path: Path, *tasks: Task, tries: int = 2, timeout_s: float | None = None) -> tuple[Ledger, str]:
@@ -159,6 +159,7 @@ def run(tmp_path: Path, *tasks: Task, tries: int = 2, timeout_s: float | None = 
 
 @needs_ray
 def test_a_node_killed_in_mid_sweep_costs_nothing(cluster: Any, tmp_path: Path) -> None:
+    ray.shutdown()  # another test may have joined
     doomed = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     cluster.wait_for_nodes()
     (tmp_path / "lasting").write_text(cluster.head_node.node_id)

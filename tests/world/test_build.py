@@ -1,5 +1,7 @@
 """Building the embedded world: the same from the same seed."""
 
+import copy
+
 import pytest
 
 from srppo.world import base_path
@@ -11,8 +13,14 @@ from srppo.world.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def trained():
     return train_tokenizer(documents(0), WORDS)
+
+
+@pytest.fixture
+def tokenizer(trained):
+    """Each test's own: whoever pads a batch leaves that in the tokenizer, which would be saved with it."""
+    return copy.deepcopy(trained)
 
 
 def test_tokenizer_is_rebuilt_byte_for_byte(tokenizer, tmp_path):
