@@ -167,7 +167,8 @@ def trend_caption(result: SweepResult) -> str:
     trend = result.plan.sweep.analysis.trend
     if not trend or not result.trends:
         return ""
-    how = "least squares seed by seed and item by item, 95% intervals, no test and no correction"
+    over = "tasks" if any(each.tasks for each in _tested(result)) else "items"
+    how = f"least squares seed by seed and item by item, 95% intervals over seeds and {over}, no test and no correction"
     return f"Slopes along {tables.axis_words(trend)}: {how}."
 
 
@@ -242,9 +243,10 @@ def interval_line(result: SweepResult) -> str:
     if not items:
         return ""
     sizes = "/".join(map(str, items))
+    these = " of these tasks" if any(each.tasks for each in _tested(result)) else ""
     if max(counts) == 1:
-        return f"Intervals: 95% over {sizes} items; one training seed, so they say nothing of other seeds."
-    over = f"{sizes} items and {span(counts, 'training seed')}"
+        return f"Intervals: 95% over {sizes} items{these}; one training seed, so they say nothing of other seeds."
+    over = f"{sizes} items{these} and {span(counts, 'training seed')}"
     return f"Intervals: 95% over {over} resampled crossed ({INTERVAL}). Differences are paired by item and seed."
 
 
