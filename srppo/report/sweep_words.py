@@ -251,7 +251,9 @@ def interval_line(result: SweepResult) -> str:
 
 
 def family_line(result: SweepResult) -> str:
-    """How the verdicts came about."""
+    """How the verdicts came about; "" where none was planned."""
+    if not result.plan.sweep.analysis.family:
+        return ""
     analysis, tasks = result.plan.sweep.analysis, any(each.tasks for each in _tested(result))
     units = f"{'tasks' if tasks else 'items'} and seeds"
     narrow = " These tasks: the narrower interval over items, which says nothing of other tasks." if tasks else ""
