@@ -171,10 +171,10 @@ def test_errors_of_families_and_coverage_over_tasks(simulation: ModuleType, name
 
 def test_the_rule_before_erred_in_many_families(simulation: ModuleType) -> None:
     """Sign flips corrected, the interval not: independent items decide, 1 - 0.95^6 of families of six."""
-    rng, spread, trials = np.random.default_rng(6), simulation.SPREADS["items"], 150
-    drawn = [simulation.drawn(rng, spread, 6) for _ in range(trials)]
-    before = np.mean([any(simulation.old_verdicts(gaps)) for gaps in drawn])
-    now = np.mean([simulation.differs(judge(simulation.contrasts(gaps, by_task=False))) for gaps in drawn])
+    rng, spread, trials = np.random.default_rng(6), simulation.SPREADS["items"], 300
+    found = [simulation.contrasts(simulation.drawn(rng, spread, 6), by_task=False) for _ in range(trials)]
+    before = np.mean([any(simulation.old_verdicts(family)) for family in found])
+    now = np.mean([simulation.differs(judge(family)) for family in found])
     print(f"\nfamilies of six with a false verdict: before {before:.3f}, now {now:.3f}")
     assert before > 0.13 > 2 * now
 
