@@ -184,6 +184,18 @@ def explained(arm: str, sft: Mapping[int, Rows], policy: Mapping[int, Rows], *, 
     return [_explained(arm, group, of_seeds, fresh) for group, of_seeds in pairs.items()]
 
 
+def gain_at_lengths(sft: Rows, policy: Rows, group: str) -> dict[str, float]:
+    """Of one seed and group, from recorded answers, pooled over the questions of a task: the arm's gain in sampled
+    accuracy, and that of pi_sft at the arm's lengths; nothing where there is nothing to compare."""
+    ours, theirs = ([row for row in rows if row["group"] == group] for rows in (sft, policy))
+    if not (has_lengths(ours) and has_lengths(theirs)) or items_of(ours) != items_of(theirs):
+        return {}
+    before, after = Answers.of(ours), Answers.of(theirs)
+    found, start = standardised(before, after, [[row["task"] for row in ours]]), float(before.right_QK.mean())
+    gains = {"sampled_gain": after.right_QK.mean(), "gain_at_lengths": found.right_Q.mean()}
+    return {name: float(value) - start for name, value in gains.items()}
+
+
 def items_of(rows: Rows) -> list[tuple[str, str, str]]:
     """What makes two lists of rows comparable item by item."""
     return [(row["group"], row["task"], row["prompt"]) for row in rows]
@@ -279,8 +291,12 @@ def explain_command(
     answers: dict[str, dict[int, Rows]] = {}
     for name, stages in by_arm.items():
         if name == arm or (arm is None and name not in STARTS):
-            rows = {int(stage.identity["config"]["seed"]): spread(recorded(stage), limit) for stage in stages}
-            answers[name] = {each: own for each, own in rows.items() if own and seed in (None, each)}
+            of_stages = {stage: recorded(stage) for stage in stages if seed in (None, _seed(stage))}
+            if strange := [stage for stage, rows in of_stages.items() if rows and not has_lengths(rows)]:
+                raise RecordError(
+                    f"{_file(strange[0])} has no lengths (tokens, ended); train again, into another folder"
+                )
+            answers[name] = {_seed(stage): spread(rows, limit) for stage, rows in of_stages.items() if rows}
     seeds = sorted({each for own in answers.values() for each in own})
     if not seeds:
         raise UserError(
@@ -296,13 +312,21 @@ def explain_command(
 
 
 def recorded(stage: Stage) -> list[dict[str, Any]]:
-    """A finished stage's sampled answers to the test items, at its kept step; none where there are none. Raises
-    RecordError for rows that say nothing of lengths."""
-    path = stage.path / "eval" / "kept-sampled" / "samples.jsonl"
-    rows = read_lines(path) if stage.done else []
-    if rows and not {"tokens", "ended", "correct"} <= rows[0].keys():
-        raise RecordError(f"{path} has no lengths (columns tokens and ended); train again, into another folder")
-    return rows
+    """A finished stage's sampled answers to the test items, at its kept step; none where there are none."""
+    return read_lines(_file(stage)) if stage.done else []
+
+
+def has_lengths(rows: Rows) -> bool:
+    """Whether there are rows, and they say how long answers are, and whether they ended."""
+    return bool(rows) and {"tokens", "ended", "correct"} <= rows[0].keys()
+
+
+def _seed(stage: Stage) -> int:
+    return int(stage.identity["config"]["seed"])
+
+
+def _file(stage: Stage) -> Path:
+    return stage.path / "eval" / "kept-sampled" / "samples.jsonl"
 
 
 def _fresh(pair: Pair, rows: Rows, samples: int, console: Console) -> Rows:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from srppo.analysis.explain import STARTS, Explained, ExplainResult, explained
+from srppo.analysis.explain import STARTS, Explained, ExplainResult, explained, has_lengths
 from srppo.config import canonical_json
 from srppo.console import Console
 from srppo.record.files import write_atomic
@@ -49,7 +49,7 @@ def report_explain(result: ExplainResult, folder: Path, console: Console) -> Pat
 def explained_by_record(rows: Sequence[ArmRow]) -> list[Explained]:
     """What recorded answers alone say of every trained arm at its kept step."""
     sampled: Mapping[str, Mapping[int, Sequence[Mapping[str, object]]]] = {
-        row.arm: {s: own for s, own in row.answers["sampled"].items() if {"tokens", "ended"} <= own[0].keys()}
+        row.arm: {seed: own for seed, own in row.answers["sampled"].items() if has_lengths(own)}
         for row in rows
         if row.which == "kept"
     }
@@ -92,18 +92,18 @@ def _caption(found: Sequence[Explained], samples: int) -> list[str]:
         if samples
         else "pooled over the questions of a task, from recorded answers; `srppo explain` does it question by question"
     )
-    outside = [
-        f"{e.outside:.0%} of {e.arm}'s {GROUP_WORDS.get(e.group, e.group)}" for e in found if e.outside >= NOTABLE
-    ]
+    never = [each for each in found if each.outside >= NOTABLE]
+    outside = joined(
+        [f"{each.outside:.0%} of {each.arm}'s {GROUP_WORDS.get(each.group, each.group)}" for each in never]
+    )
     return [
         f"Sampled answers, 95% intervals over {units}. At its lengths: the SFT model's own answers, reweighted to the "
         f"arm's lengths, {how}. Of the gain: (SFT at its lengths - SFT) / (arm - SFT), of a loss where accuracy fell.",
         "Intervals over fewer than eight tasks are wide, and say little of other tasks." * (1 < min(tasks) < 8),
         "Priced: the SFT model under one price a token that gives the arm's mean length; - where too few answers are "
         "left to say." * any(each.priced for each in found),
-        f"At lengths that the SFT model never wrote: {joined(outside)}; wrong in the means, wrong and right in the bounds."
-        if outside
-        else "",
+        f"Of lengths that the SFT model never wrote: {outside}; wrong in the means, wrong and right in the bounds."
+        * bool(never),
     ]
 
 

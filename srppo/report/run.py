@@ -15,7 +15,7 @@ from srppo.record.store import Run
 from srppo.report import answers, history, plots, words
 from srppo.report.answers import ArmFigures, ArmRow
 from srppo.report.evaluated import evaluated_table
-from srppo.report.explain import explain_table, explained_by_record, sentences
+from srppo.report.explain import MEANING, explain_table, explained_by_record, sentences
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
 from srppo.report.table import Column, Row, Table, paragraph, to_html
 from srppo.stages.arms import stages_by_arm
@@ -60,9 +60,10 @@ def report_run(folder: Path, console: Console) -> None:
     parts = [
         text(f"Training seeds: {', '.join(map(str, seeds))}. Made by: srppo report {folder}"),
         bullets("Missing or failed", [*problems, *missing], "bad"),
+        bullets("Warnings", sentences(found), ""),
         section("Results", to_html(accuracy) + to_html(cost) + drawn),
         section(differences.title, to_html(differences)),
-        section(by_length.title, "".join(map(text, sentences(found))) + to_html(by_length)),
+        section(by_length.title, to_html(by_length) + soft_text(MEANING) if found else ""),
         section("Accuracy by task", _tasks(rows, out)),
         section(evaluated.title, to_html(evaluated)),
         *_training(history.curves_of(run), out),

@@ -22,6 +22,7 @@ from srppo.analysis.explain import (
     Rows,
     explain_command,
     explained,
+    gain_at_lengths,
     priced,
     standardised,
 )
@@ -247,6 +248,10 @@ def test_seeds_are_paired_and_others_left_out() -> None:
     (found,) = explained("SRPPO", {0: ours, 1: ours}, {0: theirs, 1: other, 2: theirs}, fresh=False)
     assert (found.seeds, found.tasks) == (1, 5)
     assert explained("SRPPO", {3: ours}, {0: theirs}, fresh=False) == []
+    gains = gain_at_lengths(ours, theirs, "unseen")
+    assert gains["sampled_gain"] == pytest.approx(found.gain.mean)
+    assert gains["gain_at_lengths"] == pytest.approx(found.at_lengths.mean - found.sft.mean)
+    assert gain_at_lengths(ours, other, "unseen") == {} == gain_at_lengths(ours, theirs, "demonstrated")
 
 
 # ---- a run
@@ -280,7 +285,7 @@ def test_a_run_its_report_and_its_mistakes(tmp_path: Path) -> None:
     answered = stages["ppo"] / "eval" / "kept-sampled" / "samples.jsonl"
     kept = [json.loads(line) for line in answered.read_text().splitlines()]
     write_rows(answered, [{key: row[key] for key in row if key != "tokens"} for row in kept])
-    with pytest.raises(RecordError, match=r"has no lengths \(columns tokens and ended\)"):
+    with pytest.raises(RecordError, match=r"has no lengths \(tokens, ended\)"):
         explain_command(folder, arms=stages_by_arm, console=console)
     shutil.rmtree(answered.parent)
     with pytest.raises(UserError, match="recorded no sampled answers of a trained arm"):
