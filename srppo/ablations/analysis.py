@@ -242,11 +242,12 @@ def _figures(stage: Stage) -> dict[str, float]:
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
     rollouts = [row for row in stage.metrics() if "reward" in row]
+    wanted = ("reward", "kl_sft", "kl_base", "length", "ended")
     for row in rollouts[:1]:
-        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended")}
+        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended") if key in row}
     for row in rollouts:
         if row["step"] == figures.get("kept_step"):
-            found |= {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length", "ended")}
+            found |= {key: float(row[key]) for key in wanted if key in row}
     return found
 
 
