@@ -197,6 +197,13 @@ class PpoConfig(_Section):
         return None if value == "none" else value  # TOML has no word for it, and the default is a number
 
 
+class DistilConfig(_Section):
+    """On-policy distillation; epochs, minibatches and all else of its training are those of `ppo`."""
+
+    steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation")
+    lr: float = Field(1e-4, gt=0, description="its learning rate (Adam); schedule, clipping and the rest: as ppo's")
+
+
 class MethodsConfig(_Section):
     """What PPO is compared with beside longer SFT; read by those stages alone."""
 
@@ -242,6 +249,7 @@ class Recipe(_Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PpoConfig = PpoConfig()
+    distil: DistilConfig = DistilConfig()
     methods: MethodsConfig = MethodsConfig()
     eval: EvalConfig = EvalConfig()
 

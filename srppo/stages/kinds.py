@@ -24,6 +24,11 @@ near the peak."""
 SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty")
 """Keys of the reward that decide what a whole response is paid by itself."""
 
+OBJECTIVE = ("kind", "token_clip", "anchor", "beta")
+"""Keys of the reward that decide the optimum a token at a time."""
+SHARED = ("epochs", "minibatches", "schedule", "warmup", "max_grad_norm", "max_kl")
+"""Keys of PPO by which on-policy distillation is trained too."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -79,7 +84,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "decoded",
             f"{_EXTRA}:decoded_stage",
-            ("reward.kind", "reward.token_clip", "reward.anchor", "reward.beta", "eval.samples"),
+            (*(f"reward.{key}" for key in OBJECTIVE), "eval.samples"),
             parents=("sft",),
             label="decode-time extrapolation",
             check=f"{_EXTRA}:check_decodable",
@@ -104,6 +109,16 @@ KINDS: dict[str, Kind] = {
             needs_items=True,
         ),
         Kind("best-of-n", f"{_CHOOSE}:best_of_n_stage", ("eval.samples",), ("samples",), "best-of-n", needs_items=True),
+        Kind(
+            "distil",
+            f"{_RUN}:distil_stage",
+            ("rollout", *(f"reward.{key}" for key in OBJECTIVE), "distil", *(f"ppo.{key}" for key in SHARED), "eval"),
+            parents=("sft",),
+            label="on-policy distillation",
+            check=f"{_EXTRA}:check_decodable",
+            files=("model",),
+            needs_prompts=True,
+        ),
         Kind(
             "ppo",
             f"{_RUN}:ppo_stage",

@@ -106,14 +106,14 @@ MUTANTS = [
     Mutant(
         "twin: few columns not padded in the forward pass",
         "kernels/cpu.py",
-        "            weight_CD = _padded(weight_CD)\n",
+        "            weight_CD = padded(weight_CD)\n",
         "            weight_CD = F.pad(weight_CD, (0, wide_ND.shape[1] - depth))\n",
         "kernels/test_cpu.py::test_no_product_has_rows_or_columns_left_over",
     ),
     Mutant(
         "kernels: few columns not padded in the backward pass",
         "kernels/cpu.py",
-        "            weight_CD = _padded(weight_VD[chunk].to(dtype))\n",
+        "            weight_CD = padded(weight_VD[chunk].to(dtype))\n",
         "            weight_CD = F.pad(weight_VD[chunk].to(dtype), (0, wide_ND.shape[1] - depth))\n",
         "kernels/test_cpu.py::test_no_product_has_rows_or_columns_left_over",
     ),
