@@ -229,8 +229,8 @@ def linear_reverse_kl(
     sizes = [(len(head.hidden_ND), len(head.weight_VD)) for head in heads]
     if len(set(sizes)) > 1:
         raise ConfigError(
-            f"rows and vocabulary are {sizes[0]} of the policy, {sizes[1]} of the SFT model and {sizes[2]} of the base; "
-            "all three must say what follows the same tokens over one vocabulary"
+            f"rows and vocabulary are {sizes[0]} of the policy, {sizes[1]} of the SFT model and {sizes[2]} of the "
+            "base; all three must say what follows the same tokens over one vocabulary"
         )
     transforms = transform_of(temperature, logit_scale, softcap), transform_of(1.0, logit_scale, softcap)
     kernels = choose(impl, policy.hidden_ND.device, *(x for head in heads for x in head))
