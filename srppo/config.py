@@ -198,10 +198,10 @@ class PpoConfig(_Section):
 
 
 class DistilConfig(_Section):
-    """On-policy distillation; epochs, minibatches and all else of its training are those of `ppo`."""
+    """On-policy distillation; schedule, warmup, max_grad_norm, max_kl and what changes no result are those of `ppo`."""
 
-    steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation")
-    lr: float = Field(1e-4, gt=0, description="its learning rate (Adam); schedule, clipping and the rest: as ppo's")
+    steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation, an optimizer step each")
+    lr: float = Field(3e-4, gt=0, description="its learning rate (Adam); schedule, warm-up and clipping are ppo's")
 
 
 class MethodsConfig(_Section):

@@ -1,7 +1,7 @@
 """On-policy distillation: what PPO is after, without a critic, an advantage or a sampled reward. One linear loop:
 
     1. sample a response to each prompt from the policy
-    2. at every token of it lower KL(policy || teacher) over the whole vocabulary
+    2. one optimizer step that lowers KL(policy || teacher), over the whole vocabulary, at every token of them
 
 The teacher is decode-time extrapolation, the closed-form optimum of PPO's objective normalised a token at a time
 (`reward.tokenwise_optimum`): with anchor sft, pi_sft^(1 + 1/beta) pi_base^(-1/beta). The policy that it makes answers
@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from srppo.config import Recipe
-from srppo.kernels import Teacher
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import weight_bytes
 from srppo.training.batch import Generated, micro_slices
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
-from srppo.training.ppo import ADAM_EPS, log_rollouts, minibatches, stop_if_diverged
+from srppo.training.ppo import ADAM_EPS, log_rollouts, stop_if_diverged
 from srppo.training.reward import tokenwise_optimum
 from srppo.training.rollout import sample_step
 from srppo.training.scores import response_reverse_kl
@@ -70,51 +69,38 @@ def train_distil(
         watch.lap("generate_s")
         lr = config.lr * lr_factor(shared.schedule, shared.warmup, step, config.steps)
         set_lr(optimizer, lr)
-        kl_3BT = torch.zeros((3, *generated.response_mask_BT.shape), device=policy.device)
-        norms = []
-        for indices in minibatches(recipe, len(chosen), step):
-            optimizer.zero_grad(set_to_none=True)
-            kl_3BT[:, indices] = minibatch_gradient(recipe, policy, sft_policy, base_policy, generated, indices)
-            norms.append(clip_gradients(policy, shared.max_grad_norm, step))
-            optimizer.step()
-        watch.lap("update_s")
-        passes = shared.epochs
-        state.counters["flops"] += step_flops(policy, sft_policy, base_policy, generated, passes)
-        row = distil_metrics(generated, kl_3BT) | {
-            "grad_norm": sum(norms) / len(norms),
-            "lr": lr,
-            "flops": state.counters["flops"],
-        }
+        optimizer.zero_grad(set_to_none=True)
+        kl_3BT = add_gradient(recipe, policy, sft_policy, base_policy, generated)
+        row = distil_metrics(generated, kl_3BT)
         stop_if_diverged(row["kl_sft"], shared.max_kl, step)
+        row["grad_norm"] = clip_gradients(policy, shared.max_grad_norm, step)
+        optimizer.step()
+        watch.lap("update_s")
+        state.counters["flops"] += step_flops(policy, sft_policy, base_policy, generated)
+        row |= {"lr": lr, "flops": state.counters["flops"]}
         log_rollouts(bench, step, chosen, generated.responses(), (kl_3BT[2] - kl_3BT[1]).sum(dim=1))
         seconds = sum(watch.seconds.values())
         session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(generated.attention_mask_BS.sum()) / seconds})
     return session
 
 
-def minibatch_gradient(
-    recipe: Recipe,
-    policy: LanguageModel,
-    sft_policy: LanguageModel,
-    base_policy: LanguageModel,
-    generated: Generated,
-    indices: Tensor,
+def add_gradient(
+    recipe: Recipe, policy: LanguageModel, sft_policy: LanguageModel, base_policy: LanguageModel, generated: Generated
 ) -> Tensor:
-    """Add the gradient of the mean KL(policy || teacher) over all response tokens of the rollouts at `indices`.
+    """Add the gradient of the mean KL(policy || teacher) over all response tokens to the policy's weights.
 
     Returns KL(policy || x) at each token for x the teacher, the SFT model and the base: 3BT, nats, 0 where masked. The
-    mean is over the minibatch's tokens, whatever the micro-batch.
+    mean is over the tokens of the batch, whatever the micro-batch.
     """
-    teacher: Teacher = partial(tokenwise_optimum, recipe.reward)
-    count = int(generated.response_mask_BT[indices].sum())
-    kl_3BT = torch.zeros((3, len(indices), generated.response_mask_BT.shape[1]), device=policy.device)
-    for part in micro_slices(len(indices), recipe.ppo.micro_batch):
-        rows = generated.rows(indices[part])
+    teacher = partial(tokenwise_optimum, recipe.reward)
+    count = int(generated.response_mask_BT.sum())
+    kl_3BT = torch.zeros((3, *generated.response_mask_BT.shape), device=policy.device)
+    for part in micro_slices(len(generated.ended_B), recipe.ppo.micro_batch):
+        rows = generated.rows(part)
         width = rows.response_mask_BT.shape[1]
         inputs = rows.tokens_BS, rows.attention_mask_BS, width
-        found = response_reverse_kl(
-            policy, sft_policy, base_policy, inputs, teacher, temperature=recipe.rollout.temperature
-        )
+        temperature = recipe.rollout.temperature
+        found = response_reverse_kl(policy, sft_policy, base_policy, inputs, teacher, temperature=temperature)
         (found.total / count).backward()
         for kl_BT, kl_N in zip(kl_3BT, found[1:], strict=True):
             kl_BT[part, :width] = unflatten(kl_N, rows.response_mask_BT)
@@ -122,10 +108,10 @@ def minibatch_gradient(
 
 
 def distil_metrics(generated: Generated, kl_3BT: Tensor) -> dict[str, float]:
-    """What a batch of rollouts says, as far as it goes by the names of PPO's metrics. KL: nats a response.
+    """What a batch of rollouts says before the update, by the names of PPO's metrics. KL and reward: nats a response.
 
-    KL and reward are expectations over the next token, summed along the sampled responses, so without the noise of
-    PPO's log-ratios of the sampled tokens; each minibatch is measured as the updates before it left the policy.
+    They are expectations over the next token, summed along the sampled responses: of the same mean as PPO's log-ratios
+    of the sampled tokens, and with less noise. reward is the coherent one, whatever the teacher is made of.
     """
     teacher_kl, kl_sft, kl_base = kl_3BT.sum(dim=2).mean(dim=1).tolist()
     return {
@@ -139,9 +125,9 @@ def distil_metrics(generated: Generated, kl_3BT: Tensor) -> dict[str, float]:
 
 
 def step_flops(
-    policy: LanguageModel, sft_policy: LanguageModel, base_policy: LanguageModel, generated: Generated, passes: int
+    policy: LanguageModel, sft_policy: LanguageModel, base_policy: LanguageModel, generated: Generated
 ) -> int:
-    """Counted operations of one step: sampling, and in each pass both frozen models and the policy's update."""
+    """Counted operations of one step: sampling, both frozen models, and the policy's update."""
     lengths_B, head_tokens = generated.attention_mask_BS.sum(dim=1), int(generated.response_mask_BT.sum())
     own, sft, base = (forward_flops(model, lengths_B, head_tokens) for model in (policy, sft_policy, base_policy))
-    return own + passes * (sft + base + 3 * own)
+    return 4 * own + sft + base

@@ -18,7 +18,6 @@ from kernel_cases import (
     Softmax,
     check,
     make_head,
-    rng,
     same_bits,
     summed,
     transformed,
