@@ -159,4 +159,25 @@ MUTANTS = [
         "(sft.centred_N + sft.max_N) - sft.lse_N - (base.centred_N + base.max_N) + base.lse_N",
         "kernels/test_kernels.py::test_offsets_of_1e4_in_one_model",
     ),
+    Mutant(
+        "reverse KL: its gradient without the mean",
+        "kernels/divergence.py",
+        "d_NV.sub_(kl_N[:, None]).mul_(p_NV)",
+        "d_NV.mul_(p_NV)",
+        "kernels/test_divergence.py::test_values_and_gradients_are_those_of_the_definition",
+    ),
+    Mutant(
+        "reverse KL: the slope of the cap left out",
+        "kernels/divergence.py",
+        "    if transform.softcap is not None:  # z is",
+        "    if False:  # z is",
+        "kernels/test_divergence.py::test_values_and_gradients_are_those_of_the_definition",
+    ),
+    Mutant(
+        "reverse KL: the last chunk's padding counts",
+        "kernels/divergence.py",
+        "                d_NV[count:] = 0.0\n",
+        "",
+        "kernels/test_divergence.py::test_values_and_gradients_are_those_of_the_definition",
+    ),
 ]

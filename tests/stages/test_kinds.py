@@ -48,6 +48,9 @@ CHANGES: dict[str, Any] = {
     "sft.lr": 0.5,
     "ppo.lr": 0.5,
     "ppo.steps": 3,
+    "ppo.max_kl": 9.0,
+    "distil.steps": 3,
+    "distil.lr": 0.5,
     "seed": 4,
     "model.precision": "bf16",
 }
@@ -59,6 +62,9 @@ DECIDES = {
     "samples": COMMON - {"eval.samples"} | SCORE | {"methods.samples"},
     "resampled": COMMON | {"reward.anchor", "reward.beta"},  # beside what its samples are
     "best-of-n": COMMON,
+    "distil": COMMON
+    | {"rollout.batch", "rollout.temperature", "reward.kind", "reward.token_clip", "reward.anchor", "reward.beta"}
+    | {"distil.steps", "distil.lr", "ppo.max_kl", "eval.metric", "eval.limit", "eval.keep"},
 }
 
 
