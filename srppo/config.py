@@ -198,10 +198,10 @@ class PpoConfig(_Section):
 
 
 class DistilConfig(_Section):
-    """On-policy distillation; schedule, warmup, max_grad_norm, max_kl and what changes no result are those of `ppo`."""
+    """On-policy distillation; max_grad_norm, max_kl and what changes no result are those of `ppo`."""
 
     steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation, an optimizer step each")
-    lr: float = Field(3e-4, gt=0, description="its learning rate (Adam); schedule, warm-up and clipping are ppo's")
+    lr: float = Field(1e-3, gt=0, description="its learning rate at the start (Adam), which falls linearly")
 
 
 class MethodsConfig(_Section):

@@ -26,7 +26,7 @@ SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty
 
 OBJECTIVE = ("kind", "token_clip", "anchor", "beta")
 """Keys of the reward that decide the optimum a token at a time."""
-SHARED = ("schedule", "warmup", "max_grad_norm", "max_kl")
+SHARED = ("max_grad_norm", "max_kl")
 """Keys of PPO by which on-policy distillation is trained too."""
 
 

@@ -67,7 +67,7 @@ def train_distil(
         watch = Stopwatch()
         chosen, generated = sample_step(recipe, policy, prompts, step, stop_ids=stop_ids, pad_id=pad_id, held=held)
         watch.lap("generate_s")
-        lr = config.lr * lr_factor(shared.schedule, shared.warmup, step, config.steps)
+        lr = config.lr * lr_factor("linear", 0.0, step, config.steps)
         set_lr(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
         kl_3BT = add_gradient(recipe, policy, sft_policy, base_policy, generated)

@@ -190,7 +190,7 @@ def test_what_a_token_at_a_time_costs(beta: float) -> None:
 )
 def test_on_policy_distillation_reaches_its_teacher(tmp_path: Path, reward: dict[str, object]) -> None:
     """The bar that PPO passes on its way to the optimum over sequences, and the loss itself falls to nothing."""
-    recipe = tiny_recipe(reward=reward, distil={"steps": 100, "lr": 4e-3}, ppo={"schedule": "linear"})
+    recipe = tiny_recipe(reward=reward, distil={"steps": 100, "lr": 4e-3})
     torch.set_num_threads(1)
     base, sft = base_and_sft()
     policy = copy.deepcopy(sft)
