@@ -12,7 +12,7 @@ from hashlib import sha256
 from pkgutil import resolve_name
 from typing import Any
 
-from srppo.config import Recipe, decisive
+from srppo.config import DistilConfig, Recipe, decisive, is_embedded
 from srppo.data.chat import template_text
 from srppo.errors import ConfigError
 
@@ -154,6 +154,11 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
             raise ConfigError(
                 "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft "
                 "took is not known; leave out --baselines, or leave out model.sft so that it is trained here"
+            )
+        if name == "distil" and not is_embedded(recipe.model.base) and recipe.distil.lr == DistilConfig().lr:
+            raise ConfigError(
+                f"model.base is {recipe.model.base!r} but distil.lr is not set; its default suits the embedded models "
+                "only; ten times ppo.lr is a start"
             )
         if kind.check:
             resolve_name(kind.check)(recipe.reward)

@@ -128,6 +128,14 @@ def test_parents_come_first_and_once() -> None:
     ]
 
 
+def test_the_rate_of_distillation_must_be_said_for_other_models() -> None:
+    given = {"model.base": "folder", "data.demonstrations": "mine.jsonl"}
+    check(["distil"], Recipe())
+    check(["distil"], with_overrides(Recipe(), {**given, "distil.lr": 1e-5}))
+    with pytest.raises(ConfigError, match=r"model\.base is 'folder' but distil\.lr is not set"):
+        check(["distil"], with_overrides(Recipe(), given))
+
+
 # ---- a kind of one's own
 
 
