@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ from srppo.models.flops import forward_flops
 from srppo.models.language_model import Head, LanguageModel
 from srppo.training.batch import Generated
 from srppo.training.distil import add_gradient, step_flops, train_distil
-from srppo.training.loop import Session
+from srppo.training.loop import Measure, Session
 from srppo.training.rollout import generate
 
 REWARDS = [
@@ -46,12 +46,14 @@ REWARDS = [
 ]
 
 
-def distilled(recipe: Recipe, folder: Path) -> tuple[LanguageModel, Session]:
+def distilled(recipe: Recipe, folder: Path, development: Measure | None = None) -> tuple[LanguageModel, Session]:
     torch.set_num_threads(1)
     base, sft = base_and_sft()
     policy = copy.deepcopy(sft)
     with Bench(folder, recipe) as bench:
-        session = train_distil(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        session = train_distil(
+            recipe, bench, policy, sft, base, PROMPTS, development or NoDevelopment(), stop_ids=[EOS], pad_id=EOS
+        )
     return policy, session
 
 
@@ -174,38 +176,43 @@ def test_a_policy_that_runs_away_is_stopped(tmp_path: Path) -> None:
 
 # ---- a real kill
 
+
+class Kills:
+    """Ends its own process by SIGKILL while step 7 is measured: the last checkpoint is of step 6."""
+
+    def __init__(self) -> None:
+        self.measured = 0
+
+    def measure(self, model: LanguageModel) -> tuple[dict[str, float], None]:
+        if self.measured == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.measured += 1
+        return {}, None
+
+
 LIFE = """
-import sys
-sys.path[:0] = {paths!r}
+import json, sys
+sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
-from test_distil import distilled
 from srppo.config import build_recipe
-import json
-distilled(build_recipe(json.loads(sys.argv[2])), Path(sys.argv[1]))
+from test_distil import Kills, distilled
+distilled(build_recipe(json.loads(sys.argv[3])), Path(sys.argv[2]), Kills())
 """
 
 
 def test_killed_in_the_middle_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    recipe = small(distil={"steps": 60}, ppo={"checkpoint_every": 2, "micro_batch": 3})
+    recipe = small(distil={"steps": 10}, ppo={"checkpoint_every": 3, "micro_batch": 3}, eval={"every": 1})
     policy, whole = distilled(recipe, tmp_path / "whole")
-    tests = Path(__file__).parent
-    script = LIFE.format(paths=[str(tests), str(tests.parent)])
-    killed = tmp_path / "killed"
-    life = subprocess.Popen([sys.executable, "-c", script, str(killed), json.dumps(recipe.model_dump(mode="json"))])
-    end = time.monotonic() + 120
-    while life.poll() is None and time.monotonic() < end:
-        if sum(len(file.read_text().splitlines()) for file in killed.glob("stages/*/attempts/*/metrics.jsonl")) > 6:
-            break
-        time.sleep(0.001)
-    life.kill()
-    assert life.wait() == -signal.SIGKILL
+    tests, killed = Path(__file__).parent, tmp_path / "killed"
+    orders = [json.dumps([str(tests), str(tests.parent)]), str(killed), json.dumps(recipe.model_dump(mode="json"))]
+    assert subprocess.run([sys.executable, "-c", LIFE, *orders]).returncode == -signal.SIGKILL
     other_policy, resumed = distilled(recipe, killed)
-    assert 0 < len(resumed.bench.stage.attempts()) == 2
+    assert len(resumed.bench.stage.attempts()) == 2
     rows, other_rows = (
         [{key: value for key, value in row.items() if key != "timing"} for row in session.bench.stage.metrics()]
         for session in (whole, resumed)
     )
-    assert rows == other_rows and len(rows) == 61
+    assert rows == other_rows and [row["step"] for row in rows] == [*range(11)]
     assert whole.state.counters == resumed.state.counters
     for one, two in zip(policy.parameters(), other_policy.parameters(), strict=True):
         assert torch.equal(one, two)
