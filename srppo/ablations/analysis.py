@@ -19,6 +19,7 @@ from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Analysis, Cell, Comparison, Sweep
+from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
@@ -159,8 +160,16 @@ def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State
             dropped += float(_committed(chosen).get("selection_flops") or 0.0)
             tests = [(d, result) for d in DECODINGS for result in own_tests(chosen, "", seed, d)]
             scores = {(str(result.group), decoding): result for decoding, result in tests}
-            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), _figures(chosen))
+            figures = _figures(chosen) | _by_length(plan, ledger, task, chosen)
+            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), figures)
     return found
+
+
+def _by_length(plan: Plan, ledger: Ledger, task: Task, chosen: Stage) -> dict[str, float]:
+    """The gain over the SFT model that the cell started from or stands beside, and what of it length explains."""
+    ours = (ledger.stage(each) for each in _ancestors(plan, task) if each.kind in ("sft", "given-sft"))
+    sft = next((stage for stage in ours if stage), None)
+    return gain_at_lengths(recorded(sft), recorded(chosen), plan.sweep.analysis.group) if sft else {}
 
 
 def _committed(stage: Stage | None) -> dict[str, Any]:
@@ -246,6 +255,7 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
         "length_start",
         "ended_start",
         "ess",
+        "gain_at_lengths",
     )
     for seed, each in found.items():
         common = {"sweep": sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
