@@ -43,7 +43,7 @@ def ablate(
         Option(
             metavar="A,B",
             help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, resampling, best-of-n, "
-            "RLOO, SRPPO. (default: SFT,SRPPO)",
+            "on-policy distillation, RLOO, SRPPO. (default: SFT,SRPPO)",
         ),
     ] = None,
     primary: Annotated[

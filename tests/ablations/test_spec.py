@@ -262,7 +262,7 @@ def test_overlap_shares_the_demonstrations_sft(name="overlap"):
 def test_the_method_sweep_tells_its_arms_apart():
     plan = Plan(the_sweep("method"))
     keys = [plan.measured_by[cell, 0] for cell in plan.sweep.cells()]
-    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 7 + 4
+    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 8 + 4
     assert kinds(plan)["sft"] == 10 and kinds(plan)["ppo"] == 20  # SRPPO and RLOO
 
 
@@ -308,6 +308,7 @@ CHANGES: dict[str, set[str]] = {
     "data.prompts_size": FROM_PPO,
     "data.overlap": FROM_PPO,
     "methods.": set(),
+    "distil.": set(),
 }
 OTHER: dict[str, list[dict[str, Any]]] = {
     "seed": [{"seed": 5}],
