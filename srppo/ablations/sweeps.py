@@ -32,7 +32,7 @@ COMMON = (SFT, LONGER, SHUFFLED, SRPPO)
 """Arms of every sweep: a gain over SFT alone says neither that more SFT would not do it, nor that the reward did."""
 DECAY = 1.0
 PASSES = 16
-"""Times the recipe's own SFT that its variants are trained for, of which development items or held-out loss keep one."""
+"""SFT with weight decay and SFT by held-out loss: the decay, and how many times the recipe's own SFT they last."""
 NOT_TUNED = "no setting was tuned for any point: what holds at the default may be too much or too little elsewhere"
 
 
@@ -274,8 +274,8 @@ def kl(options: Options) -> Sweep:
         trend="beta",
         scale="log2",
         notes=(
-            f"{OPTIMUM.name}: the closed form, resampled from methods.samples samples of the SFT model: sampled answers "
-            "alone; where ess is below 10 it says little",
+            f"{OPTIMUM.name}: the closed form, resampled from methods.samples samples of the SFT model: sampled "
+            "answers alone; where ess is below 10 it says little",
         ),
     )
 
@@ -354,8 +354,8 @@ def method(options: Options) -> Sweep:
             "votes, decode-time extrapolation, resampling and best-of-n pay at every answer instead of in training",
             f"SFT with weight decay and SFT by held-out loss: {PASSES} times the passes of SFT, of which development "
             "items keep the best, or the loss on held-out demonstrations",
-            f"{FROM_CHOSEN.name}: its start, its anchor and its reward's first part are the longer SFT that development "
-            "items chose",
+            f"{FROM_CHOSEN.name}: its start, its anchor and its reward's first part are the longer SFT that "
+            "development items chose",
         ),
     )
 

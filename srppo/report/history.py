@@ -209,6 +209,6 @@ def _gone(stage: Stage) -> list[str]:
         decodings = dict.fromkeys(each for by_decoding in measured.get("test", {}).values() for each in by_decoding)
         files = [answers_file(stage, which, decoding) for decoding in decodings]
         lines += [f"{file} is gone or damaged" for file in files if not file.exists() or damage(file.parent)]
-    if figures.get("steps") and not stage.metrics():
+    if figures.get("steps") and "chosen" not in figures and not stage.metrics():  # the chosen one's are its own
         lines.append(f"{stage.path / 'attempts'} has no metrics.jsonl any more")
     return lines

@@ -99,7 +99,7 @@ def _by_group(title: str, arms: Sequence[ArmFigures], caption: Sequence[str], fo
 def cost_table(arms: Sequence[ArmFigures]) -> Table:
     """Counted operations, time, the kept step and the shape of the answers, those columns that any arm has."""
     several = len({arm.seeds for arm in arms if arm.flops is not None}) > 1
-    heads: list[str | Column] = ["", Column("seeds", only="page"), "TFLOPs", Column("selection", "chosen")]
+    heads: list[str | Column] = ["", Column("seeds", only="page"), "TFLOPs", Column("selection", "select")]
     heads += ["seconds", "kept step", "length"]
     rows = []
     for arm in arms:
