@@ -334,8 +334,8 @@ def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path
     assert changed == {
         "extrapolated": {"alphas"},
         "decoded": set(),
-        **dict.fromkeys(("vote", "resampled", "best-of-n"), {"samples"}),
-        **dict.fromkeys(("self-distilled", "rejection-ft"), {"self_prompts", "self_samples", "self_epochs"}),
+        **{kind: {"samples"} for kind in ("vote", "resampled", "best-of-n")},
+        **{kind: {"self_prompts", "self_samples", "self_epochs"} for kind in ("self-distilled", "rejection-ft")},
     }
     for kind, each in found.items():
         for name in changed[kind]:
@@ -370,7 +370,7 @@ def test_development_items_get_the_demonstrations_noise_and_nothing_else_does(wo
     echo = half.development.items
     answers = [verdict_of(item, [Answer(item.answer, True, 1)]) for item in echo]
     assert half.development.rated(half.base, answers)[0]["dev/accuracy"] == 1.0
-    with pytest.raises(ConfigError, match="noise_dev changes development items, and eval.metric = nll chooses"):
+    with pytest.raises(ConfigError, match=r"noise_dev changes development items, and eval\.metric = nll chooses"):
         world.recipe({"data.noise_dev": True, "eval.metric": "nll"})
 
 

@@ -425,4 +425,11 @@ MUTANTS = [
         "[*ways]",
         "evaluation/test_pairing.py::test_all_seeds_before_few_and_all_items_before_few",
     ),
+    Mutant(
+        "development: noise that was asked for is left out",
+        "evaluation/development.py",
+        "replace(item, answer=found.changes[i][0]) if i in found.changes",
+        "item if i in found.changes",
+        "test_config_keys.py::test_development_items_get_the_demonstrations_noise_and_nothing_else_does",
+    ),
 ]

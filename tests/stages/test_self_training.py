@@ -123,5 +123,5 @@ def test_they_start_from_the_sft_model(world: World, tmp_path: Path) -> None:
 def test_a_model_that_never_ends_cannot_teach(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared(world, tmp_path / "run", "self-distilled")
     monkeypatch.setattr(srppo.stages.self_training, "chosen_rows", lambda *args: [])
-    with pytest.raises(RunError, match="no answer of the SFT model ended within rollout.max_new_tokens"):
+    with pytest.raises(RunError, match=r"no answer of the SFT model ended within rollout\.max_new_tokens"):
         run_stages(run)
