@@ -180,22 +180,37 @@ def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
 
 
 def _figures(stage: Stage) -> dict[str, float]:
-    """Plain numbers of a stage's result, and of the last row of its metrics that PPO wrote."""
+    """Plain numbers of a stage's result, and what PPO's rollouts were like at the kept step (and at the first)."""
     figures = figures_of(stage)
     plain = {key: value for key, value in figures.items() if isinstance(value, int | float)}
     found = {key: float(value) for key, value in plain.items() if key != "selection_flops"}
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
-    kept = figures.get("kept_step")
-    rows = (row for row in reversed(stage.metrics()) if row.get("step") == kept and "reward" in row)
-    row: Mapping[str, Any] = next(rows, {})
-    return found | {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length") if key in row}
+    rollouts = [row for row in stage.metrics() if "reward" in row]
+    for row in rollouts[:1]:
+        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended")}
+    for row in rollouts:
+        if row["step"] == figures.get("kept_step"):
+            found |= {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length", "ended")}
+    return found
 
 
 def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict[str, Any]]:
     """Plain rows, one a seed, group and decoding."""
     point, made = sweep.point(cell.point), []
-    wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length", "ess")
+    wanted = (
+        "kept_step",
+        "steps",
+        "held_out_nll",
+        "reward",
+        "kl_sft",
+        "kl_base",
+        "length",
+        "ended",
+        "length_start",
+        "ended_start",
+        "ess",
+    )
     for seed, each in found.items():
         common = {"sweep": sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
         cost = {"flops": each.flops, "selection_flops": each.selection_flops, "seconds": each.seconds}
