@@ -131,7 +131,7 @@ def answer_items(
         ]
         text = "".join(canonical_json(row) + "\n" for row in rows)
         attempt.publish(f"eval/kept-{decoding}", partial(_write, text))
-    attempt.log_metrics({"step": 5, "reward": 0.5, "kl_sft": 0.25, "length": 6.0})
+    attempt.log_metrics({"step": 5, "reward": 0.5, "kl_sft": 0.25, "kl_base": 0.5, "length": 6.0, "ended": 0.5})
     attempt.commit(
         "ok",
         {"kept_step": 5, "steps": 8, "flops": FLOPS.get(task.kind, 1e12)}
@@ -391,7 +391,7 @@ def test_failed_and_diverged(broken: Record) -> None:
     assert rows["16 rows", "SRPPO"]["accuracy"] == "" and rows["16 rows", "SRPPO"]["seeds"] == "0"
     table = [line.split() for line in broken.text.split("Cells,")[1].split("Intervals")[0].splitlines()]
     assert any(line[-6:] == ["0/6", "0", "6", "-", "-", "-"] for line in table)
-    assert any(line[-5:-2] == ["5/6", "1", "0"] for line in table)
+    assert any(line[-6:-3] == ["5/6", "1", "0"] for line in table)
     for text in (broken.flat, broken.page):
         assert "diverged (seeds 0, 1, 2, 3, 4, 5: step 7: loss is NaN)" in text and "seed 1: out of memory" in text
         assert "SRPPO minus SFT" in text and "Incomplete: of 36 trainings" in text
