@@ -19,6 +19,7 @@ from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Analysis, Cell, Comparison, Sweep
+from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
@@ -151,8 +152,20 @@ def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State
         if states[key].status == "done" and (stage := ledger.stage(plan.tasks[key])):
             tests = [(d, result) for d in DECODINGS for result in own_tests(stage, "", seed, d)]
             scores = {(str(result.group), decoding): result for decoding, result in tests}
-            found[seed] = _Measured(stage, scores, *compute_of(stage), stage_seconds(stage), _figures(stage))
+            figures = _figures(stage) | _by_length(plan, ledger, key, stage)
+            found[seed] = _Measured(stage, scores, *compute_of(stage), stage_seconds(stage), figures)
     return found
+
+
+def _by_length(plan: Plan, ledger: Ledger, key: str, stage: Stage) -> dict[str, float]:
+    """The gain over the SFT model that the cell started from or stands beside, and what of it length explains."""
+    before = [*plan.tasks[key].needs]
+    for need in before:  # it grows: nearest first
+        task = plan.tasks[need]
+        if task.kind in ("sft", "chosen-sft") and (sft := ledger.stage(task)):
+            return gain_at_lengths(recorded(sft), recorded(stage), plan.sweep.analysis.group)
+        before += task.needs
+    return {}
 
 
 def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
@@ -210,6 +223,7 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
         "length_start",
         "ended_start",
         "ess",
+        "gain_at_lengths",
     )
     for seed, each in found.items():
         common = {"sweep": sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
