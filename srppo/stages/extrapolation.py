@@ -50,7 +50,7 @@ def extrapolated_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figu
     sft = sft_model(run, done)
     target = sft.copy()
     figures = UNTRAINED | choose_alpha(target, sft, run.base, run.recipe.methods.alphas, run.development)
-    figures |= measure(run, bench.attempt, target)
+    figures |= measure(run, bench, target)
     export(run, bench, target, figures)
     return figures
 
