@@ -39,7 +39,7 @@ from srppo.stages.run import (
 )
 from srppo.training.batch import Generated
 from srppo.training.loop import Workbench
-from srppo.training.reward import reward_terms
+from srppo.training.reward import Written, reward_terms
 from srppo.training.rollout import generate
 from srppo.training.scores import Scores
 
@@ -134,11 +134,16 @@ def check_decodable(config: RewardConfig) -> None:
         )
 
 
-def decoded_logprobs(config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV: Tensor) -> Tensor:
-    """log of pi_anchor exp(r / beta), normalised over the vocabulary; BV fp32. r is the reward's term of each token."""
+def decoded_logprobs(
+    config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV: Tensor, *, stop_ids: Sequence[int]
+) -> Tensor:
+    """log of pi_anchor exp(r / beta), normalised over the vocabulary; BV fp32. r is the reward's term of each token, of
+    which `stop_ids` would end the response."""
     sft_BV, base_BV = sft_logits_BV.float().log_softmax(-1), base_logits_BV.float().log_softmax(-1)
     scores = Scores(sft_BV - base_BV, sft_BV, base_BV)
-    terms_BV = reward_terms(config, scores, torch.ones_like(sft_BV, dtype=torch.bool))
+    tokens_BV = torch.arange(sft_BV.shape[1], device=sft_BV.device).expand_as(sft_BV)
+    stop_BV = torch.isin(tokens_BV, torch.tensor(list(stop_ids), device=sft_BV.device))
+    terms_BV = reward_terms(config, scores, Written(tokens_BV, torch.ones_like(stop_BV), stop_BV))
     return (scores.anchor_BT(config.anchor) + terms_BV / config.beta).log_softmax(-1)
 
 
@@ -148,15 +153,17 @@ class Towards:
     For one batch, whose prompts' mask it is given.
     """
 
-    def __init__(self, base: LanguageModel, config: RewardConfig, mask_BP: Tensor) -> None:
-        self.base, self.config, self.mask_BS = base, config, mask_BP
+    def __init__(
+        self, base: LanguageModel, config: RewardConfig, stop_ids: Sequence[int], mask_BP: Tensor
+    ) -> None:
+        self.base, self.config, self.stop_ids, self.mask_BS = base, config, stop_ids, mask_BP
         self.read, self.cache = 0, None
         takes = inspect.signature(base.model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def __call__(self, tokens_BS: Tensor, sft_logits_BV: Tensor) -> Tensor:
         base_logits_BV = self.base_logits(tokens_BS)[:, : self.base.vocab_size]
-        return decoded_logprobs(self.config, sft_logits_BV, base_logits_BV)
+        return decoded_logprobs(self.config, sft_logits_BV, base_logits_BV, stop_ids=self.stop_ids)
 
     def base_logits(self, tokens_BS: Tensor) -> Tensor:
         """The base's logits after these columns, of which all but the newest have been read; BV."""
@@ -172,7 +179,13 @@ class Towards:
 
 
 def generate_decoded(
-    sft: LanguageModel, prompts: Sequence[Sequence[int]], *, base: LanguageModel, config: RewardConfig, **how: Any
+    sft: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    base: LanguageModel,
+    config: RewardConfig,
+    stop_ids: Sequence[int],
+    **how: Any,
 ) -> Generated:
     """Responses by decode-time extrapolation; `how` as `rollout.generate` takes it."""
-    return generate(sft, prompts, processor=partial(Towards, base, config), **how)
+    return generate(sft, prompts, stop_ids=stop_ids, processor=partial(Towards, base, config, stop_ids), **how)
