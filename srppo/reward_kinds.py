@@ -22,12 +22,13 @@ class RewardKind:
 
     label        its arm in the sweep `reward`
     description  in help
-    terms        of (scores, written), a `training.scores.Scores` and a `training.reward.Written`: what each token is paid
-                 before clips and length normalisation; BT fp32, nats. Masked positions may hold anything
+    terms        of (scores, written), a `training.scores.Scores` and a `training.reward.Written`: what each token is
+                 paid before clips and length normalisation; BT fp32, nats. Masked positions may hold anything
     by_token     whether a token's term is known from its own log-probs, its id and whether it ends the response;
                  decode-time extrapolation needs that
     among        of (terms_BT, mask_BT, seed): what each rollout is paid of those of its batch. Such a reward is no
                  function of the response: it has no closed-form optimum and ranks no samples. None: of its own
+    swept        whether it has a curve in the sweep `reward` unless others are asked for
     """
 
     label: str
@@ -35,7 +36,7 @@ class RewardKind:
     terms: Function
     by_token: bool = True
     among: Function | None = None
-
+    swept: bool = True
 
 
 def _constant(nats: float) -> Function:
@@ -49,9 +50,9 @@ COHERENT = "ratio"
 """The reward that the method is named by; all others are controls."""
 REWARD_KINDS: dict[str, RewardKind] = {
     COHERENT: RewardKind("coherent reward", "log pi_sft - log pi_base", lambda scores, _: scores.log_ratio_BT),
-    "zero": RewardKind("zero", "0", _constant(0.0)),
+    "zero": RewardKind("zero", "0", _constant(0.0), swept=False),
     "sft": RewardKind("sharpening (log pi_sft)", "log pi_sft", lambda scores, _: scores.sft_logprobs_BT),
-    "base": RewardKind("base only", "-log pi_base", lambda scores, _: -scores.base_logprobs_BT),
+    "base": RewardKind("base only", "-log pi_base", lambda scores, _: -scores.base_logprobs_BT, swept=False),
     "no-eos": RewardKind(
         "ratio without EOS",
         "the ratio of all tokens but the stop token",
@@ -63,7 +64,7 @@ REWARD_KINDS: dict[str, RewardKind] = {
         lambda scores, written: scores.log_ratio_BT.masked_fill(~written.stop_BT, 0.0),
     ),
     "brevity": RewardKind("brevity", f"-{NATS_A_TOKEN} a token", _constant(-NATS_A_TOKEN)),
-    "verbosity": RewardKind("verbosity", f"{NATS_A_TOKEN} a token", _constant(NATS_A_TOKEN)),
+    "verbosity": RewardKind("verbosity", f"{NATS_A_TOKEN} a token", _constant(NATS_A_TOKEN), swept=False),
     "random": RewardKind(
         "random",
         "a standard normal number that the response's tokens alone decide",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srppo.ablations.curves import CurveResult, curves_of
 from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
@@ -114,6 +115,7 @@ class SweepResult:
     trends: tuple[Trend, ...]
     rows: tuple[Mapping[str, Any], ...]
     peaks: tuple[Peak, ...] = ()
+    curves: tuple[CurveResult, ...] = ()
 
     def cell(self, cell: Cell) -> CellResult:
         return next(each for each in self.cells if each.cell == cell)
@@ -140,7 +142,10 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     cells = tuple(_cell(progress, found[progress.cell]) for progress in watch.cells(states))
     rows = tuple(row for cell, by_seed in found.items() for row in _rows(plan.sweep, cell, by_seed))
     trends, peaks = _along_the_axis(plan.sweep, scores)
-    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks)
+    stages = {cell: {seed: each.stage for seed, each in by_seed.items()} for cell, by_seed in found.items()}
+    metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.accuracy))
+    curves = curves_of(plan.sweep, stages, metrics)
+    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks, curves)
 
 
 def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:

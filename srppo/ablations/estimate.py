@@ -118,7 +118,7 @@ def _measure(recipe: Recipe, device: str) -> Pace:
     from srppo.training.ppo import train_ppo
     from srppo.training.sft import train_sft
 
-    quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0})
+    quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0, "eval.curve": ()})
     with TemporaryDirectory() as folder:
         console = Console(quiet=True)
         began = time.perf_counter()
@@ -183,6 +183,7 @@ def task_seconds(task: Task, pace: Pace) -> float:
         return fixed + steps * pace.sft_step_s + (measured + 1) * dev
     if task.kind == "ppo":
         every = recipe.eval.every or recipe.ppo.steps
+        fixed += len(recipe.eval.curve) * tests
         return fixed + recipe.ppo.steps * pace.ppo_step_s + (math.ceil(recipe.ppo.steps / every) + 1) * dev
     if task.kind == "longer-sft":  # by counted compute, whose rate is taken to be the same
         train = recipe.ppo.steps * pace.ppo_step_s + _sft_steps(recipe, pace)[0] * pace.sft_step_s
@@ -201,7 +202,7 @@ def _sft_steps(recipe: Recipe, pace: Pace) -> tuple[int, int]:
 def power_lines(plan: Plan, items: int) -> list[str]:
     """In plain words: the smallest difference that these seeds and items show, or a warning where none can be."""
     analysis, seeds = plan.sweep.analysis, len(plan.sweep.seeds)
-    tests, needed = len(analysis.family), seeds_needed(analysis.alpha, max(len(analysis.family), 1))
+    tests, needed = analysis.comparisons, seeds_needed(analysis.alpha, max(analysis.comparisons, 1))
     if not tests:
         return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:

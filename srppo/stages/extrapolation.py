@@ -153,9 +153,7 @@ class Towards:
     For one batch, whose prompts' mask it is given.
     """
 
-    def __init__(
-        self, base: LanguageModel, config: RewardConfig, stop_ids: Sequence[int], mask_BP: Tensor
-    ) -> None:
+    def __init__(self, base: LanguageModel, config: RewardConfig, stop_ids: Sequence[int], mask_BP: Tensor) -> None:
         self.base, self.config, self.stop_ids, self.mask_BS = base, config, stop_ids, mask_BP
         self.read, self.cache = 0, None
         takes = inspect.signature(base.model.forward).parameters

@@ -106,7 +106,7 @@ KINDS: dict[str, Kind] = {
         Kind("best-of-n", f"{_CHOOSE}:best_of_n_stage", ("eval.samples",), ("samples",), "best-of-n", needs_items=True),
         Kind(
             "ppo",
-            f"{_RUN}:ppo_stage",
+            "srppo.stages.ppo:ppo_stage",
             ("rollout", "reward", "ppo", "eval"),
             parents=("sft",),
             label="SRPPO",
@@ -153,7 +153,10 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
     "ppo": {"advantage": "gae"},
 }
 """Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
-_ELSEWHERE = {"data": ("demonstrations", "prompts"), "eval": ("every", "items")}  # paths, and what PPO alone reads
+_ELSEWHERE = {
+    "data": ("demonstrations", "prompts"),
+    "eval": ("every", "items", "curve"),
+}  # paths, and what PPO alone reads
 _CRITIC = ("value_lr", "value_clip", "gamma", "lam", "critic_warmup")  # keys of ppo that RLOO does not read
 _ONLY_PPO = ("prompts_size", "overlap", "overlap_share")  # keys of data that SFT never sees
 
@@ -184,4 +187,6 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     for read in kind.reads:
         section, _, key = read.partition(".")
         settings[section] = {**settings.get(section, {}), key: dump[section][key]} if key else dump[section]
-    return settings | ({"every": recipe.eval.every} if kind.needs_prompts else {})
+    if kind.needs_prompts:
+        settings |= {"every": recipe.eval.every} | ({"curve": [*recipe.eval.curve]} if recipe.eval.curve else {})
+    return settings

@@ -38,7 +38,6 @@ from srppo.record.store import Attempt, Run, Stage
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
 from srppo.training.batch import Generated
 from srppo.training.loop import Session, Workbench, load_weights
-from srppo.training.ppo import train_ppo
 from srppo.training.rollout import generate
 from srppo.training.sft import steps_within, train_sft
 from srppo.training.trackers import trackers
@@ -126,6 +125,8 @@ def prepare_run(
         raise ConfigError("model.sft is the base itself: the reward would be 0 everywhere; give a fine-tuned model")
     test_items = load_items(recipe, "test")
     check_needs(kinds, data, test_items)
+    if recipe.eval.curve and not test_items:
+        raise ConfigError("eval.curve measures test items, and there are none; set eval.items, or leave it out")
     development = Development(recipe, tokenizer, data.held_out, stops)
     if recipe.eval.keep == "best" and not development.ranks:
         console.warn(
@@ -304,14 +305,6 @@ def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     rows = run.data.demonstrations
     session = train_sft(run.recipe, bench, model, rows, run.development, pad_id=run.pad_id, total=total)
     return finish(run, bench, model, session)
-
-
-def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """SRPPO from the SFT model."""
-    sft = sft_model(run, done)
-    policy, recipe, prompts, measured = sft.copy(), run.recipe, run.data.prompts, run.development
-    session = train_ppo(recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
-    return finish(run, bench, policy, session)
 
 
 def sft_model(run: PreparedRun, done: Stages) -> LanguageModel:

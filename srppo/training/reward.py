@@ -50,8 +50,8 @@ def last_token(mask_BT: Tensor) -> Tensor:
 
 
 class Written(NamedTuple):
-    """What a reward may know of responses beside the scores: their tokens (BT int64), which of them count (BT bool), and
-    which is the stop token that ended its response (BT bool)."""
+    """What a reward may know of responses beside the scores: their tokens (BT int64), which of them count (BT bool),
+    and which is the stop token that ended its response (BT bool)."""
 
     tokens_BT: Tensor
     mask_BT: Tensor

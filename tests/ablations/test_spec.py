@@ -623,7 +623,9 @@ def test_the_embedded_worlds_axes_are_not_taken_for_other_data(tmp_path):
 def test_arms_are_what_their_names_say_whatever_the_recipe():
     other = with_overrides(RECIPE, {"reward.kind": "sft", "reward.length_norm": True})
     sweep = the_sweep("reward", other)
-    coherent, parts = (sweep.recipe_of(Cell("all", name), 0).reward for name in ("coherent reward", "sharpening (log pi_sft)"))
+    coherent, parts = (
+        sweep.recipe_of(Cell("all", name), 0).reward for name in ("coherent reward", "sharpening (log pi_sft)")
+    )
     assert (coherent.kind, parts.kind, coherent.length_norm) == ("ratio", "sft", False)
 
 

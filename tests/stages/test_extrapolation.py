@@ -109,7 +109,9 @@ def test_next_token_distribution_by_hand() -> None:
         ({"anchor": "sft", "beta": 1.0, "kind": "base"}, [0.5 / 0.25, 0.3 / 0.5, 0.2 / 0.25]),
         ({"anchor": "sft", "beta": 1.0, "kind": "zero"}, [0.5, 0.3, 0.2]),
     ):
-        found = decoded_logprobs(RewardConfig(**config), sft + 3.0, base - 1.0, stop_ids=[])  # logits have a free constant
+        found = decoded_logprobs(
+            RewardConfig(**config), sft + 3.0, base - 1.0, stop_ids=[]
+        )  # logits have a free constant
         torch.testing.assert_close(found.exp(), torch.tensor([weights]).float() / sum(weights), msg=str(config))
 
 

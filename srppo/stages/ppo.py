@@ -1,0 +1,86 @@
+"""PPO's stage, and the points of its curve: what the policy answers to test items during training, and how far it is.
+
+A curve chooses nothing: the kept step is development items' choice, whatever test items say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from srppo.models.language_model import LanguageModel
+from srppo.stages.run import Figures, PreparedRun, Stages, answers_of, finish, publish_answers, sft_model
+from srppo.training.batch import Generated
+from srppo.training.loop import Row, Workbench
+from srppo.training.ppo import train_ppo
+from srppo.training.reward import rewards_before_kl
+from srppo.training.rollout import generate
+from srppo.training.scores import full_kl, score_log_ratio
+
+
+def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """SRPPO from the SFT model; with eval.curve the figure `curve`, a point a step (`curve_point`)."""
+    sft = sft_model(run, done)
+    policy, recipe = sft.copy(), run.recipe
+
+    def after_step(step: int) -> Row:
+        return {"curve": curve_point(run, bench, policy, sft, step)} if step in recipe.eval.curve else {}
+
+    session = train_ppo(
+        recipe,
+        bench,
+        policy,
+        sft,
+        run.base,
+        run.data.prompts,
+        run.development,
+        stop_ids=run.stops,
+        pad_id=run.pad_id,
+        after_step=after_step,
+    )
+    curve = [row["curve"] for row in bench.stage.metrics() if "curve" in row]  # of all attempts
+    return finish(run, bench, policy, session) | ({"curve": curve} if curve else {})
+
+
+def curve_point(run: PreparedRun, bench: Workbench, policy: LanguageModel, sft: LanguageModel, step: int) -> Row:
+    """What the policy is after a step: its test figures, and by group of items, over the sampled answers, `kl` to the
+    SFT model and the recipe's `reward`, nats a response, with the standard error of the first over items (`kl_error`).
+
+    The answers go to eval/step-N-<decoding>/samples.jsonl.
+    """
+    drawn: list[Generated] = []
+
+    def decode(model: LanguageModel, prompts: Any, *, temperature: float | None, **how: Any) -> Generated:
+        generated = generate(model, prompts, temperature=temperature, **how)
+        drawn.extend([generated] if temperature is not None else [])
+        return generated
+
+    figures = publish_answers(bench.attempt, answers_of(run, policy, decode), f"step-{step}")
+    kl, reward = [], []
+    for batch in drawn:
+        kl.append(full_kl(policy, sft, batch))
+        scores = score_log_ratio(sft, run.base, batch)
+        reward.append(rewards_before_kl(run.recipe.reward, scores, batch).sum(dim=1))
+    groups = np.array([item.group for item in run.test_items])
+    kl_I, reward_I = (_by_item(parts, len(groups)) for parts in (kl, reward))
+    names = [str(name) for name in dict.fromkeys(groups)]
+    return {
+        "step": step,
+        "kl": {name: float(kl_I[groups == name].mean()) for name in names},
+        "kl_error": {name: _error(kl_I[groups == name]) for name in names},
+        "reward": {name: float(reward_I[groups == name].mean()) for name in names},
+        **figures,
+    }
+
+
+def _by_item(parts: list[torch.Tensor], items: int) -> NDArray[np.float64]:
+    """Means over the samples of each item: samples of all items follow one another, one draw after the other."""
+    values: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy().reshape(-1, items).mean(axis=0)
+    return values
+
+
+def _error(values_I: NDArray[np.float64]) -> float:
+    return float(values_I.std(ddof=1) / np.sqrt(len(values_I))) if len(values_I) > 1 else 0.0
