@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from srppo.record.store import Stage
 from srppo.statistics.curves import interpolated
 from srppo.statistics.intervals import Estimate, calibrated_interval
 from srppo.statistics.tests import sign_flip
-from srppo.statistics.verdicts import Contrast, Finding, judge, t_interval
+from srppo.statistics.verdicts import Contrast, Finding, described, judge, t_interval
 
 GRID = 12  # places at which a curve is drawn
 Metric = tuple[str, str]  # group of items, decoding
@@ -135,7 +134,7 @@ def _compared(sweep: Sweep, plan: Curves, curves: Mapping[str, Curve], metric: M
     findings = iter(
         judge(contrasts, alpha=sweep.analysis.alpha, missing=len(matched) - len(contrasts))
         if primary
-        else [_described(contrast) for contrast in contrasts]
+        else [described(contrast) for contrast in contrasts]
     )
     told = tuple(_told(each, contrast, next(findings)) if contrast else each for each, contrast in matched)
     lines = tuple(_line(arm, curve) for arm, curve in curves.items() if curve)
@@ -194,8 +193,3 @@ def _line(arm: str, curve: Curve) -> Line:
         for of in policies.values()
     ]
     return Line(arm, tuple(kls.tolist()), tuple(accuracy), tuple(length), tuple(means), len(curve))
-
-
-def _described(contrast: Contrast) -> Finding:
-    """A plain 95% interval, neither tested nor corrected."""
-    return Finding(t_interval(contrast), 0.95, nan, nan, nan, nan, nan, "cannot tell")

@@ -652,7 +652,7 @@ def curves_plot(result: CurveResult, path: Path) -> list[Path]:
 
 def differences_plot(result: SweepResult, path: Path) -> list[Path]:
     """Every planned difference on the primary metric with its interval against zero, a panel a pair; filled where the
-    plan's test calls it better or worse, in the colour of the arm that rows differ by, else of the model."""
+    verdict is better or worse, in the colour of the arm that rows differ by, else of the model."""
     metric = tables.primary_metric(result.plan.sweep)
     pairs = tables.tested_by_pair(result, metric)
     if not any(found for rows in pairs.values() for _, _, found in rows):
@@ -664,10 +664,10 @@ def differences_plot(result: SweepResult, path: Path) -> list[Path]:
         dots = []
         for y, (_, each, found) in enumerate(rows):
             colour = colours[(each.model if pair[1] else each.baseline).arm]
-            dots += [(y, found.difference, colour, found.verdict != "cannot tell")] if found else []
+            dots += [(y, found.difference, colour, found.verdict in ("better", "worse"))] if found else []
         panels.append(Dots(tables.pair_words(pair), names, dots))
     counts = [len(rows) for rows in pairs.values()]
-    label = f"difference of accuracy, {tables.metric_words(metric)}, 95% interval"
+    label = f"difference of accuracy, {tables.metric_words(metric)}, with the verdict's interval"
     grid: dict[str, Any] = {"columns": 1, "gridspec_kw": {"height_ratios": [count + 0.8 for count in counts]}}
     height = 0.9 + 0.5 * len(pairs) + 0.3 * sum(counts)
     return _dot_plot(panels, path, label, height=height, limits=(-1.0, 1.0), **grid)

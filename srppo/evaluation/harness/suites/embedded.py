@@ -26,7 +26,7 @@ def load(group: str, **_: Any) -> dict[str, Rows]:
 @cache
 def _drawn(group: str) -> Rows:
     """Drawn once a process: 900 items take 0.1 s, a tenth of what a small model takes to answer them."""
-    return Rows({"prompt": item.prompt, "answer": item.answer, "kind": item.task} for item in items(group, "test"))
+    return Rows({"prompt": item.prompt, "answer": item.answer, "task": item.task} for item in items(group, "test"))
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
