@@ -57,15 +57,15 @@ def test_a_new_kind_is_an_arm_of_the_sweep_and_one_of_its_stages_runs(
 ) -> None:
     (tmp_path / "world").mkdir()
     recipe = make_world(tmp_path / "world").recipe()
-    before = reward(Options(recipe, quick=True, seeds=1))
     register(monkeypatch)
-    sweep = reward(Options(recipe, quick=True, seeds=1))
-    assert [arm.name for arm in sweep.arms] == [*(arm.name for arm in before.arms), "frugal"]
-    pairs = {(each.model.arm, each.baseline.arm) for each in sweep.analysis.family}
-    assert {("coherent reward", "frugal"), ("frugal", "SFT")} < pairs
     assert "frugal" in {arm.name for arm in reward(Options(recipe)).arms}
+    axes = {"reward.kind": ("frugal", "ratio"), "reward.beta": (0.5,)}
+    sweep = reward(Options(recipe, quick=True, seeds=1, axes=axes))
+    assert [arm.name for arm in sweep.arms] == ["SFT", "coherent reward", "frugal"]
+    curves = sweep.analysis.curves
+    assert curves and (curves.start, curves.model, curves.others) == ("SFT", "coherent reward", ("frugal",))
     plan = Plan(sweep)
-    (key,) = plan.measured_by[Cell("all", "frugal"), 0]
+    (key,) = plan.measured_by[Cell("beta 0.5", "frugal"), 0]
     task = plan.tasks[key]
     assert task.kind == "ppo" and task.recipe.reward.kind == "frugal"
     for row in run_world(task.recipe, tmp_path / "run").metrics("ppo")[1:]:

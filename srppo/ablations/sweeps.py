@@ -93,8 +93,9 @@ class Options:
             notes = [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"]
             trend = None
         test = f"{'exact ' if len(self.seed_list) <= EXACT_FLIPS else ''}sign-flip over seeds"
-        tests = (trend, scale, test)
-        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), *tests, margin=self.margin, curves=curves)
+        analysis = Analysis(
+            *self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin, curves=curves
+        )
         lie_on = tuple(dict.fromkeys(key for point in points for key in point.values) if axes is None else axes)
         return Sweep(
             name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)

@@ -243,7 +243,7 @@ def kinds(plan: Plan) -> dict[str, int]:
         ("data-size", {"sft": 80, "ppo": 80, "longer-sft": 320}),
         ("noise", {"sft": 100, "ppo": 100}),  # 3 kinds x 3 rates, and rate 0 once
         ("model-scale", {"base": 30, "sft": 30, "ppo": 30}),
-        ("reward", {"sft": 10, "ppo": 80}),
+        ("reward", {"sft": 10, "ppo": 400}),  # 10 curves, of 4 betas each
         ("kl", {"sft": 10, "ppo": 80, "samples": 10, "resampled": 80}),  # 2 anchors x 4 betas from the same samples
         ("prompts", {"sft": 10, "ppo": 90}),
     ],
@@ -299,6 +299,7 @@ CHANGES: dict[str, set[str]] = {
     "reward.": FROM_PPO,
     "ppo.": FROM_PPO,
     "eval.every": FROM_PPO,
+    "eval.curve": FROM_PPO,
     "sft.micro_batch": set(),
     "ppo.micro_batch": set(),
     "ppo.checkpoint_every": set(),
@@ -333,6 +334,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "ppo.schedule": [{"ppo.schedule": "cosine"}],
     "eval.items": [{"eval.items": "mine.jsonl"}],
     "eval.keep": [{"eval.keep": "last"}],
+    "eval.curve": [{"eval.curve": [5, 20]}],
     "eval.metric": [{"eval.metric": "nll"}],
     "methods.alphas": [{"methods.alphas": [1.0, 3.0]}],
     "model.chat_template": [{"model.chat_template": __file__}],  # whatever it says: its content is what counts
@@ -624,7 +626,7 @@ def test_arms_are_what_their_names_say_whatever_the_recipe():
     other = with_overrides(RECIPE, {"reward.kind": "sft", "reward.length_norm": True})
     sweep = the_sweep("reward", other)
     coherent, parts = (
-        sweep.recipe_of(Cell("all", name), 0).reward for name in ("coherent reward", "sharpening (log pi_sft)")
+        sweep.recipe_of(Cell("beta 0.25", name), 0).reward for name in ("coherent reward", "sharpening (log pi_sft)")
     )
     assert (coherent.kind, parts.kind, coherent.length_norm) == ("ratio", "sft", False)
 

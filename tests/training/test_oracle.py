@@ -38,7 +38,7 @@ from srppo.stages.resampling import Sampled, ess_of, normalised_weights, resampl
 from srppo.training.batch import Generated, left_pad
 from srppo.training.ppo import train_ppo
 from srppo.training.reward import rewards_before_kl
-from srppo.training.scores import score_log_ratio
+from srppo.training.scores import full_kl, score_log_ratio
 
 MAX_NATS, MAX_SHARE = 0.02, 0.05
 
@@ -60,14 +60,19 @@ def reward_of(kind: str, prompt: tuple[int, ...]) -> torch.Tensor:
     return by_kind[kind]()
 
 
+def all_responses(prompt: tuple[int, ...]) -> Generated:
+    """Every possible response as one padded batch."""
+    tokens, prompt_mask = left_pad([prompt] * len(SEQUENCES), EOS)
+    responses, mask = (x.flip(1) for x in left_pad([y[::-1] for y in SEQUENCES], EOS))
+    ended = torch.tensor([y[-1] == EOS for y in SEQUENCES])
+    return Generated(torch.cat([tokens, responses], 1), torch.cat([prompt_mask, mask], 1), mask, ended)
+
+
 @torch.no_grad()
 def by_package(kind: str, prompt: tuple[int, ...]) -> torch.Tensor:
     """The same by the functions that training calls, from one padded batch of all responses."""
     base, sft = base_and_sft()
-    tokens, prompt_mask = left_pad([prompt] * len(SEQUENCES), EOS)
-    responses, mask = (x.flip(1) for x in left_pad([y[::-1] for y in SEQUENCES], EOS))
-    ended = torch.tensor([y[-1] == EOS for y in SEQUENCES])
-    batch = Generated(torch.cat([tokens, responses], 1), torch.cat([prompt_mask, mask], 1), mask, ended)
+    batch = all_responses(prompt)
     return rewards_before_kl(RewardConfig(kind=kind), score_log_ratio(sft, base, batch), batch).double().sum(1)
 
 
@@ -182,6 +187,28 @@ def test_expected_reward_under_sft_is_the_kl() -> None:
 
 
 # ---- without training
+
+
+def test_the_kl_of_whole_distributions_along_responses_is_the_kl_over_responses() -> None:
+    """E over pi_sft of `full_kl` = KL(pi_sft || pi_base), by enumeration; padding and micro-batches change nothing."""
+    base, sft = base_and_sft()
+    for prompt in PROMPTS:
+        sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
+        found = full_kl(sft, base, all_responses(prompt))
+        assert float((sft_log.exp() * found.double()).sum()) == pytest.approx(kl(sft_log, base_log), abs=1e-5)
+        torch.testing.assert_close(full_kl(sft, base, all_responses(prompt), micro_batch=7), found)
+        assert float(found.std()) < 0.5 * float((sft_log - base_log).std()), "it is there to be less noisy"
+
+
+def test_a_random_reward_is_one_number_a_response_wherever_it_is_met() -> None:
+    """The same for other prompts and beside other rows, of mean 0 and deviation 1, and no two alike."""
+    first, second = (by_package("random", prompt) for prompt in PROMPTS)
+    assert torch.equal(first, second) and len(set(first.tolist())) == len(SEQUENCES)
+    n = len(SEQUENCES)
+    assert abs(float(first.mean())) < 3 / n**0.5 and abs(float(first.std()) - 1) < 3 / (2 * n) ** 0.5
+    one = Generated(*(x[5:6] for x in vars(all_responses(PROMPTS[1])).values()))
+    scores = score_log_ratio(*reversed(base_and_sft()), one)
+    assert float(rewards_before_kl(RewardConfig(kind="random"), scores, one).sum()) == pytest.approx(float(first[5]))
 
 
 @torch.no_grad()
