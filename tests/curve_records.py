@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from srppo.ablations import Ablation, Analysis, Arm, Sweep
 from srppo.ablations.analysis import SweepResult, analyse
@@ -56,6 +57,19 @@ def analysed(
 ) -> SweepResult:
     plan, run = Plan(sweep), Run.open(folder, sweep.as_spec())
     ledger = Ledger(run, 3)
+    with patch("os.fsync"):
+        _record(plan, run, ledger, reached, steps, rows)
+    return analyse(plan, ledger)
+
+
+def _record(
+    plan: Plan,
+    run: Run,
+    ledger: Ledger,
+    reached: Callable[[Task, int], float],
+    steps: tuple[int, ...],
+    rows: Callable[[Task], Mapping[str, str]],
+) -> None:
     for task in plan.tasks.values():
         stage = run.stage(task.kind, {"seed": task.recipe.seed, "task": task.key})
         ledger.link(task, stage)
@@ -66,7 +80,6 @@ def analysed(
                 attempt.publish(f"eval/{which}-greedy", partial(_write, text))
             curve = [{"step": step, "kl": {"unseen": kl}} for step, kl in kls.items()]
             attempt.commit("ok", {"flops": 0, **({"curve": curve} if curve else {})})
-    return analyse(plan, ledger)
 
 
 def _answers(mean: float, seed: int, extra: Mapping[str, str]) -> str:

@@ -43,8 +43,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """An arm's curve, as far as every seed reaches: mean accuracy with 95% intervals over seeds and items (tasks, where
-    there are several), and mean length, at rising KLs; and the means over seeds of each measured point, unsorted."""
+    """An arm's curve, as far as every seed reaches: mean accuracy with 95% intervals over seeds, on these items, and
+    mean length, at rising KLs. points: means over seeds of (KL, accuracy, length) of each policy that was measured."""
 
     arm: str
     kls: tuple[float, ...]
@@ -174,11 +174,10 @@ def _told(each: Matched, contrast: Contrast, finding: Finding) -> Matched:
 
 def _line(arm: str, curve: Curve) -> Line:
     kls = np.linspace(0.0, _reach(curve), GRID)
-    clusters = next(iter(curve.values()))[0].result.clusters
     accuracy, length = [], []
     for kl in kls:
         values_SI = np.array([_accuracy(points, kl) for points in curve.values()])
-        accuracy.append(calibrated_interval(values_SI, clusters, limits=(0.0, 1.0), draws=200))
+        accuracy.append(calibrated_interval(values_SI.mean(axis=1, keepdims=True), draws=200))
         lengths = [interpolated([p.kl for p in points], [p.length for p in points], kl) for points in curve.values()]
         length.append(float(np.mean(np.array(lengths, dtype=float))))
     policies: dict[tuple[str, int], list[Measured]] = {}

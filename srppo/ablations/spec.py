@@ -89,7 +89,7 @@ class Curves:
     start: str
     model: str
     others: tuple[str, ...]
-    shares: tuple[float, ...] = (0.25, 0.75)
+    shares: tuple[float, ...] = (0.05, 0.25)  # KL grows fast as the pull grows weak, and most is gained early
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def reward(options: Options) -> Sweep:
     kinds = options.values("reward.kind", shown, quick=(COHERENT, "brevity", "shuffled"))
     if unknown := [str(name) for name in kinds if name not in REWARD_KINDS]:
         raise ConfigError(f"reward.kind = {unknown[0]}: the kinds of reward are {', '.join(REWARD_KINDS)}")
-    betas = options.values("reward.beta", (0.0625, 0.125, 0.25, 0.5), quick=(0.125, 0.5))
+    betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5))
     steps = options.recipe.ppo.steps
     curve = sorted({max(steps // part, 1) for part in (1, 2, 4)})
     fixed = {"eval.curve": curve, "eval.every": 0, "ppo.target_kl": None}

@@ -40,8 +40,7 @@ BANDS = (
 )
 CURVES = (
     "Accuracy and length over KL to the SFT model, each arm as far as every seed reaches, with 95% intervals over "
-    "seeds and items (tasks, where there are several). Dots: means over seeds of the policies that were measured. "
-    "Dotted: where arms are compared."
+    "seeds, on these items. Dots: means over seeds of the policies that were measured. Dotted: where arms are compared."
 )
 ZERO = (
     "Planned paired differences against zero, with the intervals that verdicts are read from, simultaneous over the "

@@ -39,8 +39,9 @@ def curves_answer(result: SweepResult) -> str:
         for each in matched:
             by.setdefault(verdict_of(each), []).append(each.other)
         clauses = [f"{words} {joined(by[verdict])}" for verdict, words in WORDS.items() if verdict in by]
-        clauses += [f"{why}: {joined(by[why])}" for why in (OUT_OF_REACH, NO_RESULT) if why in by]
-        said.append(f"At KL {kl:.2g} {analysis.curves.model} {', '.join(clauses)}")
+        known = [f"{analysis.curves.model} {', '.join(clauses)}"] if clauses else []
+        missing = [f"{why}: {joined(by[why])}" for why in (OUT_OF_REACH, NO_RESULT) if why in by]
+        said.append(f"At KL {kl:.2g}: {'; '.join(known + missing)}")
     seeds = span([len(each.seeds) for each in primary.matched], "seed")
     holm = f"{analysis.correction} over {analysis.comparisons}"
     return f"{'. '.join(said)} ({tables.metric_words(primary.metric)}; {holm}; {seeds})."
@@ -74,7 +75,7 @@ def matched_table(result: CurveResult, plan: Curves) -> Table:
             found, verdict = each.finding, verdict_of(each)
             chart = Chart(found.difference if found else None, -reach, reach)
             told = ["-", "-", verdict] if found is None else [p_text(found.p_holm), number(found.detectable), verdict]
-            cells = [each.other, chart, signed(found.difference) if found else f"{verdict}"]
+            cells = [each.other, chart, signed(found.difference) if found else "-" if result.primary else verdict]
             cells += told if result.primary else []
             rows.append(
                 Row([*cells, number_text(each.reach, ".3g")], VERDICT_MARKS.get(verdict, "") if result.primary else "")
