@@ -335,7 +335,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "ppo.schedule": [{"ppo.schedule": "cosine"}],
     "eval.items": [{"eval.items": "mine.jsonl"}],
     "eval.keep": [{"eval.keep": "last"}],
-    "eval.curve": [{"eval.curve": [5, 20]}],
+    "eval.curve": [{"eval.curve": [5, 10]}],
     "eval.metric": [{"eval.metric": "nll"}],
     "methods.alphas": [{"methods.alphas": [1.0, 3.0]}],
     "model.chat_template": [{"model.chat_template": __file__}],  # whatever it says: its content is what counts
