@@ -171,10 +171,7 @@ def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[Tas
 
 def own_tests(stage: Stage, arm: str, seed: int, decoding: str, which: str = "kept") -> list[TaskResult]:
     """What the pipeline measured at a stage's kept step, or `which` else: one result for each group of items, its tasks
-    the units.
-
-    An item whose task is only its group's name, as where a user's file names none, is a unit of its own.
-    """
+    the units."""
     folder = stage.path / "eval" / f"{which}-{decoding}"
     config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
@@ -186,11 +183,13 @@ def own_tests(stage: Stage, arm: str, seed: int, decoding: str, which: str = "ke
         copies[group, name] += 1
         item = name if copies[group, name] == 1 else f"{name} ({copies[group, name]})"
         by_group.setdefault(group, {})[item] = sum(row["correct"]) / len(row["correct"])
-        tasks.setdefault(group, []).append(item if row["task"] == group else row["task"])
+        tasks.setdefault(group, []).append(row["task"])
     made = (decoding, "accuracy", seed)
     return [
         TaskResult(
-            *(arm, group, *made, tuple(scores), tuple(scores.values()), _several(tasks[group]), group, folder),
+            *(arm, group, *made, tuple(scores), tuple(scores.values()), task_units(tuple(scores), tasks[group], group)),
+            group,
+            folder,
             settings=settings,
             unit=TASKS,
         )
@@ -198,9 +197,11 @@ def own_tests(stage: Stage, arm: str, seed: int, decoding: str, which: str = "ke
     ]
 
 
-def _several(tasks: Sequence[str]) -> tuple[str, ...] | None:
-    """The task of each item; None where all have one, or each its own."""
-    return tuple(tasks) if 1 < len(set(tasks)) < len(tasks) else None
+def task_units(items: Sequence[str], tasks: Sequence[str], group: str) -> tuple[str, ...] | None:
+    """The unit of each item of a group: its task, or itself where that is but the group's name, as where a user's file
+    names none. None where these are the items, or there is one task alone, which is no sample of tasks."""
+    units = tuple(item if task == group else task for item, task in zip(items, tasks, strict=True))
+    return units if 1 < len(set(units)) < len(units) else None
 
 
 def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

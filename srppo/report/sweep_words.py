@@ -170,7 +170,8 @@ def trend_caption(result: SweepResult) -> str:
     trend = result.plan.sweep.analysis.trend
     if not trend or not result.trends:
         return ""
-    how = "least squares seed by seed and item by item, 95% intervals, no test and no correction"
+    over = "tasks" if any(each.tasks for each in _tested(result)) else "items"
+    how = f"least squares seed by seed and item by item, 95% intervals over seeds and {over}, no test and no correction"
     return f"Slopes along {tables.axis_words(trend)}: {how}."
 
 
@@ -245,14 +246,17 @@ def interval_line(result: SweepResult) -> str:
     if not items:
         return ""
     sizes = "/".join(map(str, items))
+    these = " of these tasks" if any(each.tasks for each in _tested(result)) else ""
     if max(counts) == 1:
-        return f"Intervals: 95% over {sizes} items; one training seed, so they say nothing of other seeds."
-    over = f"{sizes} items and {span(counts, 'training seed')}"
+        return f"Intervals: 95% over {sizes} items{these}; one training seed, so they say nothing of other seeds."
+    over = f"{sizes} items{these} and {span(counts, 'training seed')}"
     return f"Intervals: 95% over {over} resampled crossed ({INTERVAL}). Differences are paired by item and seed."
 
 
 def family_line(result: SweepResult) -> str:
-    """How the verdicts came about."""
+    """How the verdicts came about; "" where none was planned."""
+    if not result.plan.sweep.analysis.family:
+        return ""
     analysis, tasks = result.plan.sweep.analysis, any(each.tasks for each in _tested(result))
     units = f"{'tasks' if tasks else 'items'} and seeds"
     narrow = " These tasks: the narrower interval over items, which says nothing of other tasks." if tasks else ""

@@ -80,13 +80,13 @@ def verdict_words(tests: str, units: str, comparisons: int, of: str, alpha: floa
     holm = together = first = ""
     if comparisons > 1:
         holm = f" Holm: p corrected over the {comparisons} comparisons {of}."
-        together = f" ({100 * (1 - alpha / comparisons):.4g}% each)"
+        together = f", which hold all together with {100 * (1 - alpha):.4g}%"
         first = ", as the first in Holm's order"
     return (
-        f"p: the larger of {tests} and t over {units}, two-sided.{holm} Intervals hold all together with "
-        f"{100 * (1 - alpha):.4g}%{together}; where tests say more or less they are changed: drawn to 0 where the "
-        "first test does not exclude it, cut where it is excluded. Better, worse: without 0. Same: within the margin, "
-        f"by two one-sided tests. Detects: the true difference that 80% of such data would show{first}."
+        f"p: the larger of {tests} and t over {units}, two-sided.{holm} "
+        f"{100 * (1 - alpha / comparisons):.4g}% intervals{together}; drawn to 0 where the first test does not exclude "
+        "it, cut where tests exclude more. Better, worse: without 0. Same: within the margin, by two one-sided tests. "
+        f"Detects: the true difference that 80% of such data would show{first}."
     )
 
 

@@ -55,6 +55,8 @@ def test_every_sweep_builds_and_survives_json(name, quick):
     assert is_sweep(spec) and not is_sweep({"recipe": {}, "seeds": [0]})
     again = Sweep.from_spec(json.loads(canonical_json(spec)))
     assert canonical_json(again.as_spec()) == canonical_json(spec)
+    del spec["analysis"]["margin"]  # as in records before there was one
+    assert Sweep.from_spec(spec).analysis.margin == Analysis.margin == 0.05
     assert again.arms == sweep.arms and again.seeds == sweep.seeds and again.analysis == sweep.analysis
     assert Plan(again).tasks == Plan(sweep).tasks and Plan(again).measured_by == Plan(sweep).measured_by
 
@@ -63,7 +65,7 @@ def test_every_sweep_builds_and_survives_json(name, quick):
 def test_every_family_can_be_significant_and_compares_what_is_run(name, quick):
     sweep = the_sweep(name, quick=quick)
     family, cells = sweep.analysis.family, set(sweep.cells())
-    assert 1 <= len(family) <= MOST_COMPARISONS and len(set(family)) == len(family)
+    assert 1 <= sweep.analysis.comparisons <= MOST_COMPARISONS and len(set(family)) == len(family)
     assert all(each.model in cells and each.baseline in cells and each.model != each.baseline for each in family)
     assert len(sweep.seeds) == (3 if quick else 10) and 2 ** (1 - 10) * MOST_COMPARISONS < 0.05
     assert len(cells) == len(sweep.points) * len(sweep.arms) == len(sweep.cells())
@@ -477,6 +479,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
         (["reward", "--set", "ppo.stepps=3"], "did you mean 'ppo.steps'?"),
         (["reward", "--primary", "nowhere"], "no group of the items; there are: demonstrated, prompted, unseen"),
         (["reward", "--primary", "unseen/loudly"], "is no decoding"),
+        (["reward", "--margin", "0"], "margin 0.0 of sweep reward: give a difference of accuracy between 0 and 1"),
         (["reward", "--engine", "cloud"], "engine 'cloud' is unknown; there are local, ray, slurm"),
         (["reward", "missing.toml"], "missing.toml does not exist"),
         (["reward", "--set", "data.demonstrations=mine.jsonl"], "set eval.items"),
