@@ -258,6 +258,23 @@ class EvalConfig(_Section):
     metric: Literal["accuracy", "nll"] = Field("accuracy", description="greedy exact match, or held-out answer NLL")
     samples: int = Field(2, ge=1, description="samples an item at temperature 1, in final figures")
     limit: int | None = Field(None, ge=1, description="development items and held-out rows used during training")
+    curve: tuple[int, ...] = Field(
+        (),
+        description="PPO steps after which test items are answered too, with the KL to the SFT model on those answers: "
+        "points of a curve over KL, which choose nothing",
+    )
+
+    @field_validator("curve", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("curve")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted({step for step in value if step > 0}):
+            raise ValueError("steps are above 0 and rise, for example [5, 10, 20]")
+        return value
 
 
 class Recipe(_Section):
@@ -290,6 +307,11 @@ class Recipe(_Section):
             raise ValueError(
                 "data.noise_dev changes development items, and eval.metric = nll chooses by held-out answers, which "
                 "stay as they are; leave one of them out"
+            )
+        if self.eval.curve and self.eval.curve[-1] > self.ppo.steps:
+            raise ValueError(
+                f"eval.curve names step {self.eval.curve[-1]}, and PPO ends at ppo.steps ({self.ppo.steps}); leave out "
+                "what comes later"
             )
         if self.ppo.advantage == "rloo":
             self._fits_rloo()

@@ -27,6 +27,7 @@ from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
 from srppo.evaluation.development import Answer, verdict_of
+from srppo.reward_kinds import COHERENT, REWARD_KINDS
 from srppo.stages.run import PreparedRun, prepare_run, run_stages
 
 Setting = Callable[[World], Any]
@@ -112,7 +113,7 @@ CASES = [
     *ppo("rollout.per_prompt", 2),
     *ppo("rollout.max_new_tokens", 3),
     *ppo("rollout.temperature", 0.7),
-    *ppo("reward.kind", "sft", "base", "zero", "shuffled"),
+    *ppo("reward.kind", *(kind for kind in REWARD_KINDS if kind != COHERENT)),
     *ppo("reward.placement", "token"),
     *ppo("reward.length_norm", True),
     *ppo("reward.token_clip", 0.05),
@@ -152,6 +153,7 @@ CASES = [
     Case("eval.metric", "nll", "ppo", TWO_EPOCHS),  # another step of SFT is kept, so PPO starts elsewhere
     Case("eval.samples", 3, "figures"),
     Case("eval.limit", 1, "figures"),
+    Case("eval.curve", [1, 2], "figures"),
 ]
 ALONE: dict[str, Callable[..., None]] = {}  # keys with a test of their own: they refuse, or change no figure
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srppo.ablations.curves import CurveResult, curves_of
 from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
@@ -26,7 +27,7 @@ from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
 from srppo.statistics.intervals import Estimate, calibrated_interval, interquartile_mean
 from srppo.statistics.tests import sign_flip
-from srppo.statistics.verdicts import Contrast, Finding, judge, t_interval
+from srppo.statistics.verdicts import Contrast, described, judge, t_interval
 
 DRAWS = 1000  # only the shape of an interval hangs on them, not its width
 Metric = tuple[str, str]  # group of items, decoding
@@ -125,6 +126,7 @@ class SweepResult:
     trends: tuple[Trend, ...]
     rows: tuple[Mapping[str, Any], ...]
     peaks: tuple[Peak, ...] = ()
+    curves: tuple[CurveResult, ...] = ()
 
     def cell(self, cell: Cell) -> CellResult:
         return next(each for each in self.cells if each.cell == cell)
@@ -151,7 +153,10 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     cells = tuple(_cell(progress, found[progress.cell]) for progress in watch.cells(states))
     rows = tuple(row for cell, by_seed in found.items() for row in _rows(plan.sweep, cell, by_seed))
     trends, peaks = _along_the_axis(plan.sweep, scores)
-    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks)
+    stages = {cell: {seed: each.stage for seed, each in by_seed.items()} for cell, by_seed in found.items()}
+    metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.accuracy))
+    curves = curves_of(plan.sweep, stages, metrics)
+    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks, curves)
 
 
 def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:
@@ -265,7 +270,7 @@ def _differences(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Tested, ...
             # What failed still counts in the correction: a family does not shrink because some of it is missing.
             findings = judge(contrasts, alpha=alpha, missing=len(family) - len(usable))
         else:
-            findings = [_described(contrast) for contrast in contrasts]
+            findings = [described(contrast) for contrast in contrasts]
         for (each, (contrast, seeds)), finding in zip(usable.items(), findings, strict=True):
             tasks, narrow = None, None
             if contrast.clusters is not None:
@@ -287,12 +292,6 @@ def _paired(
     gaps = after - before
     exact = sign_flip(gaps.mean(axis=1))
     return Contrast(gaps, exact, model[seeds[0]][metric].clusters, margin=margin), seeds
-
-
-def _described(contrast: Contrast) -> Finding:
-    """A plain 95% interval, neither tested nor corrected."""
-    unknown = math.nan
-    return Finding(t_interval(contrast), 0.95, unknown, unknown, unknown, unknown, unknown, "cannot tell")
 
 
 def _matrix(arms: Sequence[Scores], metric: Metric) -> list[NDArray[np.float64]]:

@@ -119,7 +119,7 @@ def _measure(recipe: Recipe, device: str) -> Pace:
     from srppo.training.ppo import train_ppo
     from srppo.training.sft import train_sft
 
-    quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0})
+    quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0, "eval.curve": ()})
     with TemporaryDirectory() as folder:
         console = Console(quiet=True)
         began = time.perf_counter()
@@ -179,7 +179,8 @@ def task_seconds(task: Task, pace: Pace) -> float:
         return start
     if task.kind == "prompt-samples":
         return start + methods.self_prompts * methods.self_samples * pace.answer_s
-    fixed = start + (pace.test_items * (1 + recipe.eval.samples) * pace.answer_s if kind.label else 0.0)
+    tests = pace.test_items * (1 + recipe.eval.samples) * pace.answer_s
+    fixed = start + (tests if kind.label else 0.0)
     if task.kind == "sft":
         steps, measured = _sft_steps(recipe, pace)
         return fixed + steps * pace.sft_step_s + (measured + 1) * dev
@@ -188,6 +189,7 @@ def task_seconds(task: Task, pace: Pace) -> float:
         return fixed + steps * pace.sft_step_s + (methods.self_epochs + 1) * dev
     if task.kind == "distil" or "ppo" in kind.reads:  # a step of distillation takes no longer than one of PPO
         steps = recipe.distil.steps if task.kind == "distil" else recipe.ppo.steps
+        fixed += 0 if task.kind == "distil" else len(recipe.eval.curve) * tests
         return fixed + steps * pace.ppo_step_s + (math.ceil(steps / (recipe.eval.every or steps)) + 1) * dev
     if kind.share:  # by counted compute, whose rate is taken to be the same
         train = recipe.ppo.steps * pace.ppo_step_s + _sft_steps(recipe, pace)[0] * pace.sft_step_s
@@ -206,7 +208,7 @@ def _sft_steps(recipe: Recipe, pace: Pace) -> tuple[int, int]:
 def power_lines(plan: Plan, items: int) -> list[str]:
     """In plain words: the smallest difference that these seeds and items show, or a warning where none can be."""
     analysis, seeds = plan.sweep.analysis, len(plan.sweep.seeds)
-    tests, needed = len(analysis.family), seeds_needed(analysis.alpha, max(len(analysis.family), 1))
+    tests, needed = analysis.comparisons, seeds_needed(analysis.alpha, max(analysis.comparisons, 1))
     if not tests:
         return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:

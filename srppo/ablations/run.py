@@ -215,7 +215,7 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
         f"{alone} measured",
         f"estimated from a measured short step: {hours:.2f} core-hours, {duration(hours * 3600 / slots)} with {slots} "
         "at once",
-        f"fixed now: {analysis.group} items, {analysis.decoding}; {len(analysis.family)} paired differences, "
+        f"fixed now: {analysis.group} items, {analysis.decoding}; {analysis.comparisons} paired differences, "
         f"{analysis.test} and t, {analysis.correction} at {analysis.alpha:g}, the same below {analysis.margin:g}; all "
         "else is exploratory",
         *found.lines,

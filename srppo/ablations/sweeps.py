@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from srppo.ablations.plan import task_key
-from srppo.ablations.spec import MOST_COMPARISONS, Ablation, Analysis, Arm, Comparison, Sweep, every, grid, label
+from srppo.ablations.spec import (
+    MOST_COMPARISONS,
+    Ablation,
+    Analysis,
+    Arm,
+    Comparison,
+    Curves,
+    Sweep,
+    every,
+    grid,
+    label,
+)
 from srppo.config import Recipe, is_embedded, with_overrides
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
@@ -78,6 +89,7 @@ class Options:
         axes: Sequence[str] | None = None,
         trend: str | None = None,
         scale: str = "linear",
+        curves: Curves | None = None,
         notes: Sequence[str] = (),
     ) -> Sweep:
         """A sweep of this recipe, its seeds and its primary metric.
@@ -106,7 +118,9 @@ class Options:
             notes = [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"]
             trend = None
         test = f"{'exact ' if len(self.seed_list) <= EXACT_FLIPS else ''}sign-flip over seeds"
-        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin)
+        analysis = Analysis(
+            *self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin, curves=curves
+        )
         lie_on = tuple(dict.fromkeys(key for point in points for key in point.values) if axes is None else axes)
         return Sweep(
             name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
@@ -231,28 +245,39 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def rewards(*, variants: bool = True) -> tuple[Arm, ...]:
-    """An arm for each kind of reward, the coherent one first, and with `variants` for each way to put that one."""
-    kinds = {kind.label: {"reward.kind": name} for name, kind in REWARD_KINDS.items()}
-    changes = {**kinds, **(_VARIANTS if variants else {})}
+def rewards(kinds: Sequence[str], *, variants: bool = True) -> tuple[Arm, ...]:
+    """An arm for each of these kinds of reward, and with `variants` for each way to put the coherent one."""
+    by_kind = {REWARD_KINDS[name].label: {"reward.kind": name} for name in kinds}
+    changes = {**by_kind, **(_VARIANTS if variants else {})}
     return tuple(Arm(name, "ppo", {**COHERENT_PLAIN, **changed}) for name, changed in changes.items())
 
 
 def reward(options: Options) -> Sweep:
-    """The coherent reward against its parts and variants, under one KL penalty."""
-    points = [Ablation("all", {}, {})]
-    arms = (SFT, LONGER, *rewards(variants=not options.quick))
-    _, longer, coherent, *others = (arm.name for arm in arms)
+    """Every reward as a curve over KL to the SFT model, made by weights of the penalty and steps of training."""
+    shown = [name for name, kind in REWARD_KINDS.items() if kind.swept]
+    kinds = options.values("reward.kind", shown, quick=(COHERENT, "brevity", "shuffled"))
+    if unknown := [str(name) for name in kinds if name not in REWARD_KINDS]:
+        raise ConfigError(f"reward.kind = {unknown[0]}: the kinds of reward are {', '.join(REWARD_KINDS)}")
+    betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5))
+    steps = options.recipe.ppo.steps
+    curve = sorted({max(steps // part, 1) for part in (1, 2, 4)})
+    fixed = {"eval.curve": curve, "eval.every": 0, "ppo.target_kl": None}
+    points = [Ablation(f"beta {label(beta)}", {"reward.beta": beta, **fixed}, {"beta": beta}) for beta in betas]
+    coherent, *others = rewards([COHERENT, *(name for name in kinds if name != COHERENT)], variants=not options.quick)
+    if not others:
+        raise ConfigError("the sweep reward compares kinds of reward: give two or more, for example ratio,brevity")
     return options.sweep(
         "reward",
-        "What does the coherent reward contribute, beside its parts and its variants?",
+        "At equal distance from the SFT model, is the coherent reward better than rewards that know less?",
         points,
-        arms,
-        [
-            *every(points, coherent, SFT.name, longer, *others),
-            *(each for name in others for each in every(points, name, SFT.name)),
-        ],
-        notes=("clipped: each token's term to +-1 nat", "no reward had its learning rate or beta tuned for itself"),
+        (SFT, LONGER, coherent, *others),
+        (),
+        curves=Curves(SFT.name, coherent.name, tuple(arm.name for arm in others)),
+        notes=(
+            "distance: KL to the SFT model on the sampled answers to test items, after "
+            f"{', '.join(map(str, curve))} PPO steps at each beta; no step is chosen",
+            "clipped: each token's term to +-1 nat; no reward had its learning rate tuned for itself",
+        ),
     )
 
 
@@ -465,7 +490,7 @@ SWEEPS: Mapping[str, tuple[Callable[[Options], Sweep], tuple[str, ...]]] = {
     "data-size": (data_size, ("data.size",)),
     "noise": (noise, ("data.noise", "data.noise_rate", "data.noise_dev")),
     "model-scale": (model_scale, ("model.base",)),
-    "reward": (reward, ()),
+    "reward": (reward, ("reward.kind", "reward.beta")),
     "length": (length, ()),
     "kl": (kl, ("reward.anchor", "reward.beta", "ppo.steps")),
     "overlap": (overlap, ("data.overlap_share",)),

@@ -119,6 +119,8 @@ def reference_arm(sweep: Sweep) -> str:
 
 def _hub(sweep: Sweep) -> str:
     """The arm that is the model of most planned comparisons; "" without any."""
+    if sweep.analysis.curves:
+        return sweep.analysis.curves.model
     models = Counter(each.model.arm for each in sweep.analysis.family)
     return models.most_common(1)[0][0] if models else ""
 

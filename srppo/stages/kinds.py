@@ -72,7 +72,7 @@ def longer(share: float) -> str:
     return f"longer-sft-{Fraction(share)}"
 
 
-_RUN, _EXTRA, _CHOOSE = "srppo.stages.run", "srppo.stages.extrapolation", "srppo.stages.resampling"
+_RUN, _POLICY, _EXTRA, _CHOOSE = (f"srppo.stages.{name}" for name in ("run", "policy", "extrapolation", "resampling"))
 _SELF = "srppo.stages.self_training"
 _PPO = ("rollout", "reward", "ppo", "eval")
 _SELF_READS = (
@@ -164,7 +164,7 @@ KINDS: dict[str, Kind] = {
         Kind("best-of-n", f"{_CHOOSE}:best_of_n_stage", ("eval.samples",), ("samples",), "best-of-n", needs_items=True),
         Kind(
             "distil",
-            f"{_RUN}:distil_stage",
+            f"{_POLICY}:distil_stage",
             ("rollout", *(f"reward.{key}" for key in OBJECTIVE), "distil", *(f"ppo.{key}" for key in SHARED), "eval"),
             parents=("sft",),
             label="on-policy distillation",
@@ -202,7 +202,7 @@ KINDS: dict[str, Kind] = {
         *(
             Kind(
                 name,
-                f"{_RUN}:ppo_stage",
+                f"{_POLICY}:ppo_stage",
                 _PPO,
                 parents=(start,),
                 label=label,
@@ -262,7 +262,10 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
     "ppo": {"advantage": "gae", "lam_length": None, "critic_lam": None},
 }
 """Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
-_ELSEWHERE = {"data": ("demonstrations", "prompts"), "eval": ("every", "items")}  # paths, and what PPO alone reads
+_ELSEWHERE = {  # paths, and what PPO alone reads
+    "data": ("demonstrations", "prompts"),
+    "eval": ("every", "items", "curve"),
+}
 _CRITIC = (
     "value_lr",
     "value_clip",
@@ -305,4 +308,6 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     for read in kind.reads:
         section, _, key = read.partition(".")
         settings[section] = {**settings.get(section, {}), key: dump[section][key]} if key else dump[section]
-    return settings | ({"every": recipe.eval.every} if "ppo" in kind.reads else {})
+    if "ppo" in kind.reads:
+        settings |= {"every": recipe.eval.every} | ({"curve": [*recipe.eval.curve]} if recipe.eval.curve else {})
+    return settings

@@ -39,9 +39,7 @@ from srppo.record.store import Attempt, Run, Stage
 from srppo.stages.arms import figures_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
 from srppo.training.batch import Generated
-from srppo.training.distil import train_distil
 from srppo.training.loop import Session, Workbench, load_weights
-from srppo.training.ppo import train_ppo
 from srppo.training.rollout import generate
 from srppo.training.sft import steps_within, train_sft
 from srppo.training.trackers import trackers
@@ -129,6 +127,8 @@ def prepare_run(
         raise ConfigError("model.sft is the base itself: the reward would be 0 everywhere; give a fine-tuned model")
     test_items = load_items(recipe, "test")
     check_needs(kinds, data, test_items)
+    if recipe.eval.curve and not test_items:
+        raise ConfigError("eval.curve measures test items, and there are none; set eval.items, or leave it out")
     development = Development(recipe, tokenizer, data.held_out, stops, sample)
     if recipe.eval.keep == "best" and not development.ranks:
         console.warn(
@@ -330,24 +330,6 @@ def choose_length(lengths: Mapping[str, Figures]) -> tuple[str, Figures]:
     dropped = sum(each["flops"] + each["selection_flops"] for name, each in lengths.items() if name != chosen)
     known = {key: lengths[chosen][key] for key in ("kept_step", "steps", "score")}
     return chosen, UNTRAINED | known | {"selection_flops": dropped}
-
-
-def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """PPO from the SFT model that it has for a parent: SRPPO, and its controls."""
-    return _from_sft(train_ppo, run, bench, done)
-
-
-def distil_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """On-policy distillation of decode-time extrapolation, from the SFT model."""
-    return _from_sft(train_distil, run, bench, done)
-
-
-def _from_sft(train: Callable[..., Session], run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    (start,) = KINDS[bench.stage.identity["kind"]].parents
-    sft = sft_model(run, done, start)
-    policy, recipe, prompts, measured = sft.copy(), run.recipe, run.data.prompts, run.development
-    session = train(recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
-    return finish(run, bench, policy, session)
 
 
 def sft_model(run: PreparedRun, done: Stages, name: str = "sft") -> LanguageModel:

@@ -65,7 +65,7 @@ def test_every_sweep_builds_and_survives_json(name, quick):
 def test_every_family_can_be_significant_and_compares_what_is_run(name, quick):
     sweep = the_sweep(name, quick=quick)
     family, cells = sweep.analysis.family, set(sweep.cells())
-    assert 1 <= len(family) <= MOST_COMPARISONS and len(set(family)) == len(family)
+    assert 1 <= sweep.analysis.comparisons <= MOST_COMPARISONS and len(set(family)) == len(family)
     assert all(each.model in cells and each.baseline in cells and each.model != each.baseline for each in family)
     assert len(sweep.seeds) == (3 if quick else 10) and 2 ** (1 - 10) * MOST_COMPARISONS < 0.05
     assert len(cells) == len(sweep.points) * len(sweep.arms) == len(sweep.cells())
@@ -259,6 +259,7 @@ def kinds(plan: Plan) -> dict[str, int]:
             {"sft": 90, "ppo": 90, "shuffled": 90, "decoded": 90, **lengths(90)},
         ),  # 4 kinds x 2 rates, rate 0 once
         ("model-scale", {"base": 30, "sft": 30, "ppo": 30, "shuffled": 30, **lengths(30)}),
+        ("reward", {"sft": 10, "ppo": 400, **lengths(10)}),  # 10 curves, of 4 betas each
         # 2 anchors x 4 betas from the same samples, and longer SFT once for all of them
         ("kl", {"sft": 10, "ppo": 80, "shuffled": 80, "samples": 10, "resampled": 80, **lengths(10)}),
         ("prompts", {"sft": 10, "ppo": 90, "shuffled": 90, **lengths(10)}),
@@ -276,10 +277,12 @@ def test_every_sweep_has_the_controls(name, quick):
         assert [arm.name for arm in sweep.arms] == ["SFT", "SRPPO", "shuffled"]
         return
     assert {"SFT", "longer SFT", "shuffled"} <= {arm.name for arm in sweep.arms}
-    model = "coherent reward" if name == "reward" else "SRPPO"
+    if name == "reward":  # which compares at equal distance
+        assert not sweep.analysis.family
+        return
     against = {each.model.point for each in sweep.analysis.family if each.baseline.arm == "longer SFT"}
     measured = Plan(sweep).measured_by
-    by_key = {measured[Cell(point.name, model), sweep.seeds[0]]: point.name for point in reversed(sweep.points)}
+    by_key = {measured[Cell(point.name, "SRPPO"), sweep.seeds[0]]: point.name for point in reversed(sweep.points)}
     assert against == set(by_key.values()), "of points that are the same stages, the first"
 
 
@@ -296,7 +299,7 @@ def test_whole_arms_are_left_out_of_a_family_that_would_be_too_many():
 
 def test_longer_sft_is_shared_only_where_the_sft_model_is():
     shared = {name: any("longer SFT is the same" in note for note in the_sweep(name).notes) for name in SWEEPS}
-    assert {name for name, one in shared.items() if one} == {"kl", "overlap", "prompts", "grid"}
+    assert {name for name, one in shared.items() if one} == {"kl", "overlap", "prompts", "reward", "grid"}
 
 
 def test_what_has_no_answers_under_the_primary_decoding_is_not_tested():
@@ -365,6 +368,7 @@ CHANGES: dict[str, set[str]] = {
     "reward.": FROM_PPO,
     "ppo.": FROM_PPO,
     "eval.every": FROM_PPO,
+    "eval.curve": FROM_PPO,
     "sft.micro_batch": set(),
     "ppo.micro_batch": set(),
     "ppo.checkpoint_every": set(),
@@ -402,6 +406,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "ppo.schedule": [{"ppo.schedule": "cosine"}],
     "eval.items": [{"eval.items": "mine.jsonl"}],
     "eval.keep": [{"eval.keep": "last"}],
+    "eval.curve": [{"eval.curve": [5, 10]}],
     "eval.metric": [{"eval.metric": "nll"}],
     "methods.alphas": [{"methods.alphas": [1.0, 3.0]}],
     "model.chat_template": [{"model.chat_template": __file__}],  # whatever it says: its content is what counts
@@ -701,7 +706,9 @@ def test_the_embedded_worlds_axes_are_not_taken_for_other_data(tmp_path):
 def test_arms_are_what_their_names_say_whatever_the_recipe():
     other = with_overrides(RECIPE, {"reward.kind": "sft", "reward.length_norm": True})
     sweep = the_sweep("reward", other)
-    coherent, parts = (sweep.recipe_of(Cell("all", name), 0).reward for name in ("coherent reward", "SFT only"))
+    coherent, parts = (
+        sweep.recipe_of(Cell("beta 0.25", name), 0).reward for name in ("coherent reward", "sharpening (log pi_sft)")
+    )
     assert (coherent.kind, parts.kind, coherent.length_norm) == ("ratio", "sft", False)
 
 

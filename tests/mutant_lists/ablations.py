@@ -6,6 +6,20 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "curves: the seeds that reach so far stand for all",
+        "ablations/curves.py",
+        "if not gaps or len(gaps) < len(seeds):",
+        "if not gaps:",
+        "ablations/test_curves.py::test_one_seed_that_falls_short_is_enough",
+    ),
+    Mutant(
+        "curves: what is out of reach leaves the family",
+        "ablations/curves.py",
+        "missing=len(matched) - len(contrasts)",
+        "missing=0",
+        "ablations/test_curves.py::test_what_does_not_reach_has_no_verdict_and_still_counts",
+    ),
+    Mutant(
         "samples: drawn for each who chooses",
         "ablations/plan.py",
         "key = task_key(kind, recipe, needs)",

@@ -266,9 +266,9 @@ MUTANTS = [
     ),
     Mutant(
         "SRPPO from chosen SFT: from the first SFT",
-        "stages/run.py",
-        "sft = sft_model(run, done, start)",
-        "sft = sft_model(run, done)",
+        "stages/policy.py",
+        "return sft_model(run, done, start)",
+        "return sft_model(run, done)",
         "stages/test_run.py::test_development_items_choose_the_length_and_srppo_starts_from_it",
     ),
     Mutant(
