@@ -82,6 +82,9 @@ class DataConfig(_Section):
         "| cut | as another task would have it | one small edit | what the base says",
     )
     noise_rate: float = Field(0.0, ge=0, le=1, description="share of the demonstrations used that get one; nested")
+    noise_dev: bool = Field(
+        False, description="development items get it too: what chooses a step is no cleaner than what is trained on"
+    )
     overlap: Literal["any", "minimum"] = Field("any", description="minimum: drop prompts that resemble SFT prompts")
     overlap_share: float | None = Field(
         None,
@@ -210,6 +213,13 @@ class PpoConfig(_Section):
         return None if value == "none" else value  # TOML has no word for it, and the default is a number
 
 
+class DistilConfig(_Section):
+    """On-policy distillation; max_grad_norm, max_kl and what changes no result are those of `ppo`."""
+
+    steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation, an optimizer step each")
+    lr: float = Field(1e-3, gt=0, description="its learning rate at the start (Adam), which falls linearly")
+
+
 class MethodsConfig(_Section):
     """What PPO is compared with beside longer SFT; read by those stages alone."""
 
@@ -218,7 +228,12 @@ class MethodsConfig(_Section):
         min_length=1,
         description="weight extrapolation sft + alpha (sft - base): development items choose one of these",
     )
-    samples: int = Field(96, ge=2, description="samples of the SFT model an item, for resampling and best-of-n")
+    samples: int = Field(96, ge=2, description="samples of the SFT model an item, for votes, resampling and best-of-n")
+    self_prompts: int = Field(256, ge=1, description="self-training: so many of PPO's prompts, in PPO's order")
+    self_samples: int = Field(
+        16, ge=2, description="answers of the SFT model to each, of which the majority's or the best is trained on"
+    )
+    self_epochs: int = Field(4, ge=1, description="passes over those; development items choose one of them")
 
     @field_validator("alphas", mode="before")
     @classmethod
@@ -272,6 +287,7 @@ class Recipe(_Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PpoConfig = PpoConfig()
+    distil: DistilConfig = DistilConfig()
     methods: MethodsConfig = MethodsConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -291,6 +307,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"eval.curve names step {self.eval.curve[-1]}, and PPO ends at ppo.steps ({self.ppo.steps}); leave out "
                 "what comes later"
+            )
+        if self.data.noise_dev and self.eval.metric == "nll":
+            raise ValueError(
+                "data.noise_dev changes development items, and eval.metric = nll chooses by held-out answers, which "
+                "stay as they are; leave one of them out"
             )
         if self.ppo.advantage == "rloo":
             self._fits_rloo()

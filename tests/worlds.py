@@ -26,7 +26,7 @@ TEMPLATE = (  # of few characters, since each is a token
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 PARTS = ("data", "sft", "ppo", "figures")
-BOOKKEEPING = ("timing", "flops", "lr", "curve")  # of the recipe, or of test items, rather than of what was trained
+BOOKKEEPING = ("timing", "flops", "selection_flops", "lr", "curve")  # of the recipe, or of test items: not training
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

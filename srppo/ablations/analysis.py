@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from srppo.ablations.curves import CurveResult, curves_of
 from srppo.ablations.ledger import Ledger, State
-from srppo.ablations.plan import Plan, Task
+from srppo.ablations.plan import Plan
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison, Sweep
 from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
-from srppo.stages.kinds import KINDS
+from srppo.stages.arms import compute_of, figures_of
 from srppo.statistics.intervals import Estimate, calibrated_interval, interquartile_mean
 from srppo.statistics.tests import sign_flip
 from srppo.statistics.verdicts import Contrast, described, judge, t_interval
@@ -41,8 +41,8 @@ class CellResult:
 
     accuracy: by group and decoding, with 95% intervals over seeds and items. iqm: interquartile means over the seeds.
     statuses: seeds by how they ended. flops: counted operations of training, parents included, mean over seeds;
-    selection_flops: of trainings that were made to choose this one and then dropped. figures: means over seeds of what
-    else was measured (length, KL, ...).
+    selection_flops: of what chose steps, lengths and the like: answers to development items, and trainings that were
+    dropped. figures: means over seeds of what else was measured (length, KL, ...).
     """
 
     cell: Cell
@@ -163,48 +163,24 @@ def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State
     """By seed, those that are done."""
     found = {}
     for seed in plan.sweep.seeds:
-        keys = plan.measured_by[cell, seed]
-        if all(states[key].status == "done" for key in keys):
-            stages = [stage for key in keys if (stage := ledger.stage(plan.tasks[key]))]
-            candidates = list({stage.id: stage for stage in stages}.values())
-            chosen, task = _chosen(candidates), plan.tasks[keys[0]]
-            # What has shares starts from the base, whatever set its budget.
-            before = [] if KINDS[task.kind].shares else _ancestors(plan, task)
-            flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
-            dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
-            dropped += float(_committed(chosen).get("selection_flops") or 0.0)
-            tests = [(d, result) for d in DECODINGS for result in own_tests(chosen, "", seed, d)]
+        key = plan.measured_by[cell, seed]
+        if states[key].status == "done" and (stage := ledger.stage(plan.tasks[key])):
+            tests = [(d, result) for d in DECODINGS for result in own_tests(stage, "", seed, d)]
             scores = {(str(result.group), decoding): result for decoding, result in tests}
-            figures = _figures(chosen) | _by_length(plan, ledger, task, chosen)
-            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), figures)
+            figures = _figures(stage) | _by_length(plan, ledger, key, stage)
+            found[seed] = _Measured(stage, scores, *compute_of(stage), stage_seconds(stage), figures)
     return found
 
 
-def _by_length(plan: Plan, ledger: Ledger, task: Task, chosen: Stage) -> dict[str, float]:
+def _by_length(plan: Plan, ledger: Ledger, key: str, stage: Stage) -> dict[str, float]:
     """The gain over the SFT model that the cell started from or stands beside, and what of it length explains."""
-    ours = (ledger.stage(each) for each in _ancestors(plan, task) if each.kind in ("sft", "given-sft"))
-    sft = next((stage for stage in ours if stage), None)
-    return gain_at_lengths(recorded(sft), recorded(chosen), plan.sweep.analysis.group) if sft else {}
-
-
-def _committed(stage: Stage | None) -> dict[str, Any]:
-    """The figures of a stage's result; none where it has no result."""
-    return ((stage.result() if stage else None) or {}).get("figures", {})
-
-
-def _flops(stage: Stage | None) -> float:
-    return float(_committed(stage).get("flops") or 0.0)
-
-
-def _chosen(stages: Sequence[Stage]) -> Stage:
-    """The one that scored best on development items; the shorter at a tie."""
-
-    def rank(stage: Stage) -> tuple[float, float]:
-        figures = _committed(stage)
-        score = figures.get("score")
-        return (-math.inf if score is None else float(score), -float(figures.get("steps") or 0))
-
-    return max(stages, key=rank)
+    before = [*plan.tasks[key].needs]
+    for need in before:  # it grows: nearest first
+        task = plan.tasks[need]
+        if task.kind in ("sft", "chosen-sft") and (sft := ledger.stage(task)):
+            return gain_at_lengths(recorded(sft), recorded(stage), plan.sweep.analysis.group)
+        before += task.needs
+    return {}
 
 
 def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
@@ -231,27 +207,20 @@ def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
     )
 
 
-def _ancestors(plan: Plan, task: Task) -> list[Task]:
-    """All that had to be done before a task, each once."""
-    found: dict[str, Task] = {}
-    for key in task.needs:
-        found |= {each.key: each for each in (plan.tasks[key], *_ancestors(plan, plan.tasks[key]))}
-    return list(found.values())
-
-
 def _figures(stage: Stage) -> dict[str, float]:
     """Plain numbers of a stage's result, and what PPO's rollouts were like at the kept step (and at the first)."""
-    figures = _committed(stage)
+    figures = figures_of(stage)
     plain = {key: value for key, value in figures.items() if isinstance(value, int | float)}
     found = {key: float(value) for key, value in plain.items() if key != "selection_flops"}
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
     rollouts = [row for row in stage.metrics() if "reward" in row]
+    wanted = ("reward", "kl_sft", "kl_base", "length", "ended")
     for row in rollouts[:1]:
-        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended")}
+        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended") if key in row}
     for row in rollouts:
         if row["step"] == figures.get("kept_step"):
-            found |= {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length", "ended")}
+            found |= {key: float(row[key]) for key in wanted if key in row}
     return found
 
 

@@ -204,7 +204,7 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
     sweep, analysis = plan.sweep, plan.sweep.analysis
     values = {axis: [label(p.values[axis]) for p in sweep.points if axis in p.values] for axis in sweep.axes}
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(task.kind for task in plan.tasks.values()).items())
-    alone = sum(len(keys) for keys in plan.measured_by.values())
+    alone = len(plan.measured_by)
     hours = sum(found.seconds.values()) / 3600
     return [
         f"sweep {sweep.name}: {sweep.question}",

@@ -52,14 +52,12 @@ def label(value: Any) -> str:
 class Arm:
     """What is trained and measured at a point.
 
-    kind: the stage that is measured (`kinds.KINDS`). overrides: recipe keys on top of the point's. shares: of the
-    counted compute of SFT and PPO, for longer SFT; of several the one that development items pick is measured.
+    kind: the stage that is measured (`kinds.KINDS`). overrides: recipe keys on top of the point's.
     """
 
     name: str
     kind: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

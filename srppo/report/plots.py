@@ -320,7 +320,7 @@ WIDE = 30  # a range of compute this wide is drawn on a logarithmic axis
 
 
 def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
-    """Reward, KL to both models, length and EOS share of the PPO arms by step; development accuracy by operations.
+    """What was trained on prompts: reward, KL to both models, length, EOS share by step. All: accuracy by operations.
 
     A ring marks the kept step of an arm with one seed.
     """
@@ -338,7 +338,7 @@ def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
                 for key, style in series:
                     _course(axis, arm, "step", key, style, colours[name], name if style == "-" else "_")
             axis.set_title(title)
-            axis.set_xlabel("PPO step")
+            axis.set_xlabel("step")
             steps = {row["step"] for arm in ppo.values() for row in arm.rows() if "reward" in row}
             if len(steps) < 5:  # no room for fractions of a step
                 axis.set_xticks(sorted(steps))

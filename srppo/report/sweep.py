@@ -32,7 +32,7 @@ TESTS = ("p", "p_holm", "p_same", "p_same_holm", "detectable")
 STATUSES = ("done", "failed", "diverged", "running", "waiting")
 CELLS = (
     "seeds: measured of planned. fail, div: failed, diverged. TFLOPs: counted training operations, 10^12, parents "
-    "included. len: tokens of a test answer."
+    "included. len: tokens of a test answer. end: answers that ended."
 )
 BANDS = (
     "Accuracy on test items with 95% intervals over seeds and items. Arms share items and seeds: read the paired "

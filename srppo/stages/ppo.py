@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from srppo.models.language_model import LanguageModel
+from srppo.stages.kinds import KINDS
 from srppo.stages.run import Figures, PreparedRun, Stages, answers_of, finish, publish_answers, sft_model
 from srppo.training.batch import Generated
 from srppo.training.loop import Row, Workbench
@@ -23,7 +24,8 @@ from srppo.training.scores import full_kl, score_log_ratio
 
 def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """SRPPO from the SFT model; with eval.curve the figure `curve`, a point a step (`curve_point`)."""
-    sft = sft_model(run, done)
+    (start,) = KINDS[bench.stage.identity["kind"]].parents
+    sft = sft_model(run, done, start)
     policy, recipe = sft.copy(), run.recipe
 
     def after_step(step: int) -> Row:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
@@ -211,6 +212,22 @@ def random_terms(scores: Scores, written: Written) -> Tensor:
     shares = [((derive_seed(0, f"random reward of {row}") >> 11) + 0.5) / 2**52 for row in rows]  # within (0, 1)
     reward_B = scores.log_ratio_BT.new_tensor([NormalDist().inv_cdf(share) for share in shares])
     return reward_B.unsqueeze(1) * last_token(written.mask_BT)
+
+
+def tokenwise_optimum(
+    config: RewardConfig, sft_logprobs_NV: Tensor, base_logprobs_NV: Tensor, *, stop_ids: Sequence[int]
+) -> Tensor:
+    """log of pi_anchor exp(r / beta), normalised over the vocabulary; NV, nats. r is the reward's term of each token,
+    of which `stop_ids` would end the response.
+
+    The closed form of the objective (docs/method.md) where each response is one token; of longer ones an approximation,
+    since a token's weight knows nothing of the reward that is still to come.
+    """
+    scores = Scores(sft_logprobs_NV - base_logprobs_NV, sft_logprobs_NV, base_logprobs_NV)
+    tokens_NV = torch.arange(sft_logprobs_NV.shape[1], device=sft_logprobs_NV.device).expand_as(sft_logprobs_NV)
+    stop_NV = torch.isin(tokens_NV, torch.tensor(list(stop_ids), device=tokens_NV.device))
+    terms_NV = reward_terms(config, scores, Written(tokens_NV, torch.ones_like(stop_NV), stop_NV))
+    return (scores.anchor_BT(config.anchor) + terms_NV / config.beta).log_softmax(-1)
 
 
 def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
