@@ -61,11 +61,11 @@ def test_a_new_kind_is_an_arm_of_the_sweep_and_one_of_its_stages_runs(
     assert "frugal" in {arm.name for arm in reward(Options(recipe)).arms}
     axes = {"reward.kind": ("frugal", "ratio"), "reward.beta": (0.5,)}
     sweep = reward(Options(recipe, quick=True, seeds=1, axes=axes))
-    assert [arm.name for arm in sweep.arms] == ["SFT", "coherent reward", "frugal"]
+    assert [arm.name for arm in sweep.arms] == ["SFT", "longer SFT", "coherent reward", "frugal"]
     curves = sweep.analysis.curves
     assert curves and (curves.start, curves.model, curves.others) == ("SFT", "coherent reward", ("frugal",))
     plan = Plan(sweep)
-    (key,) = plan.measured_by[Cell("beta 0.5", "frugal"), 0]
+    key = plan.measured_by[Cell("beta 0.5", "frugal"), 0]
     task = plan.tasks[key]
     assert task.kind == "ppo" and task.recipe.reward.kind == "frugal"
     for row in run_world(task.recipe, tmp_path / "run").metrics("ppo")[1:]:

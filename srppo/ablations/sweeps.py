@@ -270,7 +270,7 @@ def reward(options: Options) -> Sweep:
         "reward",
         "At equal distance from the SFT model, is the coherent reward better than rewards that know less?",
         points,
-        (SFT, coherent, *others),
+        (SFT, LONGER, coherent, *others),
         (),
         curves=Curves(SFT.name, coherent.name, tuple(arm.name for arm in others)),
         notes=(

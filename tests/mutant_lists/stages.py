@@ -266,7 +266,7 @@ MUTANTS = [
     ),
     Mutant(
         "SRPPO from chosen SFT: from the first SFT",
-        "stages/run.py",
+        "stages/ppo.py",
         "sft = sft_model(run, done, start)",
         "sft = sft_model(run, done)",
         "stages/test_run.py::test_development_items_choose_the_length_and_srppo_starts_from_it",
