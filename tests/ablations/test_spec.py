@@ -298,7 +298,7 @@ def test_whole_arms_are_left_out_of_a_family_that_would_be_too_many():
 
 def test_longer_sft_is_shared_only_where_the_sft_model_is():
     shared = {name: any("longer SFT is the same" in note for note in the_sweep(name).notes) for name in SWEEPS}
-    assert {name for name, one in shared.items() if one} == {"kl", "overlap", "prompts", "grid"}
+    assert {name for name, one in shared.items() if one} == {"reward", "kl", "overlap", "prompts", "grid"}
 
 
 def test_what_has_no_answers_under_the_primary_decoding_is_not_tested():

@@ -79,7 +79,7 @@ def test_a_curve_changes_no_training_and_no_other_id(world: World, tmp_path: Pat
     assert plain.weights == curved.weights and plain.digests["ppo"] == curved.digests["ppo"]
     without = load_recipe(None)
     with_curve = with_overrides(without, {"eval.curve": [5]})
-    for kind in ("base", "sft", "longer-sft"):
+    for kind in ("base", "sft", "chosen-sft"):
         assert stage_settings(without, kind) == stage_settings(with_curve, kind)
     assert "curve" not in stage_settings(without, "ppo") and stage_settings(with_curve, "ppo")["curve"] == [5]
 
