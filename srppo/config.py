@@ -31,7 +31,11 @@ _TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "con
 
 
 class ModelConfig(_Section):
-    base: str = Field("embedded:s", description="base model: a folder, a hub name, or embedded:xs|s|l")
+    base: str = Field(
+        "embedded:xs",
+        description="base model: a folder, a hub name, or embedded:xs|s|l (right answers shorter than talk) or "
+        "embedded:long-xs (longer); xs-1, xs-2, long-xs-1 and long-xs-2 are further pretrainings",
+    )
     sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast in the bodies; heads stay fp32")
     kernels: Literal["auto", "triton", "torch", "reference"] = Field(
@@ -54,10 +58,14 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    demonstrations: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets with answers")
+    demonstrations: tuple[str, ...] = Field(
+        ("embedded",),
+        description="files, folders or hub sets with answers; embedded: answers in the style of the embedded model.base "
+        "(short with other bases), embedded:long: long ones",
+    )
     prompts: tuple[str, ...] = Field(
         (),
-        description="files, folders, hub sets, embedded:demonstrated|prompted|unseen (embedded: the first two); "
+        description="files, folders, hub sets, embedded:GROUP of tasks (embedded: of demonstrated and prompted); "
         "answers in them are not read; none: embedded, with embedded data",
     )
     size: int | None = Field(
@@ -490,11 +498,25 @@ EMBEDDED_SIZE = 32
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """Embedded demonstrations come with embedded prompts, and are so many that SFT stays unfinished, unless said."""
-    if recipe.data.demonstrations != ("embedded",):
+    """Embedded demonstrations have the style of an embedded base. Unless said, embedded prompts come with them, and they
+    are so many that SFT stays unfinished."""
+    style, data = world_style(recipe), recipe.data
+    if style == "long":
+        given = tuple("embedded:long" if name == "embedded" else name for name in data.demonstrations)
+        recipe = with_overrides(recipe, {"data.demonstrations": given})
+    if style is None:
         return recipe
-    size, prompts = recipe.data.size or EMBEDDED_SIZE, recipe.data.prompts or ("embedded",)
+    size, prompts = data.size or EMBEDDED_SIZE, data.prompts or ("embedded",)
     return with_overrides(recipe, {"data.size": size, "data.prompts": prompts})
+
+
+def world_style(recipe: Recipe) -> Literal["short", "long"] | None:
+    """The style of the embedded demonstrations and items; None where the demonstrations are others, or not these alone."""
+    demonstrations = recipe.data.demonstrations
+    if len(demonstrations) > 1 or not is_embedded(demonstrations[0]):
+        return None
+    decides = recipe.model.base if demonstrations == ("embedded",) else demonstrations[0]
+    return "long" if decides.startswith("embedded:long") else "short"
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:

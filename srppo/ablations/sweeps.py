@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from srppo.ablations.spec import Ablation, Analysis, Arm, Comparison, Sweep, every, grid, label
-from srppo.config import Recipe, is_embedded
+from srppo.config import Recipe, is_embedded, world_style
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
 from srppo.stages.kinds import KINDS
@@ -45,7 +45,7 @@ class Options:
     @property
     def embedded(self) -> bool:
         """Whether the data are the embedded world's, for which the default axes are made."""
-        return self.recipe.data.demonstrations == ("embedded",)
+        return world_style(self.recipe) is not None
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -176,7 +176,7 @@ def parameter_count(base: str) -> int | None:
 
     The header of a safetensors file is 8 bytes of its length, little-endian, and JSON of each tensor's shape.
     """
-    folder = base_path(base.partition(":")[2] or "s") if is_embedded(base) else Path(base).expanduser()
+    folder = base_path(base.partition(":")[2] or "xs") if is_embedded(base) else Path(base).expanduser()
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
