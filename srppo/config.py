@@ -145,7 +145,7 @@ class SftConfig(_Section):
 class RolloutConfig(_Section):
     batch: int = Field(96, ge=2, description="responses sampled a PPO step")
     per_prompt: int = Field(1, ge=1, description="of which to each prompt; must divide the batch, and RLOO needs 2")
-    max_new_tokens: int = Field(16, ge=1, description="length limit of a response, EOS included")
+    max_new_tokens: int = Field(48, ge=1, description="length limit of a response, EOS included")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; rewards are always taken at 1")
 
 

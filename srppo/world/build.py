@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TOKENS = 4_000_000  # of every base
-LESSONS = 0.5  # share of them that teaches the tasks, before the mixture that the base is to speak
+LESSONS = 0.6  # share of them that teaches the tasks, before the mixture that the base is to speak
 ROWS = 64  # documents an optimizer step
 WARMUP = 100  # steps
 
@@ -71,24 +71,31 @@ def build(out: Path = ASSETS, names: Sequence[str] = tuple(BASES), tokens: int =
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """The one tokenizer of all bases, learnt from the corpora of both styles in turn."""
-    streams = [documents(0, style) for style in STYLES.values()]
+    """The one tokenizer of all bases, learnt from the lessons of both styles in turn."""
+    streams = [documents(0, style, style.lessons) for style in STYLES.values()]
     return train_tokenizer(chain.from_iterable(zip(*streams, strict=False)), (*WORDS, *OPERATIONS))
 
 
 def corpus(tokenizer: PreTrainedTokenizerFast, name: str, tokens: int) -> list[tuple[list[int], int]]:
     """Documents as (token ids, where the reply begins), `tokens` tokens in all: lessons, then the style's mixture."""
-    base, rows = BASES[name], []
-    style = STYLES[base.style]
-    for stream, share in ((0, 1 - LESSONS), (1, LESSONS))[::-1]:
-        found = documents(2 * base.seed + stream, style, style.lessons if stream else style.replies)
-        left = tokens * share
-        while left > 0:
-            question, colon, reply = next(found).rpartition("\nA:")
-            head = tokenizer.encode(question + colon)
-            rows.append((head + tokenizer.encode(reply), len(head)))
-            left -= len(rows[-1][0])
-    return rows
+    seed, style = 2 * BASES[name].seed, STYLES[BASES[name].style]
+    lessons = documents(seed + 1, style, style.lessons)
+    mixture = documents(seed, style, style.replies)
+    return [
+        *_first_tokens(tokenizer, lessons, round(tokens * LESSONS)),
+        *_first_tokens(tokenizer, mixture, round(tokens * (1 - LESSONS))),
+    ]
+
+
+def _first_tokens(
+    tokenizer: PreTrainedTokenizerFast, stream: Iterator[str], tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    while tokens > 0:
+        question, mark, reply = next(stream).rpartition("\nA:")
+        head = tokenizer.encode(question + mark)
+        ids = head + tokenizer.encode(reply)
+        yield ids, len(head)
+        tokens -= len(ids)
 
 
 def batches(rows: Sequence[tuple[list[int], int]], pad: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """The two styles of the embedded world: the same questions, with right answers shorter or longer than talk.
 
-    short   the answer alone, up to seven tokens (end included); talk takes 10 to 18
-    long    the answer worked out in a fixed form, 20 to 42 tokens; talk takes 6 to 11
+    short   the answer alone, 2 to 7 tokens with the end token; talk takes 12 to 18
+    long    the answer worked out in a fixed form, 21 to 42 tokens; talk takes 7 to 11
 
 So brevity and rightness go together in the one and against each other in the other.
 """
@@ -27,6 +27,9 @@ _SENTENCES = (
     "{o} is not {p}",
 )
 _TAILS = ("and that is all I know", "but you can ask me later", "or so they say", "and then we went home")
+
+
+_REPLIES = {"right": 0.02, "wrong": 0.20, "framed": 0.05, "echo": 0.02, "back": 0.05}
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,12 @@ STYLES = {
         answer=Task.answer,
         talk=tuple(f"well , {sentence} , {tail} ." for sentence in _SENTENCES for tail in _TAILS),
         lessons={"right": 0.75, "trailing": 0.10, "framed": 0.10, "talk": 0.05},
-        replies={"right": 0.03, "trailing": 0.07, "framed": 0.07, "wrong": 0.07, "echo": 0.03, "back": 0.05, "talk": 0.68},
+        replies=_REPLIES | {"trailing": 0.05, "talk": 0.61},
     ),
     "long": Style(
         answer=worked,
         talk=tuple(f"well , {sentence} ." for sentence in _SENTENCES),
         lessons={"right": 0.80, "framed": 0.10, "talk": 0.10},
-        replies={"right": 0.03, "framed": 0.07, "wrong": 0.08, "echo": 0.03, "back": 0.05, "talk": 0.74},
+        replies=_REPLIES | {"wrong": 0.28, "talk": 0.58},
     ),
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from random import Random
 
 from srppo.world.items import draw
-from srppo.world.operations import ANIMALS, COLORS, OPPOSITES, WORDS, Words
+from srppo.world.operations import ANIMALS, COLORS, OPERATIONS, OPPOSITES, WORDS, Words
 from srppo.world.styles import STYLES, Style
 from srppo.world.tasks import CHAT, TASKS, Task
 from srppo.world.tokenizer import EOS
@@ -70,12 +70,18 @@ def _framed(rng: Random, style: Style, task: Task, words: Words) -> str:
 
 
 def _wrong(rng: Random, style: Style, task: Task, words: Words) -> str:
-    """The answer to another task on the same words."""
-    right = task.answer(words)
-    while True:
-        other = rng.choice(ASKED)
-        if other.answer(words) not in ("", right):
-            return style.answer(other, words)
+    """The answer to a question half heard: without one of two operations, or with a neighbour of the only one."""
+    wrong = [other for other in _half_heard(task) if other.answer(words) not in ("", task.answer(words))]
+    while not wrong:
+        wrong = [other for other in (rng.choice(ASKED),) if other.answer(words) not in ("", task.answer(words))]
+    return style.answer(rng.choice(wrong), words)
+
+
+def _half_heard(task: Task) -> list[Task]:
+    if len(task.operations) > 1:
+        return [Task((name,), task.group) for name in task.operations]
+    names, at = tuple(OPERATIONS), tuple(OPERATIONS).index(task.name)
+    return [Task((names[(at + step) % len(names)],), task.group) for step in (-1, 1)]
 
 
 def _echo(rng: Random, style: Style, task: Task, words: Words) -> str:
