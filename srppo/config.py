@@ -71,7 +71,7 @@ class DataConfig(_Section):
     size: int | None = Field(
         None,
         ge=1,
-        description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 32",
+        description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 96",
     )
     prompts_size: int | None = Field(None, ge=1, description="prompts used, likewise; none: all")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of demonstrations kept out of SFT for answer NLL")
@@ -134,7 +134,7 @@ class SftConfig(_Section):
         None, ge=1, description="optimizer steps instead of epochs, whatever the number of demonstrations; none: epochs"
     )
     batch: int = Field(8, ge=1, description="demonstrations an optimizer step")
-    lr: float = Field(2e-4, gt=0, description="peak learning rate (AdamW)")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW)")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -494,7 +494,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = value
 
 
-EMBEDDED_SIZE = 32
+EMBEDDED_SIZE = 96
 
 
 def resolved(recipe: Recipe) -> Recipe:
