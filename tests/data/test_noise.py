@@ -218,16 +218,15 @@ def test_near_misses_are_of_every_sort() -> None:
 def test_wrong_tasks_answer_the_same_words_within_the_group() -> None:
     assert answers_of_other_tasks("circle stutter sun cat pie", "sun sun cat pie sun") == [
         "cat cat pie pie",  # double drop
-        "pie pie",  # double last
         "pie cat sun",  # reverse
-        "pie sun cat",  # reverse rotate
+        "pie pie",  # double last
         "sun cat pie sun",  # circle
+        "sun pie cat",  # reverse rotate
         "sun sun pie",  # stutter ends
         "sun sun pie pie",  # double ends
     ]
-    (drawn,) = (answer for answer in answers_of_other_tasks("reverse sun cat pie", long_answer("reverse")) or []
-                if " circle " in answer and " stutter " not in answer)  # fmt: skip
-    assert drawn == long_answer("circle")
+    long = answers_of_other_tasks("reverse sun cat pie", long_answer("reverse")) or []
+    assert long_answer("circle") in long and long_answer("reverse") not in long and len(long) == 7
     for group in GROUPS:
         for item in items(group, "dev", per_task=5):
             assert item.answer not in (answers_of_other_tasks(item.prompt, item.answer) or [item.answer])
@@ -350,7 +349,7 @@ def test_data_without_noise_never_move(tokenizer: PreTrainedTokenizerBase) -> No
     """Golden value of the embedded world's second version: another one here means that old stage ids lie."""
     run = prepare(DataConfig(size=32, prompts=("embedded",), prompts_size=64), tokenizer, 0, 2048)
     ids = canonical_json([[row.ids for row in run.demonstrations], [row.ids for row in run.held_out], run.prompts])
-    assert hashlib.sha256(ids.encode()).hexdigest().startswith("0bc18c2d93153b96968a15073ef8769e")
+    assert hashlib.sha256(ids.encode()).hexdigest().startswith("7556efe44c203b695f42256a912fb666")
 
 
 def test_long_answers_stand_in_the_manifest_by_their_hash(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
