@@ -60,8 +60,8 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     demonstrations: tuple[str, ...] = Field(
         ("embedded",),
-        description="files, folders or hub sets with answers; embedded: answers in the style of the embedded model.base "
-        "(short with other bases), embedded:long: long ones",
+        description="files, folders or hub sets with answers; embedded: in the style of an embedded model.base, else "
+        "short; or embedded:short, embedded:long",
     )
     prompts: tuple[str, ...] = Field(
         (),
@@ -498,8 +498,8 @@ EMBEDDED_SIZE = 96
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """Embedded demonstrations have the style of an embedded base. Unless said, embedded prompts come with them, and they
-    are so many that SFT stays unfinished."""
+    """Embedded demonstrations have the style of an embedded base. Unless said, embedded prompts come with them, and
+    they are so many that SFT stays unfinished."""
     style, data = world_style(recipe), recipe.data
     if style == "long":
         given = tuple("embedded:long" if name == "embedded" else name for name in data.demonstrations)
@@ -511,7 +511,7 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def world_style(recipe: Recipe) -> Literal["short", "long"] | None:
-    """The style of the embedded demonstrations and items; None where the demonstrations are others, or not these alone."""
+    """The style of the embedded demonstrations and items; None where the demonstrations are not these alone."""
     demonstrations = recipe.data.demonstrations
     if len(demonstrations) > 1 or not is_embedded(demonstrations[0]):
         return None

@@ -136,7 +136,7 @@ def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, mi
 class Development:
     """Measures a model during training: greedy accuracy on development items, and held-out answer NLL.
 
-    The score that picks the kept step is one rule for every arm: accuracy on the items of the groups that CHOOSE (on all
+    The score that picks the kept step is one rule for every arm: accuracy on the items of the groups in CHOOSE (on all
     where no group has such a name), or minus the NLL with eval.metric = "nll". Where nothing can be measured, the last
     step is kept.
     """

@@ -135,9 +135,7 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
     )
 
 
-def train(
-    name: str, rows: Sequence[tuple[list[int], int]], tokenizer: PreTrainedTokenizerFast
-) -> LlamaForCausalLM:
+def train(name: str, rows: Sequence[tuple[list[int], int]], tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """One pass over the rows: AdamW on the replies, warm-up and cosine decay to zero.
 
     A document stands alone in its row. Packed into windows the same tokens taught next to nothing: a question's place

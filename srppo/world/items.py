@@ -81,7 +81,7 @@ def demonstrations(n: int, seed: int, style: str = "short") -> list[dict[str, st
 
 
 def prompts(n: int, seed: int, groups: tuple[str, ...] = PROMPT_GROUPS) -> list[dict[str, str]]:
-    """`n` rows `{"prompt", "task"}` of the tasks of `groups` in equal shares; none is a demonstration, dev or test item.
+    """`n` rows `{"prompt", "task"}` of the tasks of `groups` in equal shares; none is a demonstration or an item.
 
     Raises:
         UserError: for an unknown group, or if a task has fewer distinct questions than asked for.

@@ -54,7 +54,7 @@ class Task:
                 return []
             words = OPERATIONS[name].apply(words)
             steps.append((name, words))
-        return steps if 0 < len(words) and all(len(left) <= LONGEST for _, left in steps) else []
+        return steps if words and all(len(left) <= LONGEST for _, left in steps) else []
 
     def answer(self, words: Words) -> str:
         """The list that the last step leaves; empty where the words make no question."""
@@ -69,8 +69,8 @@ class Task:
 
 
 _GROUPS = {  # dealt by seed: all groups are alike in the length of answers and in what the operations look at
-    "demonstrated": "drop, first, join, stutter, chop double, chop reverse, circle linger, circle reverse, drop mirror, "
-    "linger chop, linger linger, mirror colors, mirror ends, opposite second, reverse twice, swap twice",
+    "demonstrated": "drop, first, join, stutter, chop double, chop reverse, circle linger, circle reverse, "
+    "drop mirror, linger chop, linger linger, mirror colors, mirror ends, opposite second, reverse twice, swap twice",
     "prompted": "chop, copy, ends, mirror, circle drop, circle rotate, double second, join rotate, mirror animals, "
     "mirror reverse, opposite rotate, reverse animals, rotate twice, second colors, stutter swap, twice swap",
     "unseen": "animals, double, last, linger, opposite, rotate, second, swap, twice, chop mirror, circle chop, "
@@ -86,9 +86,7 @@ _GROUPS = {  # dealt by seed: all groups are alike in the length of answers and 
 GROUPS = tuple(_GROUPS)
 REPORTED = ("demonstrated", "prompted", "unseen", "absent")
 """Groups with test items."""
-TASKS = tuple(
-    Task(tuple(name.split()), group) for group, names in _GROUPS.items() for name in names.split(", ")
-)
+TASKS = tuple(Task(tuple(name.split()), group) for group, names in _GROUPS.items() for name in names.split(", "))
 
 CHAT = "Q: {prompt}\nA:"
 """What stands before a reply; the reply starts with a space and ends with EOS."""

@@ -29,7 +29,7 @@ def documents(seed: int, style: Style = STYLES["short"], shares: Mapping[str, fl
     kinds, weights = tuple(shares), tuple(shares.values())
     while True:
         if rng.random() < PLAIN:
-            yield talk(rng, style, rng.sample(WORDS, 2)) + EOS
+            yield talk(rng, style, tuple(rng.sample(WORDS, 2))) + EOS
             continue
         task = rng.choice(ASKED)
         words = draw(task, rng)

@@ -15,8 +15,8 @@ MUTANTS = [
     Mutant(
         "world: prompts of the training words",
         "world/items.py",
-        'Random(f"{name}:{seed}"), _PROMPTS)',
-        'Random(f"{name}:{seed}"), TRAIN)',
+        'Random(f"{name}:{seed}"), _PROMPTS, "short")',
+        'Random(f"{name}:{seed}"), TRAIN, "short")',
         "data/test_noise.py::test_prompts_of_a_group_leak_nothing",
     ),
     Mutant(

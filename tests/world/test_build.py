@@ -1,7 +1,7 @@
 """Building the embedded world: the same from the same seed."""
 
 import copy
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -77,4 +77,4 @@ def test_sizes_grow_and_pretrainings_differ(tokenizer):
     assert 0.25e6 < counts["xs"] < 0.4e6 and 0.8e6 < counts["s"] < 1.2e6 and 2e6 < counts["l"] < 3e6
     assert {base.size for base in BASES.values()} == set(SHAPES)
     weights = [next(new_model(name, tokenizer).parameters()) for name in ("xs", "xs-1", "xs-2")]
-    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(weights))

@@ -65,13 +65,15 @@ def test_groups_are_disjoint_and_of_the_sizes_promised():
 
 
 def test_groups_are_alike():
-    """In length of answers and in how many tasks look at what the words are; each but `absent` has single operations."""
+    """In length of answers and in how many tasks look at the words; each but `absent` has single operations."""
     rng = Random(0)
     for group in GROUPS:
         tasks = [task for task in TASKS if task.group == group]
         lengths = [len(task.answer(task.draw(rng)).split()) for task in tasks for _ in range(50)]
         assert 3.3 < sum(lengths) / len(lengths) < 4.1
-        share = sum(bool({"join", "opposite", "animals", "colors"} & set(task.operations)) for task in tasks) / len(tasks)
+        share = sum(bool({"join", "opposite", "animals", "colors"} & set(task.operations)) for task in tasks) / len(
+            tasks
+        )
         assert 0.15 < share < 0.4
         assert (min(len(task.operations) for task in tasks) == 1) == (group != "absent")
 
