@@ -156,9 +156,16 @@ class RewardConfig(_Section):
     token_clip: float | None = Field(None, gt=0, description="clip each token's term to +-this, nats")
     clip: float | None = Field(None, gt=0, description="clip the sum to +-this, nats")
     at_limit: Literal["keep", "zero", "drop"] = Field(
-        "keep", description="rollouts without EOS at the length limit: reward kept, set to 0, or left out of the loss"
+        "keep",
+        description="rollouts without EOS at the length limit: reward kept, set to the mean of the others (0 where "
+        "center is none), or left out of the loss",
     )
     limit_penalty: float = Field(0.0, ge=0, description="subtracted from the reward of those rollouts, nats")
+    center: Literal["none", "batch", "critic"] = Field(
+        "batch",
+        description="batch: the mean return of the other rollouts is taken off (of the same prompt, where it has "
+        "others) | critic: the critic starts at the first mean | none: the mean makes ending pay. RLOO is centred",
+    )
     scale: bool = Field(True, description="divide reward - beta KL by its running standard deviation")
     anchor: Literal["sft", "base"] = Field("sft", description="the model the KL penalty pulls towards")
     beta: float = Field(0.25, ge=0, description="weight of the KL penalty; useful values are of order 1")
@@ -187,6 +194,12 @@ class PpoConfig(_Section):
     warmup: float = Field(0.0, ge=0, le=1, description="share of steps with rising learning rate")
     gamma: float = Field(1.0, gt=0, le=1, description="discount; RLOO has none")
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda")
+    lam_length: float | None = Field(
+        None, gt=0, description="lambda by length instead: 1 - 1/(this x tokens of the response); none: lam"
+    )
+    critic_lam: float | None = Field(
+        None, ge=0, le=1, description="lambda of the critic's targets; none: the policy's own"
+    )
     clip: float = Field(0.2, gt=0, description="policy ratio clip")
     value_clip: float | None = Field(0.2, gt=0, description="value clip, in units of the scaled reward")
     whiten: bool = Field(True, description="advantages to mean 0 and deviation 1 over the batch")

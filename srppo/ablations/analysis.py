@@ -19,6 +19,7 @@ from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Analysis, Cell, Comparison, Sweep
+from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
@@ -159,8 +160,16 @@ def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State
             dropped += float(_committed(chosen).get("selection_flops") or 0.0)
             tests = [(d, result) for d in DECODINGS for result in own_tests(chosen, "", seed, d)]
             scores = {(str(result.group), decoding): result for decoding, result in tests}
-            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), _figures(chosen))
+            figures = _figures(chosen) | _by_length(plan, ledger, task, chosen)
+            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), figures)
     return found
+
+
+def _by_length(plan: Plan, ledger: Ledger, task: Task, chosen: Stage) -> dict[str, float]:
+    """The gain over the SFT model that the cell started from or stands beside, and what of it length explains."""
+    ours = (ledger.stage(each) for each in _ancestors(plan, task) if each.kind in ("sft", "given-sft"))
+    sft = next((stage for stage in ours if stage), None)
+    return gain_at_lengths(recorded(sft), recorded(chosen), plan.sweep.analysis.group) if sft else {}
 
 
 def _committed(stage: Stage | None) -> dict[str, Any]:
@@ -216,22 +225,38 @@ def _ancestors(plan: Plan, task: Task) -> list[Task]:
 
 
 def _figures(stage: Stage) -> dict[str, float]:
-    """Plain numbers of a stage's result, and of the last row of its metrics that PPO wrote."""
+    """Plain numbers of a stage's result, and what PPO's rollouts were like at the kept step (and at the first)."""
     figures = _committed(stage)
     plain = {key: value for key, value in figures.items() if isinstance(value, int | float)}
     found = {key: float(value) for key, value in plain.items() if key != "selection_flops"}
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
-    kept = figures.get("kept_step")
-    rows = (row for row in reversed(stage.metrics()) if row.get("step") == kept and "reward" in row)
-    row: Mapping[str, Any] = next(rows, {})
-    return found | {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length") if key in row}
+    rollouts = [row for row in stage.metrics() if "reward" in row]
+    for row in rollouts[:1]:
+        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended")}
+    for row in rollouts:
+        if row["step"] == figures.get("kept_step"):
+            found |= {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length", "ended")}
+    return found
 
 
 def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict[str, Any]]:
     """Plain rows, one a seed, group and decoding."""
     point, made = sweep.point(cell.point), []
-    wanted = ("kept_step", "steps", "held_out_nll", "reward", "kl_sft", "kl_base", "length", "ess")
+    wanted = (
+        "kept_step",
+        "steps",
+        "held_out_nll",
+        "reward",
+        "kl_sft",
+        "kl_base",
+        "length",
+        "ended",
+        "length_start",
+        "ended_start",
+        "ess",
+        "gain_at_lengths",
+    )
     for seed, each in found.items():
         common = {"sweep": sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
         cost = {"flops": each.flops, "selection_flops": each.selection_flops, "seconds": each.seconds}

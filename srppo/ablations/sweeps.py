@@ -24,6 +24,7 @@ _BY_KIND = {
     if kind.label and kind.name != "given-sft"  # stands for `sft` where the recipe names a model
 }
 BASE, SFT, LONGER, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "longer-sft", "ppo"))
+SHUFFLED = Arm("shuffled", "ppo", {"reward.kind": "shuffled"})
 OPTIMUM = Arm("optimum (forecast)", "resampled")
 NOT_TUNED = "no setting was tuned for any point: what holds at the default may be too much or too little elsewhere"
 
@@ -227,6 +228,41 @@ def reward(options: Options) -> Sweep:
     )
 
 
+_PLAIN: Mapping[str, Any] = {"reward.center": "none", "ppo.advantage": "gae"}
+_WARM_UP = 5  # steps of critic_warmup, beside those that train the policy
+
+
+def length(options: Options) -> Sweep:
+    """Estimators of the advantage under the coherent and under a shuffled reward: which change the answers' length?"""
+    steps = options.recipe.ppo.steps
+    warm = {"ppo.critic_warmup": _WARM_UP, "ppo.steps": steps + _WARM_UP}
+    estimators: dict[str, dict[str, Any]] = {
+        "as it comes": {},
+        "mean taken off": {"reward.center": "batch"},
+        "critic from the mean": {"reward.center": "critic"},
+        "critic warmed up": warm,
+        "critic's lambda 1": {"ppo.critic_lam": 1.0},
+        "warmed up, critic's lambda 1": {**warm, "ppo.critic_lam": 1.0},
+        "lambda 1": {"ppo.lam": 1.0},
+        "lambda by length": {"ppo.lam_length": 0.5, "ppo.critic_lam": 1.0},
+        "leave-one-out": {"ppo.advantage": "rloo", "rollout.per_prompt": 4},
+    }
+    if options.quick:
+        estimators = dict(itertools.islice(estimators.items(), 2))
+    points = [Ablation(name, {**_PLAIN, "eval.keep": "last", **keys}, {}) for name, keys in estimators.items()]
+    return options.sweep(
+        "length",
+        "Does PPO change the answers' length under a reward that knows nothing?",
+        points,
+        (SFT, SRPPO, SHUFFLED),
+        every(points, SRPPO.name, SHUFFLED.name),
+        notes=(
+            f"critic warmed up: {_WARM_UP} steps that train the critic alone, then as many as elsewhere",
+            "what the question asks stands in the figures length and ended of each arm, first and last step",
+        ),
+    )
+
+
 def kl(options: Options) -> Sweep:
     """Anchor and weight of the KL penalty; steps as a third axis where asked for."""
     anchors = options.values("reward.anchor", ("sft", "base"), quick=("sft",))
@@ -346,6 +382,7 @@ SWEEPS: Mapping[str, tuple[Callable[[Options], Sweep], tuple[str, ...]]] = {
     "noise": (noise, ("data.noise", "data.noise_rate")),
     "model-scale": (model_scale, ("model.base",)),
     "reward": (reward, ()),
+    "length": (length, ()),
     "kl": (kl, ("reward.anchor", "reward.beta", "ppo.steps")),
     "overlap": (overlap, ("data.overlap_share",)),
     "prompts": (prompts, ("data.prompts_size", "data.prompts")),

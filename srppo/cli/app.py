@@ -68,6 +68,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": measure.compare,
     "score": measure.score,
     "forecast": measure.forecast,
+    "explain": measure.explain,
     "report": measure.report,
     "ablate": sweep.ablate,
     "worker": sweep.worker,

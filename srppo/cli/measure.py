@@ -1,4 +1,4 @@
-"""The commands that measure: eval, compare, score, forecast, report."""
+"""The commands that measure: eval, compare, score, forecast, explain, report."""
 
 from __future__ import annotations
 
@@ -189,6 +189,39 @@ def forecast(
         console=console,
     )
     report_forecast(result, out or page_folder("forecast", run, result.sft, seed), console)
+
+
+def explain(
+    run: Run = None,
+    arm: Annotated[str | None, Option(metavar="NAME", help="Only this arm. (default: every trained one)")] = None,
+    seed: Annotated[int | None, Option("--seed", help="Only this training seed. (default: all)")] = None,
+    samples: Annotated[int | None, Option(min=2, help="Fresh ones of the SFT model, a test item.")] = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """How much of a gain length alone explains. The SFT model's own answers, at the lengths of the trained policy's."""
+    from srppo.analysis import explain as module
+    from srppo.console import Console
+    from srppo.models.loading import pick_device
+    from srppo.record.folder import check_place
+    from srppo.report.explain import report_explain
+    from srppo.report.page import RUNS, page_folder
+    from srppo.stages.arms import stages_by_arm
+
+    check_place(out or RUNS)
+    result = module.explain_command(
+        run,
+        arms=stages_by_arm,
+        arm=arm,
+        seed=seed,
+        samples=samples or module.SAMPLES,
+        limit=limit,
+        device=pick_device(device),
+        console=Console(),
+    )
+    report_explain(result, out or page_folder("explain", run, result.sft, seed), Console())
 
 
 def report(run: Annotated[Path, Argument(help="The folder of a run, or of a sweep.")], debug: Debug = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from srppo.errors import ModelError
@@ -32,3 +33,9 @@ class ValueModel(nn.Module):
         hidden_BTD = body_hidden(self.body, inputs, self.precision)[:, -response_width - 1 : -1]
         values_BT = self.head(hidden_BTD.float()).squeeze(-1)
         return values_BT.masked_fill(~attention_mask_BS[:, -response_width:], 0.0)
+
+    def start_at(self, mean: float, mask_BT: Tensor) -> Tensor:
+        """Set the bias of the head, whose weights are still 0, to a mean return (in scaled reward); the values that
+        follow, BT, 0 where masked."""
+        nn.init.constant_(self.head.bias, mean)
+        return torch.full_like(mask_BT, mean, dtype=torch.float32).masked_fill(~mask_BT, 0.0)

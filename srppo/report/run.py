@@ -15,6 +15,7 @@ from srppo.record.store import Run
 from srppo.report import answers, history, plots, words
 from srppo.report.answers import ArmFigures, ArmRow
 from srppo.report.evaluated import evaluated_table
+from srppo.report.explain import MEANING, explain_table, explained_by_record, sentences
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
 from srppo.report.table import Column, Row, Table, paragraph, to_html
 from srppo.stages.arms import stages_by_arm
@@ -41,7 +42,17 @@ def report_run(folder: Path, console: Console) -> None:
     arms, pairs, (evaluated, unread) = answers.arms_of(rows), answers.differences_of(rows), evaluated_table(folder)
     accuracy, cost, differences = accuracy_table(arms), cost_table(arms), differences_table(pairs)
     problems = problem_lines(arms)
-    for part in (accuracy, cost, *(paragraph(line, "bold red") for line in problems), differences, evaluated):
+    found = explained_by_record(rows)
+    by_length, said = explain_table(found), [paragraph(line, "unsure") for line in sentences(found)]
+    for part in (
+        accuracy,
+        cost,
+        *(paragraph(line, "bold red") for line in problems),
+        differences,
+        by_length,
+        *said,
+        evaluated,
+    ):
         console.print(part)
     missing = [*history.missing_of(run), *answers.left_out(rows), *unread]
     drawn = plot("Test accuracy with 95% intervals", plots.accuracy_plot(arms, out / "accuracy"))
@@ -49,8 +60,10 @@ def report_run(folder: Path, console: Console) -> None:
     parts = [
         text(f"Training seeds: {', '.join(map(str, seeds))}. Made by: srppo report {folder}"),
         bullets("Missing or failed", [*problems, *missing], "bad"),
+        bullets("Warnings", sentences(found), ""),
         section("Results", to_html(accuracy) + to_html(cost) + drawn),
         section(differences.title, to_html(differences)),
+        section(by_length.title, to_html(by_length) + soft_text(MEANING) if found else ""),
         section("Accuracy by task", _tasks(rows, out)),
         section(evaluated.title, to_html(evaluated)),
         *_training(history.curves_of(run), out),

@@ -43,7 +43,8 @@ EXPLORATORY = (
 )
 MEASURED = (
     "Means over seeds, at the kept step. Length: tokens of an answer; ended: by EOS. NLL: of held-out answers, nats a "
-    "token. Reward, KL and rollout length: of PPO's own rollouts, nats and tokens."
+    "token. Reward, KL and rollout length: of PPO's own rollouts, nats and tokens. Sampled gain: accuracy over SFT, "
+    "primary group; of it by length: what SFT's own answers gain at these lengths, pooled over the questions of a task."
 )
 
 

@@ -31,6 +31,8 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
     ("sampled_tokens", "sampled length", ".1f"),
     ("greedy_ended", "greedy ended", ".0%"),
     ("sampled_ended", "sampled ended", ".0%"),
+    ("sampled_gain", "sampled gain", "+.3f"),
+    ("gain_at_lengths", "of it by length", "+.3f"),
 )
 """What else was measured of a cell: key, head, format."""
 

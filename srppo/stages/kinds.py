@@ -150,11 +150,20 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
     "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last"},
     "sft": {"steps": None},
     "rollout": {"per_prompt": 1},
-    "ppo": {"advantage": "gae"},
+    "reward": {"center": "none"},
+    "ppo": {"advantage": "gae", "lam_length": None, "critic_lam": None},
 }
 """Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
 _ELSEWHERE = {"data": ("demonstrations", "prompts"), "eval": ("every", "items")}  # paths, and what PPO alone reads
-_CRITIC = ("value_lr", "value_clip", "gamma", "lam", "critic_warmup")  # keys of ppo that RLOO does not read
+_CRITIC = (
+    "value_lr",
+    "value_clip",
+    "gamma",
+    "lam",
+    "lam_length",
+    "critic_lam",
+    "critic_warmup",
+)  # keys of ppo that RLOO does not read
 _ONLY_PPO = ("prompts_size", "overlap", "overlap_share")  # keys of data that SFT never sees
 
 
@@ -169,6 +178,8 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         dump["data"].pop("noise", None)  # at rate 0 every kind is none
     if recipe.ppo.advantage == "rloo":
         dump["ppo"] = {k: v for k, v in dump["ppo"].items() if k not in _CRITIC}
+        if recipe.reward.at_limit != "zero":
+            dump["reward"].pop("center", None)
     settings = {
         "seed": dump["seed"],
         "precision": dump["model"]["precision"],

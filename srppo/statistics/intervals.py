@@ -67,18 +67,24 @@ def within(estimate: Estimate, limits: tuple[float, float] | None) -> Estimate:
 
 
 def ratio_interval(
-    numerators: ArrayLike, denominators: ArrayLike, *, limits: tuple[float, float] | None = None, draws: int = 4000
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    draws: int = 4000,
 ) -> Estimate:
-    """sum(numerators) / sum(denominators) over independent units, with a 95% interval; n counts units.
+    """sum(numerators) / sum(denominators) over units, or over (seeds, units), with a 95% interval; n counts units.
 
-    `item_interval` of the linearised ratio R: unit i has the value R + (a_i - R b_i) / mean(b) (Cochran 1977, ch. 6).
+    `calibrated_interval` of the linearised ratio R: unit i has the value R + (a_i - R b_i) / mean(b) (Cochran 1977, ch.
+    6).
     """
     a, b = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     if a.size == 0:
         return wilson(0, 0)
     ratio = a.sum() / b.sum()
-    values = ratio + (a - ratio * b) / b.mean()
-    return within(calibrated_interval(values[None, :], limits=limits, draws=draws), limits)
+    values = np.atleast_2d(ratio + (a - ratio * b) / b.mean())
+    return within(calibrated_interval(values, clusters, limits=limits, draws=draws), limits)
 
 
 def crossed_interval(

@@ -10,14 +10,18 @@ from srppo.training.masked import masked_mean, masked_var
 WHITEN_EPS = 1e-8
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> Tensor:
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float | Tensor) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16); never whitens.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1}
 
     `values_BT[t]` is the value of the state before response token t. An episode ends after the last counted token:
     the value beyond it is 0, also for rollouts stopped by the length limit, because the limit is part of the task
-    (no token can follow, so no reward can). mask_BT marks a prefix of each row; A is 0 where masked.
+    (no token can follow, so no reward can). mask_BT marks a prefix of each row; A is 0 where masked. lam: a number, or
+    one a row (B).
+
+    With lam < 1 a terminal reward reaches a token by lam to the number of tokens that follow, unless the values know of
+    it: a reward of positive mean over values of 0 pays for ending (docs/length.md).
     """
     rewards_BT = rewards_BT.masked_fill(~mask_BT, 0.0)
     values_BT = values_BT.masked_fill(~mask_BT, 0.0)
@@ -30,6 +34,11 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float,
         advantages_BT[:, t] = next_advantage_B
         next_value_B = values_BT[:, t]
     return advantages_BT
+
+
+def length_lambda(mask_BT: Tensor, alpha: float) -> Tensor:
+    """Lambda of each response, 1 - 1/(alpha x tokens), at least 0; B (VAPO, arXiv 2504.05118)."""
+    return (1 - 1 / (alpha * mask_BT.sum(dim=1).clamp(min=1))).clamp(min=0.0)
 
 
 def rloo(rewards_BT: Tensor, mask_BT: Tensor, *, per_prompt: int) -> Tensor:

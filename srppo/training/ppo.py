@@ -2,7 +2,8 @@
 
     1. sample a response y to each prompt x from the policy
     2. score it: old log-probs, values, log pi_sft, log pi_base
-    3. reward r = log pi_sft(y|x) - log pi_base(y|x) at EOS, minus beta KL to the anchor, over a running deviation
+    3. reward r = log pi_sft(y|x) - log pi_base(y|x) at EOS, minus beta KL to the anchor, less its mean, over a running
+       deviation
     4. advantages by GAE, returns, whitening; or leave-one-out (ppo.advantage = "rloo"), which has no critic
     5. several passes of clipped policy and value updates
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,16 +29,24 @@ from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import weight_bytes
 from srppo.models.value_model import ValueModel
-from srppo.training.advantage import gae, rloo, whiten, whitening_std
+from srppo.training.advantage import gae, length_lambda, rloo, whiten, whitening_std
 from srppo.training.batch import RolloutBatch, micro_slices
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
 from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
 from srppo.training.masked import masked_mean
-from srppo.training.reward import Rewards, RunningStd, compute_rewards, reward_diagnostics, reward_warnings
+from srppo.training.reward import (
+    Rewards,
+    RunningStd,
+    centred,
+    compute_rewards,
+    reward_diagnostics,
+    reward_warnings,
+)
 from srppo.training.rollout import generate, to_batch
 from srppo.training.scores import Scores, score_log_ratio
 
 ROLLOUTS_LOGGED = 16  # responses a step that are written down
+CRITIC_KNOWS = 0.1  # explained variance above which the critic says something
 ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first steps of a zero head wild
 
 
@@ -135,7 +145,11 @@ def train_ppo(
         )
         scores = score_log_ratio(sft_policy, base_policy, batch, micro_batch=config.micro_batch)
         # 3. Reward.
-        rewards = compute_rewards(recipe.reward, scores, batch, running, derive_seed(recipe.seed, "shuffle", step))
+        shuffle = derive_seed(recipe.seed, "shuffle", step)
+        rewards = compute_rewards(recipe.reward, scores, batch, running, shuffle, per_prompt=rollout.per_prompt)
+        if learners.value is not None and recipe.reward.center == "critic" and step == 1:
+            usual = float(rewards.rewards_BT.sum(dim=1)[rewards.trained_B].double().mean())
+            batch = replace(batch, old_values_BT=learners.value.start_at(usual, batch.response_mask_BT))
         watch.lap("score_s")
         # 4. Advantages and returns.
         targets = make_targets(recipe, batch, rewards, scores.anchor_BT(recipe.reward.anchor))
@@ -154,7 +168,7 @@ def train_ppo(
             learners, batch, updates=(done, config.minibatches), critic_only=step <= config.critic_warmup
         )
         row |= metrics | {"lr": config.lr * factor, "flops": state.counters["flops"]}
-        for warning in reward_warnings(row):
+        for warning in [*reward_warnings(row), *length_warnings(row, recipe)]:
             bench.console.warn(warning)
         log_rollouts(bench, step, chosen, generated.responses(), rewards.score_B)
         seconds = sum(watch.seconds.values())
@@ -176,14 +190,20 @@ def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_l
 
     RLOO's baseline takes in the rollouts that are left out of the loss: they are responses to the prompt all the same.
     """
-    loss_mask_BT = batch.response_mask_BT & rewards.trained_B.unsqueeze(1)
+    rewards_BT, mask_BT = rewards.rewards_BT, batch.response_mask_BT
+    per_prompt, place = recipe.rollout.per_prompt, recipe.reward.placement
+    loss_mask_BT = mask_BT & rewards.trained_B.unsqueeze(1)
     if recipe.ppo.advantage == "rloo":
-        advantages_BT = rloo(rewards.rewards_BT, batch.response_mask_BT, per_prompt=recipe.rollout.per_prompt)
+        advantages_BT = rloo(rewards_BT, mask_BT, per_prompt=per_prompt)
+        returns_BT = torch.zeros_like(advantages_BT)  # no critic reads them
     else:
-        advantages_BT = gae(
-            rewards.rewards_BT, batch.old_values_BT, batch.response_mask_BT, gamma=recipe.ppo.gamma, lam=recipe.ppo.lam
-        )
-    returns_BT = advantages_BT + batch.old_values_BT
+        if recipe.reward.center == "batch":
+            rewards_BT = centred(rewards_BT, mask_BT, rewards.trained_B, per_prompt=per_prompt, at=place)
+        estimate = partial(gae, rewards_BT, batch.old_values_BT, mask_BT, gamma=recipe.ppo.gamma)
+        by_length, critic_lam = recipe.ppo.lam_length, recipe.ppo.critic_lam
+        lam = recipe.ppo.lam if by_length is None else length_lambda(mask_BT, by_length)
+        advantages_BT = estimate(lam=lam)
+        returns_BT = estimate(lam=lam if critic_lam is None else critic_lam) + batch.old_values_BT
     kl_scale = 1.0 / rewards.scale
     if recipe.ppo.whiten:
         kl_scale /= float(whitening_std(advantages_BT, loss_mask_BT))
@@ -298,6 +318,7 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: Scores) -> di
     mask_BT, lengths_B = batch.response_mask_BT, batch.lengths_B().float()
     return {
         "reward": float(rewards.score_B.mean()),
+        "reward_std": float(rewards.score_B.std(correction=0)),
         "reward_per_token": float(rewards.score_B.sum() / lengths_B.sum()),
         "kl_sft": float((batch.old_logprobs_BT - scores.sft_logprobs_BT).sum(dim=1).mean()),
         "kl_base": float((batch.old_logprobs_BT - scores.base_logprobs_BT).sum(dim=1).mean()),
@@ -307,6 +328,19 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: Scores) -> di
         "scale": rewards.scale,
         **reward_diagnostics(scores.log_ratio_BT, scores.base_logprobs_BT, rewards.score_B, mask_BT),
     }
+
+
+def length_warnings(row: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Whether the reward's mean alone makes ending pay (docs/length.md): no value knows it, and lambda discounts it."""
+    centred = recipe.reward.center != "none" or row.get("explained_variance", 1.0) > CRITIC_KNOWS
+    if centred or recipe.ppo.lam == 1 or abs(row["reward"]) <= row["reward_std"]:
+        return []
+    what = "shorter" if row["reward"] > 0 else "longer"
+    return [
+        "the reward's mean is above its deviation, the critic knows nothing of it and ppo.lam is below 1: answers will "
+        f"grow {what} whatever they say; set reward.center=batch, or ppo.lam=1, or train the critic first "
+        "(ppo.critic_warmup)"
+    ]
 
 
 def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, int], critic_only: bool) -> int:

@@ -94,7 +94,7 @@ class RunningStd:
 class Rewards:
     """What the optimiser sees, and what a person reads.
 
-    rewards_BT      scaled reward - beta KL (k1), as GAE takes it
+    rewards_BT      scaled reward - beta KL (k1)
     score_B         the reward of each response before KL and scale, nats
     trained_B       bool, False for rollouts left out of the loss
     scale           the deviation everything was divided by
@@ -107,16 +107,19 @@ class Rewards:
 
 
 def compute_rewards(
-    config: RewardConfig, scores: Scores, batch: RolloutBatch, running: RunningStd, seed: int
+    config: RewardConfig, scores: Scores, batch: RolloutBatch, running: RunningStd, seed: int, *, per_prompt: int = 1
 ) -> Rewards:
     """The reward of each token of a batch of rollouts, by `config`; updates `running` with this batch first.
 
     KL is taken of the behaviour log-probs (at the sampling temperature: they are those of the distribution being
-    optimised). `seed` orders the shuffled kind.
+    optimised). `seed` orders the shuffled kind. Rows come in groups of `per_prompt` responses to one prompt.
     """
     rewards_BT = rewards_before_kl(config, scores, batch, seed)
-    score_B = rewards_BT.sum(dim=1)
-    trained_B = batch.ended_B.clone() if config.at_limit == "drop" else torch.ones_like(batch.ended_B)
+    score_B, ended_B = rewards_BT.sum(dim=1), batch.ended_B
+    trained_B = ended_B.clone() if config.at_limit == "drop" else torch.ones_like(ended_B)
+    if config.at_limit == "zero" and config.center != "none":  # neutral: what the others are paid
+        usual_B = mean_of_others(score_B, ended_B, per_prompt).masked_fill(ended_B, 0.0)
+        rewards_BT = rewards_BT + spread(usual_B, batch.response_mask_BT, at=config.placement)
     if config.kl == "k1":
         kl_BT = k1(batch.old_logprobs_BT, scores.anchor_BT(config.anchor), batch.response_mask_BT)
         rewards_BT = rewards_BT - config.beta * kl_BT
@@ -124,6 +127,38 @@ def compute_rewards(
         running.update(rewards_BT.sum(dim=1)[trained_B])
     scale = running.std if config.scale else 1.0
     return Rewards(rewards_BT / scale, score_B, trained_B, scale)
+
+
+def centred(
+    rewards_BT: Tensor, mask_BT: Tensor, counted_B: Tensor, *, per_prompt: int, at: Literal["eos", "token"]
+) -> Tensor:
+    """Rewards less the mean return of the others (`mean_of_others`), taken off where the reward is paid; BT.
+
+    Every response ends once, so at gamma 1 this moves no optimum, wherever in the response it is taken off.
+    """
+    usual_B = mean_of_others(rewards_BT.sum(dim=1), counted_B, per_prompt)
+    return rewards_BT - spread(usual_B, mask_BT, at=at)
+
+
+def spread(x_B: Tensor, mask_BT: Tensor, *, at: Literal["eos", "token"]) -> Tensor:
+    """A number of each rollout at its last counted token, or evenly over the counted ones; BT, 0 where masked."""
+    places_BT = last_token(mask_BT) if at == "eos" else mask_BT
+    return places_BT * (x_B / places_BT.sum(dim=1).clamp(min=1)).unsqueeze(1)
+
+
+def mean_of_others(x_B: Tensor, counted_B: Tensor, per_prompt: int) -> Tensor:
+    """For each rollout the mean of x over the other counted responses to its prompt; over those of the whole batch
+    where the prompt has no other; 0 where the batch has none. B, in the unit of x.
+
+    Leaving the rollout itself out keeps the baseline independent of it, and the policy gradient unbiased.
+    """
+    x_B = x_B.masked_fill(~counted_B, 0.0)
+    mean_B = torch.zeros_like(x_B, dtype=torch.float64)
+    for size in (len(x_B), per_prompt):
+        x_PK, counted_PK = x_B.double().view(-1, size), counted_B.double().view(-1, size)
+        sums_PK, counts_PK = (y_PK.sum(dim=1, keepdim=True) - y_PK for y_PK in (x_PK, counted_PK))
+        mean_B = torch.where(counts_PK > 0, sums_PK / counts_PK, mean_B.view(-1, size)).view(-1)
+    return mean_B.to(x_B.dtype)
 
 
 def rewards_before_kl(config: RewardConfig, scores: Scores, batch: Generated, seed: int = 0) -> Tensor:
@@ -155,8 +190,7 @@ def reward_terms(config: RewardConfig, scores: Scores, mask_BT: Tensor, seed: in
 def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
     """Another rollout's sum, spread evenly: the same rewards over the batch, with no relation to the response."""
     other_B = coherent_reward(terms_BT, mask_BT)[derangement(len(mask_BT), seed).to(mask_BT.device)]
-    even_B1 = other_B.unsqueeze(1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-    return even_B1.expand_as(terms_BT).masked_fill(~mask_BT, 0.0)
+    return spread(other_B, mask_BT, at="token")
 
 
 def derangement(n: int, seed: int) -> Tensor:

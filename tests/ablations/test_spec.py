@@ -328,6 +328,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "reward.placement": [{"reward.placement": "token"}],
     "reward.at_limit": [{"reward.at_limit": "drop"}],
     "reward.anchor": [{"reward.anchor": "base"}],
+    "reward.center": [{"reward.center": center} for center in ("none", "critic")],
     "reward.kl": [{"reward.kl": "k3"}],
     "ppo.advantage": [{"ppo.advantage": "rloo", "rollout.per_prompt": 4}],
     "ppo.schedule": [{"ppo.schedule": "cosine"}],
@@ -341,8 +342,9 @@ OTHER: dict[str, list[dict[str, Any]]] = {
 }
 NUMBERS = {
     "data.size": 7, "data.prompts_size": 7, "data.held_out": 0.3, "data.max_prompt_tokens": 100, "data.max_tokens": 900,
-    "sft.steps": 9, "reward.token_clip": 2.0, "reward.clip": 2.0, "ppo.gamma": 0.5, "ppo.lam": 0.5, "ppo.warmup": 0.5,
-    "sft.warmup": 0.5, "ppo.target_kl": 0.5, "ppo.minibatches": 3, "eval.limit": 9, "ppo.value_clip": None,
+    "sft.steps": 9, "reward.token_clip": 2.0, "reward.clip": 2.0, "ppo.gamma": 0.5, "ppo.lam": 0.5,
+    "ppo.lam_length": 0.5, "ppo.critic_lam": 0.5, "ppo.warmup": 0.5, "sft.warmup": 0.5,
+    "ppo.target_kl": 0.5, "ppo.minibatches": 3, "eval.limit": 9, "ppo.value_clip": None,
 }  # fmt: skip
 
 

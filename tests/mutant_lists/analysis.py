@@ -173,4 +173,32 @@ MUTANTS = [
         "    if False:\n",
         "analysis/test_score.py::test_an_answer_without_its_end",
     ),
+    Mutant(
+        "explain: cut answers with the ended ones",
+        "analysis/explain.py",
+        "return 2 * self.length_QK + self.ended_QK",
+        "return 2 * self.length_QK",
+        "analysis/test_explain.py::test_lengths_that_pi_sft_never_wrote_are_counted_and_bounded",
+    ),
+    Mutant(
+        "explain: rates without their errors",
+        "analysis/explain.py",
+        "(own_QK * (sft.right_QK - rate[ours_QK])).mean(axis=1)",
+        "0.0",
+        "analysis/test_explain.py::test_intervals_cover[True]",
+    ),
+    Mutant(
+        "explain: a length never written is right",
+        "analysis/explain.py",
+        "bounds = (right_SQ, right_SQ + outside_SQ)",
+        "bounds = (right_SQ + outside_SQ, right_SQ + outside_SQ)",
+        "analysis/test_explain.py::test_lengths_that_pi_sft_never_wrote_are_counted_and_bounded",
+    ),
+    Mutant(
+        "explain: a share of no gain",
+        "analysis/explain.py",
+        "if gain.low > 0 or gain.high < 0:",
+        "if True:",
+        "analysis/test_explain.py::test_the_policy_itself_has_no_gain_to_explain",
+    ),
 ]

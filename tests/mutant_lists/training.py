@@ -6,6 +6,34 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "centring: dropped",
+        "training/ppo.py",
+        'if recipe.reward.center == "batch":',
+        'if recipe.reward.center == "none":',
+        "training/test_length.py::test_a_constant_reward_moves_no_token",
+    ),
+    Mutant(
+        "centring: the mean with the rollout itself",
+        "training/reward.py",
+        "(y_PK.sum(dim=1, keepdim=True) - y_PK for y_PK in (x_PK, counted_PK))",
+        "(y_PK.sum(dim=1, keepdim=True) for y_PK in (x_PK, counted_PK))",
+        "training/test_length.py::test_the_mean_is_of_the_other_rollouts",
+    ),
+    Mutant(
+        "length limit: 0 beside rewards of a positive mean",
+        "training/reward.py",
+        'if config.at_limit == "zero" and config.center != "none":',
+        'if config.at_limit == "zero" and config.center == "none":',
+        "training/test_length.py::test_a_constant_reward_moves_no_token",
+    ),
+    Mutant(
+        "critic's lambda: the policy's own",
+        "training/ppo.py",
+        "estimate(lam=lam if critic_lam is None else critic_lam)",
+        "estimate(lam=lam)",
+        "training/test_length.py::test_the_critics_lambda_is_of_its_targets_alone",
+    ),
+    Mutant(
         "policy loss: sign",
         "training/losses.py",
         "plain_BT = -advantages_BT * ratio_BT\n",
@@ -351,8 +379,8 @@ MUTANTS = [
     Mutant(
         "ppo: returns of whitened advantages",
         "training/ppo.py",
-        "returns_BT = advantages_BT + batch.old_values_BT",
-        "returns_BT = whiten(advantages_BT, loss_mask_BT) + batch.old_values_BT",
+        "    kl_scale = 1.0 / rewards.scale\n",
+        "    returns_BT = whiten(returns_BT, loss_mask_BT)\n    kl_scale = 1.0 / rewards.scale\n",
         "training/test_ppo.py::test_targets_by_hand",
     ),
     Mutant(

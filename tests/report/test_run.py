@@ -85,6 +85,7 @@ def test_the_page_of_a_whole_run(run: Run) -> None:
     text, page = report(run)
     for words in ("Accuracy by task", "Training", "Reward against KL", "Length of answers", "Samples", "Configuration"):
         assert words in page
+    assert "What length alone explains" in page and "pooled over the questions of a task, from recorded answers" in text
     assert "Missing or failed" not in page and "a CPU" in page and "ppo.steps" not in text
     assert "means over training seeds (3). Bands: 95% t interval of the mean, point by point." in page
     assert page.count("items and training seeds (3 seeds): t width") == 3, "arms, tasks and lengths"

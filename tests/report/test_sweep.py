@@ -249,6 +249,17 @@ def test_cells_by_hand(fine: Record) -> None:
         assert close(row["accuracy"], fine.matrix(row["point"], row["arm"], metric).mean())
 
 
+def test_the_part_of_a_gain_that_length_explains(fine: Record) -> None:
+    """Every answer has three tokens, so length explains nothing of what SRPPO gains over SFT."""
+    for point in fine.result.plan.sweep.points:
+        figures = fine.result.cell(Cell(point.name, "SRPPO")).figures
+        after, before = (fine.matrix(point.name, arm, ("unseen", "sampled")) for arm in ("SRPPO", "SFT"))
+        assert figures["sampled_gain"] == pytest.approx((after - before).mean())
+        assert figures["gain_at_lengths"] == pytest.approx(0.0, abs=1e-12)
+        assert "sampled_gain" not in fine.result.cell(Cell(point.name, "SFT")).figures
+    assert "of it by length" in fine.page
+
+
 def test_differences_by_hand(fine: Record) -> None:
     rows = [r for r in fine.table("differences.csv") if r["planned"] == "True"]
     gaps = [fine.matrix(r["model_point"], r["model"]) - fine.matrix(r["baseline_point"], r["baseline"]) for r in rows]

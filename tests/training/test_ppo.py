@@ -51,7 +51,7 @@ def test_targets_by_hand(whitened: bool) -> None:
     batch = ragged_batch()
     values_BT = batch.old_values_BT
     rewards = Rewards(ragged_logprobs(6), torch.zeros(4), ENDED_B, 2.5)
-    recipe = tiny_recipe(ppo={"gamma": 0.9, "lam": 0.8, "whiten": whitened}, reward={"kl": "k2"})
+    recipe = tiny_recipe(ppo={"gamma": 0.9, "lam": 0.8, "whiten": whitened}, reward={"kl": "k2", "center": "none"})
     targets = make_targets(recipe, batch, rewards, ragged_logprobs(1))
     advantages = torch.zeros(4, 4)
     for b, length in enumerate(LENGTHS):
@@ -110,11 +110,11 @@ def test_rewards_are_taken_at_temperature_1_and_kl_from_the_anchor(
 ) -> None:
     seen: list[dict[str, Any]] = []
 
-    def watch_rewards(config: RewardConfig, scores: Scores, batch: RolloutBatch, *rest: Any) -> Rewards:
+    def watch_rewards(config: RewardConfig, scores: Scores, batch: RolloutBatch, *rest: Any, **more: Any) -> Rewards:
         seen.append(
             {**scores._asdict(), "policy_logprobs_BT": batch.old_logprobs_BT, "mask_BT": batch.response_mask_BT}
         )
-        return compute_rewards(config, scores, batch, *rest)
+        return compute_rewards(config, scores, batch, *rest, **more)
 
     def watch_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_logprobs_BT: Tensor) -> Targets:
         seen[-1] |= {"batch": batch, "anchor": anchor_logprobs_BT}
