@@ -218,6 +218,13 @@ class PpoConfig(_Section):
         return None if value == "none" else value  # TOML has no word for it, and the default is a number
 
 
+class DistilConfig(_Section):
+    """On-policy distillation; max_grad_norm, max_kl and what changes no result are those of `ppo`."""
+
+    steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation, an optimizer step each")
+    lr: float = Field(1e-3, gt=0, description="its learning rate at the start (Adam), which falls linearly")
+
+
 class MethodsConfig(_Section):
     """What PPO is compared with beside longer SFT; read by those stages alone."""
 
@@ -263,6 +270,7 @@ class Recipe(_Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PpoConfig = PpoConfig()
+    distil: DistilConfig = DistilConfig()
     methods: MethodsConfig = MethodsConfig()
     eval: EvalConfig = EvalConfig()
 

@@ -339,6 +339,23 @@ def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path
             assert each[name][0] != each["plain"][0] and each[name][1:] != each["plain"][1:], (kind, name)
 
 
+@covers("distil.steps", "distil.lr")
+def test_distillation_reads_its_own_steps_and_rate(world: World, tmp_path: Path) -> None:
+    """And PPO reads neither: its stage is found again. The distilled model is exported, and it is what is measured."""
+    stages = {}
+    for name, keys in (("plain", {}), ("steps", {"distil.steps": 3}), ("lr", {"distil.lr": 0.02})):
+        console = Console(plain=True, file=io.StringIO())
+        recipe = world.recipe({"distil.steps": 2, "distil.lr": 0.01, "eval.keep": "last", **keys})
+        stages[name] = run_stages(prepare_run(recipe, ["distil", "ppo"], tmp_path / name, console))
+    assert len({found["ppo"].id for found in stages.values()}) == 1
+    assert len({found["distil"].id for found in stages.values()}) == 3
+    assert [found["distil"].metrics()[-1]["step"] for found in stages.values()] == [2, 3, 2]
+    weights = [(found["distil"].path / "model" / "model.safetensors").read_bytes() for found in stages.values()]
+    assert len({*weights, (stages["plain"]["sft"].path / "model" / "model.safetensors").read_bytes()}) == 4
+    figures = (stages["plain"]["distil"].result() or {})["figures"]
+    assert figures["steps"] == 2 and figures["flops"] > 0 and figures["test"]
+
+
 @covers("model.allow_pickle")
 def test_pickled_weights_are_refused_unless_allowed(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"

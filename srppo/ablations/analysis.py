@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from srppo.ablations.ledger import Ledger, State
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
-from srppo.ablations.spec import Analysis, Cell, Comparison, Sweep
+from srppo.ablations.spec import Cell, Comparison, Sweep
 from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
 from srppo.stages.kinds import KINDS
-from srppo.statistics.intervals import Estimate, calibrated_interval, crossed_error, interquartile_mean
-from srppo.statistics.tests import detectable, holm, seeds_needed, sign_flip
+from srppo.statistics.intervals import Estimate, calibrated_interval, interquartile_mean
+from srppo.statistics.tests import sign_flip
+from srppo.statistics.verdicts import Contrast, Finding, judge, t_interval
 
 DRAWS = 1000  # only the shape of an interval hangs on them, not its width
 Metric = tuple[str, str]  # group of items, decoding
@@ -57,17 +58,26 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Tested:
-    """A paired difference. p, p_holm: NaN where exploratory. detectable: at 80% power, before correction."""
+    """A paired difference; its figures are those of `verdicts.Finding`.
+
+    One that is not of the family is exploratory: a plain 95% interval, and NaN for what tests say. tasks: how many are
+    the units, None where items are; these_tasks: then the interval over items, which speaks of no other tasks.
+    """
 
     comparison: Comparison
     metric: Metric
     seeds: tuple[int, ...]
     difference: Estimate
+    confidence: float
     p: float
     p_holm: float
+    p_same: float
+    p_same_holm: float
     detectable: float
     verdict: str
     primary: bool
+    tasks: int | None
+    these_tasks: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -232,11 +242,12 @@ def _figures(stage: Stage) -> dict[str, float]:
     if "ess" in figures:
         found["ess"] = float(figures["ess"]["harmonic"])
     rollouts = [row for row in stage.metrics() if "reward" in row]
+    wanted = ("reward", "kl_sft", "kl_base", "length", "ended")
     for row in rollouts[:1]:
-        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended")}
+        found |= {f"{key}_start": float(row[key]) for key in ("length", "ended") if key in row}
     for row in rollouts:
         if row["step"] == figures.get("kept_step"):
-            found |= {key: float(row[key]) for key in ("reward", "kl_sft", "kl_base", "length", "ended")}
+            found |= {key: float(row[key]) for key in wanted if key in row}
     return found
 
 
@@ -277,51 +288,43 @@ def _differences(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Tested, ...
     family = plan.sweep.analysis.family
     primary = (plan.sweep.analysis.group, plan.sweep.analysis.decoding)
     metrics = dict.fromkeys(m for by_seed in scores.values() for by_metric in by_seed.values() for m in by_metric)
-    usable = {each: pair for each in family if (pair := _paired(scores, each, primary)) is not None}
-    flips = [sign_flip(gaps.mean(axis=1)).p for gaps, _ in usable.values()]
-    # What failed still counts in the correction: a family does not shrink because some of it is missing.
-    corrected = holm([*flips, *[1.0] * (len(family) - len(usable))])
-    found = [
-        _tested(plan.sweep.analysis, each, primary, *pair, p, p_holm)
-        for (each, pair), p, p_holm in zip(usable.items(), flips, corrected, strict=False)
-    ]
+    alpha, margin = plan.sweep.analysis.alpha, plan.sweep.analysis.margin
+    found = []
     for metric in metrics:
-        for each in family if metric != primary else ():
-            if (pair := _paired(scores, each, metric)) is not None:
-                found.append(_tested(plan.sweep.analysis, each, metric, *pair, math.nan, math.nan))
-    return tuple(found)
-
-
-def _tested(
-    analysis: Analysis,
-    comparison: Comparison,
-    metric: Metric,
-    gaps: NDArray[np.float64],
-    seeds: tuple[int, ...],
-    p: float,
-    p_holm: float,
-) -> Tested:
-    alpha = analysis.alpha
-    interval = calibrated_interval(gaps, limits=(-1.0, 1.0), draws=DRAWS)
-    verdict = "cannot tell"
-    if p_holm <= alpha and (interval.low > 0 or interval.high < 0):
-        verdict = "better" if interval.mean > 0 else "worse"
-    error, df = crossed_error(gaps)
-    can = len(seeds) >= seeds_needed(alpha, len(analysis.family))
-    least = detectable(error, df, alpha=alpha) if can and error > 1e-12 else math.inf
-    return Tested(comparison, metric, seeds, interval, p, p_holm, least, verdict, not math.isnan(p))
+        usable = {each: pair for each in family if (pair := _paired(scores, each, metric, margin)) is not None}
+        contrasts = [contrast for contrast, _ in usable.values()]
+        if metric == primary:
+            # What failed still counts in the correction: a family does not shrink because some of it is missing.
+            findings = judge(contrasts, alpha=alpha, missing=len(family) - len(usable))
+        else:
+            findings = [_described(contrast) for contrast in contrasts]
+        for (each, (contrast, seeds)), finding in zip(usable.items(), findings, strict=True):
+            tasks, narrow = None, None
+            if contrast.clusters is not None:
+                tasks = len(set(contrast.clusters))
+                narrow = t_interval(replace(contrast, clusters=None), 1 - finding.confidence)
+            found.append(Tested(each, metric, seeds, *finding, metric == primary, tasks, narrow))
+    return tuple(sorted(found, key=lambda each: not each.primary))
 
 
 def _paired(
-    scores: Mapping[Cell, Scores], comparison: Comparison, metric: Metric
-) -> tuple[NDArray[np.float64], tuple[int, ...]] | None:
-    """((seeds, items) differences, seeds) of the seeds that both cells have; None without any."""
+    scores: Mapping[Cell, Scores], comparison: Comparison, metric: Metric, margin: float
+) -> tuple[Contrast, tuple[int, ...]] | None:
+    """(differences, seeds) of the seeds that both cells have; None without any."""
     model, baseline = scores[comparison.model], scores[comparison.baseline]
     seeds = tuple(s for s in model if s in baseline and metric in model[s] and metric in baseline[s])
     if not seeds:
         return None
     after, before = _matrix([{s: model[s] for s in seeds}, {s: baseline[s] for s in seeds}], metric)
-    return after - before, seeds
+    gaps = after - before
+    exact = sign_flip(gaps.mean(axis=1))
+    return Contrast(gaps, exact, model[seeds[0]][metric].clusters, margin=margin), seeds
+
+
+def _described(contrast: Contrast) -> Finding:
+    """A plain 95% interval, neither tested nor corrected."""
+    unknown = math.nan
+    return Finding(t_interval(contrast), 0.95, unknown, unknown, unknown, unknown, unknown, "cannot tell")
 
 
 def _matrix(arms: Sequence[Scores], metric: Metric) -> list[NDArray[np.float64]]:
@@ -346,10 +349,13 @@ def _along_the_axis(sweep: Sweep, scores: Mapping[Cell, Scores]) -> tuple[tuple[
     metric, apart for each other axis value.
 
     Over the seeds that have every point, where there are three; an arm that is the same at all of them has no peak.
-    Slopes are least squares, seed by seed and item by item: linear, so their intervals are those of a mean.
+    Slopes are least squares, seed by seed and item by item: linear, so their intervals are those of a mean, over tasks
+    where there are several.
     """
     analysis, trends, peaks = sweep.analysis, list[Trend](), list[Peak]()
     metric, axis, scale = (analysis.group, analysis.decoding), analysis.trend or "", analysis.scale
+    measured = (each[metric] for by_seed in scores.values() for each in by_seed.values() if metric in each)
+    clusters = next((each.clusters for each in measured), None)
     for what, where, line in _lines(sweep, scores, metric):
         seeds = [s for s in line[0][1] if all(s in own for _, own in line)] if len({x for x, _ in line}) >= 3 else []
         if not seeds:
@@ -359,14 +365,15 @@ def _along_the_axis(sweep: Sweep, scores: Mapping[Cell, Scores]) -> tuple[tuple[
         xs = np.array([math.log2(x) if scale == "log2" else x for x, _ in line])
         weights = (xs - xs.mean()) / ((xs - xs.mean()) ** 2).sum()
         slopes = np.asarray(sum(weight * row for weight, (_, row) in zip(weights, rows, strict=True)))
-        slope = calibrated_interval(slopes, draws=DRAWS)
+        slope = calibrated_interval(slopes, clusters, draws=DRAWS)
         trends.append(Trend(what, axis, scale, where, metric, slope, len(line), len(seeds), same))
         if same or not any(arm.name == what for arm in sweep.arms):
             continue
         values = dict(sorted(rows, key=lambda row: row[0]))
         at = max(values, key=lambda x: float(values[x].mean()))
         ends = [x for x in (min(values), max(values)) if x != at]
-        drops = [(x, calibrated_interval(values[at] - values[x], limits=(-1.0, 1.0), draws=DRAWS)) for x in ends]
+        gaps = {x: values[at] - values[x] for x in ends}
+        drops = [(x, calibrated_interval(gaps[x], clusters, limits=(-1.0, 1.0), draws=DRAWS)) for x in ends]
         peaks.append(Peak(what, axis, where, at, float(values[at].mean()), tuple(drops), len(seeds)))
     return tuple(trends), tuple(peaks)
 

@@ -181,9 +181,9 @@ def task_seconds(task: Task, pace: Pace) -> float:
     if task.kind == "sft":
         steps, measured = _sft_steps(recipe, pace)
         return fixed + steps * pace.sft_step_s + (measured + 1) * dev
-    if task.kind == "ppo":
-        every = recipe.eval.every or recipe.ppo.steps
-        return fixed + recipe.ppo.steps * pace.ppo_step_s + (math.ceil(recipe.ppo.steps / every) + 1) * dev
+    if task.kind in ("ppo", "distil"):  # a step of distillation takes no longer than one of PPO
+        steps = getattr(recipe, task.kind).steps
+        return fixed + steps * pace.ppo_step_s + (math.ceil(steps / (recipe.eval.every or steps)) + 1) * dev
     if task.kind == "longer-sft":  # by counted compute, whose rate is taken to be the same
         train = recipe.ppo.steps * pace.ppo_step_s + _sft_steps(recipe, pace)[0] * pace.sft_step_s
         return fixed + (task.share or 1.0) * train + dev

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from srppo.ablations.plan import Plan
-from srppo.ablations.spec import Arm, Cell, Sweep
+from srppo.ablations.spec import Analysis, Arm, Cell, Sweep
 from srppo.ablations.sweeps import ARMS, SWEEPS, Options
 from srppo.config import Recipe, is_embedded, parse_override, parse_value
 from srppo.errors import ConfigError
@@ -29,6 +29,7 @@ def read_options(
     arms: str | None = None,
     primary: str | None = None,
     quick: bool = False,
+    margin: float = Analysis.margin,
 ) -> Options:
     """Check and translate. Raises ConfigError for an unknown sweep, an axis it lacks, or values that are none."""
     if name not in SWEEPS:
@@ -52,7 +53,7 @@ def read_options(
         )
     if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
         raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
-    return Options(recipe, _primary(primary, recipe), seeds, found, quick, _arms(name, arms))
+    return Options(recipe, _primary(primary, recipe), seeds, found, quick, _arms(name, arms), margin)
 
 
 def _arms(name: str, text: str | None) -> tuple[Arm, ...]:

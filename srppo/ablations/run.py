@@ -216,7 +216,8 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
         f"estimated from a measured short step: {hours:.2f} core-hours, {duration(hours * 3600 / slots)} with {slots} "
         "at once",
         f"fixed now: {analysis.group} items, {analysis.decoding}; {len(analysis.family)} paired differences, "
-        f"{analysis.test}, {analysis.correction} at {analysis.alpha:g}; all else is exploratory",
+        f"{analysis.test} and t, {analysis.correction} at {analysis.alpha:g}, the same below {analysis.margin:g}; all "
+        "else is exploratory",
         *found.lines,
         *(f"note: {note}" for note in sweep.notes),
         f"folder: {folder}",

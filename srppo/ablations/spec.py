@@ -83,7 +83,8 @@ class Analysis:
     """Fixed beforehand; whatever is looked at beside it is marked exploratory.
 
     The primary metric is accuracy on one group of test items under one decoding. family: the comparisons that Holm's
-    correction is over. trend: the axis along which a slope is fitted, on `scale` (log2 or linear), or None.
+    correction is over. trend: the axis along which a slope is fitted, on `scale` (log2 or linear), or None. margin: two
+    arms whose accuracies differ by less are the same.
     """
 
     group: str
@@ -94,6 +95,7 @@ class Analysis:
     test: str = "exact sign-flip over seeds"
     correction: str = "Holm"
     alpha: float = 0.05
+    margin: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ class Sweep:
         for names, what in (([p.name for p in self.points], "point"), ([a.name for a in self.arms], "arm")):
             if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
                 raise ConfigError(f"sweep {self.name} has the {what} {twice[0]!r} twice; give each value once")
-        cells, family = set(self.cells()), self.analysis.family
+        cells, family, margin = set(self.cells()), self.analysis.family, self.analysis.margin
+        if not 0 < margin < 1:
+            raise ConfigError(f"margin {margin} of sweep {self.name}: give a difference of accuracy between 0 and 1")
         for cell in (cell for each in family for cell in (each.model, each.baseline)):
             if cell not in cells:
                 raise ConfigError(f"sweep {self.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")

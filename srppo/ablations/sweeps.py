@@ -33,7 +33,8 @@ NOT_TUNED = "no setting was tuned for any point: what holds at the default may b
 class Options:
     """What a command line may change; empty means the sweep's own default.
 
-    primary: (group of items, decoding) of the primary metric. axes: values by recipe key. arms: of a grid.
+    primary: (group of items, decoding) of the primary metric. axes: values by recipe key. arms: of a grid. margin: of
+    the analysis.
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class Options:
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     quick: bool = False
     arms: tuple[Arm, ...] = ()
+    margin: float = Analysis.margin
 
     @property
     def embedded(self) -> bool:
@@ -91,7 +93,7 @@ class Options:
             notes = [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"]
             trend = None
         test = f"{'exact ' if len(self.seed_list) <= EXACT_FLIPS else ''}sign-flip over seeds"
-        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale, test)
+        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin)
         lie_on = tuple(dict.fromkeys(key for point in points for key in point.values) if axes is None else axes)
         return Sweep(
             name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)

@@ -87,6 +87,9 @@ def compare(
     metric: Annotated[str | None, Option(help="Scores to compare. (default: each task's primary)")] = None,
     decoding: Annotated[str | None, Option(help="greedy or sampled. (default: both)")] = None,
     alpha: Annotated[float, Option(help="Level of the tests, Holm-corrected over tasks.")] = 0.05,
+    margin: Annotated[
+        float | None, Option(help="Models that differ by less are the same. (default: 0.05, where scores are shares)")
+    ] = None,
     out: Annotated[Path | None, Option(metavar="PATH", help="A .md, .csv or .json file, or a folder for all.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -94,7 +97,16 @@ def compare(
     from srppo.console import Console
     from srppo.report.comparison import compare_command
 
-    compare_command(paths, task=task or [], metric=metric, decoding=decoding, alpha=alpha, out=out, console=Console())
+    compare_command(
+        paths,
+        task=task or [],
+        metric=metric,
+        decoding=decoding,
+        alpha=alpha,
+        margin=margin,
+        out=out,
+        console=Console(),
+    )
 
 
 def score(

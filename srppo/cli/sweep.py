@@ -43,12 +43,13 @@ def ablate(
         Option(
             metavar="A,B",
             help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, resampling, best-of-n, "
-            "RLOO, SRPPO. (default: SFT,SRPPO)",
+            "on-policy distillation, RLOO, SRPPO. (default: SFT,SRPPO)",
         ),
     ] = None,
     primary: Annotated[
         str | None, Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy)")
     ] = None,
+    margin: Annotated[float, Option(help="Arms that differ by less accuracy are the same.")] = 0.05,
     quick: Annotated[bool, Option("--quick", help="A look within ten minutes on two cores.")] = False,
     engine: Annotated[str, Option(help="local, ray, or slurm.")] = "local",
     slots: Slots = None,
@@ -79,6 +80,7 @@ def ablate(
         arms=arms,
         primary=primary,
         quick=quick,
+        margin=margin,
     )
     launch = Launch(engine=engine, slots=slots, timeout_s=timeout, retry=retry, device=device)
     folder = ablate_command(name, options, out, launch, console, plan_only=plan)

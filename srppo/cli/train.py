@@ -70,6 +70,7 @@ def train(
     keys: Keys = False,
     out: RunFolder = None,
     baselines: Annotated[bool, Option("--baselines/--no-baselines", help="Also SFT for the same compute.")] = False,
+    distil: Annotated[bool, Option("--distil", help="Also on-policy distillation, towards the same optimum.")] = False,
     device: Device = "auto",
     track: Track = None,
     plain: Plain = False,
@@ -78,7 +79,7 @@ def train(
     """SFT, unless it is given, then PPO with the coherent reward. The same command resumes a stopped run."""
     from srppo.config import load_recipe
 
-    kinds = ["base", "ppo", *(["longer-sft"] if baselines else [])]
+    kinds = ["base", *(["distil"] if distil else []), "ppo", *(["longer-sft"] if baselines else [])]
     _run(load_recipe(recipe, sets or []), kinds, recipe, out, device=device, track=track, plain=plain)
 
 

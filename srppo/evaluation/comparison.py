@@ -1,8 +1,8 @@
 """Whether one model is better than another: results in, paired differences, tests and plain words out. No torch.
 
-Every other model minus the baseline, task by task and decoding by decoding. A difference counts as shown when its p,
-corrected by Holm over the tasks and models of a decoding, is at most alpha and its interval excludes 0: the sign-flip
-test over seeds speaks of these items, the interval of other items too.
+Every other model minus the baseline, task by task and decoding by decoding; a decoding's comparisons are a family, and
+`statistics.verdicts` holds the rule. Where items belong to several tasks, tasks are the units: a claim about such a
+group is a claim about tasks.
 """
 
 from __future__ import annotations
@@ -10,33 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from srppo.errors import DataError
 from srppo.evaluation.pairing import Arms, Paired, by_seed, grouped, made_alike, pair
-from srppo.evaluation.results import DECODINGS
-from srppo.statistics.intervals import (
-    Estimate,
-    IqmDifference,
-    calibrated_interval,
-    cluster_values,
-    constant_bound,
-    crossed_error,
-    iqm_difference,
-)
-from srppo.statistics.tests import PValue, detectable, holm, mcnemar, seeds_needed, sign_flip
+from srppo.evaluation.results import DECODINGS, TASKS
+from srppo.statistics.intervals import Estimate, IqmDifference, iqm_difference
+from srppo.statistics.tests import PValue, mcnemar, seeds_needed, sign_flip
+from srppo.statistics.verdicts import MARGIN, Contrast, Finding, Verdict, judge, t_interval
+
+FEW_TASKS = 8  # with fewer as units, a verdict says so
 
 
 @dataclass(frozen=True)
 class Difference:
     """A model minus the baseline on one task under one decoding, in the metric's unit.
 
-    difference: with its interval of confidence 1 - alpha; its n counts items. clusters: how many, None without.
-    p, p_holm: two-sided, before and after Holm's correction over so many comparisons. detectable: the true difference
-    that such data show with 80% power before correction, infinite where the test cannot reach alpha. left_out: items by
-    reason.
+    difference: with the interval that the verdict is read from, of `confidence`; its n counts items. clusters: how many
+    units of that name there are, None where items are the units. these_tasks: where tasks are the units, the interval
+    over items, which speaks of no other task. p, p_holm: two-sided, before and after Holm's correction over so many
+    comparisons; p_same, p_same_holm: that the difference is not below `margin` (None: not asked). test: the exact one.
+    detectable: as of `verdicts.Finding`. left_out: items by reason.
     """
 
     baseline: str
@@ -47,15 +42,21 @@ class Difference:
     group: str | None
     seeds: tuple[int | None, ...]
     clusters: int | None
+    unit: str
     baseline_mean: float
     model_mean: float
     difference: Estimate
+    confidence: float
+    these_tasks: Estimate | None
     p: float
     test: str
     p_holm: float
+    p_same: float
+    p_same_holm: float
+    margin: float | None
     comparisons: int
     detectable: float
-    verdict: Literal["better", "worse", "cannot tell"]
+    verdict: Verdict
     sentence: str
     left_out: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
@@ -85,14 +86,20 @@ class ComparisonResult:
     notes: tuple[str, ...]
 
 
-def compare(arms: Arms, *, alpha: float = 0.05) -> ComparisonResult:
-    """Compare every arm with the first. Raises DataError where nothing can be paired."""
+def compare(arms: Arms, *, alpha: float = 0.05, margin: float | None = None) -> ComparisonResult:
+    """Compare every arm with the first.
+
+    margin: differences below it are as good as none, in the metric's unit; None: MARGIN where scores are shares, and
+    where they are not, nobody asks. Raises DataError where nothing can be paired.
+    """
     if len(arms) < 2:
         raise DataError(
             f"only {next(iter(arms), 'nothing')} to compare; give another model, or a run with several arms"
         )
     if not 0 < alpha < 1:
         raise DataError(f"alpha {alpha} is not between 0 and 1; 0.05 is usual")
+    if margin is not None and not margin > 0:
+        raise DataError(f"margin {margin} is not above 0: it says below what two models are the same; 0.05 is usual")
     baseline, *models = arms
     alike, notes = made_alike(arms)
     differences: list[Difference] = []
@@ -103,10 +110,9 @@ def compare(arms: Arms, *, alpha: float = 0.05) -> ComparisonResult:
             pairs = _pairs(alike, (baseline, model), decoding, notes)
             aggregates += _aggregate(pairs, decoding, alpha, notes)
             family += pairs
-        tested = [_test(paired) for paired in family]
-        corrected = holm([each.p for each in tested])
-        for paired, each, p_holm in zip(family, tested, corrected, strict=True):
-            differences.append(_difference(paired, each, p_holm, len(family), alpha))
+        contrasts = [_contrast(paired, margin) for paired in family]
+        for paired, contrast, found in zip(family, contrasts, judge(contrasts, alpha=alpha), strict=True):
+            differences.append(_difference(paired, contrast, found, len(family), alpha))
     notes = list(dict.fromkeys(notes))
     if not differences:
         raise DataError(f"nothing to compare: {'; '.join(notes)}")
@@ -124,6 +130,11 @@ def _pairs(arms: Arms, names: tuple[str, str], decoding: str, notes: list[str]) 
         else:
             found.append(pair(by_seed(both[0][task]), by_seed(both[1][task]), names))
     return found
+
+
+def _contrast(paired: Paired, margin: float | None) -> Contrast:
+    asked = MARGIN if margin is None and paired.limits else margin
+    return Contrast(paired.gaps, _test(paired), paired.clusters, paired.limits, asked)
 
 
 def _test(paired: Paired) -> PValue:
@@ -161,16 +172,10 @@ def _aggregate(pairs: Sequence[Paired], decoding: str, alpha: float, notes: list
     return [Aggregate(*fit[0].names, decoding, tuple(paired.first.task for paired in fit), len(seeds), iqm)]
 
 
-def _difference(paired: Paired, tested: PValue, p_holm: float, comparisons: int, alpha: float) -> Difference:
-    first = paired.first
-    draws = max(500, min(4000, 8_000_000 // paired.gaps.shape[1]))  # only the interval's shape hangs on them
-    interval = calibrated_interval(
-        paired.gaps, paired.clusters, limits=paired.limits, draws=draws, confidence=1 - alpha
-    )
-    shown = p_holm <= alpha and (interval.low > 0 or interval.high < 0)
-    better = (interval.mean > 0) == first.higher_is_better
-    reach = tested.n >= seeds_needed(alpha, comparisons)
-    found = Difference(
+def _difference(paired: Paired, contrast: Contrast, found: Finding, comparisons: int, alpha: float) -> Difference:
+    first, by_task = paired.first, paired.clusters is not None and paired.first.unit == TASKS
+    turned: dict[Verdict, Verdict] = {} if first.higher_is_better else {"better": "worse", "worse": "better"}
+    made = Difference(
         baseline=paired.names[0],
         model=paired.names[1],
         task=first.task,
@@ -179,29 +184,19 @@ def _difference(paired: Paired, tested: PValue, p_holm: float, comparisons: int,
         group=first.group,
         seeds=paired.seeds,
         clusters=len(set(paired.clusters)) if paired.clusters else None,
+        unit=first.unit,
         baseline_mean=float(paired.baseline.mean()),
         model_mean=float(paired.model.mean()),
-        difference=interval,
-        p=tested.p,
-        test=tested.name,
-        p_holm=p_holm,
+        these_tasks=t_interval(replace(contrast, clusters=None), 1 - found.confidence) if by_task else None,
+        test=contrast.exact.name,
+        margin=contrast.margin,
         comparisons=comparisons,
-        detectable=_detectable(paired, alpha) if reach else math.inf,
-        verdict="cannot tell" if not shown else "better" if better else "worse",
         sentence="",
         left_out=paired.left_out,
         notes=paired.notes,
+        **found._replace(verdict=turned.get(found.verdict, found.verdict))._asdict(),
     )
-    return replace(found, sentence=sentence(found, alpha))
-
-
-def _detectable(paired: Paired, alpha: float) -> float:
-    """At 80% power before correction; where no item differs, as if as many did as Wilson's bound still allows."""
-    units = cluster_values(paired.gaps, paired.clusters)
-    error, df = crossed_error(units)
-    if not error > 1e-12:
-        error = math.sqrt(constant_bound(units.shape[1]) / units.shape[1]) if paired.limits else math.nan
-    return detectable(error, df, alpha=alpha)
+    return replace(made, sentence=sentence(made, alpha))
 
 
 # ---- plain words
@@ -209,24 +204,49 @@ def _detectable(paired: Paired, alpha: float) -> float:
 
 def sentence(found: Difference, alpha: float) -> str:
     """What a comparison shows, in plain words."""
-    where, interval = f"on {found.task} ({found.decoding})", found.difference
-    data = f"{interval.n} items" + (f" in {found.clusters} clusters" if found.clusters else "")
-    data += f" and {len(found.seeds)} seeds" if len(found.seeds) > 1 else ""
-    p = p_text(found.p_holm) + (f" after Holm over {found.comparisons}" if found.comparisons > 1 else "")
-    if found.verdict != "cannot tell":
-        bounds = sorted([abs(interval.low), abs(interval.high)])
-        by = f"{number(abs(interval.mean))} [{number(bounds[0])}, {number(bounds[1])}]"
-        return f"{found.model} is {found.verdict} than {found.baseline} {where} by {by}, p {p}; {data}{_one(found)}."
-    text = f"cannot tell whether {found.model} differs from {found.baseline} {where}: {signed(interval)}, p {p}; "
-    units, kind = (len(found.seeds), "seeds") if len(found.seeds) > 1 else (found.clusters or interval.n, "units")
-    if not math.isfinite(found.detectable) and units < seeds_needed(alpha, found.comparisons):
-        least = f"{units} {kind} cannot give a p below {p_text(2.0 ** (1 - units))} before correction"
+    where, interval, seeds = f"on {found.task} ({found.decoding})", found.difference, len(found.seeds)
+    p = f"p {p_text(found.p_holm)}" + _holm(found)
+    said = f"cannot tell whether {found.model} differs from {found.baseline} {where}: {signed(interval)}, {p}"
+    more = ""
+    if found.verdict == "same":
+        same = f"{found.model} and {found.baseline} are the same within {found.margin:g} {where}"
+        said = f"{same}: {signed(interval)}, p {p_text(found.p_same_holm)}{_holm(found)}"
+    elif found.verdict != "cannot tell":
+        least, most = sorted([abs(interval.low), abs(interval.high)])
+        by = f"{number(abs(interval.mean))} [{number(least)}, {number(most)}]"
+        below = f", and by less than {found.margin:g}" if found.p_same_holm <= alpha else ""
+        said = f"{found.model} is {found.verdict} than {found.baseline} {where} by {by}, {p}{below}"
+    elif math.isinf(found.detectable):
+        units, kind = (seeds, "seeds") if seeds > 1 else (found.clusters or interval.n, "units")
         many = f" with Holm over {found.comparisons}" if found.comparisons > 1 else ""
-        return f"{text}{least}, whatever the difference; {seeds_needed(alpha, found.comparisons)} could{many}."
-    if found.p_holm <= alpha:
-        return f"{text}these items agree, but the interval says that other items may not; {data}{_one(found)}."
-    shown = f"could have shown a difference of about {number(found.detectable)} or more"
-    return f"{text}{data} {shown}{_one(found)}."
+        more = (
+            f"; {units} {kind} cannot give a p below {p_text(2.0 ** (1 - units))} before correction, whatever the "
+            f"difference; {seeds_needed(alpha, found.comparisons)} could{many}"
+        )
+    else:
+        more = f" could have shown a difference of about {number(found.detectable)} or more"
+    return f"{said}; {_data(found)}{more}{_these_tasks(found)}{_one(found)}."
+
+
+def _holm(found: Difference) -> str:
+    return f" after Holm over {found.comparisons}" if found.comparisons > 1 else ""
+
+
+def _data(found: Difference) -> str:
+    """`over these 40 tasks, 400 items and 10 seeds`"""
+    items = f"{found.difference.n} items"
+    if found.these_tasks is not None:
+        few = " (too few to say much of others)" if (found.clusters or 0) < FEW_TASKS else ""
+        items = f"over these {found.clusters} tasks{few}, {items}"
+    elif found.clusters:
+        items += f" in {found.clusters} {found.unit}"
+    return items + (f" and {len(found.seeds)} seeds" if len(found.seeds) > 1 else "")
+
+
+def _these_tasks(found: Difference) -> str:
+    """The narrower interval, which says nothing of other tasks."""
+    narrow = found.these_tasks
+    return "" if narrow is None else f"; on these tasks alone {bounds(narrow)}"
 
 
 def _one(found: Difference) -> str:
@@ -241,7 +261,12 @@ def number(value: float, sign: str = "") -> str:
 
 def signed(estimate: Estimate) -> str:
     """`+0.120 [+0.050, +0.190]`."""
-    return f"{number(estimate.mean, '+')} [{number(estimate.low, '+')}, {number(estimate.high, '+')}]"
+    return f"{number(estimate.mean, '+')} {bounds(estimate)}"
+
+
+def bounds(estimate: Estimate | None) -> str:
+    """`[+0.050, +0.190]`; a dash without an estimate."""
+    return "-" if estimate is None else f"[{number(estimate.low, '+')}, {number(estimate.high, '+')}]"
 
 
 def p_text(p: float) -> str:

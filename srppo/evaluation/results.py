@@ -30,6 +30,7 @@ from srppo.record.json import plain, read_json, read_lines, revive
 from srppo.record.store import Stage
 
 DECODINGS = ("greedy", "sampled")
+TASKS = "tasks"  # the unit of a claim about tasks
 SUMMARY, SAMPLES, NOT_SCORED = "summary.json", "samples.parquet", ".not-scored.jsonl"
 _OWN = {"max_new_tokens": "rollout.max_new_tokens", "data.system": "data.system", "precision": "precision"}
 """What decides a run's own test answers beside model and items: names in a stage's identity, and in `settings`."""
@@ -43,7 +44,8 @@ class TaskResult:
     decoding: greedy or sampled. metric: the name of what `scores` hold. seed: the arm's training seed, None where
     unknown. items: ids, unique within the task. scores: one an item, the mean over its samples, in the metric's own
     unit (a share for accuracies); NaN where any sample was not scored, with the reason in not_scored. clusters: the
-    cluster of each item, None where items are independent. group: such as in-domain or out-of-domain. settings: how it
+    cluster of each item, None where items are independent; unit: what these are called, "tasks" where items belong to
+    several tasks and a claim is about tasks. group: such as in-domain or out-of-domain. settings: how it
     was made, as far as that is recorded, with dotted names (`pairing` says which of them must be equal).
     """
 
@@ -60,6 +62,7 @@ class TaskResult:
     higher_is_better: bool = True
     not_scored: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "clusters"
 
 
 def write_result(parent: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Path:
@@ -167,22 +170,37 @@ def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[Tas
 
 
 def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
-    """What the pipeline measured at a stage's kept step: one task for each group of items."""
+    """What the pipeline measured at a stage's kept step: one result for each group of items, its tasks the units."""
     folder = stage.path / "eval" / f"kept-{decoding}"
     config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}
+    tasks: dict[str, list[str]] = {}
     copies = Counter[tuple[str, str]]()
     for row in read_lines(folder / "samples.jsonl"):
         name, group = question_name(row["task"], row["prompt"], row["answer"]), row["group"]
         copies[group, name] += 1
         item = name if copies[group, name] == 1 else f"{name} ({copies[group, name]})"
         by_group.setdefault(group, {})[item] = sum(row["correct"]) / len(row["correct"])
+        tasks.setdefault(group, []).append(row["task"])
     made = (decoding, "accuracy", seed)
     return [
-        TaskResult(arm, group, *made, tuple(s), tuple(s.values()), None, group, folder, settings=settings)
-        for group, s in by_group.items()
+        TaskResult(
+            *(arm, group, *made, tuple(scores), tuple(scores.values()), task_units(tuple(scores), tasks[group], group)),
+            group,
+            folder,
+            settings=settings,
+            unit=TASKS,
+        )
+        for group, scores in by_group.items()
     ]
+
+
+def task_units(items: Sequence[str], tasks: Sequence[str], group: str) -> tuple[str, ...] | None:
+    """The unit of each item of a group: its task, or itself where that is but the group's name, as where a user's file
+    names none. None where these are the items, or there is one task alone, which is no sample of tasks."""
+    units = tuple(item if task == group else task for item, task in zip(items, tasks, strict=True))
+    return units if 1 < len(set(units)) < len(units) else None
 
 
 def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -240,4 +258,5 @@ def _result(
         higher_is_better=bool(summary.get("higher_is_better", True)),
         not_scored=reasons,
         settings=dotted({key: value for key, value in summary.items() if key != "metrics"}),
+        unit=TASKS if summary.get("cluster") == "task" else "clusters",
     )

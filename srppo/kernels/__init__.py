@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from srppo.errors import ConfigError
-from srppo.kernels import reference
+from srppo.kernels import divergence, reference
 from srppo.kernels.autograd import LinearLogprob
 from srppo.kernels.checks import checked_head, columns_of, look_at, transform_of
+from srppo.kernels.divergence import ReverseKl, Teacher, reverse_kl
 from srppo.kernels.reference import token_logprobs
 from srppo.kernels.types import Head, LogprobDiff, Transform
 
@@ -34,15 +35,20 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 __all__ = [
+    "Head",
     "Impl",
     "LogprobDiff",
+    "ReverseKl",
+    "Teacher",
     "Transform",
     "choose",
     "linear_logprob",
     "linear_logprob_diff",
     "linear_logprob_diff_parts",
+    "linear_reverse_kl",
     "logprob_diff",
     "logprob_diff_parts",
+    "reverse_kl",
     "token_logprobs",
 ]
 
@@ -197,6 +203,39 @@ def linear_logprob(
         logprobs_N = LinearLogprob.apply(*head, targets_N, transform, kernels)
     tokens.check()
     return logprobs_N if kept is None else _scatter(logprobs_N, kept, len(hidden_ND))
+
+
+def linear_reverse_kl(
+    policy: Head,
+    sft: Head,
+    base: Head,
+    teacher: Teacher,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> ReverseKl:
+    """KL(policy || teacher) of the next token, over the whole vocabulary; its sum, and N each, fp32, nats.
+
+    The teacher is a distribution made of the log-probs of SFT model and base. The sum is differentiable in the policy's
+    hidden states, weight and bias; whatever the number of rows, at most `divergence.CHUNK_ELEMENTS` logits of a model
+    exist at once. The models may differ in D. temperature is the policy's alone; logit_scale and softcap are those of
+    all three. `triton` and `torch` are one implementation; `reference` builds whole matrices.
+
+    Raises ConfigError for an unknown impl, shapes or dtypes that do not fit.
+    """
+    policy, sft, base = heads = [checked_head(head, None) for head in (policy, sft, base)]
+    sizes = [(len(head.hidden_ND), len(head.weight_VD)) for head in heads]
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"rows and vocabulary are {sizes[0]} of the policy, {sizes[1]} of the SFT model and {sizes[2]} of the "
+            "base; all three must say what follows the same tokens over one vocabulary"
+        )
+    transforms = transform_of(temperature, logit_scale, softcap), transform_of(1.0, logit_scale, softcap)
+    kernels = choose(impl, policy.hidden_ND.device, *(x for head in heads for x in head))
+    compute = divergence.dense if kernels is reference else divergence.chunked
+    return compute(policy, sft, base, teacher, transforms)
 
 
 def _scatter(x_K: Tensor, kept_K: Tensor, count: int) -> Tensor:

@@ -78,7 +78,7 @@ def backward(
     """
     dtype, (rows, depth), columns = accumulator(*head), head.hidden_ND.shape, len(head.weight_VD)
     hidden_ND, weight_VD, bias_V = head
-    wide_ND = _padded(hidden_ND.to(dtype))  # in rows and columns of padding every product is 0
+    wide_ND = padded(hidden_ND.to(dtype))  # in rows and columns of padding every product is 0
     d_hidden_ND = torch.zeros_like(wide_ND) if needs[0] else None
     d_weight_VD = torch.empty_like(weight_VD) if needs[1] else None
     d_bias_V = torch.empty_like(bias_V) if bias_V is not None and needs[2] else None
@@ -87,7 +87,7 @@ def backward(
         for start in range(0, columns, CHUNK):
             chunk = slice(start, min(start + CHUNK, columns))
             count = chunk.stop - start
-            weight_CD = _padded(weight_VD[chunk].to(dtype))
+            weight_CD = padded(weight_VD[chunk].to(dtype))
             bias_C = None if bias_V is None else bias_V[chunk].to(dtype)
             d_weight_CD, d_bias_C = torch.zeros_like(weight_CD), weight_CD.new_zeros(count)
             for first in range(0, rows, CHUNK):
@@ -139,7 +139,7 @@ def _to_gradient(
 def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     """The twin of the compiled pass: chunks of the vocabulary, combined online in order."""
     dtype, rows, depth = accumulator(*head), len(tokens_N), head.hidden_ND.shape[1]
-    wide_ND, targets_N = _padded(head.hidden_ND.to(dtype)), _padded(tokens_N)
+    wide_ND, targets_N = padded(head.hidden_ND.to(dtype)), padded(tokens_N)
     max_N = wide_ND.new_full((len(wide_ND),), -torch.inf)
     sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
     # Used by every chunk: the allocator keeps nothing.
@@ -151,7 +151,7 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
             count = len(weight_CD)
             if weight_CD.dtype != dtype:
                 weight_CD = weight_buffer[: weight_CD.numel()].view(weight_CD.shape).copy_(weight_CD)
-            weight_CD = _padded(weight_CD)
+            weight_CD = padded(weight_CD)
             z_NC = z_buffer[: len(wide_ND) * len(weight_CD)].view(len(wide_ND), len(weight_CD))
             z_NC = torch.mm(wide_ND, weight_CD.T, out=z_NC)[:, :count]
             if head.bias_V is not None:
@@ -168,7 +168,7 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     return RowStats((target_N - max_N)[:rows], max_N[:rows], sum_N.log()[:rows])
 
 
-def _padded(x: Tensor) -> Tensor:
+def padded(x: Tensor) -> Tensor:
     """x with zeros up to multiples of STEP: a row's bits hang neither on its place nor on how many there are."""
     missing = [-size % STEP for size in reversed(x.shape)]
     return F.pad(x, [side for count in missing for side in (0, count)]) if any(missing) else x

@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
         mask_BT = attention_mask_BS[:, -response_width:]
         tokens_N = tokens_BS[:, -response_width:][mask_BT]
         if self.head.linear:
-            weight_VD, bias_V = self._head_rows()
+            weight_VD, bias_V = self.head_rows()
             logprobs_N = linear_logprob(
                 self.hidden_rows(tokens_BS, attention_mask_BS, response_width),
                 weight_VD,
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
             logprobs_N = token_logprobs(logits_NV, tokens_N, temperature=temperature)
         return unflatten(logprobs_N, mask_BT)
 
-    def _head_rows(self) -> tuple[Tensor, Tensor | None]:
+    def head_rows(self) -> tuple[Tensor, Tensor | None]:
         """(weight VD, bias V) of the first `vocab_size` rows: views, or the tensors themselves where that is all."""
         output = self.model.get_output_embeddings()
         if self.vocab_size == len(output.weight):
@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
         So it is with a checkpoint in bf16, and then products are of 16-bit matrices with fp32 sums: exact, and at the
         speed of AMX or of a GPU's matrix units. The copy is made anew after the weight has changed.
         """
-        weight_VD, bias_V = self._head_rows()
+        weight_VD, bias_V = self.head_rows()
         if self.precision != "bf16":
             return weight_VD, bias_V
         version = weight_VD._version  # which views share

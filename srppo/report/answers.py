@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srppo.evaluation.results import task_units
 from srppo.record.arms import problem_of
 from srppo.record.store import Run, Stage
 from srppo.report.words import DECODINGS, GROUP_WORDS
@@ -153,9 +154,20 @@ def cells(
     return {name: np.array(values) for name, values in found.items()}
 
 
-def interval(values_by_seed_item: NDArray[np.float64], limits: tuple[float, float], draws: int = 4000) -> Estimate:
+def interval(
+    values_by_seed_item: NDArray[np.float64],
+    limits: tuple[float, float],
+    draws: int = 4000,
+    units: Sequence[str] | None = None,
+) -> Estimate:
     """`calibrated_interval`, cut where no value can lie; `draws` decide its shape, not its width."""
-    return within(calibrated_interval(values_by_seed_item, limits=limits, draws=draws), limits)
+    return within(calibrated_interval(values_by_seed_item, units, limits=limits, draws=draws), limits)
+
+
+def _units(verdicts: Verdicts, group: str) -> tuple[str, ...] | None:
+    """The task of each item of a group, where there are several."""
+    rows = [row for row in verdicts if row["group"] == group]
+    return task_units([row["prompt"] for row in rows], [row["task"] for row in rows], group)
 
 
 # ---- accuracy
@@ -220,7 +232,8 @@ def decodings_of(arms: Sequence[ArmFigures]) -> list[str]:
 
 
 def differences_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
-    """SRPPO minus each other trained arm, kept steps, paired on items and seeds."""
+    """SRPPO minus each other trained arm, kept steps, paired on items and seeds; intervals over tasks where a group has
+    several."""
     kept = {row.arm: row for row in rows if row.which == "kept"}
     found = []
     for other in (arm for arm in kept if "SRPPO" in kept and arm not in ("base", "SRPPO")):
@@ -232,7 +245,7 @@ def differences_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
             seeds |= set(both)
             before = cells({seed: theirs[seed] for seed in both}, "group")
             for group, values in cells({seed: ours[seed] for seed in both}, "group").items():
-                figures[group[0], decoding] = interval(values - before[group], GAP)
+                figures[group[0], decoding] = interval(values - before[group], GAP, units=_units(ours[both[0]], *group))
         if figures:
             found.append(ArmFigures(SHORT.get(other, other), figures, seeds=len(seeds)))
     return found

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from srppo.console import Console
 from srppo.errors import DataError, UserError
-from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, compare, number, p_text, signed
+from srppo.evaluation.comparison import Aggregate, ComparisonResult, Difference, bounds, compare, number, p_text, signed
 from srppo.evaluation.results import NOT_SCORED, SAMPLES, TaskResult, read_results
 from srppo.record.arms import problem_of
 from srppo.record.files import storing, write_atomic
@@ -30,7 +30,7 @@ from srppo.report.table import (
     to_csv,
     to_markdown,
 )
-from srppo.report.words import span
+from srppo.report.words import joined, span, verdict_words
 from srppo.stages.arms import arm_names, stages_by_arm
 from srppo.statistics.intervals import Estimate
 from srppo.statistics.tests import seeds_needed
@@ -38,8 +38,9 @@ from srppo.statistics.tests import seeds_needed
 NAMED, ID_LENGTH = 3, 12  # items named in a line, and characters of an item's id there
 COLUMNS = (
     *("kind", "decoding", "task", "group", "metric", "baseline", "model", "baseline_mean", "model_mean"),
-    *("difference", "low", "high", "p", "p_holm", "comparisons", "test", "detectable", "verdict"),
-    *("items", "clusters", "seeds", "left_out", "sentence"),
+    *("difference", "low", "high", "confidence", "these_tasks_low", "these_tasks_high", "p", "p_holm", "p_same"),
+    *("p_same_holm", "margin", "comparisons", "test", "detectable", "verdict", "items", "clusters", "unit", "seeds"),
+    *("left_out", "sentence"),
 )
 
 
@@ -50,6 +51,7 @@ def compare_command(
     metric: str | None = None,
     decoding: str | None = None,
     alpha: float = 0.05,
+    margin: float | None = None,
     out: Path | None = None,
     console: Console,
 ) -> None:
@@ -67,7 +69,7 @@ def compare_command(
             raise UserError(f"--out {path} is a folder; give a file's name, or a folder without such an ending")
     arms, notes = arms_of(paths, metric)
     chosen = select(arms, task, decoding)
-    found = compare(chosen, alpha=alpha)
+    found = compare(chosen, alpha=alpha, margin=margin)
     notes += unscored(chosen)
     print_comparison(found, notes, console)
     for path in files:
@@ -183,16 +185,18 @@ def print_comparison(found: ComparisonResult, notes: Sequence[str], console: Con
 def differences_table(title: str, baseline: str, rows: Sequence[Difference], whole: Sequence[Aggregate] = ()) -> Table:
     """A row a task and model, then one an average over tasks; files name the model and the verdict in columns too."""
     heads = [Column("task", ""), Column("model", only="page"), Column(baseline, "baseline"), Column("model's", "model")]
-    heads += [Column("difference"), Column("p"), Column("Holm"), Column("detects"), Column("verdict", only="page")]
+    heads += [Column("difference"), Column("these tasks", only="page"), Column("p"), Column("Holm"), Column("detects")]
+    heads.append(Column("verdict", only="page"))
     made: list[Row | str] = []
     for each in rows:
         figures = [number(each.baseline_mean), number(each.model_mean), signed(each.difference)]
-        tests = [p_text(each.p), p_text(each.p_holm), number(each.detectable), each.verdict]
+        p_values = (each.p_same, each.p_same_holm) if each.verdict == "same" else (each.p, each.p_holm)
+        tests = [bounds(each.these_tasks), *map(p_text, p_values), number(each.detectable), each.verdict]
         made.append(Row([each.task, each.model, *figures, *tests], VERDICT_MARKS[each.verdict]))
     for one in whole:
         means = [number(one.iqm.baseline.mean), number(one.iqm.model.mean), signed(one.iqm.difference)]
-        made.append(Row([average(one), one.model, *means, "", "", "", ""]))
-    return Table.of(title, heads, made)
+        made.append(Row([average(one), one.model, *means, "-", "", "", "", ""]))
+    return Table.of(title, heads, made).telling()
 
 
 def average(one: Aggregate) -> str:
@@ -242,16 +246,13 @@ def unscored(arms: Mapping[str, Sequence[TaskResult]]) -> list[str]:
 def captions(found: ComparisonResult) -> list[str]:
     """What the columns are, and what few seeds cannot show."""
     several = [len(each.seeds) for each in found.differences if len(each.seeds) > 1]
-    over = "items and training seeds, resampled crossed" if several else "items, resampled"
-    if any(each.clusters for each in found.differences):
-        over += " in their clusters"
+    units = dict.fromkeys(each.unit if each.clusters else "items" for each in found.differences)
+    over = f"{joined([*units])}{' and seeds' if several else ''}"
     tests = ", ".join(dict.fromkeys(each.test for each in found.differences))
     comparisons = max(each.comparisons for each in found.differences)
-    family = f"Holm: p corrected over the {comparisons} comparisons of a decoding. " if comparisons > 1 else ""
     lines = [
-        f"Paired on items{' and seeds' if several else ''}. {100 * (1 - found.alpha):.4g}% intervals over {over}, as "
-        f"wide as t intervals. p: {tests}, two-sided. {family}Better or worse: Holm at most {found.alpha:g} and an "
-        "interval without 0. Detects: the true difference that 80% of such comparisons would show, before correction."
+        f"Paired on items{' and seeds' if several else ''}. "
+        + verdict_words(tests, over, comparisons, "of a decoding", found.alpha)
     ]
     for one, needed in ((1, seeds_needed(found.alpha)), (comparisons, seeds_needed(found.alpha, comparisons))):
         if several and min(several) < needed:
@@ -282,7 +283,9 @@ def as_csv(found: ComparisonResult, notes: Sequence[str] = ()) -> str:
     items."""
     rows: list[dict[str, Any]] = []
     for each in found.differences:
-        counts = {"items": each.difference.n, "seeds": len(each.seeds)}
+        counts: dict[str, Any] = {"items": each.difference.n, "seeds": len(each.seeds)}
+        if each.these_tasks is not None:
+            counts |= {"these_tasks_low": each.these_tasks.low, "these_tasks_high": each.these_tasks.high}
         counts["left_out"] = len({item for items in each.left_out.values() for item in items})
         rows.append(asdict(each) | {"kind": "difference", **each.difference._asdict(), **counts})
     for one in found.aggregates:

@@ -98,14 +98,16 @@ def band_words(arms: Mapping[str, SeedRows]) -> str:
 
 
 def curves_of(run: Run) -> dict[str, SeedRows]:
-    """Rows of SFT, longer SFT and SRPPO, where there are any."""
+    """Rows of SFT, longer SFT and what was trained on prompts, where there are any."""
     by_arm = stages_by_arm(run)
     sft_flops = {stage.id: figures_of(stage).get("flops", 0) for stage in by_arm.get("SFT", [])}
     arms = {
         "SFT": _seed_rows(by_arm.get("SFT", []), {}),
         LONGER: longer_ends(run) if EQUAL in by_arm else SeedRows(),
-        "SRPPO": _seed_rows(by_arm.get("SRPPO", []), sft_flops),
     }
+    for kind in KINDS.values():
+        if kind.needs_prompts and kind.label:
+            arms[kind.label] = _seed_rows(by_arm.get(kind.label, []), sft_flops)
     return {name: arm for name, arm in arms.items() if arm.done or arm.broken}
 
 

@@ -319,7 +319,7 @@ WIDE = 30  # a range of compute this wide is drawn on a logarithmic axis
 
 
 def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
-    """Reward, KL to both models, length and EOS share of the PPO arms by step; development accuracy by operations.
+    """What was trained on prompts: reward, KL to both models, length, EOS share by step. All: accuracy by operations.
 
     A ring marks the kept step of an arm with one seed.
     """
@@ -337,7 +337,7 @@ def training_curves(arms: Mapping[str, SeedRows], path: Path) -> list[Path]:
                 for key, style in series:
                     _course(axis, arm, "step", key, style, colours[name], name if style == "-" else "_")
             axis.set_title(title)
-            axis.set_xlabel("PPO step")
+            axis.set_xlabel("step")
             steps = {row["step"] for arm in ppo.values() for row in arm.rows() if "reward" in row}
             if len(steps) < 5:  # no room for fractions of a step
                 axis.set_xticks(sorted(steps))
@@ -622,7 +622,7 @@ def _sweep_dots(sweep: Sweep, known: Accuracies, path: Path) -> list[Path]:
 
 def differences_plot(result: SweepResult, path: Path) -> list[Path]:
     """Every planned difference on the primary metric with its interval against zero, a panel a pair; filled where the
-    plan's test calls it better or worse, in the colour of the arm that rows differ by, else of the model."""
+    verdict is better or worse, in the colour of the arm that rows differ by, else of the model."""
     metric = tables.primary_metric(result.plan.sweep)
     pairs = tables.tested_by_pair(result, metric)
     if not any(found for rows in pairs.values() for _, _, found in rows):
@@ -634,10 +634,10 @@ def differences_plot(result: SweepResult, path: Path) -> list[Path]:
         dots = []
         for y, (_, each, found) in enumerate(rows):
             colour = colours[(each.model if pair[1] else each.baseline).arm]
-            dots += [(y, found.difference, colour, found.verdict != "cannot tell")] if found else []
+            dots += [(y, found.difference, colour, found.verdict in ("better", "worse"))] if found else []
         panels.append(Dots(tables.pair_words(pair), names, dots))
     counts = [len(rows) for rows in pairs.values()]
-    label = f"difference of accuracy, {tables.metric_words(metric)}, 95% interval"
+    label = f"difference of accuracy, {tables.metric_words(metric)}, with the verdict's interval"
     grid: dict[str, Any] = {"columns": 1, "gridspec_kw": {"height_ratios": [count + 0.8 for count in counts]}}
     height = 0.9 + 0.5 * len(pairs) + 0.3 * sum(counts)
     return _dot_plot(panels, path, label, height=height, limits=(-1.0, 1.0), **grid)

@@ -22,8 +22,9 @@ from srppo.stages.arms import stages_by_arm
 
 LONG = 200  # characters of an answer that need a wider column
 PAIRS = (
-    "Same items and seeds. SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: "
-    "longer SFT, best on development items."
+    "Same items and seeds; intervals over seeds and over the tasks of a group where it has several, else over items. "
+    "SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: longer SFT, best on "
+    "development items."
 )
 CHOICE = (
     f"{answers.SAMPLES} test items of each group, spread evenly over it: chosen by place, not by outcome. Greedy "

@@ -27,6 +27,7 @@ from srppo.report.plots import differences_plot, sweep_plot
 from srppo.report.table import Column, Table, paragraph, records, to_csv, to_html, to_latex, to_parquet
 from srppo.statistics.intervals import Estimate
 
+TESTS = ("p", "p_holm", "p_same", "p_same_holm", "detectable")
 STATUSES = ("done", "failed", "diverged", "running", "waiting")
 CELLS = (
     "seeds: measured of planned. fail, div: failed, diverged. TFLOPs: counted training operations, 10^12, parents "
@@ -36,7 +37,10 @@ BANDS = (
     "Accuracy on test items with 95% intervals over seeds and items. Arms share items and seeds: read the paired "
     "differences, not the overlap of bands."
 )
-ZERO = "Planned paired differences with 95% intervals against zero. Filled: better or worse by the test of the plan."
+ZERO = (
+    "Planned paired differences against zero, with the intervals that verdicts are read from, simultaneous over the "
+    "family. Filled: better or worse."
+)
 EXPLORATORY = (
     "Other groups of items and other decodings than the primary metric's, and the same pairs on them. No test and no "
     "correction: they suggest, they do not show."
@@ -218,9 +222,12 @@ def difference_records(result: SweepResult) -> list[dict[str, Any]]:
         row |= {"baseline_point": comparison.baseline.point, "baseline": comparison.baseline.arm}
         row |= {"group": group, "decoding": decoding, "planned": (group, decoding) == metric}
         row |= {"difference": each.difference.mean if each else None, **_bounds(each.difference if each else None)}
-        row |= {"items": each.difference.n if each else None, "seeds": len(each.seeds) if each else 0}
-        row |= {key: getattr(each, key) if each and each.primary else None for key in ("p", "p_holm")}
-        row |= {"detectable": each.detectable if each else None, "comparisons": len(family)}
+        row["confidence"] = each.confidence if each else None
+        row |= {f"these_tasks_{end}": bound for end, bound in _bounds(each.these_tasks if each else None).items()}
+        row |= {"items": each.difference.n if each else None, "tasks": each.tasks if each else None}
+        row["seeds"] = len(each.seeds) if each else 0
+        row |= {key: getattr(each, key) if each and each.primary else None for key in TESTS}
+        row |= {"margin": result.plan.sweep.analysis.margin, "comparisons": len(family)}
         verdict = "no result" if each is None else each.verdict if each.primary else "exploratory"
         made.append(row | {"verdict": verdict})
     return records(made)

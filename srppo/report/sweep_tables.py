@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from srppo.ablations.analysis import Metric, SweepResult, Tested
 from srppo.ablations.spec import Ablation, Cell, Comparison, Sweep, label
 from srppo.console import sparkline
-from srppo.evaluation.comparison import number, p_text, signed
+from srppo.evaluation.comparison import bounds, number, p_text, signed
 from srppo.report.table import NO_RESULT, VERDICT_MARKS, Chart, Column, Row, Table
 from srppo.report.words import DECODINGS, GROUP_WORDS, estimate_text, is_number, number_text, teraflops
 
@@ -223,8 +223,8 @@ def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str
     known = [found.difference for rows in pairs.values() for _, _, found in rows if found]
     reach = max([0.01, *(abs(v) for e in known for v in (e.mean, e.low, e.high) if v == v)])
     head = _points_head(sweep) if len(sweep.points) > 1 else "arm"
-    heads: list[str | Column] = [head, Column("", only="terminal"), "difference"]
-    heads += ["p", "Holm", "detects", "verdict"] if metric == primary_metric(sweep) else []
+    heads: list[str | Column] = [head, Column("", only="terminal"), "difference", "these tasks"]
+    heads += [Column("p", only="page"), "Holm", "detects", "verdict"] if metric == primary_metric(sweep) else []
     rows: list[Row | str] = []
     for pair, members in pairs.items():
         rows.append(pair_words(pair))
@@ -235,10 +235,12 @@ def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str
 
 
 def _difference_cells(found: Tested | None) -> list[str]:
-    """difference, p, Holm, detects, verdict."""
+    """difference, these tasks, p, Holm (of sameness, where that is the verdict), detects, verdict."""
     if found is None:
-        return ["-", "-", "-", "-", NO_RESULT]
-    return [signed(found.difference), p_text(found.p), p_text(found.p_holm), number(found.detectable), found.verdict]
+        return ["-", "-", "-", "-", "-", NO_RESULT]
+    p_values = (found.p_same, found.p_same_holm) if found.verdict == "same" else (found.p, found.p_holm)
+    told = [signed(found.difference), bounds(found.these_tasks), *map(p_text, p_values)]
+    return [*told, number(found.detectable), found.verdict]
 
 
 def costs_table(result: SweepResult) -> Table:

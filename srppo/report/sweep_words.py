@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from srppo.ablations.analysis import CellResult, Peak, SweepResult, Tested, Trend
 from srppo.ablations.progress import stage_seconds
 from srppo.ablations.spec import Comparison
-from srppo.evaluation.comparison import number, p_text, signed
+from srppo.evaluation.comparison import FEW_TASKS, number, p_text, signed
 from srppo.record.store import Stage
 from srppo.report import sweep_tables as tables
 from srppo.report.table import NO_RESULT
-from srppo.report.words import INTERVAL, joined, number_text, short_number, span
+from srppo.report.words import INTERVAL, joined, number_text, short_number, span, verdict_words
 from srppo.statistics.tests import seeds_needed
 
-VERDICTS = ("better", "worse", "cannot tell", NO_RESULT)
+VERDICTS = ("better", "worse", "same", "cannot tell", NO_RESULT)
 LOST, LEFT = ("failed", "diverged"), ("waiting", "running")
 ROUNDING = 1e-12  # of sums of accuracies
 LOOSENS_DOWNWARDS = ("beta",)  # axes at whose small values less holds the policy back: lower there is overshot
@@ -34,6 +34,8 @@ def answer(result: SweepResult) -> str:
     if not tested:
         return f"No answer yet: none of the {len(family)} planned comparisons has a result."
     seeds = span([len(each.seeds) for each in tested], "seed")
+    if tasks := tested[0].tasks:
+        seeds = f"over these {tasks} tasks{', too few to say much of others' if tasks < FEW_TASKS else ''}; {seeds}"
     said = [_pair_sentence(result, pair, rows) for pair, rows in tables.tested_by_pair(result, metric).items()]
     holm = f"{analysis.correction} over {len(family)}; " if len(family) > 1 else ""
     return f"{'. '.join(said)} ({tables.metric_words(metric)}; {holm}{seeds})."
@@ -51,30 +53,35 @@ def _pair_sentence(
     for row, _, found in rows:
         by[found.verdict if found else NO_RESULT].append(row)
     model, baseline = pair
+    within = result.plan.sweep.analysis.margin
     if not baseline:  # one arm against several, or several against one
-        return ", ".join(_clause(model, verdict, joined(arms)) for verdict, arms in by.items() if arms)
+        return ", ".join(_clause(model, verdict, joined(arms), within) for verdict, arms in by.items() if arms)
     if not model:
-        return ", ".join(_clause(joined(arms), verdict, baseline, len(arms)) for verdict, arms in by.items() if arms)
+        return ", ".join(
+            _clause(joined(arms), verdict, baseline, within, len(arms)) for verdict, arms in by.items() if arms
+        )
     if len(rows) == 1:
         verdict = next(verdict for verdict, named in by.items() if named)
-        return _clause(model, verdict, baseline) + (f" at {rows[0][0]}" if rows[0][0] else "")
+        return _clause(model, verdict, baseline, within) + (f" at {rows[0][0]}" if rows[0][0] else "")
     axes = tables.varying(result.plan.sweep)
     where = f"{len(rows)} {axes[0].replace('_', ' ')}s" if len(axes) == 1 else f"{len(rows)} points"
     without = [f"{NO_RESULT} at {len(by[NO_RESULT])}"] if by[NO_RESULT] else []
     if len(by[NO_RESULT]) == len(rows):
         return f"{model} against {baseline}: {NO_RESULT} at any of {where}"
-    if not by["better"] and not by["worse"]:
+    if not by["better"] and not by["worse"] and not by["same"]:
         at = len(by["cannot tell"]) if without else "any"
         return ", ".join([f"{model} cannot be told from {baseline} at {at} of {where}", *without])
-    better, worse, unsure = (len(by[verdict]) or "none" for verdict in VERDICTS[:3])
-    text = f"{model} is better than {baseline} at {better} of {where}, worse at {worse}, cannot tell at {unsure}"
-    return ", ".join([text, *without])
+    better, worse, unsure = (len(by[verdict]) or "none" for verdict in ("better", "worse", "cannot tell"))
+    same = [f"the same within {within:g} at {len(by['same'])}"] if by["same"] else []
+    text = f"{model} is better than {baseline} at {better} of {where}"
+    return ", ".join([text, f"worse at {worse}", *same, f"cannot tell at {unsure}", *without])
 
 
-def _clause(model: str, verdict: str, baseline: str, models: int = 1) -> str:
+def _clause(model: str, verdict: str, baseline: str, margin: float, models: int = 1) -> str:
     """`A is better than B`; `models`: how many A names."""
     be = "is" if models == 1 else "are"
     words = {"cannot tell": "cannot be told from", NO_RESULT: f"{be} without a result against"}
+    words["same"] = f"{be} the same within {margin:g} as"
     return f"{model} {words.get(verdict, f'{be} {verdict} than')} {baseline}"
 
 
@@ -96,18 +103,12 @@ def power_lines(result: SweepResult) -> list[str]:
             f"{who}: with {span([max(few)], 'seed')} the {analysis.test} test gives no p below "
             f"{p_text(2.0 ** (1 - max(few)))}; p <= {analysis.alpha:g}{holm} needs {needed}.{one}"
         )
-    if few and len(few) == len(counts):
-        above = sum(each.difference.low > 0 for each in tested)
-        below = sum(each.difference.high < 0 for each in tested)
-        lines.append(
-            f"By the intervals alone, which no test backs: above 0 at {above} of {len(few)}, below at {below}."
-        )
     unsure = [each.detectable for each in tested if each.verdict == "cannot tell" and math.isfinite(each.detectable)]
     if unsure:
         sizes = dict.fromkeys((number(min(unsure)), number(max(unsure))))
         lines.append(
             f"Where it cannot tell, a true difference of about {' to '.join(sizes)} or more would have been seen in "
-            "80% of such sweeps, before correction."
+            "80% of such sweeps, as the first in Holm's order."
         )
     return lines
 
@@ -166,7 +167,8 @@ def trend_caption(result: SweepResult) -> str:
     trend = result.plan.sweep.analysis.trend
     if not trend or not result.trends:
         return ""
-    how = "least squares seed by seed and item by item, 95% intervals, no test and no correction"
+    over = "tasks" if any(each.tasks for each in _tested(result)) else "items"
+    how = f"least squares seed by seed and item by item, 95% intervals over seeds and {over}, no test and no correction"
     return f"Slopes along {tables.axis_words(trend)}: {how}."
 
 
@@ -241,21 +243,23 @@ def interval_line(result: SweepResult) -> str:
     if not items:
         return ""
     sizes = "/".join(map(str, items))
+    these = " of these tasks" if any(each.tasks for each in _tested(result)) else ""
     if max(counts) == 1:
-        return f"Intervals: 95% over {sizes} items; one training seed, so they say nothing of other seeds."
-    over = f"{sizes} items and {span(counts, 'training seed')}"
+        return f"Intervals: 95% over {sizes} items{these}; one training seed, so they say nothing of other seeds."
+    over = f"{sizes} items{these} and {span(counts, 'training seed')}"
     return f"Intervals: 95% over {over} resampled crossed ({INTERVAL}). Differences are paired by item and seed."
 
 
 def family_line(result: SweepResult) -> str:
-    """How the verdicts came about."""
-    analysis = result.plan.sweep.analysis
-    return (
-        f"p: {analysis.test}, two-sided; Holm: p after {analysis.correction}'s correction over the "
-        f"{len(analysis.family)} comparisons of the plan, those without a result counted in. Better or worse: at most "
-        f"{analysis.alpha:g} there, and an interval without 0. Detects: the true difference that 80% of such sweeps "
-        "would show, before correction."
-    )
+    """How the verdicts came about; "" where none was planned."""
+    if not result.plan.sweep.analysis.family:
+        return ""
+    analysis, tasks = result.plan.sweep.analysis, any(each.tasks for each in _tested(result))
+    units = f"{'tasks' if tasks else 'items'} and seeds"
+    narrow = " These tasks: the narrower interval over items, which says nothing of other tasks." if tasks else ""
+    counted = "of the plan, those without a result counted in"
+    said = verdict_words(analysis.test, units, len(analysis.family), counted, analysis.alpha)
+    return f"{said} Margin: {analysis.margin:g}.{narrow}"
 
 
 def exploratory_line(result: SweepResult) -> str:

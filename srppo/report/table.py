@@ -31,7 +31,7 @@ HEAD_MOST, HEAD_WHOLE = 17, 12  # a head's longest word, and a head that is not 
 CHART_LEAST, CHART_MOST = 8, 16
 MARKS = {"good": "green", "bad": "red", "unsure": "yellow", "own": "bold"}  # in HTML they are classes of the row
 NO_RESULT = "no result"
-VERDICT_MARKS = {"better": "good", "worse": "bad", NO_RESULT: "bad", "cannot tell": ""}
+VERDICT_MARKS = {"better": "good", "worse": "bad", "same": "own", NO_RESULT: "bad", "cannot tell": ""}
 ASCII = str.maketrans("●─│·▁▂▃▄▅▆▇█", "o-|..:-=+*%#")
 LATEX = {
     "\\": r"\textbackslash{}",

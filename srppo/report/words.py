@@ -77,6 +77,21 @@ def joined(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else list(texts))
 
 
+def verdict_words(tests: str, units: str, comparisons: int, of: str, alpha: float) -> str:
+    """How verdicts come about, and which intervals stand beside them; `of`: whose comparisons these are."""
+    holm = together = first = ""
+    if comparisons > 1:
+        holm = f" Holm: p corrected over the {comparisons} comparisons {of}."
+        together = f", which hold all together with {100 * (1 - alpha):.4g}%"
+        first = ", as the first in Holm's order"
+    return (
+        f"p: the larger of {tests} and t over {units}, two-sided.{holm} "
+        f"{100 * (1 - alpha / comparisons):.4g}% intervals{together}; drawn to 0 where the first test does not exclude "
+        "it, cut where tests exclude more. Better, worse: without 0. Same: within the margin, by two one-sided tests. "
+        f"Detects: the true difference that 80% of such data would show{first}."
+    )
+
+
 def interval_words(seeds: Sequence[int]) -> str:
     """What calibrated intervals are over, given how many training seeds each arm has."""
     if max(seeds, default=1) == 1:

@@ -39,9 +39,8 @@ from srppo.stages.run import (
 )
 from srppo.training.batch import Generated
 from srppo.training.loop import Workbench
-from srppo.training.reward import reward_terms
+from srppo.training.reward import tokenwise_optimum
 from srppo.training.rollout import generate
-from srppo.training.scores import Scores
 
 # ---- weights
 
@@ -118,7 +117,7 @@ def decoded_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
 def check_decodable(config: RewardConfig) -> None:
     """Raises ConfigError for a reward that is no sum of terms of single tokens, or an objective without an optimum."""
     if config.beta == 0:
-        raise ConfigError("reward.beta = 0 has no closed-form optimum to decode towards; give a value above 0")
+        raise ConfigError("reward.beta = 0 has no closed-form optimum to go towards; give a value above 0")
     kind = REWARD_KINDS[config.kind]
     whole = {
         f"reward.kind = {config.kind}": kind.among is not None or not kind.by_token,
@@ -129,17 +128,14 @@ def check_decodable(config: RewardConfig) -> None:
     }
     if found := [name for name, used in whole.items() if used]:
         raise ConfigError(
-            f"decode-time extrapolation weighs one token at a time, and {found[0]} is about whole responses; leave it "
-            "out, or compare with resampling"
+            "decode-time extrapolation and on-policy distillation weigh one token at a time, and "
+            f"{found[0]} is about whole responses; leave it out, or compare with resampling"
         )
 
 
 def decoded_logprobs(config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV: Tensor) -> Tensor:
-    """log of pi_anchor exp(r / beta), normalised over the vocabulary; BV fp32. r is the reward's term of each token."""
-    sft_BV, base_BV = sft_logits_BV.float().log_softmax(-1), base_logits_BV.float().log_softmax(-1)
-    scores = Scores(sft_BV - base_BV, sft_BV, base_BV)
-    terms_BV = reward_terms(config, scores, torch.ones_like(sft_BV, dtype=torch.bool))
-    return (scores.anchor_BT(config.anchor) + terms_BV / config.beta).log_softmax(-1)
+    """The distribution that is decoded, from the logits of both models; log-probs, BV fp32."""
+    return tokenwise_optimum(config, *(x_BV.float().log_softmax(-1) for x_BV in (sft_logits_BV, base_logits_BV)))
 
 
 class Towards:

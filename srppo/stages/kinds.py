@@ -12,7 +12,7 @@ from hashlib import sha256
 from pkgutil import resolve_name
 from typing import Any
 
-from srppo.config import Recipe, decisive
+from srppo.config import DistilConfig, Recipe, decisive, is_embedded
 from srppo.data.chat import template_text
 from srppo.errors import ConfigError
 
@@ -23,6 +23,11 @@ what PPO's compute would pay for; a step along the longest run is no substitute,
 near the peak."""
 SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty")
 """Keys of the reward that decide what a whole response is paid by itself."""
+
+OBJECTIVE = ("kind", "token_clip", "anchor", "beta")
+"""Keys of the reward that decide the optimum a token at a time."""
+SHARED = ("max_grad_norm", "max_kl")
+"""Keys of PPO by which on-policy distillation is trained too."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "decoded",
             f"{_EXTRA}:decoded_stage",
-            ("reward.kind", "reward.token_clip", "reward.anchor", "reward.beta", "eval.samples"),
+            (*(f"reward.{key}" for key in OBJECTIVE), "eval.samples"),
             parents=("sft",),
             label="decode-time extrapolation",
             check=f"{_EXTRA}:check_decodable",
@@ -104,6 +109,16 @@ KINDS: dict[str, Kind] = {
             needs_items=True,
         ),
         Kind("best-of-n", f"{_CHOOSE}:best_of_n_stage", ("eval.samples",), ("samples",), "best-of-n", needs_items=True),
+        Kind(
+            "distil",
+            f"{_RUN}:distil_stage",
+            ("rollout", *(f"reward.{key}" for key in OBJECTIVE), "distil", *(f"ppo.{key}" for key in SHARED), "eval"),
+            parents=("sft",),
+            label="on-policy distillation",
+            check=f"{_EXTRA}:check_decodable",
+            files=("model",),
+            needs_prompts=True,
+        ),
         Kind(
             "ppo",
             f"{_RUN}:ppo_stage",
@@ -139,6 +154,11 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
             raise ConfigError(
                 "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft "
                 "took is not known; leave out --baselines, or leave out model.sft so that it is trained here"
+            )
+        if name == "distil" and not is_embedded(recipe.model.base) and recipe.distil.lr == DistilConfig().lr:
+            raise ConfigError(
+                f"model.base is {recipe.model.base!r} but distil.lr is not set; its default suits the embedded models "
+                "only; ten times ppo.lr is a start"
             )
         if kind.check:
             resolve_name(kind.check)(recipe.reward)

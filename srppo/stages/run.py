@@ -37,6 +37,7 @@ from srppo.record.files import write_atomic
 from srppo.record.store import Attempt, Run, Stage
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
 from srppo.training.batch import Generated
+from srppo.training.distil import train_distil
 from srppo.training.loop import Session, Workbench, load_weights
 from srppo.training.ppo import train_ppo
 from srppo.training.rollout import generate
@@ -281,7 +282,8 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage, share: float | None = No
 
 def _what_helps(run: PreparedRun, kind: Kind) -> str:
     for section in ("ppo", "sft"):
-        if section in kind.reads and (rows := getattr(run.recipe, section).micro_batch) > 1:
+        rows = getattr(run.recipe, section).micro_batch
+        if rows > 1 and any(read.startswith(section) for read in kind.reads):
             return (
                 f"lower {section}.micro_batch ({rows}), which changes memory and rounding alone, and run the same "
                 "command: finished stages stay, and this one goes on from its last checkpoint"
@@ -308,9 +310,18 @@ def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
 
 def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """SRPPO from the SFT model."""
+    return _from_sft(train_ppo, run, bench, done)
+
+
+def distil_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """On-policy distillation of decode-time extrapolation, from the SFT model."""
+    return _from_sft(train_distil, run, bench, done)
+
+
+def _from_sft(train: Callable[..., Session], run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     sft = sft_model(run, done)
     policy, recipe, prompts, measured = sft.copy(), run.recipe, run.data.prompts, run.development
-    session = train_ppo(recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
+    session = train(recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
     return finish(run, bench, policy, session)
 
 

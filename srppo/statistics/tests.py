@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
+from scipy.special import ndtri, stdtrit
 
 EXACT_FLIPS = 20  # up to here all 2^n sign flips are counted
 
@@ -61,6 +62,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
+    """The level that decides each comparison: Bonferroni's alpha / k, or alpha / (k - those before it) where only that
+    later step of Holm rejects. A p is at most its level where Holm rejects, and nowhere else."""
+    k, levels = len(p_values), [0.0] * len(p_values)
+    corrected = holm(p_values)
+    for rank, i in enumerate(sorted(range(k), key=lambda i: p_values[i])):
+        later = corrected[i] <= alpha < k * p_values[i]
+        levels[i] = alpha / (k - rank if later else k)
+    return levels
+
+
 def detectable(error: float, df: float = math.inf, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """The true difference that a two-sided test finds with this power: (t_{1-alpha/2} + t_power) standard errors.
 
@@ -68,7 +80,7 @@ def detectable(error: float, df: float = math.inf, *, alpha: float = 0.05, power
     that SD is at most the square root of the share of items on which the models differ. Miller 2024 (arXiv 2411.00640,
     section 5), with quantiles of t(df) where the error is estimated.
     """
-    quantile = scipy_stats.norm.ppf if math.isinf(df) else lambda q: scipy_stats.t.ppf(q, df)
+    quantile = ndtri if math.isinf(df) else lambda q: stdtrit(df, q)
     return float(quantile(1 - alpha / 2) + quantile(power)) * error
 
 

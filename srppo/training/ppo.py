@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from srppo.config import PpoConfig, Recipe, derive_seed
-from srppo.data.order import scheduled
 from srppo.errors import Diverged
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
@@ -42,7 +41,7 @@ from srppo.training.reward import (
     reward_diagnostics,
     reward_warnings,
 )
-from srppo.training.rollout import generate, to_batch
+from srppo.training.rollout import sample_step, to_batch
 from srppo.training.scores import Scores, score_log_ratio
 
 ROLLOUTS_LOGGED = 16  # responses a step that are written down
@@ -126,18 +125,7 @@ def train_ppo(
     for step in session.steps():
         watch = Stopwatch()
         # 1. Sample: prompts and random numbers are functions of the step alone.
-        places = scheduled(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
-        chosen = [prompts[i] for i in places]
-        generated = generate(
-            policy,
-            chosen,
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            seed=derive_seed(recipe.seed, "rollout", step),
-            held=held,
-        )
+        chosen, generated = sample_step(recipe, policy, prompts, step, stop_ids=stop_ids, pad_id=pad_id, held=held)
         watch.lap("generate_s")
         # 2. Score, all by the same path as training.
         batch = to_batch(

@@ -187,6 +187,17 @@ def reward_terms(config: RewardConfig, scores: Scores, mask_BT: Tensor, seed: in
     return terms_BT
 
 
+def tokenwise_optimum(config: RewardConfig, sft_logprobs_NV: Tensor, base_logprobs_NV: Tensor) -> Tensor:
+    """log of pi_anchor exp(r / beta), normalised over the vocabulary; NV, nats. r is the reward's term of each token.
+
+    The closed form of the objective (docs/method.md) where each response is one token; of longer ones an approximation,
+    since a token's weight knows nothing of the reward that is still to come.
+    """
+    scores = Scores(sft_logprobs_NV - base_logprobs_NV, sft_logprobs_NV, base_logprobs_NV)
+    terms_NV = reward_terms(config, scores, torch.ones_like(sft_logprobs_NV, dtype=torch.bool))
+    return (scores.anchor_BT(config.anchor) + terms_NV / config.beta).log_softmax(-1)
+
+
 def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
     """Another rollout's sum, spread evenly: the same rewards over the batch, with no relation to the response."""
     other_B = coherent_reward(terms_BT, mask_BT)[derangement(len(mask_BT), seed).to(mask_BT.device)]

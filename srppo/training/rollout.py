@@ -22,7 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from srppo.config import derive_seed
+from srppo.config import Recipe, derive_seed
+from srppo.data.order import scheduled
 from srppo.errors import OutOfMemory
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import is_out_of_memory, rows_that_fit
@@ -102,6 +103,33 @@ def generate(
     width = max(part_BS.shape[1] for part_BS in parts)
     tokens_BS = torch.cat([pad(part_BS, (0, width - part_BS.shape[1]), value=pad_id) for part_BS in parts])
     return _up_to_stop(tokens_BS, mask_BP, stop_ids)
+
+
+def sample_step(
+    recipe: Recipe,
+    policy: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    step: int,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    held: int,
+) -> tuple[list[Sequence[int]], Generated]:
+    """The prompts of a training step and the policy's responses: both are functions of (root seed, step) and the policy
+    alone. held: bytes of memory that the training holds."""
+    rollout = recipe.rollout
+    places = scheduled(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
+    chosen = [prompts[i] for i in places]
+    return chosen, generate(
+        policy,
+        chosen,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        seed=derive_seed(recipe.seed, "rollout", step),
+        held=held,
+    )
 
 
 @contextmanager

@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srppo.kernels import linear_logprob_diff_parts, logprob_diff_parts
+from srppo.kernels import (
+    Head,
+    ReverseKl,
+    Teacher,
+    linear_logprob_diff_parts,
+    linear_reverse_kl,
+    logprob_diff_parts,
+    reverse_kl,
+)
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import rows_that_fit, weight_bytes
 from srppo.training.batch import Generated, micro_slices
@@ -69,6 +77,39 @@ def response_log_ratio(
         sft_BT, base_BT = (model.response_logprobs(*rows) for model in (sft, base))
         return Scores(sft_BT - base_BT, sft_BT, base_BT)
     return Scores(*(unflatten(part_N, mask_BT) for part_N in parts[:3]))
+
+
+def response_reverse_kl(
+    policy: LanguageModel,
+    sft: LanguageModel,
+    base: LanguageModel,
+    rows: tuple[Tensor, Tensor, int],
+    teacher: Teacher,
+    *,
+    temperature: float = 1.0,
+) -> ReverseKl:
+    """KL(policy || teacher(sft, base)) of the next token before each counted response token, N of them.
+
+    rows: tokens BS, attention mask BS and the response width. Differentiable in the policy; its temperature alone.
+    """
+    if policy.head.linear and policy.head == sft.head == base.head:
+        own = Head(policy.hidden_rows(*rows), *policy.head_rows())
+        with torch.no_grad():
+            heads = [Head(model.hidden_rows(*rows), *model.head_rows()) for model in (sft, base)]
+        return linear_reverse_kl(
+            own,
+            heads[0],
+            heads[1],
+            teacher,
+            temperature=temperature,
+            logit_scale=policy.head.logit_scale,
+            softcap=policy.head.softcap,
+            impl=policy.kernels,
+        )
+    own_NV = (policy.logit_rows(*rows).float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        sft_NV, base_NV = (model.logit_rows(*rows).float().log_softmax(-1) for model in (sft, base))
+    return reverse_kl(own_NV, sft_NV, base_NV, teacher)
 
 
 def score_log_ratio(

@@ -40,8 +40,10 @@ def analysed(
     right: Callable[[Task], int | None],
     figures: Callable[[Task], Mapping[str, Any]] = lambda task: {},
     item: Callable[[Task], str] = lambda task: "item",
+    tasks: int = 1,
 ) -> SweepResult:
-    """The analysis of a record in which each task has answered its first `right` items (None: it is not done)."""
+    """The analysis of a record in which each task has answered its first `right` items (None: it is not done); tasks:
+    of how many tasks of the world they are."""
     plan, run = Plan(sweep), Run.open(folder, sweep.as_spec())
     ledger = Ledger(run, 3)
     for task in plan.tasks.values():
@@ -49,7 +51,8 @@ def analysed(
         if count is None:
             continue
         rows = [
-            {"prompt": f"{item(task)} {i}", "answer": "a", "task": "t", "group": "unseen", "correct": [i < count]}
+            {"prompt": f"{item(task)} {i}", "answer": "a", "task": f"t{i * tasks // ITEMS}", "group": "unseen"}
+            | {"correct": [i < count]}
             for i in range(ITEMS)
         ]
         stage = run.stage(task.kind, {"seed": task.recipe.seed, "task": task.key})
@@ -86,8 +89,24 @@ def test_the_family_does_not_shrink_with_what_is_missing(tmp_path: Path) -> None
     found = analysed(tmp_path / "run", sweep_of(8, 16, 32, seeds=6), right).differences
     assert [each.comparison.model.point for each in found] == ["8", "16"]
     for each in found:
-        assert each.p == 2 / 64 and each.p_holm == 3 * 2 / 64 and each.difference.low > 0
-        assert each.verdict == "cannot tell"
+        assert each.p == 2 / 64 and each.p_holm == 3 * 2 / 64
+        assert each.verdict == "cannot tell" and each.difference.low == 0 < each.difference.mean
+
+
+def test_tasks_are_the_units_where_there_are_several(tmp_path: Path) -> None:
+    """SRPPO is right on the first six of ten items, SFT on two of them: five tasks of two items are won whole or not at
+    all and say less than ten items. A sweep gives both intervals, and slopes are over tasks too."""
+
+    def right(task: Task) -> int:
+        return 2 if task.kind == "sft" else 5 + (task.recipe.data.size or 0) // 8 + task.recipe.seed % 2
+
+    items, tasks = (analysed(tmp_path / str(n), sweep_of(4, 8, 16, seeds=10), right, tasks=n) for n in (1, 5))
+    one, five = items.differences[0], tasks.differences[0]
+    assert one.tasks is None and one.these_tasks is None and five.tasks == 5
+    assert five.these_tasks is not None and five.these_tasks.mean == one.difference.mean
+    assert five.difference.low < five.these_tasks.low and five.p > one.p and five.confidence == 1 - 0.05 / 3
+    narrow, wide = (next(t.slope for t in found.trends if t.what == "SRPPO") for found in (items, tasks))
+    assert wide.mean == narrow.mean and wide.high > narrow.high
 
 
 def test_other_items_are_not_paired(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_every_sweep_builds_and_survives_json(name, quick):
     assert is_sweep(spec) and not is_sweep({"recipe": {}, "seeds": [0]})
     again = Sweep.from_spec(json.loads(canonical_json(spec)))
     assert canonical_json(again.as_spec()) == canonical_json(spec)
+    del spec["analysis"]["margin"]  # as in records before there was one
+    assert Sweep.from_spec(spec).analysis.margin == Analysis.margin == 0.05
     assert again.arms == sweep.arms and again.seeds == sweep.seeds and again.analysis == sweep.analysis
     assert Plan(again).tasks == Plan(sweep).tasks and Plan(again).measured_by == Plan(sweep).measured_by
 
@@ -260,7 +262,7 @@ def test_overlap_shares_the_demonstrations_sft(name="overlap"):
 def test_the_method_sweep_tells_its_arms_apart():
     plan = Plan(the_sweep("method"))
     keys = [plan.measured_by[cell, 0] for cell in plan.sweep.cells()]
-    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 7 + 4
+    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 8 + 4
     assert kinds(plan)["sft"] == 10 and kinds(plan)["ppo"] == 20  # SRPPO and RLOO
 
 
@@ -306,6 +308,7 @@ CHANGES: dict[str, set[str]] = {
     "data.prompts_size": FROM_PPO,
     "data.overlap": FROM_PPO,
     "methods.": set(),
+    "distil.": set(),
 }
 OTHER: dict[str, list[dict[str, Any]]] = {
     "seed": [{"seed": 5}],
@@ -475,6 +478,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
         (["reward", "--set", "ppo.stepps=3"], "did you mean 'ppo.steps'?"),
         (["reward", "--primary", "nowhere"], "no group of the items; there are: demonstrated, prompted, unseen"),
         (["reward", "--primary", "unseen/loudly"], "is no decoding"),
+        (["reward", "--margin", "0"], "margin 0.0 of sweep reward: give a difference of accuracy between 0 and 1"),
         (["reward", "--engine", "cloud"], "engine 'cloud' is unknown; there are local, ray, slurm"),
         (["reward", "missing.toml"], "missing.toml does not exist"),
         (["reward", "--set", "data.demonstrations=mine.jsonl"], "set eval.items"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from srppo.errors import DataError, RecordError
-from srppo.evaluation.results import TaskResult, read_result, read_results, write_result
+from srppo.evaluation.results import TaskResult, read_result, read_results, task_units, write_result
 from srppo.record.store import Run
 from srppo.stages.arms import stages_by_arm
 
@@ -119,6 +119,19 @@ def test_a_run_reads_as_arms_seeds_and_groups(tmp_path: Path) -> None:
     assert unseen.items[0].startswith("copy: a #") and unseen.items[1] == f"{unseen.items[0]} (2)"
     assert {each.task for each in found if each.model == "SRPPO"} == {"unseen", "t"}
     assert [each.metric for each in read_results(tmp_path / "run", "acc", stages_by_arm)] == ["acc"]
+
+
+def test_tasks_are_the_units_of_a_group_of_several(tmp_path: Path) -> None:
+    """Not where all items are of one task; an item whose task is but its group's name stands alone."""
+    rows = [verdict(f"{name} {i}", [True]) | {"task": name} for name in ("copy", "sort", "unseen") for i in range(2)]
+    run = Run.open(tmp_path / "run", {})
+    make_stage(run, "sft", 0, [*rows, *(row | {"group": "own", "task": "copy"} for row in rows)])
+    several, one = read_results(tmp_path / "run", arms=stages_by_arm)[:2]
+    assert (several.task, several.unit, one.task, one.clusters) == ("unseen", "tasks", "own", None)
+    assert several.clusters == ("copy", "copy", "sort", "sort", *several.items[4:])
+    assert task_units(["a", "b"], ["t", "u"], "g") is None, "every item is its own task anyway"
+    folder = write_result(tmp_path, {**SUMMARY, "cluster": "task"}, [row("1", 1.0, cluster="x")])
+    assert read_result(folder).unit == "tasks", "of srppo eval too"
 
 
 def test_a_runs_own_answers_say_how_they_were_asked(tmp_path: Path) -> None:

@@ -106,14 +106,14 @@ MUTANTS = [
     Mutant(
         "twin: few columns not padded in the forward pass",
         "kernels/cpu.py",
-        "            weight_CD = _padded(weight_CD)\n",
+        "            weight_CD = padded(weight_CD)\n",
         "            weight_CD = F.pad(weight_CD, (0, wide_ND.shape[1] - depth))\n",
         "kernels/test_cpu.py::test_no_product_has_rows_or_columns_left_over",
     ),
     Mutant(
         "kernels: few columns not padded in the backward pass",
         "kernels/cpu.py",
-        "            weight_CD = _padded(weight_VD[chunk].to(dtype))\n",
+        "            weight_CD = padded(weight_VD[chunk].to(dtype))\n",
         "            weight_CD = F.pad(weight_VD[chunk].to(dtype), (0, wide_ND.shape[1] - depth))\n",
         "kernels/test_cpu.py::test_no_product_has_rows_or_columns_left_over",
     ),
@@ -158,5 +158,26 @@ MUTANTS = [
         "(sft.centred_N - base.centred_N) - (sft.log_sum_N - base.log_sum_N)",
         "(sft.centred_N + sft.max_N) - sft.lse_N - (base.centred_N + base.max_N) + base.lse_N",
         "kernels/test_kernels.py::test_offsets_of_1e4_in_one_model",
+    ),
+    Mutant(
+        "reverse KL: its gradient without the mean",
+        "kernels/divergence.py",
+        "d_NV.sub_(kl_N[:, None]).mul_(p_NV)",
+        "d_NV.mul_(p_NV)",
+        "kernels/test_divergence.py::test_values_and_gradients_are_those_of_the_definition",
+    ),
+    Mutant(
+        "reverse KL: the slope of the cap left out",
+        "kernels/divergence.py",
+        "    if transform.softcap is not None:  # z is",
+        "    if False:  # z is",
+        "kernels/test_divergence.py::test_values_and_gradients_are_those_of_the_definition",
+    ),
+    Mutant(
+        "reverse KL: the last chunk's padding counts",
+        "kernels/divergence.py",
+        "                d_NV[count:] = 0.0\n",
+        "",
+        "kernels/test_divergence.py::test_values_and_gradients_are_those_of_the_definition",
     ),
 ]

@@ -35,16 +35,16 @@ MUTANTS = [
     ),
     Mutant(
         "decoding: anchors exchanged",
-        "stages/extrapolation.py",
-        "scores.anchor_BT(config.anchor)",
-        'scores.anchor_BT("base" if config.anchor == "sft" else "sft")',
+        "training/reward.py",
+        "scores.anchor_BT(config.anchor) + terms_NV",
+        'scores.anchor_BT("base" if config.anchor == "sft" else "sft") + terms_NV',
         "stages/test_extrapolation.py::test_next_token_distribution_by_hand",
     ),
     Mutant(
         "decoding: beta for 1/beta",
-        "stages/extrapolation.py",
-        "terms_BV / config.beta",
-        "terms_BV * config.beta",
+        "training/reward.py",
+        "terms_NV / config.beta",
+        "terms_NV * config.beta",
         "stages/test_extrapolation.py::test_next_token_distribution_by_hand",
     ),
     Mutant(

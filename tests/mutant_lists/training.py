@@ -637,10 +637,17 @@ MUTANTS = [
     ),
     Mutant(
         "memory: rollouts sized by the policy's weights alone",
-        "training/ppo.py",
-        "            held=held,\n",
-        "            held=None,\n",
+        "training/rollout.py",
+        "        held=held,\n",
+        "        held=None,\n",
         "training/test_ppo.py::test_rollouts_are_sized_beside_all_that_training_holds",
+    ),
+    Mutant(
+        "distillation: the mean over a micro-batch",
+        "training/distil.py",
+        "(found.total / count).backward()",
+        "(found.total / len(found.teacher_N)).backward()",
+        "training/test_distil.py::test_micro_batches_add_up_to_the_mean_over_all_tokens",
     ),
     Mutant(
         "reward kinds: others' pay is left out",

@@ -48,6 +48,9 @@ CHANGES: dict[str, Any] = {
     "sft.lr": 0.5,
     "ppo.lr": 0.5,
     "ppo.steps": 3,
+    "ppo.max_kl": 9.0,
+    "distil.steps": 3,
+    "distil.lr": 0.5,
     "seed": 4,
     "model.precision": "bf16",
 }
@@ -59,6 +62,9 @@ DECIDES = {
     "samples": COMMON - {"eval.samples"} | SCORE | {"methods.samples"},
     "resampled": COMMON | {"reward.anchor", "reward.beta"},  # beside what its samples are
     "best-of-n": COMMON,
+    "distil": COMMON
+    | {"rollout.batch", "rollout.temperature", "reward.kind", "reward.token_clip", "reward.anchor", "reward.beta"}
+    | {"distil.steps", "distil.lr", "ppo.max_kl", "eval.metric", "eval.limit", "eval.keep"},
 }
 
 
@@ -122,6 +128,14 @@ def test_parents_come_first_and_once() -> None:
         *("sft", "samples", "best-of-n"),
         *("ppo", "longer-sft", "resampled"),
     ]
+
+
+def test_the_rate_of_distillation_must_be_said_for_other_models() -> None:
+    given = {"model.base": "folder", "data.demonstrations": "mine.jsonl"}
+    check(["distil"], Recipe())
+    check(["distil"], with_overrides(Recipe(), {**given, "distil.lr": 1e-5}))
+    with pytest.raises(ConfigError, match=r"model\.base is 'folder' but distil\.lr is not set"):
+        check(["distil"], with_overrides(Recipe(), given))
 
 
 # ---- a kind of one's own

@@ -32,6 +32,7 @@ from srppo.config import RewardConfig
 from srppo.models.language_model import LanguageModel
 from srppo.stages.extrapolation import decoded_logprobs, generate_decoded
 from srppo.stages.resampling import Sampled, ess_of, normalised_weights, resampled
+from srppo.training.distil import train_distil
 from srppo.training.ppo import train_ppo
 
 MAX_NATS, MAX_SHARE = 0.02, 0.05
@@ -160,6 +161,53 @@ def test_decode_time_extrapolation_is_near_the_closed_form_and_not_there(beta: f
     print(f"beta {beta}: KL(decoded, pi*) {np.mean(far):.4f}, KL(pi_sft, pi*) {np.mean(start):.3f}")
     assert np.mean(far) == pytest.approx(expected, abs=0.003)
     assert np.mean(far) < np.mean(start) / 3 and (np.mean(far) > 5 * MAX_NATS or beta == 1.0)
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.35, 0.5, 0.7, 1.0, 2.0])
+def test_what_a_token_at_a_time_costs(beta: float) -> None:
+    """Decoding and distillation against the optimum over sequences: they lose beta KL(own || pi*) of the objective."""
+    base, sft = base_and_sft()
+    means = torch.zeros(3, 4, dtype=torch.float64)  # SFT model, teacher, optimum: reward, KL, objective, KL to optimum
+    for prompt in PROMPTS:
+        sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
+        star = optimum("sft", beta, sft_log, base_log)
+        for row, log_p in zip(means, (sft_log, tokenwise(prompt, RewardConfig(beta=beta)), star), strict=True):
+            reward = float((log_p.exp() * (sft_log - base_log)).sum())
+            own = torch.tensor([reward, kl(log_p, sft_log), reward - beta * kl(log_p, sft_log), kl(log_p, star)])
+            row += own / len(PROMPTS)
+    for name, row in zip(("SFT", "teacher", "optimum"), means.tolist(), strict=True):
+        words = f"reward {row[0]:.3f}, KL to SFT {row[1]:.3f}, objective {row[2]:.3f}, KL to pi* {row[3]:.3f}"
+        print(f"beta {beta} {name}: {words}")
+    for row in means:
+        assert float(means[2, 2] - row[2]) == pytest.approx(beta * float(row[3]), abs=1e-5)
+    assert means[0, 2] < means[1, 2] < means[2, 2], "better than the SFT model, and not the optimum"
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [{"beta": 0.5}, {"beta": 0.7, "anchor": "base"}, {"beta": 0.5, "token_clip": 0.3}, {"beta": 1.0, "kind": "sft"}],
+    ids=str,
+)
+def test_on_policy_distillation_reaches_its_teacher(tmp_path: Path, reward: dict[str, object]) -> None:
+    """The bar that PPO passes on its way to the optimum over sequences, and the loss itself falls to nothing."""
+    recipe = tiny_recipe(reward=reward, distil={"steps": 100, "lr": 4e-3})
+    torch.set_num_threads(1)
+    base, sft = base_and_sft()
+    policy = copy.deepcopy(sft)
+    with Bench(tmp_path / "run", recipe) as bench:
+        train_distil(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        rows = bench.stage.metrics()
+    far, start = [], []
+    for prompt in PROMPTS:
+        own = tokenwise(prompt, recipe.reward)
+        far.append(kl(sequence_logprobs(policy, prompt), own))
+        start.append(kl(sequence_logprobs(sft, prompt), own))
+    print(f"{reward}: KL(pi, teacher) {sum(far) / 2:.5f}, KL(pi_sft, teacher) {sum(start) / 2:.3f}")
+    assert max(far) <= MAX_NATS and sum(far) <= MAX_SHARE * sum(start)
+    assert rows[-1]["teacher_kl"] < MAX_SHARE * rows[1]["teacher_kl"]
+    other = {**reward, "beta": 1.5 * recipe.reward.beta}
+    apart = [kl(sequence_logprobs(policy, x), tokenwise(x, RewardConfig(**other))) for x in PROMPTS]  # type: ignore[arg-type]
+    assert sum(apart) > 3 * sum(far), "the bar must tell beta from 1.5 beta"
 
 
 def test_towards_the_base_at_beta_1_decoding_is_the_sft_model() -> None:

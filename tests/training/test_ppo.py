@@ -32,6 +32,7 @@ from torch import Tensor
 from worlds import make_world, run_world
 
 import srppo.training.ppo
+import srppo.training.rollout
 import srppo.training.sft
 from srppo.config import Recipe, RewardConfig
 from srppo.models.language_model import LanguageModel
@@ -310,7 +311,7 @@ def test_rollouts_are_sized_beside_all_that_training_holds(tmp_path: Path, monke
         held.append(options["held"])
         return generate(*args, **options)
 
-    monkeypatch.setattr(srppo.training.ppo, "generate", watched)
+    monkeypatch.setattr(srppo.training.rollout, "generate", watched)
     run_ppo(tiny_recipe(rollout={"batch": 4}, ppo={"steps": 1, "epochs": 1}), tmp_path)
     _, sft = base_and_sft()
     one, critic = (4 * sum(w.numel() for w in model.parameters()) for model in (sft, ValueModel(sft)))
@@ -371,7 +372,7 @@ class BestEarly:
 def state_of(state: TrainState, folder: Path) -> tuple[list[bytes], Any]:
     folder.mkdir()
     state.save(folder)
-    weights = [(folder / f"{name}.safetensors").read_bytes() for name in ("policy", "value")]
+    weights = [(folder / f"{name}.safetensors").read_bytes() for name in state.modules]
     return weights, torch.load(folder / "trainer.pt", weights_only=True)
 
 

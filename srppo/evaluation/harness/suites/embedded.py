@@ -20,7 +20,7 @@ class Rows(list[dict[str, str]]):
 def load(group: str, style: str, **_: Any) -> dict[str, Rows]:
     """Test items of a group of tasks, with answers in a style."""
     found = items(group, "test", style)
-    return {"test": Rows({"prompt": item.prompt, "answer": item.answer, "kind": item.task} for item in found)}
+    return {"test": Rows({"prompt": item.prompt, "answer": item.answer, "task": item.task} for item in found)}
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
