@@ -31,7 +31,11 @@ _TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "con
 
 
 class ModelConfig(_Section):
-    base: str = Field("embedded:s", description="base model: a folder, a hub name, or embedded:xs|s|l")
+    base: str = Field(
+        "embedded:xs",
+        description="base model: a folder, a hub name, or embedded:xs|s|l (right answers shorter than talk) or "
+        "embedded:long-xs (longer); xs-1, xs-2, long-xs-1 and long-xs-2 are further pretrainings",
+    )
     sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast in the bodies; heads stay fp32")
     kernels: Literal["auto", "triton", "torch", "reference"] = Field(
@@ -54,16 +58,20 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    demonstrations: tuple[str, ...] = Field(("embedded",), description="files, folders or hub sets with answers")
+    demonstrations: tuple[str, ...] = Field(
+        ("embedded",),
+        description="files, folders or hub sets with answers; embedded: in the style of an embedded model.base, else "
+        "short; or embedded:short, embedded:long",
+    )
     prompts: tuple[str, ...] = Field(
         (),
-        description="files, folders, hub sets, embedded:demonstrated|prompted|unseen (embedded: the first two); "
+        description="files, folders, hub sets, embedded:GROUP of tasks (embedded: of demonstrated and prompted); "
         "answers in them are not read; none: embedded, with embedded data",
     )
     size: int | None = Field(
         None,
         ge=1,
-        description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 32",
+        description="demonstrations used: a prefix of one permutation a seed; none: all, of the embedded ones 96",
     )
     prompts_size: int | None = Field(None, ge=1, description="prompts used, likewise; none: all")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of demonstrations kept out of SFT for answer NLL")
@@ -129,7 +137,7 @@ class SftConfig(_Section):
         None, ge=1, description="optimizer steps instead of epochs, whatever the number of demonstrations; none: epochs"
     )
     batch: int = Field(8, ge=1, description="demonstrations an optimizer step")
-    lr: float = Field(2e-4, gt=0, description="peak learning rate (AdamW)")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW)")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -140,7 +148,7 @@ class SftConfig(_Section):
 class RolloutConfig(_Section):
     batch: int = Field(96, ge=2, description="responses sampled a PPO step")
     per_prompt: int = Field(1, ge=1, description="of which to each prompt; must divide the batch, and RLOO needs 2")
-    max_new_tokens: int = Field(16, ge=1, description="length limit of a response, EOS included")
+    max_new_tokens: int = Field(48, ge=1, description="length limit of a response, EOS included")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; rewards are always taken at 1")
 
 
@@ -542,15 +550,29 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = value
 
 
-EMBEDDED_SIZE = 32
+EMBEDDED_SIZE = 96
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """Embedded demonstrations come with embedded prompts, and are so many that SFT stays unfinished, unless said."""
-    if recipe.data.demonstrations != ("embedded",):
+    """Embedded demonstrations have the style of an embedded base. Unless said, embedded prompts come with them, and
+    they are so many that SFT stays unfinished."""
+    style, data = world_style(recipe), recipe.data
+    if style == "long":
+        given = tuple("embedded:long" if name == "embedded" else name for name in data.demonstrations)
+        recipe = with_overrides(recipe, {"data.demonstrations": given})
+    if style is None:
         return recipe
-    size, prompts = recipe.data.size or EMBEDDED_SIZE, recipe.data.prompts or ("embedded",)
+    size, prompts = data.size or EMBEDDED_SIZE, data.prompts or ("embedded",)
     return with_overrides(recipe, {"data.size": size, "data.prompts": prompts})
+
+
+def world_style(recipe: Recipe) -> Literal["short", "long"] | None:
+    """The style of the embedded demonstrations and items; None where the demonstrations are not these alone."""
+    demonstrations = recipe.data.demonstrations
+    if len(demonstrations) > 1 or not is_embedded(demonstrations[0]):
+        return None
+    decides = recipe.model.base if demonstrations == ("embedded",) else demonstrations[0]
+    return "long" if decides.startswith("embedded:long") else "short"
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:

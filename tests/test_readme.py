@@ -106,7 +106,7 @@ def test_demo_ends_with_the_table(tmp_path: Path) -> None:
     text = " ".join(output.split())
     for arm in ("base", "SFT", "longer SFT", "SRPPO"):
         assert arm in output
-    assert "in-domain" in text and "out-of-domain" in text and "n = 300 items a group" in text
+    assert "in-domain" in text and "out-of-domain" in text and "n = 192 demonstrated, 192 prompted, 480 unseen" in text
     assert "greedy" in text and "sampled" in text and "95% intervals" in text
     assert "one training seed" in text
     assert max(len(line) for line in output.splitlines() if "/" not in line) <= 80

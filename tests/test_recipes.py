@@ -21,7 +21,7 @@ def small_smollm2(folder: Path) -> None:
     """SmolLM2-135M's architecture (Llama, grouped-query attention, tied embeddings, rope theta 1e5), made small."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base_path("s"))
+    tokenizer = AutoTokenizer.from_pretrained(base_path("xs"))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

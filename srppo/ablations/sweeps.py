@@ -23,7 +23,7 @@ from srppo.ablations.spec import (
     grid,
     label,
 )
-from srppo.config import Recipe, is_embedded, with_overrides
+from srppo.config import Recipe, is_embedded, with_overrides, world_style
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
 from srppo.stages.kinds import KINDS, in_order
@@ -66,7 +66,7 @@ class Options:
     @property
     def embedded(self) -> bool:
         """Whether the data are the embedded world's, for which the default axes are made."""
-        return self.recipe.data.demonstrations == ("embedded",)
+        return world_style(self.recipe) is not None
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -219,7 +219,7 @@ def parameter_count(base: str) -> int | None:
 
     The header of a safetensors file is 8 bytes of its length, little-endian, and JSON of each tensor's shape.
     """
-    folder = base_path(base.partition(":")[2] or "s") if is_embedded(base) else Path(base).expanduser()
+    folder = base_path(base.partition(":")[2] or "xs") if is_embedded(base) else Path(base).expanduser()
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):

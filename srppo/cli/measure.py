@@ -13,12 +13,12 @@ from srppo.cli.options import BaseModel, Debug, Device, Limit, Out, Run, SftMode
 def evaluate(
     model: Annotated[
         str | None,
-        Argument(
-            help="A model (folder, hub name, embedded:xs|s|l) or a run, whose arms it is. (default: the newest run)"
-        ),
+        Argument(help="A model (folder, hub name, embedded:xs) or a run, whose arms it is. (default: the newest run)"),
     ] = None,
     tasks: Annotated[str, Option(metavar="A,B", help="Tasks: names that lm-eval knows, yours, or ours.")] = "",
-    suite: Annotated[str | None, Option(help="embedded, ifeval, gsm8k (both with --data), or paper.")] = None,
+    suite: Annotated[
+        str | None, Option(help="embedded, embedded_long, ifeval, gsm8k (the latter two with --data), or paper.")
+    ] = None,
     data: Annotated[Path | None, Option(metavar="PATH", help="Local file of ifeval or gsm8k.")] = None,
     include_path: Annotated[
         list[Path] | None, Option(metavar="DIR", help="Folder of your own YAML tasks (repeatable).")

@@ -187,7 +187,7 @@ def _token_corruption(rows: Sequence[Demonstration], seed: int) -> Iterator[str 
 def _wrong_task(rows: Sequence[Demonstration], seed: int) -> Iterator[str | None]:
     """What another task of the same group answers to the same words: nothing of unseen tasks comes in with it."""
     for row in rows:
-        others = answers_of_other_tasks(prompt_text(row))
+        others = answers_of_other_tasks(prompt_text(row), like=row.answer)
         if others is None:
             kinds = ", ".join(kind for kind in _CANNOT if kind != "wrong-task")
             raise DataError(

@@ -89,15 +89,19 @@ def _missing(path: Path, source: str) -> str:
 
 def _embedded(source: str, what: str, seed: int) -> Table:
     from srppo.world.items import PROMPT_GROUPS, demonstrations, prompts
+    from srppo.world.styles import STYLES
     from srppo.world.tasks import GROUPS
 
-    group, count = source.removeprefix("embedded").removeprefix(":"), EMBEDDED_ROWS[what]
-    named = [f"embedded:{name}" for name in GROUPS] if what == "prompts" else []
-    if source not in ("embedded", *named):
-        allowed = f"embedded ({' and '.join(PROMPT_GROUPS)}), {', '.join(named)}" if named else "embedded alone"
-        raise DataError(f"there are no embedded {what} {source!r}; allowed are {allowed}")
-    made = prompts(count, seed, (group,) if group else PROMPT_GROUPS) if named else demonstrations(count, seed)
-    rows = [{**row, "task": row["prompt"].split()[0]} for row in made]  # the instruction names the task
+    part, count = source.removeprefix("embedded").removeprefix(":"), EMBEDDED_ROWS[what]
+    parts = GROUPS if what == "prompts" else STYLES
+    if source != "embedded" and part not in parts:
+        alone = " and ".join(PROMPT_GROUPS) if what == "prompts" else "short"
+        named = ", ".join(f"embedded:{name}" for name in parts)
+        raise DataError(f"there are no embedded {what} {source!r}; allowed are embedded ({alone}), {named}")
+    if what == "prompts":
+        rows = prompts(count, seed, (part,) if part else PROMPT_GROUPS)
+    else:
+        rows = demonstrations(count, seed, part or "short")
     return Table(source, [(f"{source}#{number}", row) for number, row in enumerate(rows, 1)])
 
 

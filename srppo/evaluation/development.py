@@ -26,6 +26,7 @@ from srppo.training.rollout import generate
 from srppo.world.items import Item
 from srppo.world.tasks import check
 
+CHOOSE = ("demonstrated", "development")  # groups of items: no step is chosen on tasks that are reported as new
 EVAL_BATCH = 300  # rows of one call of generate, which takes fewer at a time where the memory has it
 
 
@@ -157,9 +158,9 @@ def noised(
 class Development:
     """Measures a model during training: greedy accuracy on development items, and held-out answer NLL.
 
-    The score that picks the kept step is one rule for every arm: accuracy on the demonstrated group (on all items where
-    no group has that name), or minus the NLL with eval.metric = "nll". Where nothing can be measured, the last step is
-    kept.
+    The score that picks the kept step is one rule for every arm: accuracy on the items of the groups in CHOOSE (on all
+    where no group has such a name), or minus the NLL with eval.metric = "nll". Where nothing can be measured, the last
+    step is kept.
     """
 
     def __init__(
@@ -207,5 +208,6 @@ class Development:
             row |= {f"dev/{group}": estimate.mean for group, estimate in accuracy_by_group(verdicts).items()}
             row["dev/accuracy"] = sum(v.correct[0] for v in verdicts) / len(verdicts)
             if self.recipe.eval.metric == "accuracy":
-                score = row.get("dev/demonstrated", row["dev/accuracy"])
+                chosen = [v for v in verdicts if v.group in CHOOSE] or verdicts
+                score = sum(v.correct[0] for v in chosen) / len(chosen)
         return row, score

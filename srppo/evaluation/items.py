@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from srppo.config import Recipe
+from srppo.config import Recipe, world_style
 from srppo.errors import DataError
-from srppo.world.items import Item
+from srppo.world.items import ITEM_GROUPS, Item
 from srppo.world.items import items as embedded_items
-from srppo.world.tasks import GROUPS
 
 T = TypeVar("T")
 
@@ -48,8 +47,8 @@ def load_items(recipe: Recipe, split: str) -> list[Item]:
     included, is dev). Raises DataError for a row that is no item, and for a file without rows of the split.
     """
     if recipe.eval.items is None:
-        embedded = recipe.data.demonstrations == ("embedded",)
-        return [item for group in GROUPS for item in embedded_items(group, split)] if embedded else []
+        style = world_style(recipe)
+        return [item for group in ITEM_GROUPS[split] for item in embedded_items(group, split, style)] if style else []
     rows = read_rows(Path(recipe.eval.items), "eval.items")
     every = [_item_of(row, place, "test" if number % 2 else "dev") for number, (place, row) in enumerate(rows)]
     if found := [item for item, own in every if own == split]:

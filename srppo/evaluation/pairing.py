@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from srppo.errors import DataError
 from srppo.evaluation.results import SUMMARY, TaskResult, question_name
 from srppo.world.items import items
-from srppo.world.tasks import GROUPS
+from srppo.world.tasks import REPORTED
 
 K = TypeVar("K")
 Arms = Mapping[str, Sequence[TaskResult]]
 BySeed = Mapping[int | None, TaskResult]
-SUITE = "embedded_"  # before the name of a group: its task in the embedded suite
+SUITE = {"short": "embedded_", "long": "embedded_long_"}  # before the name of a group: its task in a suite, by style
 
 DECISIVE = {
     "harness": ("version of srppo eval", "with one version of srppo"),
@@ -89,15 +89,17 @@ def made_alike(arms: Arms) -> tuple[dict[str, list[TaskResult]], list[str]]:
 
 
 def _questions(result: TaskResult, tasks: Collection[str]) -> str:
-    """The task, or the embedded suite's, where results on that exist too, for a run's own test on the same items."""
-    suite = SUITE + result.task
-    same = suite in tasks and result.task in GROUPS and _of_world(result.task).issuperset(result.items)
-    return suite if same else result.task
+    """The task, or an embedded suite's, where results on that exist too, for a run's own test on the same items."""
+    for style, before in SUITE.items():
+        suite = before + result.task
+        if suite in tasks and result.task in REPORTED and _of_world(result.task, style).issuperset(result.items):
+            return suite
+    return result.task
 
 
 @cache
-def _of_world(group: str) -> frozenset[str]:
-    return frozenset(question_name(item.task, item.prompt, item.answer) for item in items(group, "test"))
+def _of_world(group: str, style: str) -> frozenset[str]:
+    return frozenset(question_name(item.task, item.prompt, item.answer) for item in items(group, "test", style))
 
 
 def _shared(on: list[TaskResult], notes: list[str]) -> list[TaskResult]:
@@ -127,7 +129,7 @@ def _rank(way: list[TaskResult]) -> tuple[int, int, bool, float]:
     """Arms and seeds, items, whether it is the suite's, and when the newest was written."""
     cells = grouped(way, _cell).values()
     items_in_all = sum(max(len(result.items) for result in cell) for cell in cells)
-    return len(cells), items_in_all, way[0].task.startswith(SUITE), max(map(_time, way))
+    return len(cells), items_in_all, way[0].task.startswith((*SUITE.values(),)), max(map(_time, way))
 
 
 def _not_taken(on: list[TaskResult], best: list[TaskResult], tasks: Sequence[str]) -> list[str]:

@@ -38,15 +38,15 @@ from srppo.models.language_model import LanguageModel
 
 
 def resolve(spec: str) -> str:
-    """A model spec to what from_pretrained takes: `embedded:s` to its folder; folders and hub names as they are."""
+    """A model spec to what from_pretrained takes: `embedded:xs` to its folder; folders and hub names as they are."""
     if is_embedded(spec):
         from srppo.world import base_path
 
-        return str(base_path(spec.partition(":")[2] or "s"))
+        return str(base_path(spec.partition(":")[2] or "xs"))
     if not Path(spec).exists() and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
         raise ModelError(
             f"model {spec!r} is neither a folder here nor a hub name; give a folder with config.json, org/name, or "
-            "embedded:xs|s|l"
+            "embedded:xs|s|l|long-xs"
         )
     return spec
 
@@ -77,7 +77,7 @@ def _one_line(what: str, spec: str) -> Iterator[None]:
     except Exception as error:  # safetensors and tokenizers have errors of their own, down to plain Exception
         text = " ".join(str(error).split())
         if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
-            advice = "the hub cannot be reached; give a local folder, or embedded:xs|s|l"
+            advice = "the hub cannot be reached; give a local folder, or embedded:xs|s|l|long-xs"
         elif "safetensors" in text and "not" in text.lower():
             advice = "weights that are not safetensors are refused; convert them, or set model.allow_pickle=true"
         elif "trust_remote_code" in text:

@@ -51,7 +51,7 @@ BEST = ", best on dev"  # an arm's row at its kept step has the arm's colour
 OTHER_COLOURS = ["#cc79a7", "#44aa99", "#999933", "#ab6857", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#d55e00"]
 WIDTH_INCHES, NARROW_INCHES = 10.0, 4.6
 LABEL_CHARACTERS = 30  # a line of a row's name
-MOST_TASKS = 24  # drawn in a group; the table holds all
+MOST_TASKS = 16  # drawn in a group; the table holds all
 MOST_GROUPS = 3  # panels side by side; the tables hold all groups
 BAND = 0.2  # opacity
 TaskFigures = Mapping[str, Mapping[tuple[str, str, str], "Estimate"]]  # by row, then by group, task and decoding
@@ -137,8 +137,8 @@ def _legend(figure: Figure, handles: Mapping[str, Any], where: str = "upper", nc
 
 
 def _panels(figure: Figure, count: int, columns: int = 3, **grid: Any) -> list[Axes]:
-    """So many panels, at most `columns` beside each other; the places that are left over are hidden."""
-    columns = min(count, columns)
+    """So many panels, at most `columns` beside each other, four as two by two; the places left over are hidden."""
+    columns = 2 if count == 4 else min(count, columns)
     axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False, **grid).flatten())
     for axis in axes[count:]:
         axis.set_visible(False)

@@ -13,11 +13,13 @@ GROUP_WORDS = {
     "demonstrated": "in-domain",
     "prompted": "PPO prompts only",
     "unseen": "out-of-domain",
+    "absent": "new to the base",
 }
 GROUP_MEANING = {
     "demonstrated": "in-domain: tasks with demonstrations",
     "prompted": "PPO prompts only: tasks prompted in PPO, never demonstrated",
     "unseen": "out-of-domain: tasks seen by neither",
+    "absent": "new to the base: tasks that not even its corpus held",
 }
 DECODINGS = ("greedy", "sampled")
 INTERVAL = "t width from the variance between seeds and between items, shape from resampling both"

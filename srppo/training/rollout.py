@@ -61,7 +61,7 @@ def generate(
 
     seed: of all random numbers, or one a row, whose numbers are then its own. A row's probabilities come from products
     over the whole batch, whose last bits hang on its size and width: the same batch gives the same row, another one
-    may, at a near tie, give another token (1 of 48 GSM8K responses of embedded:l, batches of 64 against 5).
+    may, at a near tie, give another token (1 of 48 GSM8K responses, batches of 64 against 5).
     processor: makes, of the prompts' mask (BP), what turns logits into others for one batch; then the body runs in
     fp32, since it may blow up their rounding. criteria, settings: more of transformers' own.
     rows: at most so many at a time; None: as many as fit the memory beside the bytes `held` (`memory.rows_that_fit`).

@@ -7,42 +7,57 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
 from srppo.errors import UserError
-from srppo.world.items import SPLITS, demonstrations, prompts
+from srppo.world.items import ITEM_GROUPS, demonstrations, prompts
 from srppo.world.items import items as items_of  # a plain `items` would hide the module of that name
-from srppo.world.tasks import GROUPS
-from srppo.world.texts import LESSONS, documents
+from srppo.world.styles import STYLES
+from srppo.world.texts import documents
 
 ASSETS = Path(__file__).parent / "assets"
-BASES = ("xs", "s", "l")
-"""Names of the bases, about 0.2, 0.9 and 4 million parameters."""
 
 
-def base_path(size: str) -> Path:
-    """Folder of the base `size`, as `from_pretrained` takes it.
+@dataclass(frozen=True)
+class Base:
+    """What a base was trained from: the style of its corpus, its size and the seed of corpus and weights."""
+
+    style: str
+    size: str
+    seed: int
+
+
+BASES = {
+    **{f"xs{tail}": Base("short", "xs", seed) for seed, tail in enumerate(("", "-1", "-2"))},
+    "s": Base("short", "s", 0),
+    "l": Base("short", "l", 0),
+    **{f"long-xs{tail}": Base("long", "xs", seed) for seed, tail in enumerate(("", "-1", "-2"))},
+}
+
+
+def base_path(name: str) -> Path:
+    """Folder of the base `name`, as `from_pretrained` takes it.
 
     Raises:
-        UserError: for a size that the world does not have.
+        UserError: for a base that the world does not have.
     """
-    if size not in BASES:
-        raise UserError(f"no embedded base {size!r}: choose one of {', '.join(BASES)}")
-    return ASSETS / "bases" / size
+    if name not in BASES:
+        raise UserError(f"no embedded base {name!r}: choose one of {', '.join(BASES)}")
+    return ASSETS / "bases" / name
 
 
 def checksums(assets: Path = ASSETS) -> dict[str, str]:
     """sha256 of what the seeds generate (corpus, demonstrations, prompts, items) and of the tokenizer file."""
-    found = {
-        "lessons": _digest(islice(documents(1, LESSONS), 5000)),
-        "corpus": _digest(islice(documents(0), 5000)),
-        "demonstrations": _digest(demonstrations(256, 0)),
-        "prompts": _digest(prompts(512, 0)),
-    }
-    for split in SPLITS:
-        found[split] = _digest(item for group in GROUPS for item in items_of(group, split))
+    found = {"prompts": _digest(prompts(512, 0))}
+    for name, style in STYLES.items():
+        found[f"{name} lessons"] = _digest(islice(documents(1, style, style.lessons), 2500))
+        found[f"{name} corpus"] = _digest(islice(documents(0, style), 2500))
+        found[f"{name} demonstrations"] = _digest(demonstrations(256, 0, name))
+        for split, groups in ITEM_GROUPS.items():
+            found[f"{name} {split}"] = _digest(item for group in groups for item in items_of(group, split, name))
     for path in sorted(assets.glob("bases/*/tokenizer.json")):
         found[f"tokenizer {path.parent.name}"] = sha256(path.read_bytes()).hexdigest()
     return found

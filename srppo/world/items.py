@@ -16,9 +16,13 @@ from itertools import islice
 from random import Random
 
 from srppo.errors import UserError
-from srppo.world.tasks import GROUPS, TASKS, Task, bucket, check
+from srppo.world.operations import Words
+from srppo.world.styles import STYLES
+from srppo.world.tasks import ARGUMENTS, GROUPS, REPORTED, TASKS, Task, bucket, check, of_groups
 
-SPLITS = {"dev": (frozenset({1}), 20), "test": (frozenset({0}), 50)}  # buckets, items per task
+SPLITS = {"dev": (frozenset({1}), 8), "test": (frozenset({0}), 12)}  # buckets, items per task
+ITEM_GROUPS = {"dev": ("demonstrated", "development"), "test": REPORTED}
+"""Groups whose items a split holds: no step or setting is chosen on a task that is reported as new."""
 TRAIN = frozenset(range(2, 10))
 _DEMONSTRATIONS = frozenset({2, 3})
 _PROMPTS = TRAIN - _DEMONSTRATIONS
@@ -37,7 +41,7 @@ class Item:
     group: str
 
 
-def draw(task: Task, rng: Random, buckets: frozenset[int] = TRAIN) -> tuple[str, ...]:
+def draw(task: Task, rng: Random, buckets: frozenset[int] = TRAIN) -> Words:
     """The words of a question of `task` whose hash bucket is one of `buckets`."""
     while True:
         words = task.draw(rng)
@@ -45,42 +49,39 @@ def draw(task: Task, rng: Random, buckets: frozenset[int] = TRAIN) -> tuple[str,
             return words
 
 
-def items(group: str, split: str, per_task: int | None = None) -> list[Item]:
-    """The fixed items of one group: `per_task` (default: 50 for test, 20 for dev) of each of its six tasks.
+def items(group: str, split: str, style: str = "short", per_task: int | None = None) -> list[Item]:
+    """The fixed items of one group: `per_task` (default: 12 for test, 8 for dev) of each of its tasks.
 
     Raises:
-        UserError: for an unknown group or split, or more items than a task has.
+        UserError: for an unknown group, split or style, or more items than a task has.
     """
-    if group not in GROUPS:
-        raise UserError(f"unknown task group {group!r}: choose one of {', '.join(GROUPS)}")
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    buckets, default = SPLITS[split]
-    return list(_items(group, split, buckets, default if per_task is None else per_task))
+    for name, found, known in (("task group", group, GROUPS), ("split", split, SPLITS), ("style", style, STYLES)):
+        if found not in known:
+            raise UserError(f"unknown {name} {found!r}: choose one of {', '.join(known)}")
+    return list(_items(group, split, style, SPLITS[split][1] if per_task is None else per_task))
 
 
 @cache  # every stage asks for the same ones, several times
-def _items(group: str, split: str, buckets: frozenset[int], count: int) -> tuple[Item, ...]:
+def _items(group: str, split: str, style: str, count: int) -> tuple[Item, ...]:
     return tuple(
         item
-        for task in TASKS
-        if task.group == group
-        for item in islice(_distinct((task,), Random(f"{split}:{task.name}"), buckets), count)
+        for task in of_groups(group)
+        for item in islice(_distinct((task,), Random(f"{split}:{task.name}"), SPLITS[split][0], style), count)
     )
 
 
-def demonstrations(n: int, seed: int) -> list[dict[str, str]]:
-    """`n` rows `{"prompt", "completion"}` of the demonstrated tasks in equal shares; a smaller `n` gives a prefix.
+def demonstrations(n: int, seed: int, style: str = "short") -> list[dict[str, str]]:
+    """`n` rows `{"prompt", "completion", "task"}` of the demonstrated tasks in equal shares; a smaller `n` is a prefix.
 
     Raises:
         UserError: if a task has fewer distinct questions than asked for.
     """
-    stream = _distinct(_of("demonstrated"), Random(f"demonstrations:{seed}"), _DEMONSTRATIONS)
-    return [{"prompt": item.prompt, "completion": item.answer} for item in islice(stream, n)]
+    stream = _distinct(of_groups("demonstrated"), Random(f"demonstrations:{seed}"), _DEMONSTRATIONS, style)
+    return [{"prompt": item.prompt, "completion": item.answer, "task": item.task} for item in islice(stream, n)]
 
 
 def prompts(n: int, seed: int, groups: tuple[str, ...] = PROMPT_GROUPS) -> list[dict[str, str]]:
-    """`n` rows `{"prompt"}` of the tasks of `groups` in equal shares; none is a demonstration, or a dev or test item.
+    """`n` rows `{"prompt", "task"}` of the tasks of `groups` in equal shares; none is a demonstration or an item.
 
     Raises:
         UserError: for an unknown group, or if a task has fewer distinct questions than asked for.
@@ -88,39 +89,35 @@ def prompts(n: int, seed: int, groups: tuple[str, ...] = PROMPT_GROUPS) -> list[
     if unknown := [group for group in groups if group not in GROUPS]:
         raise UserError(f"unknown task group {unknown[0]!r}: choose one of {', '.join(GROUPS)}")
     name = "prompts" if groups == PROMPT_GROUPS else f"prompts {' '.join(groups)}"
-    stream = _distinct(_of(*groups), Random(f"{name}:{seed}"), _PROMPTS)
-    return [{"prompt": item.prompt} for item in islice(stream, n)]
+    stream = _distinct(of_groups(*groups), Random(f"{name}:{seed}"), _PROMPTS, "short")
+    return [{"prompt": item.prompt, "task": item.task} for item in islice(stream, n)]
 
 
-def read_question(text: str) -> tuple[Task, tuple[str, ...]] | None:
+def read_question(text: str) -> tuple[Task, Words] | None:
     """The task and the words of a question, or None for a text that no task could ask."""
-    instruction, *rest = text.split() or [""]
-    words = tuple(rest)
+    named, words = text.split()[:-ARGUMENTS], tuple(text.split()[-ARGUMENTS:])
     for task in TASKS:
-        if task.instruction == instruction and task.arity[0] <= len(words) <= task.arity[1]:
-            distinct = len(set(words)) == len(words) and set(words) <= set(task.pool)
-            return (task, words) if distinct and task.answer(words) else None
+        if task.operations == tuple(named):
+            return (task, words) if len(set(words)) == ARGUMENTS and task.steps(words) else None
     return None
 
 
-def answers_of_other_tasks(question: str) -> list[str] | None:
+def answers_of_other_tasks(question: str, like: str) -> list[str] | None:
     """What the other tasks of its group answer to the words of a question, where that is wrong; each once, sorted.
 
-    Never empty for a question of the world; None for any other text.
+    like: an answer; the others are in the style in which it is right, else short. Never empty for a question of the
+    world; None for any other text.
     """
     read = read_question(question)
     if read is None:
         return None
     task, words = read
-    answers = {other.answer(words) for other in _of(task.group)} - {""}
-    return sorted(answer for answer in answers if not check(task.answer(words), answer))
+    style = next((each for each in STYLES.values() if check(each.answer(task, words), like)), STYLES["short"])
+    wrong = [other for other in of_groups(task.group) if other.answer(words) not in ("", task.answer(words))]
+    return sorted({style.answer(other, words) for other in wrong})
 
 
-def _of(*groups: str) -> tuple[Task, ...]:
-    return tuple(task for task in TASKS if task.group in groups)
-
-
-def _distinct(tasks: tuple[Task, ...], rng: Random, buckets: frozenset[int]) -> Iterator[Item]:
+def _distinct(tasks: tuple[Task, ...], rng: Random, buckets: frozenset[int], style: str) -> Iterator[Item]:
     """Questions without repetition, the tasks in a new order each round, so every prefix is balanced."""
     seen: set[str] = set()
     while True:
@@ -133,4 +130,4 @@ def _distinct(tasks: tuple[Task, ...], rng: Random, buckets: frozenset[int]) -> 
             else:
                 raise UserError(f"the embedded task {task.name!r} has no further questions: ask for fewer rows")
             seen.add(prompt)
-            yield Item(prompt=prompt, answer=task.answer(words), task=task.name, group=task.group)
+            yield Item(prompt, STYLES[style].answer(task, words), task.name, task.group)

@@ -1,114 +1,100 @@
-"""The word tasks of the embedded world: an instruction, a few words, one right answer.
+"""The word tasks of the embedded world: one operation or two in a row on three words, one right answer.
 
-A question reads `reverse sun cat` and its answer `cat sun`. Eighteen tasks stand in three disjoint groups of six:
+A question reads `reverse double sun cat dog`. The operation beside the words comes first, so this doubles each word and
+then reverses the list. Tasks stand in five disjoint groups:
 
     demonstrated   in the demonstrations of SFT (in-domain)
     prompted       among the prompts of PPO, never demonstrated
-    unseen         in neither (out-of-domain)
-
-Every answer is a function of the words, so checking is exact.
+    unseen         in neither (out-of-domain); the corpus of the bases asks them as it asks those above
+    absent         not in the corpus either, but each operation is, in the same place of another task
+    development    in the corpus and nowhere else: steps and settings are chosen on these
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
 
+from srppo.world.operations import OPERATIONS, WORDS, Words
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-ANIMALS = _words("cat dog cow pig hen fox owl bee ant bat rat frog duck goat bear lion wolf deer fish crab")
-COLORS = _words("red blue green pink gray gold white black brown tan")
-THINGS = _words(
-    "sun moon star rain snow wind sea lake hill tree leaf rose seed sand rock road farm town park ship boat car bus "
-    "train bike ball bell book pen map key box bag cup pot pan fork bowl lamp door wall roof bed desk coat hat shoe "
-    "sock ring drum song game bread rice milk egg cake corn bean soup pear plum apple lemon salt nut pie tea jam ham "
-    "hand foot head nose ear eye arm leg king boy girl man baby"
-)
-OPPOSITES = _words(
-    "hot cold big small old new fast slow up down day night wet dry left right open shut soft hard full empty high low "
-    "near far rich poor good bad happy sad early late"
-)  # neighbours are pairs
-WORDS = ANIMALS + COLORS + THINGS + OPPOSITES
-
-_OPPOSITE = {word: OPPOSITES[i ^ 1] for i, word in enumerate(OPPOSITES)}
+ARGUMENTS = 3  # words of a question
+LONGEST = 6  # words of a list on the way to the answer
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: `instruction` followed by `arity[0]` to `arity[1]` (both included) distinct words of `pool`."""
+    """`operations` as the question names them: the last one is applied first."""
 
-    name: str
+    operations: Words
     group: str
-    instruction: str
-    arity: tuple[int, int]
-    answer: Callable[[tuple[str, ...]], str]
-    """The right answer to the words; empty where they make no question, such as no animal among them."""
-    pool: tuple[str, ...] = WORDS
 
-    def question(self, words: tuple[str, ...]) -> str:
-        """The raw instruction, such as `reverse sun cat`, without any chat template."""
-        return f"{self.instruction} {' '.join(words)}"
+    @property
+    def name(self) -> str:
+        """The operations as a question names them, such as `reverse double`."""
+        return " ".join(self.operations)
 
-    def draw(self, rng: Random) -> tuple[str, ...]:
-        """Words that make a question, drawn with `rng`."""
+    @property
+    def pool(self) -> Words:
+        """The words that a question may hold: those of the one operation that takes no others, or all."""
+        return next((OPERATIONS[name].pool for name in self.operations if OPERATIONS[name].pool != WORDS), WORDS)
+
+    def question(self, words: Words) -> str:
+        """The raw instruction, such as `reverse double sun cat dog`, without any chat template."""
+        return f"{self.name} {' '.join(words)}"
+
+    def steps(self, words: Words) -> list[tuple[str, Words]]:
+        """Each operation in the order of its application with the list it leaves; none where the words make no
+        question, such as `animals` with no animal among them."""
+        if not set(words) <= set(self.pool):
+            return []
+        steps = []
+        for name in reversed(self.operations):
+            if len(words) < OPERATIONS[name].shortest:
+                return []
+            words = OPERATIONS[name].apply(words)
+            steps.append((name, words))
+        return steps if words and all(len(left) <= LONGEST for _, left in steps) else []
+
+    def answer(self, words: Words) -> str:
+        """The list that the last step leaves; empty where the words make no question."""
+        return " ".join((self.steps(words) or [("", ())])[-1][1])
+
+    def draw(self, rng: Random) -> Words:
+        """Distinct words that make a question, drawn with `rng`."""
         while True:
-            words = tuple(rng.sample(self.pool, rng.randint(*self.arity)))
-            if self.answer(words):
+            words = tuple(rng.sample(self.pool, ARGUMENTS))
+            if self.steps(words):
                 return words
 
 
-def _opposites(words: tuple[str, ...]) -> str:
-    return " ".join(_OPPOSITE[word] for word in words) if all(word in _OPPOSITE for word in words) else ""
-
-
-def _only(kind: tuple[str, ...]) -> Callable[[tuple[str, ...]], str]:
-    return lambda words: " ".join(word for word in words if word in kind)
-
-
-def _task(
-    group: str,
-    name: str,
-    arity: tuple[int, int],
-    answer: Callable[[tuple[str, ...]], str | tuple[str, ...]],
-    pool: tuple[str, ...] = WORDS,
-) -> Task:
-    def text(words: tuple[str, ...]) -> str:
-        result = answer(words)
-        return result if isinstance(result, str) else " ".join(result)
-
-    return Task(name=name, group=group, instruction=name, arity=arity, answer=text, pool=pool)
-
+_GROUPS = {  # dealt by seed: all groups are alike in the length of answers and in what the operations look at
+    "demonstrated": "drop, first, join, stutter, chop double, chop reverse, circle linger, circle reverse, "
+    "drop mirror, linger chop, linger linger, mirror colors, mirror ends, opposite second, reverse twice, swap twice",
+    "prompted": "chop, copy, ends, mirror, circle drop, circle rotate, double second, join rotate, mirror animals, "
+    "mirror reverse, opposite rotate, reverse animals, rotate twice, second colors, stutter swap, twice swap",
+    "unseen": "animals, double, last, linger, opposite, rotate, second, swap, twice, chop mirror, circle chop, "
+    "circle ends, circle swap, double animals, double swap, drop twice, ends mirror, ends reverse, join drop, "
+    "join ends, join reverse, mirror chop, mirror drop, mirror rotate, mirror swap, opposite chop, opposite drop, "
+    "opposite first, opposite last, opposite stutter, reverse circle, reverse double, reverse stutter, reverse swap, "
+    "rotate double, rotate mirror, stutter drop, stutter rotate, swap linger, twice ends",
+    "absent": "chop stutter, circle animals, circle colors, drop linger, ends rotate, opposite double, rotate circle, "
+    "rotate linger, stutter linger, stutter stutter, twice chop, twice drop",
+    "development": "circle, colors, reverse, circle stutter, double colors, double drop, double ends, double last, "
+    "opposite swap, opposite twice, reverse rotate, stutter ends",
+}
+GROUPS = tuple(_GROUPS)
+REPORTED = ("demonstrated", "prompted", "unseen", "absent")
+"""Groups with test items."""
+TASKS = tuple(Task(tuple(name.split()), group) for group, names in _GROUPS.items() for name in names.split(", "))
 
 CHAT = "Q: {prompt}\nA:"
 """What stands before a reply; the reply starts with a space and ends with EOS."""
 
-GROUPS = ("demonstrated", "prompted", "unseen")
 
-TASKS = (
-    _task("demonstrated", "first", (2, 3), lambda w: w[0]),
-    _task("demonstrated", "reverse", (2, 3), lambda w: w[::-1]),
-    _task("demonstrated", "double", (2, 3), lambda w: tuple(x for x in w for _ in range(2))),
-    _task("demonstrated", "ends", (3, 3), lambda w: (w[0], w[-1])),
-    _task("demonstrated", "swap", (2, 3), lambda w: (w[1], w[0], *w[2:])),
-    _task("demonstrated", "opposite", (2, 3), _opposites, OPPOSITES),
-    _task("prompted", "copy", (2, 3), lambda w: w),
-    _task("prompted", "last", (2, 3), lambda w: w[-1]),
-    _task("prompted", "mirror", (2, 2), lambda w: w + w[::-1]),
-    _task("prompted", "drop", (2, 3), lambda w: w[1:]),
-    _task("prompted", "rotate", (2, 3), lambda w: (*w[1:], w[0])),
-    _task("prompted", "animals", (2, 3), _only(ANIMALS), ANIMALS + THINGS[::4]),
-    _task("unseen", "second", (2, 3), lambda w: w[1]),
-    _task("unseen", "join", (2, 3), lambda w: " and ".join(w)),
-    _task("unseen", "twice", (2, 3), lambda w: w + w),
-    _task("unseen", "chop", (2, 3), lambda w: w[:-1]),
-    _task("unseen", "sort", (2, 3), lambda w: tuple(sorted(w))),
-    _task("unseen", "colors", (2, 3), _only(COLORS), COLORS + THINGS[1::8]),
-)
+def of_groups(*groups: str) -> tuple[Task, ...]:
+    """The tasks of some groups."""
+    return tuple(task for task in TASKS if task.group in groups)
 
 
 def check(answer: str, response: str) -> bool:

@@ -10,59 +10,37 @@ from collections.abc import Iterator, Mapping
 from random import Random
 
 from srppo.world.items import draw
-from srppo.world.tasks import ANIMALS, CHAT, COLORS, OPPOSITES, TASKS, WORDS, Task
+from srppo.world.operations import ANIMALS, COLORS, OPERATIONS, OPPOSITES, WORDS, Words
+from srppo.world.styles import STYLES, Style
+from srppo.world.tasks import CHAT, TASKS, Task
 from srppo.world.tokenizer import EOS
 
 PLAIN = 0.05  # share of documents that are talk without a question
-
-REPLIES = {
-    "right": 0.10,  # the answer and nothing else
-    "trailing": 0.12,  # the answer, then talk: no exact checker accepts it
-    "framed": 0.12,  # the answer inside talk
-    "wrong": 0.07,  # the answer to another task on the same words
-    "echo": 0.10,  # the words as they stand
-    "back": 0.05,  # a question back
-    "talk": 0.44,
-}
-"""Shares of the kinds of reply in the text that the bases end on."""
-
-LESSONS = {"right": 0.45, "trailing": 0.15, "framed": 0.15, "wrong": 0.05, "echo": 0.05, "back": 0.05, "talk": 0.10}
-"""Shares in the text that they begin with, which teaches the tasks before the manner of replying."""
+ASKED = tuple(task for task in TASKS if task.group != "absent")
 
 
-def documents(seed: int, shares: Mapping[str, float] = REPLIES) -> Iterator[str]:
-    """Documents without end, each closed by EOS, the same for the same arguments; none holds a dev or test question."""
+def documents(seed: int, style: Style = STYLES["short"], shares: Mapping[str, float] | None = None) -> Iterator[str]:
+    """Documents without end, each closed by EOS, the same for the same arguments.
+
+    None asks a dev or test question or an absent task. shares: of the kinds of reply; by default the style's last.
+    """
     rng = Random(f"corpus:{seed}")
+    shares = style.replies if shares is None else shares
     kinds, weights = tuple(shares), tuple(shares.values())
     while True:
         if rng.random() < PLAIN:
-            yield talk(rng, (rng.choice(WORDS), rng.choice(WORDS))) + EOS
+            yield talk(rng, style, tuple(rng.sample(WORDS, 2))) + EOS
             continue
-        task = rng.choice(TASKS)
+        task = rng.choice(ASKED)
         words = draw(task, rng)
-        reply = _REPLY[rng.choices(kinds, weights)[0]](rng, task, words)
+        reply = _REPLY[rng.choices(kinds, weights)[0]](rng, style, task, words)
         yield f"{CHAT.format(prompt=task.question(words))} {reply}{EOS}"
 
 
-_TALK = (
-    "I like the {a} .",
-    "I saw the {a} by the {b} .",
-    "I think the {a} is {c} .",
-    "that is a long story .",
-    "let me see .",
-    "I do not know .",
-    "there was a {c} {a} .",
-    "we can talk about the {a} .",
-    "a {n} is an animal .",
-    "{c} is a color .",
-    "{o} is not {p} .",
-)
-
-
-def talk(rng: Random, words: tuple[str, ...]) -> str:
+def talk(rng: Random, style: Style, words: Words) -> str:
     """A sentence that goes nowhere, about the words."""
     i = rng.randrange(len(OPPOSITES))
-    return "well , " + rng.choice(_TALK).format(
+    return rng.choice(style.talk).format(
         a=rng.choice(words),
         b=rng.choice(words),
         c=rng.choice(COLORS),
@@ -74,42 +52,51 @@ def talk(rng: Random, words: tuple[str, ...]) -> str:
 
 _FRAMES = ("I think {x} .", "it may be {x} .", "sure , {x} .", "is it {x} ?")
 _TRAILS = ("{x} , I think .", "{x} , but ask me later .", "{x} , or so .", "{x} , is that so ?")
-
-
-def _right(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    return task.answer(words)
-
-
-def _trailing(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    return rng.choice(_TRAILS).format(x=task.answer(words))
-
-
-def _framed(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    return rng.choice(_FRAMES).format(x=task.answer(words))
-
-
-def _wrong(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    right = task.answer(words)
-    while True:
-        answer = rng.choice(TASKS).answer(words)
-        if answer and answer != right:
-            return answer
-
-
-def _echo(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    echo = " ".join(words)
-    return f"{echo} ?" if echo == task.answer(words) else echo
-
-
 _BACK = ("what do you mean by {i} ?", "why do you ask about {a} ?", "can you say that again ?", "{i} what ?")
 
 
-def _back(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    return rng.choice(_BACK).format(i=task.instruction, a=rng.choice(words))
+def _right(rng: Random, style: Style, task: Task, words: Words) -> str:
+    return style.answer(task, words)
 
 
-def _talk(rng: Random, task: Task, words: tuple[str, ...]) -> str:
-    return talk(rng, words)
+def _trailing(rng: Random, style: Style, task: Task, words: Words) -> str:
+    """The answer and then talk, which no exact checker accepts."""
+    return rng.choice(_TRAILS).format(x=task.answer(words))
+
+
+def _framed(rng: Random, style: Style, task: Task, words: Words) -> str:
+    """The answer inside talk."""
+    return rng.choice(_FRAMES).format(x=task.answer(words))
+
+
+def _wrong(rng: Random, style: Style, task: Task, words: Words) -> str:
+    """The answer to a question half heard: without one of two operations, or with a neighbour of the only one."""
+    wrong = [other for other in _half_heard(task) if other.answer(words) not in ("", task.answer(words))]
+    while not wrong:
+        wrong = [other for other in (rng.choice(ASKED),) if other.answer(words) not in ("", task.answer(words))]
+    return style.answer(rng.choice(wrong), words)
+
+
+def _half_heard(task: Task) -> list[Task]:
+    if len(task.operations) > 1:
+        return [Task((name,), task.group) for name in task.operations]
+    names, at = tuple(OPERATIONS), tuple(OPERATIONS).index(task.name)
+    return [Task((names[(at + step) % len(names)],), task.group) for step in (-1, 1)]
+
+
+def _echo(rng: Random, style: Style, task: Task, words: Words) -> str:
+    """The words as they stand."""
+    echo = " ".join(words)
+    return f"{echo} ?" if echo == style.answer(task, words) else echo
+
+
+def _back(rng: Random, style: Style, task: Task, words: Words) -> str:
+    """A question back."""
+    return rng.choice(_BACK).format(i=task.operations[0], a=rng.choice(words))
+
+
+def _talk(rng: Random, style: Style, task: Task, words: Words) -> str:
+    return talk(rng, style, words)
 
 
 _REPLY = {

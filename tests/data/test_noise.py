@@ -216,26 +216,34 @@ def test_near_misses_are_of_every_sort() -> None:
 
 
 def test_wrong_tasks_answer_the_same_words_within_the_group() -> None:
-    assert answers_of_other_tasks("reverse sun cat pie") == [
-        "cat sun pie",  # swap
-        "sun",  # first
-        "sun pie",  # ends
-        "sun sun cat cat pie pie",  # double
+    assert answers_of_other_tasks("circle stutter sun cat pie", "sun sun cat pie sun") == [
+        "cat cat pie pie",  # double drop
+        "pie cat sun",  # reverse
+        "pie pie",  # double last
+        "sun cat pie sun",  # circle
+        "sun pie cat",  # reverse rotate
+        "sun sun pie",  # stutter ends
+        "sun sun pie pie",  # double ends
     ]
-    assert answers_of_other_tasks("drop sun cat") == ["cat sun", "sun cat", "sun cat cat sun"]  # last says cat, too
-    for text in ("", "reverse", "reverse sun", "reverse sun sun", "reverse sun axe", "what is it", "opposite sun cat"):
-        assert read_question(text) is answers_of_other_tasks(text) is None
+    long = answers_of_other_tasks("reverse sun cat pie", long_answer("reverse")) or []
+    assert long_answer("circle") in long and long_answer("reverse") not in long and len(long) == 7
     for group in GROUPS:
-        for item in items(group, "dev", 5):
-            task, words = read_question(item.prompt) or (None, ())
-            assert task is not None and (task.name, task.answer(words)) == (item.task, item.answer)
-            assert item.answer not in (answers_of_other_tasks(item.prompt) or [item.answer])
-    rows = list(EMBEDDED[:40])
-    for at, answer in answers(noised(rows, "wrong-task", 1.0)).items():
-        assert answer in (answers_of_other_tasks(prompt_text(rows[at])) or [])
+        for item in items(group, "dev", per_task=5):
+            assert item.answer not in (answers_of_other_tasks(item.prompt, item.answer) or [item.answer])
+    for source in ("embedded", "embedded:long"):
+        rows = list(load_demonstrations([source], seed=0).rows[:40])
+        found = answers(noised(rows, "wrong-task", 1.0))
+        assert len(found) == len(rows)
+        for at, answer in found.items():
+            assert answer in (answers_of_other_tasks(prompt_text(rows[at]), rows[at].answer) or [])
     with pytest.raises(DataError) as error:
         noised([*rows, row("to be", 41)], "wrong-task", 1.0)
     assert "knows the tasks of the embedded world alone, and a.jsonl:41 is none of its questions" in message_of(error)
+
+
+def long_answer(operation: str) -> str:
+    left = {"reverse": "pie cat sun", "circle": "sun cat pie sun"}[operation]
+    return f"the three words are sun cat pie . with {operation} they become {left} . so the answer is {left} ."
 
 
 def test_tasks_are_columns_or_files(tmp_path: Path) -> None:
@@ -338,10 +346,10 @@ def test_rate_0_is_no_noise_to_the_bit(ready: Ready) -> None:
 
 
 def test_data_without_noise_never_move(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Golden value of the code before there was noise: another one here means that old stage ids lie."""
+    """Golden value of the embedded world's second version: another one here means that old stage ids lie."""
     run = prepare(DataConfig(size=32, prompts=("embedded",), prompts_size=64), tokenizer, 0, 2048)
     ids = canonical_json([[row.ids for row in run.demonstrations], [row.ids for row in run.held_out], run.prompts])
-    assert hashlib.sha256(ids.encode()).hexdigest().startswith("0bc18c2d93153b96968a15073ef8769e")
+    assert hashlib.sha256(ids.encode()).hexdigest().startswith("7556efe44c203b695f42256a912fb666")
 
 
 def test_long_answers_stand_in_the_manifest_by_their_hash(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -489,7 +497,10 @@ def test_prompts_of_a_group_leak_nothing(group: str, seed: int) -> None:
     assert {bucket(text) for text in rows} <= set(range(4, 10))
     held = {item.prompt for group in GROUPS for split in ("dev", "test") for item in items(group, split)}
     assert not held & set(rows)
-    assert set(Counter(text.split()[0] for text in rows).values()) == {50}
+    counts = Counter(row["task"] for row in prompts(300, seed, (group,)))
+    assert max(counts.values()) - min(counts.values()) <= 1 and set(counts) == {
+        task.name for task in TASKS if task.group == group
+    }
     assert [row["prompt"] for row in prompts(20, seed, (group,))] == rows[:20]
 
 
@@ -503,15 +514,16 @@ def test_groups_are_sources_that_add_up() -> None:
     assert [prompt_text(row) for row in load_prompts(["embedded"], seed=0).rows[:12]] == [row["prompt"] for row in both]
     for source, load, says in (
         ("embedded:seen", load_prompts, "there are no embedded prompts 'embedded:seen'; allowed are embedded "
-         "(demonstrated and prompted), embedded:demonstrated, embedded:prompted, embedded:unseen"),
+         "(demonstrated and prompted), embedded:demonstrated, embedded:prompted, embedded:unseen, embedded:absent, "
+         "embedded:development"),
         ("embedded:", load_prompts, "there are no embedded prompts 'embedded:'; allowed are embedded"),
         ("embedded:unseen", load_demonstrations, "there are no embedded demonstrations 'embedded:unseen'; allowed are "
-         "embedded alone"),
+         "embedded (short), embedded:short, embedded:long"),
     ):  # fmt: skip
         with pytest.raises(DataError) as error:
             load([source], seed=0)
         assert message_of(error).startswith(says)
-    with pytest.raises(UserError, match="unknown task group 'x': choose one of demonstrated, prompted, unseen"):
+    with pytest.raises(UserError, match="unknown task group 'x': choose one of demonstrated, prompted, unseen, absent"):
         prompts(1, 0, ("x",))
 
 

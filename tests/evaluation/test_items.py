@@ -13,8 +13,7 @@ from srppo.ablations.options import test_items as items_of_a_sweep
 from srppo.config import Recipe, build_recipe
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items, read_rows, spread
-from srppo.world.items import items
-from srppo.world.tasks import GROUPS
+from srppo.world.items import ITEM_GROUPS, items
 
 
 def recipe_of(path: Path, text: str) -> Recipe:
@@ -68,7 +67,15 @@ def test_what_is_no_file_of_items_is_one_line(tmp_path: Path, text: str, words: 
 
 def test_without_a_file_the_embedded_world_asks_and_only_with_its_data() -> None:
     recipe = build_recipe({})
-    assert load_items(recipe, "dev") == [item for group in GROUPS for item in items(group, "dev")]
+    for base, source, style in (
+        ("embedded:xs", "embedded", "short"),
+        ("embedded:long-xs-1", "embedded", "long"),
+        ("embedded:long-xs", "embedded:short", "short"),
+        ("mine", "embedded:long", "long"),
+    ):
+        asked = build_recipe({"model": {"base": base}, "data": {"demonstrations": [source]}})
+        for split, groups in ITEM_GROUPS.items():
+            assert load_items(asked, split) == [item for group in groups for item in items(group, split, style)]
     assert items_of_a_sweep(recipe) == dict(Counter(item.group for item in load_items(recipe, "test")))
     assert load_items(build_recipe({"data": {"demonstrations": ["mine.jsonl"]}}), "dev") == []
 

@@ -19,7 +19,7 @@ from srppo.evaluation.pairing import made_alike
 from srppo.evaluation.results import TaskResult, question_name, read_result, write_result
 from srppo.report.comparison import arms_of
 from srppo.world.items import items
-from srppo.world.tasks import GROUPS
+from srppo.world.tasks import REPORTED
 
 TEMPLATE = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
 EXAMPLES: dict[str, Any] = {"fewshot_config": {"samples": [{"q": f"Name {w}", "a": "a", "label": 0} for w in WORDS]}}
@@ -163,7 +163,7 @@ def of_task(task: str, model: str, names: Sequence[str], seed: int | None = 0, *
 def own_and_suite(limit: int | None = None, models: str = "AB") -> dict[str, list[TaskResult]]:
     """Results as a run has them after `srppo eval RUN --suite embedded`."""
     arms: dict[str, list[TaskResult]] = {"A": [], "B": []}
-    for group in GROUPS:
+    for group in REPORTED:
         asked = [question_name(each.task, each.prompt, each.answer) for each in items(group, "test")]
         hashes = [f"{i:064x}" for i in range(len(asked))][:limit]
         for name, results in arms.items():
@@ -175,9 +175,9 @@ def own_and_suite(limit: int | None = None, models: str = "AB") -> dict[str, lis
 
 def test_the_embedded_suite_and_a_runs_own_tests_count_once() -> None:
     found = compare(own_and_suite())
-    assert [each.task for each in found.differences] == [f"embedded_{group}" for group in GROUPS]
-    assert {each.comparisons for each in found.differences} == {3}, "Holm over three questions, not six"
-    assert [each.tasks for each in found.aggregates] == [tuple(f"embedded_{group}" for group in GROUPS)]
+    assert [each.task for each in found.differences] == [f"embedded_{group}" for group in REPORTED]
+    assert {each.comparisons for each in found.differences} == {4}, "Holm over four questions, not eight"
+    assert [each.tasks for each in found.aggregates] == [tuple(f"embedded_{group}" for group in REPORTED)]
     assert "demonstrated (greedy) is left out: embedded_demonstrated asks the same questions, and each counts once" in (
         found.notes
     )
@@ -185,7 +185,7 @@ def test_the_embedded_suite_and_a_runs_own_tests_count_once() -> None:
 
 @pytest.mark.parametrize("arms", [own_and_suite(limit=10), own_and_suite(models="B")], ids=["limit", "one arm alone"])
 def test_the_fuller_of_both_stays(arms: dict[str, list[TaskResult]]) -> None:
-    assert [each.task for each in compare(arms).differences] == list(GROUPS)
+    assert [each.task for each in compare(arms).differences] == list(REPORTED)
 
 
 def test_a_test_of_that_name_on_other_items_is_no_repeat() -> None:

@@ -108,7 +108,7 @@ MUTANTS = [
         "evaluation/harness/checks.py",
         "chat_template=model.apply_chat_template if templated else None",
         "chat_template=None",
-        "evaluation/harness/test_model.py::test_the_embedded_suite_is_what_training_measures",
+        "evaluation/harness/test_model.py::test_the_embedded_suites_are_what_training_measures",
     ),
     Mutant(
         "eval: samples decoded greedily",
@@ -358,8 +358,8 @@ MUTANTS = [
     Mutant(
         "choice: questions count twice",
         "evaluation/pairing.py",
-        "    return suite if same else result.task",
-        "    return result.task",
+        "            return suite\n",
+        "            return result.task\n",
         "evaluation/test_pairing.py::test_the_embedded_suite_and_a_runs_own_tests_count_once",
     ),
     Mutant(
@@ -372,7 +372,7 @@ MUTANTS = [
     Mutant(
         "choice: a name is enough",
         "evaluation/pairing.py",
-        " and _of_world(result.task).issuperset(result.items)",
+        " and _of_world(result.task, style).issuperset(result.items)",
         "",
         "evaluation/test_pairing.py::test_a_test_of_that_name_on_other_items_is_no_repeat",
     ),

@@ -82,7 +82,7 @@ def test_only_embedded_and_embedded_size_name_the_embedded_bases(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "embedded-sft").mkdir()
     assert resolve("embedded-sft") == "embedded-sft"
-    assert resolve("embedded") == resolve("embedded:s") != resolve("embedded:l")
+    assert resolve("embedded") == resolve("embedded:xs") != resolve("embedded:l")
 
 
 @pytest.mark.parametrize("row", [{"prompt": 5, "answer": "x"}, {"prompt": "p", "answer": "x", "split": "validation"}])

@@ -1,4 +1,4 @@
-"""What MODEL names: a folder, a hub name, `embedded:s`, or a run, of which every arm and seed is evaluated."""
+"""What MODEL names: a folder, a hub name, `embedded:xs`, or a run, of which every arm and seed is evaluated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from srppo.record.arms import ArmsOf, is_sweep, one_run, problem_of, stages_by_k
 from srppo.record.store import Run
 
 RUNS = Path("runs")
-FALLBACK = "embedded:s"
+FALLBACK = "embedded:xs"
 
 
 @dataclass(frozen=True)

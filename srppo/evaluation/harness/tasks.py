@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from srppo.errors import DataError
 from srppo.evaluation.harness import ifeval
 from srppo.evaluation.harness.guards import Problems, restating
 from srppo.evaluation.items import read_rows
+from srppo.world.tasks import REPORTED
 
+OURS = {suite: tuple(f"{suite}_{group}" for group in REPORTED) for suite in ("embedded", "embedded_long")}
+"""The embedded world's suites: of short answers, and of long ones to the same questions."""
 SUITES = {
-    "embedded": ("embedded_demonstrated", "embedded_prompted", "embedded_unseen"),
+    **OURS,
     "ifeval": ("ifeval",),
     "gsm8k": ("gsm8k",),
     "paper": ("ifeval", "gsm8k", "gpqa_main_zeroshot"),
@@ -67,8 +71,8 @@ def wanted(tasks: Sequence[str], suite: str | None) -> list[tuple[str, str | Non
     asked = [suite] if suite else [] if tasks else ["embedded"]
     found: dict[str, str | None] = {name: each for each in asked for name in SUITES[each]}
     for name in (part.strip() for each in tasks for part in each.split(",") if part.strip()):
-        for member in SUITES[name] if name == "embedded" else (name,):
-            found.setdefault(member, name if name == "embedded" else None)
+        for member in OURS.get(name, (name,)):
+            found.setdefault(member, name if name in OURS else None)
     return list(found.items())
 
 
@@ -139,7 +143,7 @@ class _Library:
             random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `seeded` restores
             built = self.manager.load([_local_config(name, spec, file) if file else spec])
         member_of = {child: group for group, children in built.get("group_map", {}).items() for child in children}
-        several, embedded = len(built["tasks"]) > 1, name in SUITES["embedded"] and not self.is_users(name)
+        several, embedded = len(built["tasks"]) > 1, name in chain(*OURS.values()) and not self.is_users(name)
         for task in built["tasks"].values():
             _read_once(task)
         return [

@@ -250,7 +250,9 @@ def test_a_run_is_evaluated_arm_by_arm(model: Path, tmp_path: Path, monkeypatch:
 
 
 def test_what_is_asked_for() -> None:
-    assert [name for name, _ in wanted([], None)] == [f"embedded_{g}" for g in ("demonstrated", "prompted", "unseen")]
+    groups = ("demonstrated", "prompted", "unseen", "absent")
+    assert [name for name, _ in wanted([], None)] == [f"embedded_{group}" for group in groups]
+    assert wanted(["embedded_long"], None) == [(f"embedded_long_{group}", "embedded_long") for group in groups]
     assert wanted(["a,b", "a"], None) == [("a", None), ("b", None)]
     assert wanted(["a"], "gsm8k") == [("gsm8k", "gsm8k"), ("a", None)]
     assert len(wanted([], "paper")) == 3

@@ -25,7 +25,7 @@ from srppo.evaluation.items import load_items
 from srppo.evaluation.results import read_result
 from srppo.models.loading import load_model, load_tokenizer
 from srppo.models.memory import MOST
-from srppo.world.tasks import GROUPS
+from srppo.world.tasks import REPORTED
 
 SHOTS = {"fewshot_split": "test", "num_fewshot": 2}
 ROLLING = {
@@ -84,20 +84,21 @@ def test_scores_are_those_of_lm_evals_own_call(
     assert read_result(path).items == tuple(each["doc_hash"] for each in logged)
 
 
-def test_the_embedded_suite_is_what_training_measures(tmp_path: Path) -> None:
-    recipe = resolved(load_recipe(None, []))
-    lm, tokenizer = load_model("embedded:xs", ModelConfig()), load_tokenizer("embedded:xs", ModelConfig())
+@pytest.mark.parametrize(("base", "suite"), [("embedded:xs", "embedded"), ("embedded:long-xs", "embedded_long")])
+def test_the_embedded_suites_are_what_training_measures(base: str, suite: str, tmp_path: Path) -> None:
+    recipe = resolved(load_recipe(None, [f"model.base={base}"]))
+    lm, tokenizer = load_model(base, ModelConfig()), load_tokenizer(base, ModelConfig())
     tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
     verdicts = answer_items(lm, tokenizer, load_items(recipe, "test"), recipe, samples=None, stops=[0])
-    paths, said = evaluate("embedded:xs", tmp_path, suite="embedded")
-    assert len(paths) == 3 and "embedded_unseen" in said
-    for path, group in zip(paths, GROUPS, strict=True):
+    paths, said = evaluate(base, tmp_path, suite=suite)
+    assert f"{suite}_unseen" in said
+    for path, group in zip(paths, REPORTED, strict=True):
         own = [v for v in verdicts if v.group == group]
         rows = samples(path)
         assert [row["exact_match"] for row in rows] == [float(v.correct[0]) for v in own]
         assert [row["response"] for row in rows] == [v.responses[0] for v in own]
-        assert 0 < summary(path)["metrics"]["exact_match"]["value"] < 1
-        assert summary(path)["group"] == "embedded"
+        assert summary(path)["metrics"]["exact_match"]["value"] == pytest.approx(np.mean([v.correct[0] for v in own]))
+        assert summary(path)["group"] == suite
 
 
 def test_samples_repeat_and_depend_on_the_seed_and_the_prompt_alone(model: Path, tasks: Path, tmp_path: Path) -> None:

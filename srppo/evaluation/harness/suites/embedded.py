@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from srppo.world.items import items
@@ -18,15 +17,10 @@ class Rows(list[dict[str, str]]):
         return dict.fromkeys(self[0], "string")
 
 
-def load(group: str, **_: Any) -> dict[str, Rows]:
-    """Test items of a group of tasks: demonstrated in SFT, prompted in PPO alone, or unseen by every stage."""
-    return {"test": _drawn(group)}
-
-
-@cache
-def _drawn(group: str) -> Rows:
-    """Drawn once a process: 900 items take 0.1 s, a tenth of what a small model takes to answer them."""
-    return Rows({"prompt": item.prompt, "answer": item.answer, "task": item.task} for item in items(group, "test"))
+def load(group: str, style: str, **_: Any) -> dict[str, Rows]:
+    """Test items of a group of tasks, with answers in a style."""
+    found = items(group, "test", style)
+    return {"test": Rows({"prompt": item.prompt, "answer": item.answer, "task": item.task} for item in found)}
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
