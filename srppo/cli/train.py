@@ -31,7 +31,8 @@ def demo(
     plain: Plain = False,
     debug: Debug = False,
 ) -> None:
-    """The whole method on the embedded world, told in a report. Base, SFT, longer SFT, SRPPO from either, a table."""
+    """The whole method on the embedded world, told in a report. Base, SFT, longer SFT, SRPPO from either, the
+    controls brevity and shuffled, a table."""
     if build:
         from srppo.record.folder import check_place
         from srppo.world.build import build as build_world
@@ -43,7 +44,7 @@ def demo(
         return
     from srppo.config import load_recipe
 
-    kinds = ["base", "ppo-chosen"]  # which brings SFT, longer SFT and SRPPO with it
+    kinds = ["base", "brevity", "shuffled", "ppo-chosen"]  # which brings SFT, longer SFT and SRPPO with it
     _run(load_recipe(None, sets or []), kinds, "demo", out, device="cpu", plain=plain, seeds=seeds)
 
 

@@ -211,6 +211,7 @@ KINDS: dict[str, Kind] = {
                 keys=keys,
             )
             for name, start, label, keys in (
+                ("brevity", "sft", "brevity", {"reward.kind": "brevity"}),
                 ("shuffled", "sft", "shuffled", {"reward.kind": "shuffled"}),
                 ("ppo", "sft", "SRPPO", {}),
                 ("ppo-chosen", "chosen-sft", "SRPPO from chosen SFT", {}),
