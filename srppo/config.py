@@ -90,6 +90,9 @@ class DataConfig(_Section):
         "| cut | as another task would have it | one small edit | what the base says",
     )
     noise_rate: float = Field(0.0, ge=0, le=1, description="share of the demonstrations used that get one; nested")
+    noise_dev: bool = Field(
+        False, description="development items get it too: what chooses a step is no cleaner than what is trained on"
+    )
     overlap: Literal["any", "minimum"] = Field("any", description="minimum: drop prompts that resemble SFT prompts")
     overlap_share: float | None = Field(
         None,
@@ -233,7 +236,12 @@ class MethodsConfig(_Section):
         min_length=1,
         description="weight extrapolation sft + alpha (sft - base): development items choose one of these",
     )
-    samples: int = Field(96, ge=2, description="samples of the SFT model an item, for resampling and best-of-n")
+    samples: int = Field(96, ge=2, description="samples of the SFT model an item, for votes, resampling and best-of-n")
+    self_prompts: int = Field(256, ge=1, description="self-training: so many of PPO's prompts, in PPO's order")
+    self_samples: int = Field(
+        16, ge=2, description="answers of the SFT model to each, of which the majority's or the best is trained on"
+    )
+    self_epochs: int = Field(4, ge=1, description="passes over those; development items choose one of them")
 
     @field_validator("alphas", mode="before")
     @classmethod
@@ -258,6 +266,23 @@ class EvalConfig(_Section):
     metric: Literal["accuracy", "nll"] = Field("accuracy", description="greedy exact match, or held-out answer NLL")
     samples: int = Field(2, ge=1, description="samples an item at temperature 1, in final figures")
     limit: int | None = Field(None, ge=1, description="development items and held-out rows used during training")
+    curve: tuple[int, ...] = Field(
+        (),
+        description="PPO steps after which test items are answered too, with the KL to the SFT model on those answers: "
+        "points of a curve over KL, which choose nothing",
+    )
+
+    @field_validator("curve", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("curve")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted({step for step in value if step > 0}):
+            raise ValueError("steps are above 0 and rise, for example [5, 10, 20]")
+        return value
 
 
 class Recipe(_Section):
@@ -285,6 +310,16 @@ class Recipe(_Section):
             raise ValueError(
                 f"rollout.per_prompt ({self.rollout.per_prompt}) does not divide rollout.batch ({self.rollout.batch}); "
                 "each prompt of a step gets as many responses"
+            )
+        if self.data.noise_dev and self.eval.metric == "nll":
+            raise ValueError(
+                "data.noise_dev changes development items, and eval.metric = nll chooses by held-out answers, which "
+                "stay as they are; leave one of them out"
+            )
+        if self.eval.curve and self.eval.curve[-1] > self.ppo.steps:
+            raise ValueError(
+                f"eval.curve names step {self.eval.curve[-1]}, and PPO ends at ppo.steps ({self.ppo.steps}); leave out "
+                "what comes later"
             )
         if self.ppo.advantage == "rloo":
             self._fits_rloo()

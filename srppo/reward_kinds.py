@@ -22,11 +22,13 @@ class RewardKind:
 
     label        its arm in the sweep `reward`
     description  in help
-    terms        of the scores (`training.scores.Scores`): what each token is paid before clips and length
-                 normalisation; BT fp32, nats. Masked positions may hold anything
-    by_token     whether a token's term is known from its own log-probs; decode-time extrapolation needs that
+    terms        of (scores, written), a `training.scores.Scores` and a `training.reward.Written`: what each token is
+                 paid before clips and length normalisation; BT fp32, nats. Masked positions may hold anything
+    by_token     whether a token's term is known from its own log-probs, its id and whether it ends the response;
+                 decode-time extrapolation needs that
     among        of (terms_BT, mask_BT, seed): what each rollout is paid of those of its batch. Such a reward is no
                  function of the response: it has no closed-form optimum and ranks no samples. None: of its own
+    swept        whether it has a curve in the sweep `reward` unless others are asked for
     """
 
     label: str
@@ -34,19 +36,45 @@ class RewardKind:
     terms: Function
     by_token: bool = True
     among: Function | None = None
+    swept: bool = True
 
 
+def _constant(nats: float) -> Function:
+    """The same for every token, whatever the models say."""
+    return lambda scores, _: scores.log_ratio_BT.new_full(scores.log_ratio_BT.shape, nats)
+
+
+NATS_A_TOKEN = 0.1
+"""What the two length rewards pay or take for each token; beta sets their strength."""
 COHERENT = "ratio"
 """The reward that the method is named by; all others are controls."""
 REWARD_KINDS: dict[str, RewardKind] = {
-    COHERENT: RewardKind("coherent reward", "log pi_sft - log pi_base", lambda scores: scores.log_ratio_BT),
-    "zero": RewardKind("zero", "0", lambda scores: scores.sft_logprobs_BT.new_zeros(scores.sft_logprobs_BT.shape)),
-    "sft": RewardKind("SFT only", "log pi_sft", lambda scores: scores.sft_logprobs_BT),
-    "base": RewardKind("base only", "-log pi_base", lambda scores: -scores.base_logprobs_BT),
+    COHERENT: RewardKind("coherent reward", "log pi_sft - log pi_base", lambda scores, _: scores.log_ratio_BT),
+    "zero": RewardKind("zero", "0", _constant(0.0), swept=False),
+    "sft": RewardKind("sharpening (log pi_sft)", "log pi_sft", lambda scores, _: scores.sft_logprobs_BT),
+    "base": RewardKind("base only", "-log pi_base", lambda scores, _: -scores.base_logprobs_BT, swept=False),
+    "no-eos": RewardKind(
+        "ratio without EOS",
+        "the ratio of all tokens but the stop token",
+        lambda scores, written: scores.log_ratio_BT.masked_fill(written.stop_BT, 0.0),
+    ),
+    "eos": RewardKind(
+        "EOS's ratio alone",
+        "the ratio of the stop token alone",
+        lambda scores, written: scores.log_ratio_BT.masked_fill(~written.stop_BT, 0.0),
+    ),
+    "brevity": RewardKind("brevity", f"-{NATS_A_TOKEN} a token", _constant(-NATS_A_TOKEN)),
+    "verbosity": RewardKind("verbosity", f"{NATS_A_TOKEN} a token", _constant(NATS_A_TOKEN), swept=False),
+    "random": RewardKind(
+        "random",
+        "a standard normal number that the response's tokens alone decide",
+        "srppo.training.reward.random_terms",
+        by_token=False,
+    ),
     "shuffled": RewardKind(
         "shuffled",
         "the ratio of another rollout of the batch",
-        lambda scores: scores.log_ratio_BT,
+        lambda scores, _: scores.log_ratio_BT,
         among="srppo.training.reward.shuffled",
     ),
 }

@@ -75,10 +75,12 @@ def train(run: Run, seed: int, *, ppo: bool = True, longer: bool = True) -> tupl
     stage = run.stage("ppo", {"seed": seed}, [sft.id])
     if ppo:
         finish(stage, seed, 0.7, ppo_rows(seed), 3 * 10**12)
-    for steps in (40, 10) if longer else ():
+    for kind, steps in (("longer-sft-1", 40), ("longer-sft-1/4", 10)) if longer else ():
         rows = [dev(0, 0.1), dev(steps + seed, 0.5, flops=steps * 10**11)]
-        config = {"seed": seed, "steps": steps + seed}
-        finish(run.stage("longer-sft", config), seed, 0.5, rows, steps * 10**11, score=1 / steps)
+        length = finish(run.stage(kind, {"seed": seed, "steps": steps + seed}), seed, 0.5, rows, steps * 10**11)
+    if longer:
+        figures = {"chosen": length.id, "selection_flops": 4 * 10**12}
+        finish(run.stage("chosen-sft", {"seed": seed}, [length.id]), seed, 0.5, [], 0, **figures)
     return sft, stage
 
 

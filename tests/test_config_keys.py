@@ -26,7 +26,9 @@ import srppo.models.value_model
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
-from srppo.stages.run import prepare_run, run_stages
+from srppo.evaluation.development import Answer, verdict_of
+from srppo.reward_kinds import COHERENT, REWARD_KINDS
+from srppo.stages.run import PreparedRun, prepare_run, run_stages
 
 Setting = Callable[[World], Any]
 
@@ -111,7 +113,7 @@ CASES = [
     *ppo("rollout.per_prompt", 2),
     *ppo("rollout.max_new_tokens", 3),
     *ppo("rollout.temperature", 0.7),
-    *ppo("reward.kind", "sft", "base", "zero", "shuffled"),
+    *ppo("reward.kind", *(kind for kind in REWARD_KINDS if kind != COHERENT)),
     *ppo("reward.placement", "token"),
     *ppo("reward.length_norm", True),
     *ppo("reward.token_clip", 0.05),
@@ -151,6 +153,7 @@ CASES = [
     Case("eval.metric", "nll", "ppo", TWO_EPOCHS),  # another step of SFT is kept, so PPO starts elsewhere
     Case("eval.samples", 3, "figures"),
     Case("eval.limit", 1, "figures"),
+    Case("eval.curve", [1, 2], "figures"),
 ]
 ALONE: dict[str, Callable[..., None]] = {}  # keys with a test of their own: they refuse, or change no figure
 
@@ -311,18 +314,23 @@ def test_checkpoint_every_changes_the_checkpoints_and_nothing_else(run: Runner) 
     assert often.digests == seldom.digests
 
 
-@covers("methods.alphas", "methods.samples")
+@covers("methods.alphas", "methods.samples", "methods.self_prompts", "methods.self_samples", "methods.self_epochs")
 def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path) -> None:
-    """Extrapolation reads the alphas, resampling and best-of-n the samples, decoding neither."""
+    """Extrapolation reads the alphas, what chooses from samples their number, self-training its own keys; decoding
+    none."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, keys in (
         ("plain", {"methods.alphas": [0.5]}),
         ("alphas", {"methods.alphas": [8.0]}),
         ("samples", {"methods.alphas": [0.5], "methods.samples": 3}),
+        ("self_prompts", {"methods.alphas": [0.5], "methods.self_prompts": 2}),
+        ("self_samples", {"methods.alphas": [0.5], "methods.self_samples": 2}),
+        ("self_epochs", {"methods.alphas": [0.5], "methods.self_epochs": 6}),
     ):
         console = Console(plain=True, file=io.StringIO())
-        kinds = ["extrapolated", "decoded", "resampled", "best-of-n"]
-        recipe = world.recipe({"methods.samples": 12, **keys})
+        kinds = ["extrapolated", "decoded", "vote", "resampled", "best-of-n", "self-distilled", "rejection-ft"]
+        few = {"methods.self_prompts": 6, "methods.self_samples": 8, "methods.self_epochs": 2}
+        recipe = world.recipe({"methods.samples": 12, **few, **keys})
         stages = run_stages(prepare_run(recipe, kinds, tmp_path / name, console))
         for stage in (stages[kind] for kind in kinds):
             answers = [file.read_text() for file in sorted(stage.path.glob("eval/*/samples.jsonl"))]
@@ -331,8 +339,8 @@ def test_methods_keys_decide_their_own_stages_alone(world: World, tmp_path: Path
     assert changed == {
         "extrapolated": {"alphas"},
         "decoded": set(),
-        "resampled": {"samples"},
-        "best-of-n": {"samples"},
+        **{kind: {"samples"} for kind in ("vote", "resampled", "best-of-n")},
+        **{kind: {"self_prompts", "self_samples", "self_epochs"} for kind in ("self-distilled", "rejection-ft")},
     }
     for kind, each in found.items():
         for name in changed[kind]:
@@ -354,6 +362,38 @@ def test_distillation_reads_its_own_steps_and_rate(world: World, tmp_path: Path)
     assert len({*weights, (stages["plain"]["sft"].path / "model" / "model.safetensors").read_bytes()}) == 4
     figures = (stages["plain"]["distil"].result() or {})["figures"]
     assert figures["steps"] == 2 and figures["flops"] > 0 and figures["test"]
+
+
+@covers("data.noise_dev")
+def test_development_items_get_the_demonstrations_noise_and_nothing_else_does(world: World, tmp_path: Path) -> None:
+    """As many wrong answers as the rate says, nested and the same each time; test items and training stay as they are.
+
+    A model that says the wrong answers is right on them: a choice of steps sees no clean ones.
+    """
+
+    def run(name: str, **keys: Any) -> PreparedRun:
+        noise = {"data.noise": "near-miss", **{key.replace("__", "."): value for key, value in keys.items()}}
+        return prepare_run(world.recipe(noise), ["sft"], tmp_path / name, Console(plain=True, file=io.StringIO()))
+
+    def noised(*runs: PreparedRun) -> list[set[str]]:
+        pairs = [zip(clean.development.items, each.development.items, strict=True) for each in runs]
+        return [{new.prompt for old, new in pair if new.answer != old.answer} for pair in pairs]
+
+    clean = run("clean", data__noise_rate=0.5)
+    half, again = (run(name, data__noise_rate=0.5, data__noise_dev=True) for name in ("half", "again"))
+    most, none = (run(str(rate), data__noise_rate=rate, data__noise_dev=True) for rate in (0.75, 0.0))
+    found = noised(half, most, none)
+    assert list(map(len, found)) == [2, 3, 0] and found[0] < found[1]
+    assert half.development.items == again.development.items and half.test_items == clean.test_items
+    assert half.data.demonstrations == clean.data.demonstrations
+    sampled = run("base", data__noise="base-answers", data__noise_rate=0.5, data__noise_dev=True)
+    assert list(map(len, noised(sampled))) == [2]
+
+    echo = half.development.items
+    answers = [verdict_of(item, [Answer(item.answer, True, 1)]) for item in echo]
+    assert half.development.rated(half.base, answers)[0]["dev/accuracy"] == 1.0
+    with pytest.raises(ConfigError, match=r"noise_dev changes development items, and eval\.metric = nll chooses"):
+        world.recipe({"data.noise_dev": True, "eval.metric": "nll"})
 
 
 @covers("model.allow_pickle")

@@ -63,8 +63,8 @@ def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "smollm2-135m.toml", shrink)
     assert recipe.model.precision == "bf16" and recipe.data.overlap == "minimum" and recipe.reward.token_clip == 5.0
     console = Console(plain=True, file=io.StringIO())
-    run = prepare_run(recipe, ["base", "ppo", "longer-sft"], tmp_path / "run", console)
+    run = prepare_run(recipe, ["base", "ppo", "chosen-sft"], tmp_path / "run", console)
     figures = {kind: (stage.result() or {})["figures"] for kind, stage in run_stages(run).items()}
-    assert figures.keys() == {"base", "sft", "ppo", "longer-sft"}
+    assert {"base", "sft", "ppo", "longer-sft-1/256", "chosen-sft"} <= figures.keys()
     assert figures["sft"]["held_out_nll"] < figures["base"]["held_out_nll"]
     assert figures["ppo"]["kept_step"] == 2

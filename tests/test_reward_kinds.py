@@ -25,17 +25,17 @@ from srppo.reward_kinds import REWARD_KINDS, RewardKind, described
 from srppo.stages.extrapolation import check_decodable
 from srppo.stages.resampling import check_ranks, check_resamples
 from srppo.training.ppo import train_ppo
-from srppo.training.reward import reward_terms
+from srppo.training.reward import Written, reward_terms
 from srppo.training.scores import Scores
 
 
-def brevity(scores: Scores) -> Tensor:
+def frugal(scores: Scores, written: Written) -> Tensor:
     """-0.1 nats a token, whatever the models say."""
     return torch.full_like(scores.sft_logprobs_BT, -0.1)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
-    monkeypatch.setitem(REWARD_KINDS, "brevity", RewardKind("brevity", "-0.1 a token", brevity, **facts))
+    monkeypatch.setitem(REWARD_KINDS, "frugal", RewardKind("frugal", "-0.1 a token", frugal, **facts))
 
 
 def test_a_new_kind_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_a_new_kind_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(1)
     base, sft = base_and_sft()
     policy = LanguageModel(copy.deepcopy(sft.model))
-    recipe = tiny_recipe(reward={"kind": "brevity"}, rollout={"batch": 16}, ppo={"steps": 2, "epochs": 1})
+    recipe = tiny_recipe(reward={"kind": "frugal"}, rollout={"batch": 16}, ppo={"steps": 2, "epochs": 1})
     with Bench(tmp_path, recipe) as bench:
         train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
         rows = bench.stage.metrics()[1:]
@@ -57,27 +57,27 @@ def test_a_new_kind_is_an_arm_of_the_sweep_and_one_of_its_stages_runs(
 ) -> None:
     (tmp_path / "world").mkdir()
     recipe = make_world(tmp_path / "world").recipe()
-    before = reward(Options(recipe, quick=True, seeds=1))
     register(monkeypatch)
-    sweep = reward(Options(recipe, quick=True, seeds=1))
-    assert [arm.name for arm in sweep.arms] == [*(arm.name for arm in before.arms), "brevity"]
-    pairs = {(each.model.arm, each.baseline.arm) for each in sweep.analysis.family}
-    assert {("coherent reward", "brevity"), ("brevity", "SFT")} < pairs
-    assert "brevity" in {arm.name for arm in reward(Options(recipe)).arms}
+    assert "frugal" in {arm.name for arm in reward(Options(recipe)).arms}
+    axes = {"reward.kind": ("frugal", "ratio"), "reward.beta": (0.5,)}
+    sweep = reward(Options(recipe, quick=True, seeds=1, axes=axes))
+    assert [arm.name for arm in sweep.arms] == ["SFT", "longer SFT", "coherent reward", "frugal"]
+    curves = sweep.analysis.curves
+    assert curves and (curves.start, curves.model, curves.others) == ("SFT", "coherent reward", ("frugal",))
     plan = Plan(sweep)
-    (key,) = plan.measured_by[Cell("all", "brevity"), 0]
+    key = plan.measured_by[Cell("beta 0.5", "frugal"), 0]
     task = plan.tasks[key]
-    assert task.kind == "ppo" and task.recipe.reward.kind == "brevity"
+    assert task.kind == "ppo" and task.recipe.reward.kind == "frugal"
     for row in run_world(task.recipe, tmp_path / "run").metrics("ppo")[1:]:
         assert row["reward"] == pytest.approx(-0.1 * row["length"], rel=1e-5)
 
 
 def test_a_new_kind_is_known_to_configuration_and_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^reward\.kind: the kinds of reward are ratio, .*, found 'brevity'$"):
-        load_recipe(None, ["reward.kind=brevity"])
+    with pytest.raises(ConfigError, match=r"^reward\.kind: the kinds of reward are ratio, .*, found 'frugal'$"):
+        load_recipe(None, ["reward.kind=frugal"])
     register(monkeypatch)
-    assert load_recipe(None, ["reward.kind=brevity"]).reward.kind == "brevity"
-    assert "brevity: -0.1 a token" in described(REWARD_KINDS)
+    assert load_recipe(None, ["reward.kind=frugal"]).reward.kind == "frugal"
+    assert "frugal: -0.1 a token" in described(REWARD_KINDS)
 
 
 def test_help_explains_every_kind() -> None:
@@ -99,11 +99,11 @@ def test_a_kind_is_refused_where_its_facts_say_so(
     facts: dict[str, Any], decodes: bool, ranks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, **facts)
-    config = RewardConfig(kind="brevity")
+    config = RewardConfig(kind="frugal")
     for check, allowed, words in (
-        (check_decodable, decodes, r"reward\.kind = brevity is about whole responses"),
-        (check_ranks, ranks, r"reward\.kind = brevity pays by other rollouts"),
-        (check_resamples, ranks, r"reward\.kind = brevity pays by other rollouts"),
+        (check_decodable, decodes, r"reward\.kind = frugal is about whole responses"),
+        (check_ranks, ranks, r"reward\.kind = frugal pays by other rollouts"),
+        (check_resamples, ranks, r"reward\.kind = frugal pays by other rollouts"),
     ):
         if allowed:
             check(config)
@@ -124,8 +124,8 @@ def test_a_kind_may_pay_a_rollout_what_others_earned(monkeypatch: pytest.MonkeyP
     register(monkeypatch, among=swapped)
     mask_BT = torch.tensor([[True, True], [True, False]])
     scores = Scores(*(torch.zeros(2, 2) for _ in range(3)))
-    config = RewardConfig(kind="brevity", token_clip=0.06, length_norm=True, clip=0.1)
-    found_BT = reward_terms(config, scores, mask_BT, seed=5)
+    config = RewardConfig(kind="frugal", token_clip=0.06, length_norm=True, clip=0.1)
+    found_BT = reward_terms(config, scores, Written(torch.zeros(2, 2, dtype=torch.int64), mask_BT, ~mask_BT), seed=5)
     torch.testing.assert_close(seen[0][0], torch.tensor([[-0.03, -0.03], [-0.06, 0.0]]))
     assert seen[0][1] == 5
     torch.testing.assert_close(found_BT.sum(dim=1), torch.tensor([-0.1, -0.1]))

@@ -57,13 +57,19 @@ def base_and_sft(distance: float = 0.4) -> tuple[LanguageModel, LanguageModel]:
 
 @torch.no_grad()
 def sequence_logprobs(model: LanguageModel, prompt: tuple[int, ...]) -> torch.Tensor:
-    """log pi(y|x) of every possible response, fp64, through the model's own forward on unpadded prompts."""
+    """log pi(y|x) of every possible response, fp64."""
+    return each_logprob(model, prompt).sum(1)
+
+
+@torch.no_grad()
+def each_logprob(model: LanguageModel, prompt: tuple[int, ...]) -> torch.Tensor:
+    """That of each token, 0 behind the last, fp64, through the model's own forward on unpadded prompts."""
     rows = torch.tensor([[*prompt, *y, *[EOS] * (LIMIT - len(y))] for y in SEQUENCES])
     mask = torch.tensor([[1] * len(y) + [0] * (LIMIT - len(y)) for y in SEQUENCES]).bool()
     logits = copy.deepcopy(model.model).double()(input_ids=rows).logits.log_softmax(-1)
     start = len(prompt)
     logprobs = logits[:, start - 1 : -1].gather(-1, rows[:, start:, None]).squeeze(-1)
-    return logprobs.masked_fill(~mask, 0.0).sum(1)
+    return logprobs.masked_fill(~mask, 0.0)
 
 
 def kl(p_log: torch.Tensor, q_log: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ TEMPLATE = (  # of few characters, since each is a token
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 PARTS = ("data", "sft", "ppo", "figures")
-BOOKKEEPING = ("timing", "flops", "lr")  # what a row says of the recipe, rather than of what it did
+BOOKKEEPING = ("timing", "flops", "selection_flops", "lr", "curve")  # rather than what was trained
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

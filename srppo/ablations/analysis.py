@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from srppo.ablations.curves import CurveResult, curves_of
 from srppo.ablations.ledger import Ledger, State
-from srppo.ablations.plan import Plan, Task
+from srppo.ablations.plan import Plan
 from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison, Sweep
 from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
-from srppo.stages.kinds import KINDS
+from srppo.stages.arms import compute_of, figures_of
 from srppo.statistics.intervals import Estimate, calibrated_interval, interquartile_mean
 from srppo.statistics.tests import sign_flip
-from srppo.statistics.verdicts import Contrast, Finding, judge, t_interval
+from srppo.statistics.verdicts import Contrast, described, judge, t_interval
 
 DRAWS = 1000  # only the shape of an interval hangs on them, not its width
 Metric = tuple[str, str]  # group of items, decoding
@@ -40,8 +41,8 @@ class CellResult:
 
     accuracy: by group and decoding, with 95% intervals over seeds and items. iqm: interquartile means over the seeds.
     statuses: seeds by how they ended. flops: counted operations of training, parents included, mean over seeds;
-    selection_flops: of trainings that were made to choose this one and then dropped. figures: means over seeds of what
-    else was measured (length, KL, ...).
+    selection_flops: of what chose steps, lengths and the like: answers to development items, and trainings that were
+    dropped. figures: means over seeds of what else was measured (length, KL, ...).
     """
 
     cell: Cell
@@ -125,6 +126,7 @@ class SweepResult:
     trends: tuple[Trend, ...]
     rows: tuple[Mapping[str, Any], ...]
     peaks: tuple[Peak, ...] = ()
+    curves: tuple[CurveResult, ...] = ()
 
     def cell(self, cell: Cell) -> CellResult:
         return next(each for each in self.cells if each.cell == cell)
@@ -151,55 +153,34 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     cells = tuple(_cell(progress, found[progress.cell]) for progress in watch.cells(states))
     rows = tuple(row for cell, by_seed in found.items() for row in _rows(plan.sweep, cell, by_seed))
     trends, peaks = _along_the_axis(plan.sweep, scores)
-    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks)
+    stages = {cell: {seed: each.stage for seed, each in by_seed.items()} for cell, by_seed in found.items()}
+    metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.accuracy))
+    curves = curves_of(plan.sweep, stages, metrics)
+    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks, curves)
 
 
 def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:
     """By seed, those that are done."""
     found = {}
     for seed in plan.sweep.seeds:
-        keys = plan.measured_by[cell, seed]
-        if all(states[key].status == "done" for key in keys):
-            stages = [stage for key in keys if (stage := ledger.stage(plan.tasks[key]))]
-            candidates = list({stage.id: stage for stage in stages}.values())
-            chosen, task = _chosen(candidates), plan.tasks[keys[0]]
-            # What has shares starts from the base, whatever set its budget.
-            before = [] if KINDS[task.kind].shares else _ancestors(plan, task)
-            flops = sum(_flops(ledger.stage(each)) for each in before) + _flops(chosen)
-            dropped = sum(_flops(stage) for stage in candidates if stage.id != chosen.id)
-            dropped += float(_committed(chosen).get("selection_flops") or 0.0)
-            tests = [(d, result) for d in DECODINGS for result in own_tests(chosen, "", seed, d)]
+        key = plan.measured_by[cell, seed]
+        if states[key].status == "done" and (stage := ledger.stage(plan.tasks[key])):
+            tests = [(d, result) for d in DECODINGS for result in own_tests(stage, "", seed, d)]
             scores = {(str(result.group), decoding): result for decoding, result in tests}
-            figures = _figures(chosen) | _by_length(plan, ledger, task, chosen)
-            found[seed] = _Measured(chosen, scores, flops, dropped, stage_seconds(chosen), figures)
+            figures = _figures(stage) | _by_length(plan, ledger, key, stage)
+            found[seed] = _Measured(stage, scores, *compute_of(stage), stage_seconds(stage), figures)
     return found
 
 
-def _by_length(plan: Plan, ledger: Ledger, task: Task, chosen: Stage) -> dict[str, float]:
+def _by_length(plan: Plan, ledger: Ledger, key: str, stage: Stage) -> dict[str, float]:
     """The gain over the SFT model that the cell started from or stands beside, and what of it length explains."""
-    ours = (ledger.stage(each) for each in _ancestors(plan, task) if each.kind in ("sft", "given-sft"))
-    sft = next((stage for stage in ours if stage), None)
-    return gain_at_lengths(recorded(sft), recorded(chosen), plan.sweep.analysis.group) if sft else {}
-
-
-def _committed(stage: Stage | None) -> dict[str, Any]:
-    """The figures of a stage's result; none where it has no result."""
-    return ((stage.result() if stage else None) or {}).get("figures", {})
-
-
-def _flops(stage: Stage | None) -> float:
-    return float(_committed(stage).get("flops") or 0.0)
-
-
-def _chosen(stages: Sequence[Stage]) -> Stage:
-    """The one that scored best on development items; the shorter at a tie."""
-
-    def rank(stage: Stage) -> tuple[float, float]:
-        figures = _committed(stage)
-        score = figures.get("score")
-        return (-math.inf if score is None else float(score), -float(figures.get("steps") or 0))
-
-    return max(stages, key=rank)
+    before = [*plan.tasks[key].needs]
+    for need in before:  # it grows: nearest first
+        task = plan.tasks[need]
+        if task.kind in ("sft", "chosen-sft") and (sft := ledger.stage(task)):
+            return gain_at_lengths(recorded(sft), recorded(stage), plan.sweep.analysis.group)
+        before += task.needs
+    return {}
 
 
 def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
@@ -226,17 +207,9 @@ def _cell(progress: CellProgress, found: Mapping[int, _Measured]) -> CellResult:
     )
 
 
-def _ancestors(plan: Plan, task: Task) -> list[Task]:
-    """All that had to be done before a task, each once."""
-    found: dict[str, Task] = {}
-    for key in task.needs:
-        found |= {each.key: each for each in (plan.tasks[key], *_ancestors(plan, plan.tasks[key]))}
-    return list(found.values())
-
-
 def _figures(stage: Stage) -> dict[str, float]:
     """Plain numbers of a stage's result, and what PPO's rollouts were like at the kept step (and at the first)."""
-    figures = _committed(stage)
+    figures = figures_of(stage)
     plain = {key: value for key, value in figures.items() if isinstance(value, int | float)}
     found = {key: float(value) for key, value in plain.items() if key != "selection_flops"}
     if "ess" in figures:
@@ -297,7 +270,7 @@ def _differences(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Tested, ...
             # What failed still counts in the correction: a family does not shrink because some of it is missing.
             findings = judge(contrasts, alpha=alpha, missing=len(family) - len(usable))
         else:
-            findings = [_described(contrast) for contrast in contrasts]
+            findings = [described(contrast) for contrast in contrasts]
         for (each, (contrast, seeds)), finding in zip(usable.items(), findings, strict=True):
             tasks, narrow = None, None
             if contrast.clusters is not None:
@@ -319,12 +292,6 @@ def _paired(
     gaps = after - before
     exact = sign_flip(gaps.mean(axis=1))
     return Contrast(gaps, exact, model[seeds[0]][metric].clusters, margin=margin), seeds
-
-
-def _described(contrast: Contrast) -> Finding:
-    """A plain 95% interval, neither tested nor corrected."""
-    unknown = math.nan
-    return Finding(t_interval(contrast), 0.95, unknown, unknown, unknown, unknown, unknown, "cannot tell")
 
 
 def _matrix(arms: Sequence[Scores], metric: Metric) -> list[NDArray[np.float64]]:

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +22,7 @@ from srppo.ablations.plan import Plan, Task
 from srppo.config import Recipe, canonical_json, resolved, with_overrides
 from srppo.console import Console
 from srppo.errors import RunError, UserError
-from srppo.stages.kinds import check
+from srppo.stages.kinds import KINDS, check
 from srppo.statistics.tests import detectable, seeds_needed
 
 STEPS = 3  # of which the first is left out
@@ -111,21 +112,21 @@ def _answer(pipe: Connection, recipe: Recipe, device: str) -> None:
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:
-    from srppo.evaluation.development import Development, answer_items
+    from srppo.evaluation.development import answer_items
     from srppo.evaluation.items import load_items
     from srppo.stages.run import prepare_run
     from srppo.training.loop import Workbench
     from srppo.training.ppo import train_ppo
     from srppo.training.sft import train_sft
 
-    quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0})
+    quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0, "eval.curve": ()})
     with TemporaryDirectory() as folder:
         console = Console(quiet=True)
         began = time.perf_counter()
         run = prepare_run(quick, ["ppo"], Path(folder), console, device=device)
         start_s = time.perf_counter() - began
-        nothing = Development(quick, run.tokenizer, [], run.stops)
-        nothing.items = []
+        nothing = copy(run.development)
+        nothing.items, nothing.held_out = [], []
         seconds = {}
         for kind in ("sft", "ppo"):
             stage, model = run.record.stage(kind, {"pace": True}), run.base.copy()
@@ -169,24 +170,30 @@ def estimate(plan: Plan, device: str, console: Console) -> Estimate:
 
 
 def task_seconds(task: Task, pace: Pace) -> float:
-    """Of one stage: starting, training, development items, and test items greedy and sampled."""
-    recipe = task.recipe
-    tests = pace.test_items * (1 + recipe.eval.samples) * pace.answer_s
-    dev = pace.dev_items * pace.answer_s
+    """Of one stage: starting, training, development items, and, where it is an arm, test items greedy and sampled."""
+    recipe, kind = task.recipe, KINDS[task.kind]
+    methods, start, dev = recipe.methods, pace.start_s, pace.dev_items * pace.answer_s
     if task.kind == "samples":
-        return pace.start_s + pace.test_items * recipe.methods.samples * pace.answer_s
-    if task.kind in ("resampled", "best-of-n"):  # they choose from what is written
-        return pace.start_s
-    fixed = pace.start_s + tests
+        return start + pace.test_items * methods.samples * pace.answer_s
+    if "samples" in kind.parents:  # they choose from what is written
+        return start
+    if task.kind == "prompt-samples":
+        return start + methods.self_prompts * methods.self_samples * pace.answer_s
+    tests = pace.test_items * (1 + recipe.eval.samples) * pace.answer_s
+    fixed = start + (tests if kind.label else 0.0)
     if task.kind == "sft":
         steps, measured = _sft_steps(recipe, pace)
         return fixed + steps * pace.sft_step_s + (measured + 1) * dev
-    if task.kind in ("ppo", "distil"):  # a step of distillation takes no longer than one of PPO
-        steps = getattr(recipe, task.kind).steps
+    if "prompt-samples" in kind.parents:
+        steps = methods.self_epochs * math.ceil(methods.self_prompts / recipe.sft.batch)
+        return fixed + steps * pace.sft_step_s + (methods.self_epochs + 1) * dev
+    if task.kind == "distil" or "ppo" in kind.reads:  # a step of distillation takes no longer than one of PPO
+        steps = recipe.distil.steps if task.kind == "distil" else recipe.ppo.steps
+        fixed += 0 if task.kind == "distil" else len(recipe.eval.curve) * tests
         return fixed + steps * pace.ppo_step_s + (math.ceil(steps / (recipe.eval.every or steps)) + 1) * dev
-    if task.kind == "longer-sft":  # by counted compute, whose rate is taken to be the same
+    if kind.share:  # by counted compute, whose rate is taken to be the same
         train = recipe.ppo.steps * pace.ppo_step_s + _sft_steps(recipe, pace)[0] * pace.sft_step_s
-        return fixed + (task.share or 1.0) * train + dev
+        return fixed + kind.share * train + dev
     return fixed
 
 
@@ -201,7 +208,7 @@ def _sft_steps(recipe: Recipe, pace: Pace) -> tuple[int, int]:
 def power_lines(plan: Plan, items: int) -> list[str]:
     """In plain words: the smallest difference that these seeds and items show, or a warning where none can be."""
     analysis, seeds = plan.sweep.analysis, len(plan.sweep.seeds)
-    tests, needed = len(analysis.family), seeds_needed(analysis.alpha, max(len(analysis.family), 1))
+    tests, needed = analysis.comparisons, seeds_needed(analysis.alpha, max(analysis.comparisons, 1))
     if not tests:
         return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:

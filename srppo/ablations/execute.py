@@ -26,7 +26,7 @@ def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console
         if kind == task.kind:  # its parents have tasks of their own
             ledger.link(task, stage)
 
-    run_stages(run, share=task.share, on_stage=link)
+    run_stages(run, on_stage=link)
 
 
 def make_ready(task: Task) -> None:

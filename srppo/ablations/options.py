@@ -53,7 +53,8 @@ def read_options(
         )
     if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
         raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
-    return Options(recipe, _primary(primary, recipe), seeds, found, quick, _arms(name, arms), margin)
+    decoding = "sampled" if name == "kl" else "greedy"  # the closed form is a distribution
+    return Options(recipe, _primary(primary, recipe, decoding), seeds, found, quick, _arms(name, arms), margin)
 
 
 def _arms(name: str, text: str | None) -> tuple[Arm, ...]:
@@ -113,7 +114,7 @@ def build_sweep(name: str, options: Options) -> Sweep:
     if name != "grid":
         return sweep
     measured = Plan(replace(sweep, seeds=sweep.seeds[:1])).measured_by
-    by_keys: dict[tuple[tuple[str, ...], ...], str] = {}
+    by_keys: dict[tuple[str, ...], str] = {}
     for point in sweep.points:
         keys = tuple(measured[Cell(point.name, arm.name), sweep.seeds[0]] for arm in sweep.arms)
         if (other := by_keys.setdefault(keys, point.name)) != point.name:
@@ -124,12 +125,12 @@ def build_sweep(name: str, options: Options) -> Sweep:
     return sweep
 
 
-def _primary(text: str | None, recipe: Recipe) -> tuple[str, str]:
+def _primary(text: str | None, recipe: Recipe, default: str) -> tuple[str, str]:
     """(group, decoding) of the primary metric: given as GROUP/DECODING, else out-of-domain, or the only group."""
     groups = list(test_items(recipe))
     group, _, decoding = (text or "").partition("/")
     group = group or ("unseen" if "unseen" in groups else groups[0] if len(groups) == 1 else "")
-    decoding = decoding or "greedy"
+    decoding = decoding or default
     if not group:
         several = ", ".join(groups)
         raise ConfigError(f"several groups of items ({several}): say which decides, --primary {groups[0]}/greedy")

@@ -17,13 +17,12 @@ from srppo.stages.kinds import KINDS, kind_of, stage_settings
 
 @dataclass(frozen=True)
 class Task:
-    """A stage to be run. needs: keys of the tasks that must be done before. share: of compute, for longer SFT."""
+    """A stage to be run. needs: keys of the tasks that must be done before."""
 
     key: str
     kind: str
     recipe: Recipe
     needs: tuple[str, ...]
-    share: float | None = None
 
     @property
     def name(self) -> str:
@@ -31,9 +30,8 @@ class Task:
         return f"{self.titled(self.kind)}, {self.key[:8]}"
 
     def titled(self, name: str) -> str:
-        """With its share of the compute, where it has one, and its seed."""
-        share = f" ({self.share:g} of the compute)" if self.share is not None else ""
-        return f"{name}{share}, seed {self.recipe.seed}"
+        """With its seed."""
+        return f"{name}, seed {self.recipe.seed}"
 
 
 class Plan:
@@ -42,31 +40,29 @@ class Plan:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.tasks: dict[str, Task] = {}
-        self.measured_by: dict[tuple[Cell, int], tuple[str, ...]] = {}
+        self.measured_by: dict[tuple[Cell, int], str] = {}
         self._titles: dict[str, str] = {}
         for seed in sweep.seeds:  # seed by seed: a sweep that is stopped has whole seeds
             for cell in sweep.cells():
                 arm, recipe = sweep.arm(cell.arm), sweep.recipe_of(cell, seed)
-                keys = tuple(self._add(arm.kind, recipe, share) for share in arm.shares or (None,))
-                self.measured_by[cell, seed] = keys
-                for key in keys:
-                    self._titles.setdefault(key, f"{cell.arm} at {cell.point}" if len(sweep.points) > 1 else cell.arm)
+                key = self.measured_by[cell, seed] = self._add(arm.kind, recipe)
+                self._titles.setdefault(key, f"{cell.arm} at {cell.point}" if len(sweep.points) > 1 else cell.arm)
 
     def title(self, key: str) -> str:
         """A task as people know it: the first cell that it measures, or what it is a parent for, and its seed."""
         return self.tasks[key].titled(self._titles.get(key, self.tasks[key].kind))
 
-    def _add(self, kind: str, recipe: Recipe, share: float | None = None) -> str:
+    def _add(self, kind: str, recipe: Recipe) -> str:
         needs = tuple(self._add(parent, recipe) for parent in KINDS[kind].parents)
-        key = task_key(kind, recipe, needs, share)
-        self.tasks.setdefault(key, Task(key, kind, recipe, needs, share))
+        key = task_key(kind, recipe, needs)
+        self.tasks.setdefault(key, Task(key, kind, recipe, needs))
         return key
 
 
-def task_key(kind: str, recipe: Recipe, needs: Sequence[str] = (), share: float | None = None) -> str:
+def task_key(kind: str, recipe: Recipe, needs: Sequence[str] = ()) -> str:
     """Equal for cells that share a stage: same kind, settings, data, model and parents."""
     name, data, model = kind_of(kind, recipe).name, recipe.data, recipe.model
-    beside = {"eval_items": recipe.eval.items, "share": share}
+    beside = {"eval_items": recipe.eval.items}
     models = canonical_json([model.base, model.sft, model.trust_remote_code, model.allow_pickle])
     sources = [data.demonstrations, data.prompts if KINDS[name].needs_prompts else None]
     return stage_id(name, stage_settings(recipe, name) | beside, [models, *needs], canonical_json(sources))

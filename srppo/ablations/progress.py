@@ -29,7 +29,6 @@ from srppo.record.store import Stage
 
 GLYPHS = {"waiting": "·", "running": "▸", "done": "●", "failed": "✗", "diverged": "!"}
 STYLES = {"waiting": "dim", "running": "yellow", "done": "green", "failed": "bold red", "diverged": "bold red"}
-WORST_FIRST: tuple[Status, ...] = ("failed", "diverged", "running", "waiting", "done")
 REFRESH_S = 0.5
 LEGEND = "one mark a seed: " + "  ".join(f"{glyph} {name}" for name, glyph in GLYPHS.items())
 
@@ -52,8 +51,7 @@ class Running:
 
 @dataclass(frozen=True)
 class CellProgress:
-    """A cell, seed by seed: of several stages that measure it the worst news, done only when all are. reasons: of what
-    failed or diverged, each once."""
+    """A cell, seed by seed. reasons: of what failed or diverged, each once."""
 
     cell: Cell
     statuses: Mapping[int, Status]
@@ -88,10 +86,10 @@ class Watch:
         for cell in self.plan.sweep.cells():
             statuses, running, reasons = {}, [], []
             for seed in self.plan.sweep.seeds:
-                keys = self.plan.measured_by[cell, seed]
-                statuses[seed] = min((states[key].status for key in keys), key=WORST_FIRST.index)
-                running += [self.running(self.plan.tasks[key]) for key in keys if states[key].status == "running"]
-                reasons += [f"seed {seed}: {states[key].reason}" for key in keys if states[key].reason]
+                key = self.plan.measured_by[cell, seed]
+                statuses[seed] = states[key].status
+                running += [self.running(self.plan.tasks[key])] if states[key].status == "running" else []
+                reasons += [f"seed {seed}: {states[key].reason}"] if states[key].reason else []
             found.append(CellProgress(cell, statuses, tuple(running), tuple(dict.fromkeys(reasons))))
         return found
 

@@ -204,7 +204,7 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
     sweep, analysis = plan.sweep, plan.sweep.analysis
     values = {axis: [label(p.values[axis]) for p in sweep.points if axis in p.values] for axis in sweep.axes}
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(task.kind for task in plan.tasks.values()).items())
-    alone = sum(len(keys) for keys in plan.measured_by.values())
+    alone = len(plan.measured_by)
     hours = sum(found.seconds.values()) / 3600
     return [
         f"sweep {sweep.name}: {sweep.question}",
@@ -215,7 +215,7 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
         f"{alone} measured",
         f"estimated from a measured short step: {hours:.2f} core-hours, {duration(hours * 3600 / slots)} with {slots} "
         "at once",
-        f"fixed now: {analysis.group} items, {analysis.decoding}; {len(analysis.family)} paired differences, "
+        f"fixed now: {analysis.group} items, {analysis.decoding}; {analysis.comparisons} paired differences, "
         f"{analysis.test} and t, {analysis.correction} at {analysis.alpha:g}, the same below {analysis.margin:g}; all "
         "else is exploratory",
         *found.lines,

@@ -52,14 +52,12 @@ def label(value: Any) -> str:
 class Arm:
     """What is trained and measured at a point.
 
-    kind: the stage that is measured (`kinds.KINDS`). overrides: recipe keys on top of the point's. shares: of the
-    counted compute of SFT and PPO, for longer SFT; of several the one that development items pick is measured.
+    kind: the stage that is measured (`kinds.KINDS`). overrides: recipe keys on top of the point's.
     """
 
     name: str
     kind: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,26 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Arms that are compared at equal distance from the SFT model, whatever point of the sweep brought them there.
+
+    start: the arm that stands at KL 0. model: the arm whose curve is compared with those of the others, at these shares
+    of the KL that it reaches at every seed.
+    """
+
+    start: str
+    model: str
+    others: tuple[str, ...]
+    shares: tuple[float, ...] = (0.05, 0.25)  # KL grows fast as the pull grows weak, and most is gained early
+
+
+@dataclass(frozen=True)
 class Analysis:
     """Fixed beforehand; whatever is looked at beside it is marked exploratory.
 
     The primary metric is accuracy on one group of test items under one decoding. family: the comparisons that Holm's
-    correction is over. trend: the axis along which a slope is fitted, on `scale` (log2 or linear), or None. margin: two
-    arms whose accuracies differ by less are the same.
+    correction is over; with `curves` it is over theirs instead. trend: the axis along which a slope is fitted, on
+    `scale` (log2 or linear), or None. margin: two arms whose accuracies differ by less are the same.
     """
 
     group: str
@@ -96,6 +108,12 @@ class Analysis:
     correction: str = "Holm"
     alpha: float = 0.05
     margin: float = 0.05
+    curves: Curves | None = None
+
+    @property
+    def comparisons(self) -> int:
+        """How many are tested."""
+        return len(self.family) + (len(self.curves.others) * len(self.curves.shares) if self.curves else 0)
 
 
 @dataclass(frozen=True)
@@ -127,11 +145,15 @@ class Sweep:
         for cell in (cell for each in family for cell in (each.model, each.baseline)):
             if cell not in cells:
                 raise ConfigError(f"sweep {self.name} compares {cell.arm!r} at {cell.point!r}, which it does not run")
-        if len(family) > MOST_COMPARISONS:
+        curves = self.analysis.curves
+        for name in (curves.start, curves.model, *curves.others) if curves else ():
+            if name not in [arm.name for arm in self.arms]:
+                raise ConfigError(f"sweep {self.name} compares the curve of {name!r}, which it does not run")
+        if self.analysis.comparisons > MOST_COMPARISONS:
             raise ConfigError(
-                f"sweep {self.name} would test {len(family)} differences; its family may have {MOST_COMPARISONS}, or "
-                "Holm's correction leaves little to see: trim an axis (--axis KEY=V1,V2), leave out arms (--arms of "
-                "grid), or run two sweeps"
+                f"sweep {self.name} would test {self.analysis.comparisons} differences; its family may have "
+                f"{MOST_COMPARISONS}, or Holm's correction leaves little to see: trim an axis (--axis KEY=V1,V2), "
+                "leave out arms (--arms of grid), or run two sweeps"
             )
 
     def cells(self) -> list[Cell]:

@@ -6,26 +6,44 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from srppo.ablations.spec import Ablation, Analysis, Arm, Comparison, Sweep, every, grid, label
-from srppo.config import Recipe, is_embedded, world_style
+from srppo.ablations.plan import task_key
+from srppo.ablations.spec import (
+    MOST_COMPARISONS,
+    Ablation,
+    Analysis,
+    Arm,
+    Comparison,
+    Curves,
+    Sweep,
+    every,
+    grid,
+    label,
+)
+from srppo.config import Recipe, is_embedded, with_overrides, world_style
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
-from srppo.stages.kinds import KINDS
+from srppo.stages.kinds import KINDS, in_order
 from srppo.statistics.tests import EXACT_FLIPS
 from srppo.world import base_path
 
+LONGER = Arm("longer SFT", "chosen-sft")
 _BY_KIND = {
-    kind.name: Arm(kind.label, kind.name, shares=kind.shares)
+    kind.name: LONGER if kind.name == LONGER.kind else Arm(kind.label, kind.name)
     for kind in KINDS.values()
-    if kind.label and kind.name != "given-sft"  # stands for `sft` where the recipe names a model
+    if kind.label and kind.name != "given-sft" and not kind.share  # the first stands for `sft` where a model is named
 }
-BASE, SFT, LONGER, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "longer-sft", "ppo"))
-SHUFFLED = Arm("shuffled", "ppo", {"reward.kind": "shuffled"})
+BASE, SFT, SHUFFLED, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "shuffled", "ppo"))
+FROM_CHOSEN, DECODED = _BY_KIND["ppo-chosen"], _BY_KIND["decoded"]
 OPTIMUM = Arm("optimum (forecast)", "resampled")
+COMMON = (SFT, LONGER, SHUFFLED, SRPPO)
+"""Arms of every sweep: a gain over SFT alone says neither that more SFT would not do it, nor that the reward did."""
+DECAY = 1.0
+PASSES = 16
+"""SFT with weight decay and SFT by held-out loss: the decay, and how many times the recipe's own SFT they last."""
 NOT_TUNED = "no setting was tuned for any point: what holds at the default may be too much or too little elsewhere"
 
 
@@ -65,35 +83,44 @@ class Options:
         name: str,
         question: str,
         points: Sequence[Ablation],
-        arms: Sequence[Arm] = (SFT, SRPPO),
+        arms: Sequence[Arm] = COMMON,
         family: Sequence[Comparison] | None = None,
         *,
         axes: Sequence[str] | None = None,
         trend: str | None = None,
         scale: str = "linear",
+        curves: Curves | None = None,
         notes: Sequence[str] = (),
     ) -> Sweep:
         """A sweep of this recipe, its seeds and its primary metric.
 
-        family: SRPPO minus every other arm; without SRPPO every arm minus SFT, or minus the first. axes: all that the
-        points have values on. Without three points there is no trend.
+        family: SRPPO minus every other arm; without SRPPO every arm minus SFT, or minus the first; arms whose
+        comparisons would be too many are left out of it. axes: all that the points have values on. Without three points
+        there is no trend.
         """
         if family is None:
-            names = [arm.name for arm in arms]
-            base = next((name for name in ("SRPPO", "SFT") if name in names), names[0])
-            others = [name for name in names if name != base]
-            lone = [each for name in others for each in every(points, name, base)]
-            family = every(points, base, *others) if base == "SRPPO" else lone
-        if self.recipe.model.sft is not None and (longer := [arm.name for arm in arms if arm.shares]):
+            family, left = _family(points, [arm.name for arm in arms])
+            more = f"outside the plan's tests, which would be more than {MOST_COMPARISONS}: {', '.join(left)}"
+            notes = [*notes, *([more] if left else [])]
+        if self.recipe.model.sft is not None and (longer := [arm.name for arm in arms if _from_shares(arm)]):
             # What a given SFT model took is not known, so nothing can be trained at equal compute.
-            arms = [arm for arm in arms if not arm.shares]
+            arms = [arm for arm in arms if not _from_shares(arm)]
             family = [each for each in family if not {each.model.arm, each.baseline.arm} & set(longer)]
-            notes = [*notes, f"{longer[0]} is left out: what the given model.sft took to train is not known"]
+            who = f"{', '.join(longer)} {'is' if len(longer) == 1 else 'are'}"
+            notes = [*notes, f"{who} left out: what the given model.sft took to train is not known"]
+        without = {arm.name for arm in arms if self.primary[1] not in KINDS[arm.kind].decodings}
+        if without:
+            family = [each for each in family if not {each.model.arm, each.baseline.arm} & without]
+            notes = [*notes, f"no {self.primary[1]} answers, so not tested: {', '.join(sorted(without))}"]
+        arms, shared = _sharing(self.recipe, points, arms)
+        notes = [*notes, *shared]
         if trend is not None and not all(_fits(point.values.get(trend), scale) for point in points):
             notes = [*notes, f"no slope along {trend}: its values are not all numbers that a slope can take"]
             trend = None
         test = f"{'exact ' if len(self.seed_list) <= EXACT_FLIPS else ''}sign-flip over seeds"
-        analysis = Analysis(*self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin)
+        analysis = Analysis(
+            *self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin, curves=curves
+        )
         lie_on = tuple(dict.fromkeys(key for point in points for key in point.values) if axes is None else axes)
         return Sweep(
             name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
@@ -122,7 +149,6 @@ def data_size(options: Options) -> Sweep:
         "data-size",
         "With how many demonstrations does SRPPO beat SFT, and longer SFT?",
         points,
-        (SFT, SRPPO) if options.quick else (SFT, LONGER, SRPPO),
         trend="demonstrations",
         scale="log2",
         notes=(f"same steps: {steps} SFT steps at every size; same epochs: {recipe.sft.epochs}", NOT_TUNED),
@@ -130,21 +156,35 @@ def data_size(options: Options) -> Sweep:
 
 
 def noise(options: Options) -> Sweep:
-    """Kinds of noise in the demonstrations' answers at nested rates; rate 0 is one point for all kinds."""
-    kinds = options.values("data.noise", ("derangement", "token-corruption", "base-answers"), quick=("derangement",))
-    rates = options.values("data.noise_rate", (0.0, 0.2, 0.4, 0.7), quick=(0.0, 0.3, 0.7))
+    """Kinds of noise in the demonstrations' answers at nested rates; rate 0 is one point for all kinds.
+
+    Exchanged answers, what the base says, and two systematic kinds: what another task would answer, one small slip.
+    """
+    systematic = ("wrong-task", "near-miss") if options.embedded else ("near-miss",)
+    kinds = options.values("data.noise", ("derangement", "base-answers", *systematic), quick=("derangement",))
+    rates = options.values("data.noise_rate", (0.0, 0.3, 0.7))
+    devs = options.values("data.noise_dev", (True,))
     points = []
-    for kind, rate in itertools.product(kinds, rates):
-        keys = {"data.noise": kind if rate else "none", "data.noise_rate": rate}
-        points.append(Ablation(f"{label(kind)} {label(rate)}", keys, {"rate": rate, "kind": kind}))
+    for kind, rate, dev in itertools.product(kinds, rates, devs):
+        keys = {"data.noise": kind if rate else "none", "data.noise_rate": rate, "data.noise_dev": dev}
+        name = f"{label(kind)} {label(rate)}" + ("" if len(devs) == 1 else f", {'noisy' if dev else 'clean'} dev")
+        values = {"rate": rate, "kind": kind} | ({"noisy_dev": dev} if len(devs) > 1 else {})
+        points.append(Ablation(name, keys, values))
     tested = [point for point in points if point.values["rate"] or point.values["kind"] == kinds[0]]
+    ends = [point for point in tested if point.values["rate"] in (min(rates), max(rates))]
+    dev_note = "development items are as noisy as the demonstrations: no step or length is chosen by clean answers"
     return options.sweep(
         "noise",
-        "Does SRPPO beat SFT when answers in the demonstrations are wrong?",
+        "Does SRPPO beat SFT, and longer SFT, when answers in the demonstrations are wrong?",
         points,
-        family=every(tested, "SRPPO", "SFT"),
+        (SFT, LONGER, DECODED, SHUFFLED, SRPPO),
+        [*every(tested, SRPPO.name, SFT.name, LONGER.name), *every(ends, SRPPO.name, SHUFFLED.name)],
         trend="rate",
-        notes=("rate 0 is the same for every kind: it is run and tested once", NOT_TUNED),
+        notes=(
+            "rate 0 is the same for every kind: it is run and tested once",
+            *((dev_note,) if devs == (True,) else ()),
+            NOT_TUNED,
+        ),
     )
 
 
@@ -165,8 +205,8 @@ def model_scale(options: Options) -> Sweep:
         "model-scale",
         "At which model sizes does SRPPO beat SFT?",
         points,
-        (BASE, SFT, SRPPO),
-        every(points, "SRPPO", "SFT"),
+        (BASE, *COMMON),
+        every(points, SRPPO.name, SFT.name, LONGER.name, SHUFFLED.name),
         axes=("base",),
         trend="parameters" if known else None,
         scale="log2",
@@ -205,28 +245,39 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def rewards(*, variants: bool = True) -> tuple[Arm, ...]:
-    """An arm for each kind of reward, the coherent one first, and with `variants` for each way to put that one."""
-    kinds = {kind.label: {"reward.kind": name} for name, kind in REWARD_KINDS.items()}
-    changes = {**kinds, **(_VARIANTS if variants else {})}
+def rewards(kinds: Sequence[str], *, variants: bool = True) -> tuple[Arm, ...]:
+    """An arm for each of these kinds of reward, and with `variants` for each way to put the coherent one."""
+    by_kind = {REWARD_KINDS[name].label: {"reward.kind": name} for name in kinds}
+    changes = {**by_kind, **(_VARIANTS if variants else {})}
     return tuple(Arm(name, "ppo", {**COHERENT_PLAIN, **changed}) for name, changed in changes.items())
 
 
 def reward(options: Options) -> Sweep:
-    """The coherent reward against its parts and variants, under one KL penalty."""
-    points = [Ablation("all", {}, {})]
-    arms = (SFT, *rewards(variants=not options.quick))
-    _, coherent, *others = (arm.name for arm in arms)
+    """Every reward as a curve over KL to the SFT model, made by weights of the penalty and steps of training."""
+    shown = [name for name, kind in REWARD_KINDS.items() if kind.swept]
+    kinds = options.values("reward.kind", shown, quick=(COHERENT, "brevity", "shuffled"))
+    if unknown := [str(name) for name in kinds if name not in REWARD_KINDS]:
+        raise ConfigError(f"reward.kind = {unknown[0]}: the kinds of reward are {', '.join(REWARD_KINDS)}")
+    betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5))
+    steps = options.recipe.ppo.steps
+    curve = sorted({max(steps // part, 1) for part in (1, 2, 4)})
+    fixed = {"eval.curve": curve, "eval.every": 0, "ppo.target_kl": None}
+    points = [Ablation(f"beta {label(beta)}", {"reward.beta": beta, **fixed}, {"beta": beta}) for beta in betas]
+    coherent, *others = rewards([COHERENT, *(name for name in kinds if name != COHERENT)], variants=not options.quick)
+    if not others:
+        raise ConfigError("the sweep reward compares kinds of reward: give two or more, for example ratio,brevity")
     return options.sweep(
         "reward",
-        "What does the coherent reward contribute, beside its parts and its variants?",
+        "At equal distance from the SFT model, is the coherent reward better than rewards that know less?",
         points,
-        arms,
-        [
-            *every(points, coherent, SFT.name, *others),
-            *(each for name in others for each in every(points, name, SFT.name)),
-        ],
-        notes=("clipped: each token's term to +-1 nat", "no reward had its learning rate or beta tuned for itself"),
+        (SFT, LONGER, coherent, *others),
+        (),
+        curves=Curves(SFT.name, coherent.name, tuple(arm.name for arm in others)),
+        notes=(
+            "distance: KL to the SFT model on the sampled answers to test items, after "
+            f"{', '.join(map(str, curve))} PPO steps at each beta; no step is chosen",
+            "clipped: each token's term to +-1 nat; no reward had its learning rate tuned for itself",
+        ),
     )
 
 
@@ -280,13 +331,13 @@ def kl(options: Options) -> Sweep:
         "kl",
         "At which anchors and weights of the KL penalty does SRPPO beat SFT?",
         points,
-        (SFT, OPTIMUM, SRPPO),
-        every(points, "SRPPO", "SFT"),
+        (SFT, LONGER, OPTIMUM, SHUFFLED, SRPPO),
+        _family(points, [arm.name for arm in COMMON])[0],
         trend="beta",
         scale="log2",
         notes=(
-            f"{OPTIMUM.name}: the closed form, resampled from methods.samples samples of the SFT model; where ess is "
-            "below 10 it says little",
+            f"{OPTIMUM.name}: the closed form, resampled from methods.samples samples of the SFT model: sampled "
+            "answers alone; where ess is below 10 it says little",
         ),
     )
 
@@ -318,10 +369,12 @@ def prompts(options: Options) -> Sweep:
     for domain, count in itertools.product(domains, counts):
         keys = {"data.prompts": domain, "data.prompts_size": count}
         points.append(Ablation(f"{label(count)} of {label(domain)}", keys, {"prompts": count, "domain": domain}))
+    widest = [point for point in points if point.values["domain"] == domains[-1]]
     return options.sweep(
         "prompts",
         "With how many PPO prompts, of which domain, does SRPPO beat SFT?",
         points,
+        family=[*every(points, SRPPO.name, SFT.name, LONGER.name), *every(widest, SRPPO.name, SHUFFLED.name)],
         trend="prompts",
         scale="log2",
     )
@@ -330,30 +383,53 @@ def prompts(options: Options) -> Sweep:
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        *(arm for arm in _BY_KIND.values() if arm != SRPPO),
+        *(arm for arm in _BY_KIND.values() if arm not in (SHUFFLED, SRPPO, FROM_CHOSEN)),
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
+        SHUFFLED,
         SRPPO,
+        FROM_CHOSEN,
     )
 }
 """Every way to use the same two models, as a grid may name them; SRPPO as the recipe has it."""
 
 
 def method(options: Options) -> Sweep:
-    """Every way to use the same two models: is PPO worth it?"""
-    points = [Ablation("all", {})]
-    arms = [arm for arm in ARMS.values() if arm not in (BASE, SRPPO)]
-    arms.append(Arm(SRPPO.name, "ppo", {"ppo.advantage": "gae"}))
-    others = [arm.name for arm in arms if arm.name != "SRPPO"]
-    family = [*every(points, "SRPPO", *others)]
-    family += [each for name in others if name != "SFT" for each in every(points, name, "SFT")]
+    """Every way to use the same two models, and the controls that know no reward: is PPO worth it?"""
+    points, gae = [Ablation("all", {})], {"ppo.advantage": "gae"}
+    arms = [arm for arm in ARMS.values() if arm != BASE]
+    arms[1:1] = sft_variants(options.recipe)
+    arms = [replace(arm, overrides=gae) if arm in (SRPPO, SHUFFLED, FROM_CHOSEN) else arm for arm in arms]
+    others = [arm.name for arm in arms if arm.name not in (SRPPO.name, FROM_CHOSEN.name)]
+    rewardless = [LONGER, SHUFFLED, *(_BY_KIND[name] for name in ("vote", "self-distilled", "rejection-ft"))]
+    family = [
+        *every(points, SRPPO.name, *others),
+        *every(points, FROM_CHOSEN.name, LONGER.name),
+        *(each for arm in rewardless for each in every(points, arm.name, SFT.name)),
+    ]
     return options.sweep(
         "method",
-        "Is PPO worth it, beside cheaper ways to the same optimum?",
+        "Is PPO worth it, beside cheaper ways to the same optimum, and ways without a reward?",
         points,
         arms,
         family,
-        notes=("decode-time extrapolation, resampling and best-of-n pay at every answer instead of in training",),
+        notes=(
+            "votes, decode-time extrapolation, resampling and best-of-n pay at every answer instead of in training",
+            f"SFT with weight decay and SFT by held-out loss: {PASSES} times the passes of SFT, of which development "
+            "items keep the best, or the loss on held-out demonstrations",
+            f"{FROM_CHOSEN.name}: its start, its anchor and its reward's first part are the longer SFT that "
+            "development items chose",
+        ),
     )
+
+
+def sft_variants(recipe: Recipe) -> list[Arm]:
+    """SFT for PASSES times as long: with weight decay, and stopped by the loss on held-out demonstrations."""
+    steps, epochs = recipe.sft.steps, recipe.sft.epochs
+    longer: dict[str, Any] = {"sft.steps": PASSES * steps} if steps else {"sft.epochs": PASSES * epochs}
+    found = [Arm("SFT with weight decay", "sft", {**longer, "sft.weight_decay": DECAY})]
+    if recipe.data.held_out:
+        found.append(Arm("SFT by held-out loss", "sft", {**longer, "eval.metric": "nll"}))
+    return [] if recipe.model.sft else found
 
 
 def any_grid(options: Options) -> Sweep:
@@ -366,9 +442,40 @@ def any_grid(options: Options) -> Sweep:
         "grid",
         "What do " + " and ".join(options.axes) + " change?",
         points,
-        options.arms or (SFT, SRPPO),
+        options.arms or COMMON,
         trend=ordered[0] if ordered else None,
     )
+
+
+def _family(points: Sequence[Ablation], arms: Sequence[str]) -> tuple[list[Comparison], list[str]]:
+    """(SRPPO, else each arm, minus the others at every point, what had to be left out), whole arms while they fit."""
+    hub = next((name for name in (SRPPO.name, SFT.name) if name in arms), arms[0])
+    family, left = list[Comparison](), list[str]()
+    for other in (name for name in arms if name != hub):
+        model, baseline = (hub, other) if hub == SRPPO.name else (other, hub)
+        more = every(points, model, baseline)
+        if not family or len(family) + len(more) <= MOST_COMPARISONS:
+            family += more
+        else:
+            left.append(f"{model} minus {baseline}")
+    return family, left
+
+
+def _from_shares(arm: Arm) -> bool:
+    """Whether it takes SFT at shares of the compute of SFT and PPO together."""
+    return any(KINDS[kind].share for kind in in_order([arm.kind]))
+
+
+def _sharing(recipe: Recipe, points: Sequence[Ablation], arms: Sequence[Arm]) -> tuple[list[Arm], list[str]]:
+    """(arms, what to say): where all points have one SFT model, longer SFT is trained once for all of them, with the
+    compute of the point at which PPO samples most: elsewhere it differs by lengths of answers alone, or is less."""
+    recipes = [with_overrides(recipe, point.overrides) for point in points]
+    if len(points) == 1 or LONGER not in arms or len({task_key("sft", each) for each in recipes}) > 1:
+        return list(arms), []
+    rollouts = [each.ppo.steps * each.rollout.batch for each in recipes]
+    dearest = points[rollouts.index(max(rollouts))]
+    note = f"{LONGER.name} is the same at every point: lengths are shares of the compute at {dearest.name}"
+    return [replace(arm, overrides=dearest.overrides) if arm == LONGER else arm for arm in arms], [note]
 
 
 def _fits(value: Any, scale: str) -> bool:
@@ -381,9 +488,9 @@ def _is_number(value: Any) -> bool:
 
 SWEEPS: Mapping[str, tuple[Callable[[Options], Sweep], tuple[str, ...]]] = {
     "data-size": (data_size, ("data.size",)),
-    "noise": (noise, ("data.noise", "data.noise_rate")),
+    "noise": (noise, ("data.noise", "data.noise_rate", "data.noise_dev")),
     "model-scale": (model_scale, ("model.base",)),
-    "reward": (reward, ()),
+    "reward": (reward, ("reward.kind", "reward.beta")),
     "length": (length, ()),
     "kl": (kl, ("reward.anchor", "reward.beta", "ppo.steps")),
     "overlap": (overlap, ("data.overlap_share",)),

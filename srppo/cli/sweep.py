@@ -21,7 +21,7 @@ def ablate(
         str,
         Argument(
             metavar="NAME",
-            help="data-size, noise, model-scale, reward, kl, overlap, prompts, method, or grid (with --axis).",
+            help="data-size, noise, model-scale, reward, length, kl, overlap, prompts, method, or grid (with --axis).",
         ),
     ],
     recipe: Recipe = None,
@@ -33,21 +33,22 @@ def ablate(
         list[str] | None,
         Option(
             metavar="KEY=V1,V2",
-            help="Values of an axis, instead of the sweep's own: data.size | data.noise, data.noise_rate | "
-            "model.base | reward.anchor, reward.beta, ppo.steps (kl) | data.overlap_share | data.prompts_size, "
-            "data.prompts; grid takes any key of a recipe.",
+            help="Values of an axis, instead of the sweep's own: data.size | data.noise, data.noise_rate, "
+            "data.noise_dev | model.base | reward.anchor, reward.beta, ppo.steps (kl) | data.overlap_share | "
+            "data.prompts_size, data.prompts; grid takes any key of a recipe.",
         ),
     ] = None,
     arms: Annotated[
         str | None,
         Option(
             metavar="A,B",
-            help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, resampling, best-of-n, "
-            "on-policy distillation, RLOO, SRPPO. (default: SFT,SRPPO)",
+            help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, majority vote, "
+            "weighted vote, resampling, best-of-n, self-distilled, rejection FT, on-policy distillation, RLOO, "
+            "shuffled, SRPPO, SRPPO from chosen SFT. (default: SFT,longer SFT,shuffled,SRPPO)",
         ),
     ] = None,
     primary: Annotated[
-        str | None, Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy)")
+        str | None, Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy, of kl sampled)")
     ] = None,
     margin: Annotated[float, Option(help="Arms that differ by less accuracy are the same.")] = 0.05,
     quick: Annotated[bool, Option("--quick", help="A look within ten minutes on two cores.")] = False,

@@ -31,7 +31,7 @@ def demo(
     plain: Plain = False,
     debug: Debug = False,
 ) -> None:
-    """The whole method on the embedded world, told in a report. Base, SFT, longer SFT and SRPPO, and their table."""
+    """The whole method on the embedded world, told in a report. Base, SFT, longer SFT, SRPPO from either, a table."""
     if build:
         from srppo.record.folder import check_place
         from srppo.world.build import build as build_world
@@ -43,7 +43,7 @@ def demo(
         return
     from srppo.config import load_recipe
 
-    kinds = ["base", "ppo", "longer-sft"]
+    kinds = ["base", "ppo-chosen"]  # which brings SFT, longer SFT and SRPPO with it
     _run(load_recipe(None, sets or []), kinds, "demo", out, device="cpu", plain=plain, seeds=seeds)
 
 
@@ -79,7 +79,7 @@ def train(
     """SFT, unless it is given, then PPO with the coherent reward. The same command resumes a stopped run."""
     from srppo.config import load_recipe
 
-    kinds = ["base", *(["distil"] if distil else []), "ppo", *(["longer-sft"] if baselines else [])]
+    kinds = ["base", *(["distil"] if distil else []), "ppo", *(["chosen-sft"] if baselines else [])]
     _run(load_recipe(recipe, sets or []), kinds, recipe, out, device=device, track=track, plain=plain)
 
 

@@ -95,7 +95,7 @@ def prepare(
         turns=config.turns,
     )
     encode_asked = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=most_asked)
-    ask = partial(_ask, sample, encode_asked) if sample else None
+    ask = partial(ask_base, sample, encode_asked) if sample else None
     loaded = Loaded[Demonstration]() if only_prompts else load_demonstrations(config.demonstrations, seed=seed)
     train, held, noise, demonstrations = _demonstrations(loaded, config, seed, encode, ask, stops)
     questions = load_prompts(config.prompts, seed=seed) if config.prompts else Loaded[Prompt]()
@@ -182,7 +182,7 @@ def _demonstrations(
     return train, held, noise, Part("demonstrations", loaded.opened, unused, len(train.rows), len(held.rows), cut)
 
 
-def _ask(sample: Sample, encode: _EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
+def ask_base(sample: Sample, encode: _EncodePrompts, rows: Sequence[Demonstration], seed: int) -> list[str | None]:
     """What the base says to the prompts of `rows`, None to those that have none or leave no room for an answer."""
     asked = iter(encode([Prompt(row.prompt, row.source, row.tools) for row in rows if row.prompt]))
     ids = [next(asked) if row.prompt else "plain text" for row in rows]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from srppo.config import Recipe, derive_seed
 from srppo.data.chat import encode_prompts
-from srppo.data.types import EncodedDemonstration, Message, Prompt
+from srppo.data.noise import add_noise
+from srppo.data.prepare import Sample, ask_base
+from srppo.data.types import Demonstration, EncodedDemonstration, Message, Prompt
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items, spread
 from srppo.models.flops import forward_flops
@@ -133,6 +136,25 @@ def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, mi
     return total / max(tokens, 1)
 
 
+def noised(
+    items: list[Item], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sample: Sample | None = None
+) -> list[Item]:
+    """The items, answers with the demonstrations' own noise where data.noise_dev asks for it: its kind at its rate,
+    the same for the same seed and items. `sample` is what the base says, for base-answers alone."""
+    config = recipe.data
+    if not config.noise_dev:
+        return items
+    rows = [
+        Demonstration((Message("user", item.prompt),), item.answer, f"development item {place}", item.task)
+        for place, item in enumerate(items, start=1)
+    ]
+    encode = partial(encode_prompts, tokenizer, system=config.system, max_prompt_tokens=config.max_prompt_tokens)
+    ask = partial(ask_base, sample, encode) if sample else None
+    answer = EncodedDemonstration((0,), 0)  # items are asked, not trained on: any answer fits
+    found = add_noise(rows, config.noise, config.noise_rate, recipe.seed, encode=lambda row, text: answer, ask=ask)
+    return [replace(item, answer=found.changes[i][0]) if i in found.changes else item for i, item in enumerate(items)]
+
+
 class Development:
     """Measures a model during training: greedy accuracy on development items, and held-out answer NLL.
 
@@ -147,9 +169,10 @@ class Development:
         tokenizer: PreTrainedTokenizerBase,
         held_out: Sequence[EncodedDemonstration],
         stops: Sequence[int],
+        sample: Sample | None = None,
     ) -> None:
         self.recipe, self.tokenizer, self.stops = recipe, tokenizer, stops
-        self.items = spread(load_items(recipe, "dev"), recipe.eval.limit)
+        self.items = spread(noised(load_items(recipe, "dev"), recipe, tokenizer, sample), recipe.eval.limit)
         self.held_out = spread(held_out, recipe.eval.limit)
 
     @property
@@ -159,7 +182,9 @@ class Development:
 
     def measure(self, model: LanguageModel) -> tuple[dict[str, Any], float | None]:
         """(metrics to log, score); score None: there is nothing to choose by."""
-        return self.rated(model, self.answers(model))
+        answers = self.answers(model)
+        row, score = self.rated(model, answers)
+        return row | {"selection_flops": self.flops(model, answers)}, score
 
     def answers(self, model: LanguageModel) -> list[Verdict]:
         """Greedy answers to the development items."""

@@ -169,9 +169,10 @@ def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[Tas
     return found
 
 
-def own_tests(stage: Stage, arm: str, seed: int, decoding: str) -> list[TaskResult]:
-    """What the pipeline measured at a stage's kept step: one result for each group of items, its tasks the units."""
-    folder = stage.path / "eval" / f"kept-{decoding}"
+def own_tests(stage: Stage, arm: str, seed: int, decoding: str, which: str = "kept") -> list[TaskResult]:
+    """What the pipeline measured at a stage's kept step, or `which` else: one result for each group of items, its tasks
+    the units."""
+    folder = stage.path / "eval" / f"{which}-{decoding}"
     config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}

@@ -17,12 +17,14 @@ from srppo.evaluation.results import task_units
 from srppo.record.arms import problem_of
 from srppo.record.store import Run, Stage
 from srppo.report.words import DECODINGS, GROUP_WORDS
-from srppo.stages.arms import CHOSEN, EQUAL, stages_by_arm
+from srppo.stages.arms import compute_of, figures_of, made_from, stages_by_arm
+from srppo.stages.kinds import CHOSEN, EQUAL, KINDS
 from srppo.statistics.intervals import Estimate, calibrated_interval, within
 
 Verdicts = Sequence[Mapping[str, Any]]  # rows of samples.jsonl, an item each
 SHARE, GAP = (0.0, 1.0), (-1.0, 1.0)  # what an accuracy and a difference of two cannot leave
 SHORT = {EQUAL: "longer", CHOSEN: "chosen"}  # names of arms in the table of differences
+FROM_CHOSEN = KINDS["ppo-chosen"].label
 SAMPLES = 3  # of each group, to read
 
 
@@ -47,14 +49,16 @@ class ArmFigures:
     """What is known of one arm. A missing or failed arm has a `problem`, and whatever figures it got to.
 
     figures: accuracy by (group, decoding), decoding `greedy` or `sampled`. nll: held-out answers, nats a token.
-    flops, seconds: everything trained for this arm, its SFT included; flops are counted. kept_step of steps: the step
-    whose weights were measured. mean_length (tokens) and ended_share: of the sampled answers to test items.
+    flops, seconds: everything trained for this arm, its SFT included; flops are counted. selection_flops: what chose
+    its steps, its length and the like. kept_step of steps: the step whose weights were measured. mean_length (tokens)
+    and ended_share: of the sampled answers to test items.
     seeds: training seeds behind the figures.
     """
 
     name: str
     figures: Mapping[tuple[str, str], Estimate] = field(default_factory=dict)
     flops: float | None = None
+    selection_flops: float | None = None
     seconds: float | None = None
     kept_step: int | None = None
     steps: int | None = None
@@ -71,11 +75,6 @@ class ArmFigures:
 
 def seed_of(stage: Stage) -> int:
     return int(stage.identity["config"]["seed"])
-
-
-def figures_of(stage: Stage) -> dict[str, Any]:
-    """The committed figures; empty where nothing is committed."""
-    return dict((stage.result() or {}).get("figures", {}))
 
 
 def answers_file(stage: Stage, which: str, decoding: str) -> Path:
@@ -175,11 +174,10 @@ def _units(verdicts: Verdicts, group: str) -> tuple[str, ...] | None:
 
 def arms_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
     """Figures of each row; its cost includes that of the stages it builds on, as SRPPO does on SFT."""
-    costs = {stage.id: (figures_of(stage)["flops"], seconds_of(stage)) for row in rows for stage in row.stages}
-    return [_figures(row, costs) for row in rows]
+    return [_figures(row) for row in rows]
 
 
-def _figures(row: ArmRow, costs: Mapping[str, tuple[float, float]]) -> ArmFigures:
+def _figures(row: ArmRow) -> ArmFigures:
     if not row.stages:
         return ArmFigures(row.name, problem=row.problem)
     accuracy = {
@@ -194,15 +192,16 @@ def _figures(row: ArmRow, costs: Mapping[str, tuple[float, float]]) -> ArmFigure
         values = [each[key] for each in measured if key in each]
         return mean(values) if values else None
 
-    spent = [[costs[each] for each in (stage.id, *stage.identity["parents"]) if each in costs] for stage in row.stages]
+    training, choosing = zip(*map(compute_of, row.stages), strict=True)
     steps = [result["steps"] for result in results]
     kept = [result["kept_step"] for result in results] if row.which == "kept" else steps
     spread = f"kept steps {min(kept)} to {max(kept)} over the seeds; the median is shown" if len(set(kept)) > 1 else ""
     return ArmFigures(
         row.name,
         accuracy,
-        flops=mean(sum(flops for flops, _ in one) for one in spent),
-        seconds=mean(sum(seconds for _, seconds in one) for one in spent),
+        flops=mean(training),
+        selection_flops=mean(choosing),
+        seconds=mean(sum(map(seconds_of, made_from(stage))) for stage in row.stages),
         kept_step=int(median(kept)),
         steps=int(median(steps)),
         mean_length=mean_of("sampled_tokens"),
@@ -232,22 +231,25 @@ def decodings_of(arms: Sequence[ArmFigures]) -> list[str]:
 
 
 def differences_of(rows: Sequence[ArmRow]) -> list[ArmFigures]:
-    """SRPPO minus each other trained arm, kept steps, paired on items and seeds; intervals over tasks where a group has
-    several."""
+    """SRPPO minus each other trained arm, and SRPPO from chosen SFT minus its start; kept steps, paired on items and
+    seeds; intervals over tasks where a group has several."""
     kept = {row.arm: row for row in rows if row.which == "kept"}
+    pairs = {SHORT.get(arm, arm): ("SRPPO", arm) for arm in kept if "SRPPO" in kept and arm not in ("base", "SRPPO")}
+    if FROM_CHOSEN in pairs and CHOSEN in kept:
+        pairs[f"{FROM_CHOSEN} minus chosen"] = (FROM_CHOSEN, CHOSEN)
     found = []
-    for other in (arm for arm in kept if "SRPPO" in kept and arm not in ("base", "SRPPO")):
+    for name, (model, other) in pairs.items():
         figures: dict[tuple[str, str], Estimate] = {}
         seeds: set[int] = set()
         for decoding in DECODINGS:
-            ours, theirs = (kept[arm].answers[decoding] for arm in ("SRPPO", other))
+            ours, theirs = (kept[arm].answers[decoding] for arm in (model, other))
             both = [s for s in ours if s in theirs and items_of(ours[s]) == items_of(theirs[s])]
             seeds |= set(both)
             before = cells({seed: theirs[seed] for seed in both}, "group")
             for group, values in cells({seed: ours[seed] for seed in both}, "group").items():
                 figures[group[0], decoding] = interval(values - before[group], GAP, units=_units(ours[both[0]], *group))
         if figures:
-            found.append(ArmFigures(SHORT.get(other, other), figures, seeds=len(seeds)))
+            found.append(ArmFigures(name, figures, seeds=len(seeds)))
     return found
 
 

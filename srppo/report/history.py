@@ -17,12 +17,13 @@ from srppo.record.arms import problem_of
 from srppo.record.files import damage
 from srppo.record.json import read_json
 from srppo.record.store import Run, Stage
-from srppo.report.answers import answers_file, figures_of, seed_of
-from srppo.report.words import DECODINGS, is_number
-from srppo.stages.arms import CHOSEN, EQUAL, LONGER, stages_by_arm
-from srppo.stages.kinds import KINDS
+from srppo.report.answers import answers_file, seed_of
+from srppo.report.words import is_number
+from srppo.stages.arms import figures_of, stages_by_arm
+from srppo.stages.kinds import CHOSEN, EQUAL, KINDS
 
 Rows = Sequence[Mapping[str, Any]]
+LONGER = "longer SFT"  # all its lengths
 NEVER_RUN = {
     "base": "the base was not measured",
     "SFT": "SFT was not run",
@@ -132,7 +133,7 @@ def longer_ends(run: Run) -> SeedRows:
     ends, starts = defaultdict[int, list[dict[str, Any]]](list), dict[int, list[dict[str, Any]]]()
     for stage in run.stages():
         kind = KINDS.get(stage.identity["kind"])
-        if kind and kind.shares and stage.done and (rows := stage.metrics()):
+        if kind and kind.share and stage.done and (rows := stage.metrics()):
             ends[seed_of(stage)].append(rows[-1])
     for stage in stages_by_arm(run).get("SFT", []):
         starts[seed_of(stage)] = [*filter(lambda row: row.get("step") == 0, stage.metrics())][-1:]
@@ -179,7 +180,7 @@ def missing_of(run: Run) -> list[str]:
         lines.append(f"{LONGER} at equal compute was not run; add --baselines")
     undecided = sorted({*map(seed_of, by_arm.get(EQUAL, []))} - {*map(seed_of, by_arm.get(CHOSEN, []))})
     if undecided:
-        lines.append(f"{CHOSEN}: not chosen for {_seeds(undecided)}, since not every length is finished and scored")
+        lines.append(f"{CHOSEN}: not chosen for {_seeds(undecided)}, since not every length is finished")
     for arm, stages in by_arm.items():
         seeds = [seed for seed in run.spec.get("seeds", []) if seed not in map(seed_of, stages)]
         if seeds and arm != CHOSEN:
@@ -187,7 +188,7 @@ def missing_of(run: Run) -> list[str]:
     shown = {stage.id for stages in by_arm.values() for stage in stages}
     for stage in run.stages():
         kind, steps = stage.identity["kind"], stage.identity["config"].get("steps")
-        beside = kind in KINDS and KINDS[kind].shares and stage.id not in shown  # a length that is no arm by itself
+        beside = kind in KINDS and KINDS[kind].share and stage.id not in shown  # a length that is no arm by itself
         if beside and (problem := problem_of(stage, stage.result())):
             lines.append(f"{LONGER} of {steps} steps: {problem}")
         lines += [f"{kind}, seed {seed_of(stage)}: {line}" for line in _gone(stage)]
@@ -207,8 +208,9 @@ def _gone(stage: Stage) -> list[str]:
     names = (stage.result() or {}).get("files", {})
     lines = [f"{stage.path / name} is gone" for name in names if not (stage.path / name).exists()]
     for which, measured in (("kept", figures), ("last", figures.get("last", {}))):
-        files = [answers_file(stage, which, decoding) for decoding in DECODINGS if measured.get("test")]
+        decodings = dict.fromkeys(each for by_decoding in measured.get("test", {}).values() for each in by_decoding)
+        files = [answers_file(stage, which, decoding) for decoding in decodings]
         lines += [f"{file} is gone or damaged" for file in files if not file.exists() or damage(file.parent)]
-    if figures.get("steps") and not stage.metrics():
+    if figures.get("steps") and "chosen" not in figures and not stage.metrics():  # the chosen one's are its own
         lines.append(f"{stage.path / 'attempts'} has no metrics.jsonl any more")
     return lines

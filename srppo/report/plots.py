@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from srppo.ablations.analysis import Metric, SweepResult
+    from srppo.ablations.curves import CurveResult
     from srppo.ablations.spec import Sweep
     from srppo.analysis.forecast import ForecastResult
     from srppo.analysis.optimum import Point
@@ -618,6 +619,35 @@ def _sweep_dots(sweep: Sweep, known: Accuracies, path: Path) -> list[Path]:
     label, height = f"accuracy, {sweep.analysis.decoding}, 95% interval", 1.3 + 0.3 * len(cells)
     legend = _arm_handles(colours) if several else None
     return _dot_plot(panels, path, label, height=height, legend=legend, rows=len(cells), sharey=True)
+
+
+def curves_plot(result: CurveResult, path: Path) -> list[Path]:
+    """Accuracy and mean length over KL to the SFT model, a line an arm with its 95% interval, and each policy that was
+    measured; where arms are compared stand dotted lines."""
+    colours = arm_colours([line.arm for line in result.lines])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1.0]})
+        for line in result.lines:
+            look: dict[str, Any] = {"color": colours[line.arm], "lw": 1.6, "label": line.arm}
+            kls, accuracy, length = zip(*line.points, strict=True)
+            for axis, curve, dots in (
+                (axes[0], [e.mean for e in line.accuracy], accuracy),
+                (axes[1], line.length, length),
+            ):
+                axis.plot(line.kls, curve, "-", **look)
+                axis.plot(kls, dots, ".", ms=4, alpha=0.5, color=look["color"])
+            low, high = [e.low for e in line.accuracy], [e.high for e in line.accuracy]
+            axes[0].fill_between(line.kls, low, high, color=look["color"], alpha=BAND / 2, lw=0)
+        for axis, name in zip(axes, (f"accuracy, {tables.metric_words(result.metric)}", "length, tokens"), strict=True):
+            for kl in {each.kl for each in result.matched}:
+                axis.axvline(kl, color=GRID, lw=1.0, ls=":")
+            axis.set_title(name)
+            axis.set_xlabel("KL to SFT, nats a response")
+        _clamp(axes[0].get_ylim, axes[0].set_ylim, 0.0, 1.0)
+        _legend(figure, _handles(axes), "lower", ncols=4)
+
+    return save_figure(draw, path, height=4.4 + 0.12 * len(colours)) if result.lines else []
 
 
 def differences_plot(result: SweepResult, path: Path) -> list[Path]:

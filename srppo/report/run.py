@@ -18,13 +18,13 @@ from srppo.report.evaluated import evaluated_table
 from srppo.report.explain import MEANING, explain_table, explained_by_record, sentences
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
 from srppo.report.table import Column, Row, Table, paragraph, to_html
-from srppo.stages.arms import stages_by_arm
+from srppo.stages.arms import compute_of, figures_of, stages_by_arm
 
 LONG = 200  # characters of an answer that need a wider column
 PAIRS = (
     "Same items and seeds; intervals over seeds and over the tasks of a group where it has several, else over items. "
-    "SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: longer SFT, best on "
-    "development items."
+    "SRPPO: its best step on development items; longer: longer SFT at equal compute; chosen: longer SFT, its length "
+    "chosen on development items."
 )
 CHOICE = (
     f"{answers.SAMPLES} test items of each group, spread evenly over it: chosen by place, not by outcome. Greedy "
@@ -113,12 +113,14 @@ def _by_group(title: str, arms: Sequence[ArmFigures], caption: Sequence[str], fo
 def cost_table(arms: Sequence[ArmFigures]) -> Table:
     """Counted operations, time, the kept step and the shape of the answers, those columns that any arm has."""
     several = len({arm.seeds for arm in arms if arm.flops is not None}) > 1
-    heads: list[str | Column] = ["", Column("seeds", only="page"), "TFLOPs", "seconds", "kept step", "length"]
+    heads: list[str | Column] = ["", Column("seeds", only="page"), "TFLOPs", Column("selection", "select")]
+    heads += ["seconds", "kept step", "length"]
     rows = []
     for arm in arms:
         cells = [
             str(arm.seeds) if several and arm.flops is not None else "-",
             words.teraflops(arm.flops),
+            words.teraflops(arm.selection_flops),
             words.number_text(arm.seconds, ",.0f"),
             "-" if arm.kept_step is None else f"{arm.kept_step} of {arm.steps}",
             words.number_text(arm.mean_length),
@@ -156,6 +158,10 @@ def interval_caption(arms: Sequence[ArmFigures]) -> str:
     n = f"n = {sizes[groups[0]]} items a group" if same else "n = " + ", ".join(f"{sizes[g]} {g}" for g in groups)
     over = words.interval_words([arm.seeds for arm in arms if arm.figures])
     caption = f"Exact-match accuracy, {n}, with 95% intervals over {over}"
+    if len({decoding for _, decoding in set().union(*(arm.figures for arm in arms))}) > 1 and any(
+        len({decoding for _, decoding in arm.figures}) == 1 for arm in arms
+    ):
+        caption += " A vote is one answer and stands under greedy; resampling is random and has no greedy one."
     if "sampled" in answers.decodings_of(arms):
         caption += " Sampled: temperature 1; an item counts by its share of right samples."
     if sum(bool(arm.figures) for arm in arms) > 1:
@@ -166,7 +172,8 @@ def interval_caption(arms: Sequence[ArmFigures]) -> str:
 def cost_caption(arms: Sequence[ArmFigures]) -> str:
     """What the columns of cost and shape are, those that are shown."""
     columns = {
-        "TFLOPs: counted training operations, 10^12, SFT included.": [arm.flops for arm in arms],
+        "TFLOPs: counted training operations, 10^12, SFT included; beside them those that chose steps and lengths: "
+        "answers to development items, and trainings that were dropped.": [arm.flops for arm in arms],
         "Length: tokens of a sampled answer; ended: by EOS.": [arm.mean_length for arm in arms],
         "NLL: of held-out answers, nats a token.": [arm.nll for arm in arms],
     }
@@ -281,10 +288,12 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     rows = []
     for arm, stages in stages_by_arm(run).items():
         for stage in stages:
-            environment, figures = history.environment_of(stage), answers.figures_of(stage)
+            environment, figures = history.environment_of(stage), figures_of(stage)
+            training, choosing = compute_of(stage)
             made = {key: environment.get(key) for key in ("cpu", "cores", "commit")}
             made |= {name: environment.get("packages", {}).get(name) for name in ("torch", "transformers")}
-            common = {"arm": arm, "seed": answers.seed_of(stage), "flops": figures.get("flops"), **made}
+            common = {"arm": arm, "seed": answers.seed_of(stage), **made}
+            common |= {"flops": training, "selection_flops": choosing}
             common |= {"kept_step": figures.get("kept_step"), "steps": figures.get("steps")}
             for which in ("kept", "last"):
                 for decoding in words.DECODINGS:

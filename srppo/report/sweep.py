@@ -23,7 +23,8 @@ from srppo.report import sweep_tables as tables
 from srppo.report import sweep_words as says
 from srppo.report.history import environment_of
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
-from srppo.report.plots import differences_plot, sweep_plot
+from srppo.report.plots import curves_plot, differences_plot, sweep_plot
+from srppo.report.sweep_curves import matched_records, matched_table, point_records
 from srppo.report.table import Column, Table, paragraph, records, to_csv, to_html, to_latex, to_parquet
 from srppo.statistics.intervals import Estimate
 
@@ -31,11 +32,15 @@ TESTS = ("p", "p_holm", "p_same", "p_same_holm", "detectable")
 STATUSES = ("done", "failed", "diverged", "running", "waiting")
 CELLS = (
     "seeds: measured of planned. fail, div: failed, diverged. TFLOPs: counted training operations, 10^12, parents "
-    "included. len: tokens of a test answer."
+    "included. len: tokens of a test answer. end: answers that ended."
 )
 BANDS = (
     "Accuracy on test items with 95% intervals over seeds and items. Arms share items and seeds: read the paired "
     "differences, not the overlap of bands."
+)
+CURVES = (
+    "Accuracy and length over KL to the SFT model, each arm as far as every seed reaches, with 95% intervals over "
+    "seeds, on these items. Dots: means over seeds of the policies that were measured. Dotted: where arms are compared."
 )
 ZERO = (
     "Planned paired differences against zero, with the intervals that verdicts are read from, simultaneous over the "
@@ -62,7 +67,9 @@ def report_sweep(folder: Path, console: Console) -> Path:
     result, stages, out = analyse(plan, ledger), stages_of(plan, ledger), folder / "report"
     sweep, spent = plan.sweep, says.spent_line(stages.values())
     console.print(sweep_text(result, spent))
-    accuracy, differences = sweep_plot(result, out / "accuracy"), differences_plot(result, out / "differences")
+    primary = next((each for each in result.curves if each.primary), None)
+    accuracy = curves_plot(primary, out / "curves") if primary else sweep_plot(result, out / "accuracy")
+    differences = differences_plot(result, out / "differences")
     files = [path.name for path in (*write_files(result, out), *accuracy, *differences)]
     environment = next((found for stage in stages.values() if (found := environment_of(stage))), {})
     intervals = f"{says.interval_line(result)} seeds: measured of planned. TFLOPs: a seed, parents included."
@@ -73,8 +80,11 @@ def report_sweep(folder: Path, console: Console) -> Path:
         *map(text, says.power_lines(result)),
         text(says.progress_line(result), "bad"),
         bullets("Missing, failed and diverged", says.missing_lines(result), "bad"),
+        section("At equal distance from the SFT model", plot(CURVES, accuracy) + _curves(result)) if primary else "",
         section(
-            "Accuracy", plot(BANDS, accuracy) + to_html(tables.cells_table(result, [f"{intervals} Length: tokens."]))
+            "Accuracy",
+            ("" if primary else plot(BANDS, accuracy))
+            + to_html(tables.cells_table(result, [f"{intervals} Length: tokens."])),
         ),
         section("Paired differences", plot(ZERO, differences) + to_html(tested)),
         section("Trends", to_html(trends_table(result)) + "".join(map(soft_text, says.peak_lines(result)))),
@@ -112,6 +122,11 @@ def sweep_text(result: SweepResult, spent: str) -> RenderableType:
         *([paragraph(says.progress_line(result), "bold yellow")] if says.progress_line(result) else []),
         Text(""),
         tables.cells_table(result, [f"{says.interval_line(result)} {CELLS}"]),
+        *(
+            matched_table(each, sweep.analysis.curves)
+            for each in result.curves
+            if each.primary and sweep.analysis.curves
+        ),
         tables.differences_table(result, tables.primary_metric(sweep), [caption]),
         trends_table(result),
         *map(paragraph, [*says.peak_lines(result), ""] if result.peaks else []),
@@ -151,6 +166,16 @@ def _exploratory(result: SweepResult) -> str:
     return soft_text(EXPLORATORY) + html if len(metrics) > 1 else ""
 
 
+def _curves(result: SweepResult) -> str:
+    """The matched differences on the primary metric, then on all others, untested."""
+    plan = result.plan.sweep.analysis.curves
+    found = [(each, to_html(matched_table(each, plan))) for each in result.curves if plan]
+    return "".join(
+        html if each.primary else details(f"at equal KL, {tables.metric_words(each.metric)} (exploratory)", html)
+        for each, html in found
+    )
+
+
 def _plan(result: SweepResult) -> str:
     sweep = result.plan.sweep
     analysis = {key: value for key, value in dataclasses.asdict(sweep.analysis).items() if key != "family"}
@@ -171,6 +196,8 @@ def write_files(result: SweepResult, folder: Path) -> list[Path]:
         "cells.csv": to_csv(cell_records(result)),
         "differences.csv": to_csv(difference_records(result)),
         "trends.csv": to_csv(trend_records(result)),
+        **({"matched.csv": to_csv(records(matched_records(result)))} if result.curves else {}),
+        **({"curves.csv": to_csv(records(point_records(result)))} if result.curves else {}),
         "table.tex": latex(result),
     }
     with storing(folder):

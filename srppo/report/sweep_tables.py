@@ -35,6 +35,7 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
     ("gain_at_lengths", "of it by length", "+.3f"),
 )
 """What else was measured of a cell: key, head, format."""
+SHAPE = {"tokens": ".1f", "ended": ".0%"}  # of the answers under the primary metric, beside each accuracy
 
 
 # ---- axes and names
@@ -118,6 +119,8 @@ def reference_arm(sweep: Sweep) -> str:
 
 def _hub(sweep: Sweep) -> str:
     """The arm that is the model of most planned comparisons; "" without any."""
+    if sweep.analysis.curves:
+        return sweep.analysis.curves.model
     models = Counter(each.model.arm for each in sweep.analysis.family)
     return models.most_common(1)[0][0] if models else ""
 
@@ -177,7 +180,8 @@ def cells_table(result: SweepResult, caption: Sequence[str]) -> Table:
     heads = [Column(_head(sweep), only="page"), Column("arm", only="terminal"), Column("", only="terminal")]
     heads[1:1] = [Column(_points_head(sweep), only="terminal")] if several else []
     heads += [Column(metric_words(metric), "accuracy"), Column("IQM", only="page"), Column("seeds")]
-    heads += [Column("failed", "fail"), Column("diverged", "div"), Column("TFLOPs"), Column("length", "len")]
+    heads += [Column("failed", "fail"), Column("diverged", "div"), Column("TFLOPs")]
+    heads += [Column("length", "len"), Column("ended by EOS", "end")]
     rows = []
     for each in result.cells:
         point, arm, estimate = each.cell.point, each.cell.arm, each.accuracy.get(metric)
@@ -185,7 +189,8 @@ def cells_table(result: SweepResult, caption: Sequence[str]) -> Table:
         cells = [cell_label(sweep, each.cell), *where, arm, Chart(estimate, 0.0, 1.0), estimate_text(estimate)]
         cells += [number_text(each.iqm.get(metric), ".2f"), f"{len(each.seeds)}/{len(sweep.seeds)}"]
         lost = [each.statuses.get(status, 0) for status in ("failed", "diverged")]
-        cost = [teraflops(each.flops if each.seeds else None), number_text(each.figures.get(f"{metric[1]}_tokens"))]
+        cost = [teraflops(each.flops if each.seeds else None)]
+        cost += [number_text(each.figures.get(f"{metric[1]}_{name}"), form) for name, form in SHAPE.items()]
         mark = "bad" if any(lost) else "unsure" if set(each.statuses) - {"done"} else ""
         rows.append(Row([*cells, *map(str, lost), *cost], mark))
         last = point
@@ -245,23 +250,23 @@ def _difference_cells(found: Tested | None) -> list[str]:
 
 def costs_table(result: SweepResult) -> Table:
     """A row an arm, over its points: counted training operations, their ratio to the reference arm's at the same
-    point, and what was spent on candidates that were trained and dropped."""
+    point, and what was spent on choosing steps and lengths."""
     reference = reference_arm(result.plan.sweep)
     theirs = {each.cell.point: each.flops for each in result.cells if each.cell.arm == reference}
-    heads = ["arm", "TFLOPs", f"/ {reference}", "dropped", f"all / {reference}"]
+    heads = ["arm", "TFLOPs", f"/ {reference}", "selection", f"all / {reference}"]
     rows = []
     for arm in result.plan.sweep.arms:
         cells = [each for each in result.cells if each.cell.arm == arm.name]
         costs = [(c.flops, c.selection_flops, theirs.get(c.cell.point)) for c in cells if c.flops is not None]
         alone = _range((own for own, _, _ in costs), teraflops)
-        dropped = _range((extra for _, extra, _ in costs), teraflops)
+        chosen = _range((extra for _, extra, _ in costs), teraflops)
         ratio = _range((own / their for own, _, their in costs if their), "{:.2f}".format)
         whole = _range(((own + extra) / their for own, extra, their in costs if their), "{:.2f}".format)
-        rows.append([arm.name, alone, ratio, dropped, whole])
+        rows.append([arm.name, alone, ratio, chosen, whole])
     caption = (
         "TFLOPs: counted training operations, 10^12, parents included, a seed; from the cheapest point to the dearest. "
-        f"/ {reference}: at the same point. Dropped: candidates that were trained to choose this one by development "
-        "items."
+        f"/ {reference}: at the same point. Selection: what chose steps and lengths: answers to development items, and "
+        "trainings that were dropped."
     )
     return Table.of("Training compute", heads, rows, [caption])
 

@@ -11,6 +11,7 @@ from srppo.ablations.spec import Comparison
 from srppo.evaluation.comparison import FEW_TASKS, number, p_text, signed
 from srppo.record.store import Stage
 from srppo.report import sweep_tables as tables
+from srppo.report.sweep_curves import curves_answer
 from srppo.report.table import NO_RESULT
 from srppo.report.words import INTERVAL, joined, number_text, short_number, span, verdict_words
 from srppo.statistics.tests import seeds_needed
@@ -28,6 +29,8 @@ MOST_REASONS = 3  # shown in a line; the record has all
 def answer(result: SweepResult) -> str:
     """The answer to the sweep's question by the tests that were planned, in plain words."""
     analysis, metric = result.plan.sweep.analysis, tables.primary_metric(result.plan.sweep)
+    if analysis.curves:
+        return curves_answer(result)
     family, tested = analysis.family, _tested(result)
     if not family:
         return "The plan tests no difference: what follows describes, and shows nothing."

@@ -50,7 +50,7 @@ def extrapolated_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figu
     sft = sft_model(run, done)
     target = sft.copy()
     figures = UNTRAINED | choose_alpha(target, sft, run.base, run.recipe.methods.alphas, run.development)
-    figures |= measure(run, bench.attempt, target)
+    figures |= measure(run, bench, target)
     export(run, bench, target, figures)
     return figures
 
@@ -133,9 +133,12 @@ def check_decodable(config: RewardConfig) -> None:
         )
 
 
-def decoded_logprobs(config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV: Tensor) -> Tensor:
+def decoded_logprobs(
+    config: RewardConfig, sft_logits_BV: Tensor, base_logits_BV: Tensor, *, stop_ids: Sequence[int]
+) -> Tensor:
     """The distribution that is decoded, from the logits of both models; log-probs, BV fp32."""
-    return tokenwise_optimum(config, *(x_BV.float().log_softmax(-1) for x_BV in (sft_logits_BV, base_logits_BV)))
+    sft_BV, base_BV = (x_BV.float().log_softmax(-1) for x_BV in (sft_logits_BV, base_logits_BV))
+    return tokenwise_optimum(config, sft_BV, base_BV, stop_ids=stop_ids)
 
 
 class Towards:
@@ -144,15 +147,15 @@ class Towards:
     For one batch, whose prompts' mask it is given.
     """
 
-    def __init__(self, base: LanguageModel, config: RewardConfig, mask_BP: Tensor) -> None:
-        self.base, self.config, self.mask_BS = base, config, mask_BP
+    def __init__(self, base: LanguageModel, config: RewardConfig, stop_ids: Sequence[int], mask_BP: Tensor) -> None:
+        self.base, self.config, self.stop_ids, self.mask_BS = base, config, stop_ids, mask_BP
         self.read, self.cache = 0, None
         takes = inspect.signature(base.model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def __call__(self, tokens_BS: Tensor, sft_logits_BV: Tensor) -> Tensor:
         base_logits_BV = self.base_logits(tokens_BS)[:, : self.base.vocab_size]
-        return decoded_logprobs(self.config, sft_logits_BV, base_logits_BV)
+        return decoded_logprobs(self.config, sft_logits_BV, base_logits_BV, stop_ids=self.stop_ids)
 
     def base_logits(self, tokens_BS: Tensor) -> Tensor:
         """The base's logits after these columns, of which all but the newest have been read; BV."""
@@ -168,7 +171,13 @@ class Towards:
 
 
 def generate_decoded(
-    sft: LanguageModel, prompts: Sequence[Sequence[int]], *, base: LanguageModel, config: RewardConfig, **how: Any
+    sft: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    base: LanguageModel,
+    config: RewardConfig,
+    stop_ids: Sequence[int],
+    **how: Any,
 ) -> Generated:
     """Responses by decode-time extrapolation; `how` as `rollout.generate` takes it."""
-    return generate(sft, prompts, processor=partial(Towards, base, config), **how)
+    return generate(sft, prompts, stop_ids=stop_ids, processor=partial(Towards, base, config, stop_ids), **how)

@@ -7,20 +7,23 @@ id is here too: data, items and models enter by their content, which the run add
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from hashlib import sha256
 from pkgutil import resolve_name
 from typing import Any
 
-from srppo.config import DistilConfig, Recipe, decisive, is_embedded
+from srppo.config import DistilConfig, Recipe, decisive, is_embedded, with_overrides
 from srppo.data.chat import template_text
 from srppo.errors import ConfigError
 
-SHARES = (1.0, 1 / 4, 1 / 16, 1 / 64)
+SHARES = (1.0, 1 / 4, 1 / 16, 1 / 64, 1 / 256)
 """Of the compute of SFT and PPO together, that longer SFT is trained for: the whole is "equal compute"; of all of them
 development items pick "best on dev". Geometric, because the best number of epochs on few demonstrations is far below
-what PPO's compute would pay for; a step along the longest run is no substitute, since its learning rate would still be
-near the peak."""
+what PPO's compute would pay for, and may be no longer than SFT itself; a step along the longest run is no substitute,
+since its learning rate would still be near the peak."""
+EQUAL, CHOSEN = "longer SFT, equal compute", "longer SFT, best on dev"
+DECODINGS = ("greedy", "sampled")
 SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty")
 """Keys of the reward that decide what a whole response is paid by itself."""
 
@@ -38,7 +41,8 @@ class Kind:
     to be done before) and returns the figures to commit. parents: those kinds. reads: sections and `section.key`s of
     the recipe that enter the id. label: its arm in tables and sweeps, None where it is none. check: `module:function`
     that raises ConfigError for a reward (RewardConfig) that the kind cannot use. files: folders of the result.
-    shares: it starts from the base anew and trains for these shares of its parents' compute.
+    share: it starts from the base anew and trains for this share of its parents' compute. keys: of the recipe, that it
+    sets for itself. decodings: under which its answers to test items are known.
     """
 
     name: str
@@ -50,28 +54,57 @@ class Kind:
     files: tuple[str, ...] = ()
     needs_prompts: bool = False
     needs_items: bool = False
-    shares: tuple[float, ...] = ()
+    share: float | None = None
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    decodings: tuple[str, ...] = DECODINGS
 
     def function(self) -> Callable[..., dict[str, Any]]:
         """What runs it."""
         return resolve_name(self.run)  # type: ignore[no-any-return]
 
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A run's recipe as this kind reads it."""
+        return with_overrides(recipe, self.keys) if self.keys else recipe
 
-_RUN, _EXTRA, _CHOOSE = "srppo.stages.run", "srppo.stages.extrapolation", "srppo.stages.resampling"
+
+def longer(share: float) -> str:
+    """The kind of longer SFT that trains for a share of the compute: `longer-sft-1`, `longer-sft-1/4`."""
+    return f"longer-sft-{Fraction(share)}"
+
+
+_RUN, _POLICY, _EXTRA, _CHOOSE = (f"srppo.stages.{name}" for name in ("run", "policy", "extrapolation", "resampling"))
+_SELF = "srppo.stages.self_training"
+_PPO = ("rollout", "reward", "ppo", "eval")
+_SELF_READS = (
+    *(f"sft.{key}" for key in ("batch", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
+    "methods.self_epochs",
+    "eval",
+)
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("base", f"{_RUN}:untrained_stage", ("eval",), label="base"),
         Kind("sft", f"{_RUN}:sft_stage", ("sft", "eval"), label="SFT", files=("model",)),
         Kind("given-sft", f"{_RUN}:untrained_stage", ("eval",), label="SFT"),
+        *(
+            Kind(
+                longer(share),
+                f"{_RUN}:sft_stage",
+                ("sft", "eval"),
+                parents=("sft", "ppo"),
+                label=EQUAL if share == 1 else None,
+                files=("model",),
+                share=share,
+            )
+            for share in SHARES
+        ),
         Kind(
-            "longer-sft",
-            f"{_RUN}:sft_stage",
-            ("sft", "eval"),
-            parents=("sft", "ppo"),
-            label="longer SFT",
+            "chosen-sft",
+            f"{_RUN}:chosen_sft_stage",
+            ("eval.samples",),
+            parents=tuple(map(longer, SHARES)),
+            label=CHOSEN,
             files=("model",),
-            shares=SHARES,
         ),
         Kind(
             "extrapolated",
@@ -100,6 +133,25 @@ KINDS: dict[str, Kind] = {
             needs_items=True,
         ),
         Kind(
+            "vote",
+            f"{_CHOOSE}:vote_stage",
+            (),
+            parents=("samples",),
+            label="majority vote",
+            needs_items=True,
+            decodings=("greedy",),
+        ),
+        Kind(
+            "weighted-vote",
+            f"{_CHOOSE}:weighted_vote_stage",
+            ("reward.anchor", "reward.beta"),
+            parents=("samples",),
+            label="weighted vote",
+            check=f"{_CHOOSE}:check_resamples",
+            needs_items=True,
+            decodings=("greedy",),
+        ),
+        Kind(
             "resampled",
             f"{_CHOOSE}:resampled_stage",
             ("reward.anchor", "reward.beta", "eval.samples"),
@@ -107,11 +159,12 @@ KINDS: dict[str, Kind] = {
             label="resampling",
             check=f"{_CHOOSE}:check_resamples",
             needs_items=True,
+            decodings=("sampled",),
         ),
         Kind("best-of-n", f"{_CHOOSE}:best_of_n_stage", ("eval.samples",), ("samples",), "best-of-n", needs_items=True),
         Kind(
             "distil",
-            f"{_RUN}:distil_stage",
+            f"{_POLICY}:distil_stage",
             ("rollout", *(f"reward.{key}" for key in OBJECTIVE), "distil", *(f"ppo.{key}" for key in SHARED), "eval"),
             parents=("sft",),
             label="on-policy distillation",
@@ -120,13 +173,48 @@ KINDS: dict[str, Kind] = {
             needs_prompts=True,
         ),
         Kind(
-            "ppo",
-            f"{_RUN}:ppo_stage",
-            ("rollout", "reward", "ppo", "eval"),
+            "prompt-samples",
+            f"{_SELF}:prompt_samples_stage",
+            ("methods.self_prompts", "methods.self_samples"),
             parents=("sft",),
-            label="SRPPO",
+            files=("samples",),
+            needs_prompts=True,
+        ),
+        Kind(
+            "self-distilled",
+            f"{_SELF}:self_distilled_stage",
+            _SELF_READS,
+            parents=("prompt-samples",),
+            label="self-distilled",
             files=("model",),
             needs_prompts=True,
+        ),
+        Kind(
+            "rejection-ft",
+            f"{_SELF}:rejection_ft_stage",
+            (*(f"reward.{key}" for key in SCORE), *_SELF_READS),
+            parents=("prompt-samples",),
+            label="rejection FT",
+            check=f"{_CHOOSE}:check_ranks",
+            files=("model",),
+            needs_prompts=True,
+        ),
+        *(
+            Kind(
+                name,
+                f"{_POLICY}:ppo_stage",
+                _PPO,
+                parents=(start,),
+                label=label,
+                files=("model",),
+                needs_prompts=True,
+                keys=keys,
+            )
+            for name, start, label, keys in (
+                ("shuffled", "sft", "shuffled", {"reward.kind": "shuffled"}),
+                ("ppo", "sft", "SRPPO", {}),
+                ("ppo-chosen", "chosen-sft", "SRPPO from chosen SFT", {}),
+            )
         ),
     )
 }
@@ -150,7 +238,7 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
     """Raises ConfigError for a recipe under which one of these kinds, or of those that they need, has no meaning."""
     for name in in_order(names):
         kind = KINDS[name]
-        if kind.shares and recipe.model.sft is not None:
+        if kind.share and recipe.model.sft is not None:
             raise ConfigError(
                 "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft "
                 "took is not known; leave out --baselines, or leave out model.sft so that it is trained here"
@@ -161,20 +249,23 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
                 "only; ten times ppo.lr is a start"
             )
         if kind.check:
-            resolve_name(kind.check)(recipe.reward)
+            resolve_name(kind.check)(kind.recipe(recipe).reward)
 
 
 # ---- identity
 
 _ADDED: Mapping[str, Mapping[str, Any]] = {
-    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last"},
+    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last", "noise_dev": False},
     "sft": {"steps": None},
     "rollout": {"per_prompt": 1},
     "reward": {"center": "none"},
     "ppo": {"advantage": "gae", "lam_length": None, "critic_lam": None},
 }
 """Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
-_ELSEWHERE = {"data": ("demonstrations", "prompts"), "eval": ("every", "items")}  # paths, and what PPO alone reads
+_ELSEWHERE = {  # paths, and what PPO alone reads
+    "data": ("demonstrations", "prompts"),
+    "eval": ("every", "items", "curve"),
+}
 _CRITIC = (
     "value_lr",
     "value_clip",
@@ -189,13 +280,15 @@ _ONLY_PPO = ("prompts_size", "overlap", "overlap_share")  # keys of data that SF
 
 def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Settings that decide the outcome of a stage of this kind, beside its parents and data."""
-    kind, dump = KINDS[name], decisive(recipe.model_dump(mode="json"))
+    kind = KINDS[name]
+    recipe = kind.recipe(recipe)
+    dump = decisive(recipe.model_dump(mode="json"))
     for section, defaults in _ADDED.items():
         dump[section] = {k: v for k, v in dump[section].items() if k not in defaults or v != defaults[k]}
     for section, keys in _ELSEWHERE.items():
         dump[section] = {k: v for k, v in dump[section].items() if k not in keys}
     if not recipe.data.noise_rate:
-        dump["data"].pop("noise", None)  # at rate 0 every kind is none
+        dump["data"] = {k: v for k, v in dump["data"].items() if k not in ("noise", "noise_dev")}  # there is none
     if recipe.ppo.advantage == "rloo":
         dump["ppo"] = {k: v for k, v in dump["ppo"].items() if k not in _CRITIC}
         if recipe.reward.at_limit != "zero":
@@ -215,4 +308,6 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     for read in kind.reads:
         section, _, key = read.partition(".")
         settings[section] = {**settings.get(section, {}), key: dump[section][key]} if key else dump[section]
-    return settings | ({"every": recipe.eval.every} if kind.needs_prompts else {})
+    if "ppo" in kind.reads:
+        settings |= {"every": recipe.eval.every} | ({"curve": [*recipe.eval.curve]} if recipe.eval.curve else {})
+    return settings

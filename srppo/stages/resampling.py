@@ -1,15 +1,17 @@
-"""Answers chosen from samples of the SFT model by their reward: the closed form by resampling, and best-of-n.
+"""Answers chosen from samples of the SFT model: by a vote, by resampling to the closed form, and best-of-n.
 
-Both choose from the same n samples an item. Resampling weighs each by pi*/pi_sft (`optimum.log_weights`): draws from
+All choose from the same n samples an item. Resampling weighs each by pi*/pi_sft (`optimum.log_weights`): draws from
 the weighted set tend to the closed-form optimum of PPO's objective as n grows, and are as good as the effective sample
-size says (the sum of squared normalised weights, inverted). Best-of-n takes the highest reward and knows no beta.
+size says (the sum of squared normalised weights, inverted). A vote takes the answer that most samples give, which
+knows no reward (self-consistency, arXiv 2203.11171), or the one with most of those weights: one answer an item, which
+stands where others have their greedy one. Best-of-n takes the highest reward and knows no beta.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,9 +64,10 @@ class Sampled:
         draws = Draws(**saved, log_policy_sft_QK=np.zeros_like(saved["reward_QK"]))  # pi_sft itself drew them
         return cls(answers, draws, flops, plain_flops)
 
-    def cost(self) -> dict[str, float]:
+    def cost(self, *, scored: bool = True) -> dict[str, float]:
         """The figures of inference: operations an item, and how many times those of one plain answer."""
-        return {"inference_flops": self.flops, "inference_times": self.flops / self.plain_flops}
+        flops = self.flops if scored else self.plain_flops * self.draws.reward_QK.shape[1]
+        return {"inference_flops": flops, "inference_times": flops / self.plain_flops}
 
 
 class Ess(NamedTuple):
@@ -111,7 +114,12 @@ def load_samples(samples: Stage) -> Sampled:
 
 
 def chosen_figures(
-    run: PreparedRun, bench: Workbench, sampled: Sampled, answers: Mapping[str, Sequence[Sequence[Answer]]]
+    run: PreparedRun,
+    bench: Workbench,
+    sampled: Sampled,
+    answers: Mapping[str, Sequence[Sequence[Answer]]],
+    *,
+    scored: bool = True,
 ) -> Figures:
     """Figures of answers that were chosen from samples, by decoding, and what sampling cost at every answer."""
     verdicts = {
@@ -119,7 +127,7 @@ def chosen_figures(
         for decoding, chosen in answers.items()
     }
     figures = UNTRAINED | publish_answers(bench.attempt, verdicts)
-    return figures | {"samples": run.recipe.methods.samples, **sampled.cost()}
+    return figures | {"samples": run.recipe.methods.samples, **sampled.cost(scored=scored)}
 
 
 def sample_items(pair: Pair, items: Sequence[Item], config: RewardConfig, count: int) -> Sampled:
@@ -131,38 +139,60 @@ def sample_items(pair: Pair, items: Sequence[Item], config: RewardConfig, count:
     responses = sample(pair, pair.sft, questions, count, purpose="method-samples")
     draws = rewarded(pair, questions, responses, config)
     drawn = [(i, ids) for i, each in enumerate(responses) for ids in each]
-    written = _flops(pair.sft, prompts, drawn)
-    scored = sum(_flops(model, prompts, distinct(responses)) for model in (pair.sft, pair.base))
+    written = response_flops(pair.sft, prompts, drawn)
+    scored = sum(response_flops(model, prompts, distinct(responses)) for model in (pair.sft, pair.base))
     texts = iter(pair.tokenizer.batch_decode([list(ids) for _, ids in drawn], skip_special_tokens=True))
     answers = [[Answer(next(texts), bool(set(ids) & set(pair.stops)), len(ids)) for ids in each] for each in responses]
     return Sampled(answers, draws, (written + scored) / len(items), written / len(drawn))
 
 
-def _flops(model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, tuple[int, ...]]]) -> int:
+def response_flops(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, tuple[int, ...]]]
+) -> int:
+    """Counted operations of writing, or of scoring, responses; rows: the prompt's place, token ids."""
     lengths_B = torch.tensor([len(prompts[i]) + len(ids) for i, ids in rows])
     return forward_flops(model, lengths_B, sum(len(ids) for _, ids in rows))
 
 
-# ---- resampling
+# ---- votes and resampling
+
+
+def vote_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The majority vote of the SFT model's samples: no reward at all, so nothing is scored for it."""
+    sampled = load_samples(done["samples"])
+    answers = {"greedy": most_weighted(sampled, np.ones_like(sampled.draws.reward_QK))}
+    return chosen_figures(run, bench, sampled, answers, scored=False)
+
+
+def weighted_vote_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The vote in which each sample weighs as resampling draws it: its closed form's likeliest answer."""
+    sampled = load_samples(done["samples"])
+    weights_QK, ess = _weighed(run, bench, sampled)
+    return chosen_figures(run, bench, sampled, {"greedy": most_weighted(sampled, weights_QK)}) | ess
 
 
 def resampled_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """Resampling to the closed form of PPO's own objective; greedy is the weighted set's most likely answer.
+    """Resampling to the closed form of PPO's own objective: a distribution, so it has no greedy answer.
 
     reward.at_limit = drop keeps answers at the length limit here and in best-of-n, as in `srppo forecast`.
     """
-    recipe, sampled = run.recipe, load_samples(done["samples"])
-    weights_QK = normalised_weights(sampled.draws, recipe.reward)
+    sampled = load_samples(done["samples"])
+    weights_QK, ess = _weighed(run, bench, sampled)
+    drawn = resampled(sampled, weights_QK, run.recipe.eval.samples, run.recipe.seed)
+    return chosen_figures(run, bench, sampled, {"sampled": drawn}) | ess
+
+
+def _weighed(run: PreparedRun, bench: Workbench, sampled: Sampled) -> tuple[Floats, Figures]:
+    """(weights of the samples, QK; how many they are worth), with a warning where these are too few."""
+    weights_QK = normalised_weights(sampled.draws, run.recipe.reward)
     ess = ess_of(weights_QK)
     if not ess.enough:
         more = f"about {ess.needed} would do" if ess.needed else "single samples hold nearly all the weight"
         run.console.warn(
-            f"resampling has {ess.harmonic:.1f} effective samples an item of methods.samples = "
-            f"{recipe.methods.samples}, too few for the closed form ({more}): its figures say little of it"
+            f"{bench.name} has {ess.harmonic:.1f} effective samples an item of methods.samples = "
+            f"{run.recipe.methods.samples}, too few for the closed form ({more}): its figures say little of it"
         )
-    drawn = resampled(sampled, weights_QK, recipe.eval.samples, recipe.seed)
-    answers = {"greedy": most_weighted(sampled, weights_QK), "sampled": drawn}
-    return chosen_figures(run, bench, sampled, answers) | {"ess": ess._asdict()}
+    return weights_QK, {"ess": ess._asdict()}
 
 
 def normalised_weights(draws: Draws, config: RewardConfig) -> Floats:
@@ -183,14 +213,18 @@ def resampled(sampled: Sampled, weights_QK: Floats, count: int, seed: int) -> li
 
 def most_weighted(sampled: Sampled, weights_QK: Floats) -> list[list[Answer]]:
     """The answer of each item whose text carries most weight: the mode of the weighted set, the first of equals."""
-    found = []
-    for answers, weights_K in zip(sampled.answers, weights_QK, strict=True):
-        by_text: dict[str, float] = {}
-        for answer, weight in zip(answers, weights_K.tolist(), strict=True):
-            by_text[answer.text] = by_text.get(answer.text, 0.0) + weight
-        mode = max(by_text, key=lambda text: by_text[text])
-        found.append([next(answer for answer in answers if answer.text == mode)])
-    return found
+    return [
+        [answers[vote([answer.text for answer in answers], weights_K.tolist())]]
+        for answers, weights_K in zip(sampled.answers, weights_QK, strict=True)
+    ]
+
+
+def vote(answers: Sequence[Hashable], weights: Sequence[float]) -> int:
+    """Where the answer that carries most weight stands first; of equals the one that came first."""
+    total: dict[Hashable, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        total[answer] = total.get(answer, 0.0) + weight
+    return answers.index(max(total, key=lambda answer: total[answer]))
 
 
 def ess_of(weights_QK: Floats) -> Ess:

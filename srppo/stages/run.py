@@ -1,8 +1,9 @@
 """A run from end to end: a recipe made ready, then its stages in order, each skipped when its result is there.
 
 base -> SFT -> PPO          the arms "base", "SFT", "SRPPO"
-base -> longer SFT          the baselines, at shares of the counted compute of SFT and PPO together
-base, SFT -> (no training)  what else is made of the two (`extrapolation`, `resampling`)
+base -> longer SFT          at shares of the counted compute of SFT and PPO together; development items choose one
+chosen longer SFT -> PPO    the arm "SRPPO from chosen SFT"
+base, SFT -> ...            what else is made of the two (`extrapolation`, `resampling`, `self_training`)
 
 What each kind of stage is stands in `kinds`; the functions that run the trained ones are below.
 """
@@ -13,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -35,11 +36,10 @@ from srppo.models.memory import is_out_of_memory
 from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
 from srppo.record.store import Attempt, Run, Stage
+from srppo.stages.arms import figures_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
 from srppo.training.batch import Generated
-from srppo.training.distil import train_distil
 from srppo.training.loop import Session, Workbench, load_weights
-from srppo.training.ppo import train_ppo
 from srppo.training.rollout import generate
 from srppo.training.sft import steps_within, train_sft
 from srppo.training.trackers import trackers
@@ -127,11 +127,13 @@ def prepare_run(
         raise ConfigError("model.sft is the base itself: the reward would be 0 everywhere; give a fine-tuned model")
     test_items = load_items(recipe, "test")
     check_needs(kinds, data, test_items)
-    development = Development(recipe, tokenizer, data.held_out, stops)
+    if recipe.eval.curve and not test_items:
+        raise ConfigError("eval.curve measures test items, and there are none; set eval.items, or leave it out")
+    development = Development(recipe, tokenizer, data.held_out, stops, sample)
     if recipe.eval.keep == "best" and not development.ranks:
         console.warn(
             f"nothing measures eval.metric = {recipe.eval.metric} here (accuracy needs eval.items, nll needs "
-            "data.held_out): the last step of each arm is kept"
+            "data.held_out): the last step of each arm is kept, and the longest of longer SFT"
         )
     tree = recipe.model_dump(mode="json", exclude={"seed"})
     record = place if isinstance(place, Run) else Run.open(place, {"recipe": tree, "seeds": seeds or [recipe.seed]})
@@ -197,34 +199,33 @@ def sample_texts(
 
 
 def run_stages(
-    run: PreparedRun, *, share: float | None = None, on_stage: Callable[[str, Stage], None] = lambda name, stage: None
+    run: PreparedRun, *, on_stage: Callable[[str, Stage], None] = lambda name, stage: None
 ) -> dict[str, Stage]:
     """Run every stage of a prepared run to its commit, or find it committed; the stages by kind.
 
-    share: the one of a kind that has several, None for all of them, of which the last is returned. on_stage hears of
-    each stage before it runs. Raises what a stage raises; what was committed before stays.
+    on_stage hears of each stage before it runs. Raises what a stage raises; what was committed before stays.
     """
     done: dict[str, Stage] = {}
     for name in run.kinds:
         kind = kind_of(name, run.recipe)
-        for each in (share,) if kind.shares and share else kind.shares or (None,):
-            stage = open_stage(run, kind, done, each)
-            on_stage(name, stage)
-            if not _is_finished(run, kind, stage):
-                with at_work(run, kind, stage, each) as bench:
-                    bench.attempt.commit("ok", kind.function()(run, bench, done), map(Path, kind.files))
-            done[name] = stage
+        stage = open_stage(run, kind, done)
+        on_stage(name, stage)
+        if not _is_finished(run, kind, stage):
+            own = replace(run, recipe=kind.recipe(run.recipe))
+            with at_work(own, kind, stage) as bench:
+                bench.attempt.commit("ok", kind.function()(own, bench, done), map(Path, kind.files))
+        done[name] = stage
     return done
 
 
-def open_stage(run: PreparedRun, kind: Kind, done: Stages, share: float | None = None) -> Stage:
+def open_stage(run: PreparedRun, kind: Kind, done: Stages) -> Stage:
     """The stage of a kind: known by its settings, the content of data and items, the base and its own parents."""
     config = stage_settings(run.recipe, kind.name) | {"eval_items": run.items_sha}
     parents = [run.sft_id if kind.name == "given-sft" else run.base_id]
-    if kind.shares:  # it starts from the base: of its parents it takes no more than their compute
-        budget = sum((done[name].result() or {})["figures"]["flops"] for name in kind.parents)
+    if kind.share:  # it starts from the base: of its parents it takes no more than their compute
+        budget = sum(figures_of(done[name])["flops"] for name in kind.parents)
         whole = steps_within(run.base, run.data.demonstrations, run.recipe, budget)
-        config["steps"] = max(round(whole * (share or 1.0)), 1)
+        config["steps"] = max(round(whole * kind.share), 1)
     else:
         parents += [done[name].id for name in kind.parents]
     data_sha = run.data.sha if kind.needs_prompts else run.data.manifest["demonstrations"]["sha256"]
@@ -245,12 +246,12 @@ def _is_finished(run: PreparedRun, kind: Kind, stage: Stage) -> bool:
 
 
 def _title(kind: Kind, stage: Stage) -> str:
-    steps = f" ({stage.identity['config']['steps']} steps)" if kind.shares else ""
+    steps = f" ({stage.identity['config']['steps']} steps)" if kind.share else ""
     return f"{kind.label or kind.name}{steps}"
 
 
 @contextmanager
-def at_work(run: PreparedRun, kind: Kind, stage: Stage, share: float | None = None) -> Iterator[Workbench]:
+def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
     """One attempt at a stage. What it was told beside its identity is written down, and so is how it failed; trackers
     are finished whatever happens. What is stopped on purpose, or cannot write any more, leaves no result."""
     name, folder = _title(kind, stage), run.record.path
@@ -258,7 +259,7 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage, share: float | None = No
     with stage.attempt(run.environment) as attempt, ExitStack() as closing:
         for tracker in watching:
             closing.callback(tracker.finish)
-        attempt.log_event("settings", **free_settings(run.recipe), **({"share": share} if share else {}))
+        attempt.log_event("settings", **free_settings(run.recipe))
         try:
             yield Workbench(stage, attempt, run.tokenizer, run.console, name, watching)
         except (Interrupted, RecordError, StorageError):
@@ -297,7 +298,7 @@ def _what_helps(run: PreparedRun, kind: Kind) -> str:
 def untrained_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """The base as it is, or the SFT model that the recipe names: nothing to train, only to measure."""
     given = bench.stage.identity["kind"] == "given-sft"
-    return UNTRAINED | measure(run, bench.attempt, sft_model(run, done) if given else run.base)
+    return UNTRAINED | measure(run, bench, sft_model(run, done) if given else run.base)
 
 
 def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
@@ -308,27 +309,33 @@ def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     return finish(run, bench, model, session)
 
 
-def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """SRPPO from the SFT model."""
-    return _from_sft(train_ppo, run, bench, done)
+def chosen_sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
+    """The length of longer SFT that scored best on development items: measured, and exported."""
+    names = KINDS["chosen-sft"].parents
+    chosen, figures = choose_length({name: figures_of(done[name]) for name in names})
+    figures["chosen"] = done[chosen].id
+    model = sft_model(run, done, chosen)
+    figures |= measure(run, bench, model)
+    export(run, bench, model, figures)
+    return figures
 
 
-def distil_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    """On-policy distillation of decode-time extrapolation, from the SFT model."""
-    return _from_sft(train_distil, run, bench, done)
+def choose_length(lengths: Mapping[str, Figures]) -> tuple[str, Figures]:
+    """(the best score's name, the shorter of equals; figures); without scores the first, which is the whole.
+
+    selection_flops: what the others took, trained and measured. What the chosen one took is its own stage's.
+    """
+    scored = None not in [each["score"] for each in lengths.values()]
+    chosen = min(lengths, key=lambda name: (-lengths[name]["score"], lengths[name]["steps"]) if scored else 0)
+    dropped = sum(each["flops"] + each["selection_flops"] for name, each in lengths.items() if name != chosen)
+    known = {key: lengths[chosen][key] for key in ("kept_step", "steps", "score")}
+    return chosen, UNTRAINED | known | {"selection_flops": dropped}
 
 
-def _from_sft(train: Callable[..., Session], run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
-    sft = sft_model(run, done)
-    policy, recipe, prompts, measured = sft.copy(), run.recipe, run.data.prompts, run.development
-    session = train(recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
-    return finish(run, bench, policy, session)
-
-
-def sft_model(run: PreparedRun, done: Stages) -> LanguageModel:
-    """The SFT model as it is exported or given; who changes it takes a copy."""
+def sft_model(run: PreparedRun, done: Stages, name: str = "sft") -> LanguageModel:
+    """The SFT model of that kind as it is exported, or the given one; who changes it takes a copy."""
     return run.given_sft or load_model(
-        str(done["sft"].path / "model"), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
+        str(done[name].path / "model"), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
     )
 
 
@@ -339,10 +346,11 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
     """Measure the kept step (and the last, where it is another) on test items, and export the kept one."""
     counters = session.state.counters
     kept = int(counters["kept_step"])
-    figures: Figures = {"kept_step": kept, "steps": session.total, "flops": counters["flops"]}
+    figures: Figures = {"kept_step": kept, "steps": session.total}
+    figures |= {key: counters[key] for key in ("flops", "selection_flops")}
     figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
     if kept != session.total:
-        figures["last"] = measure(run, bench.attempt, model, "last")
+        figures["last"] = measure(run, bench, model, "last")
         try:
             checkpoint = bench.stage.checkpoint(kept)
         except RecordError as error:  # later ones cannot stand in for it, so a damaged one costs the stage
@@ -350,7 +358,7 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
             again = f"remove {bench.stage.path} to train that stage again"
             raise RecordError(f"{reason}; it holds the kept step: {again}") from error
         load_weights(model.model, checkpoint / "policy.safetensors")
-    figures |= measure(run, bench.attempt, model)
+    figures |= measure(run, bench, model)
     for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
         write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
     export(run, bench, model, figures)
@@ -364,13 +372,16 @@ def export(run: PreparedRun, bench: Workbench, model: LanguageModel, figures: Fi
     bench.attempt.publish("model", write)
 
 
-def measure(run: PreparedRun, attempt: Attempt, model: LanguageModel, which: str = "kept") -> Figures:
-    """Held-out NLL and test figures of one model, as far as there is anything to measure them on."""
+def measure(run: PreparedRun, bench: Workbench, model: LanguageModel, which: str = "kept") -> Figures:
+    """Held-out NLL and test figures of one model, as far as there is anything to measure them on.
+
+    What is no arm by itself, such as a length of longer SFT that may not be chosen, answers no test items.
+    """
     figures: Figures = {}
     if run.data.held_out:
         figures["held_out_nll"] = answer_nll(model, run.data.held_out, micro_batch=run.recipe.sft.micro_batch)
-    if run.test_items:
-        figures |= publish_answers(attempt, answers_of(run, model), which)
+    if run.test_items and KINDS[bench.stage.identity["kind"]].label:
+        figures |= publish_answers(bench.attempt, answers_of(run, model), which)
     return figures
 
 

@@ -97,6 +97,12 @@ def t_interval(contrast: Contrast, level: float = 0.05) -> Estimate:
     return _Error.of(contrast).interval(level)
 
 
+def described(contrast: Contrast) -> Finding:
+    """A plain 95% interval, neither tested nor corrected."""
+    unknown = math.nan
+    return Finding(t_interval(contrast), 0.95, unknown, unknown, unknown, unknown, unknown, "cannot tell")
+
+
 def _p_same(contrast: Contrast, error: _Error) -> float:
     """The larger p of two one-sided tests, that the difference is not above -margin and that it is not below +margin;
     each the larger of t's and, with several seeds, the exact sign flips'."""

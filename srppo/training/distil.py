@@ -70,7 +70,7 @@ def train_distil(
         lr = config.lr * lr_factor("linear", 0.0, step, config.steps)
         set_lr(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
-        kl_3BT = add_gradient(recipe, policy, sft_policy, base_policy, generated)
+        kl_3BT = add_gradient(recipe, policy, sft_policy, base_policy, generated, stop_ids=stop_ids)
         row = distil_metrics(generated, kl_3BT)
         stop_if_diverged(row["kl_sft"], shared.max_kl, step)
         row["grad_norm"] = clip_gradients(policy, shared.max_grad_norm, step)
@@ -85,14 +85,20 @@ def train_distil(
 
 
 def add_gradient(
-    recipe: Recipe, policy: LanguageModel, sft_policy: LanguageModel, base_policy: LanguageModel, generated: Generated
+    recipe: Recipe,
+    policy: LanguageModel,
+    sft_policy: LanguageModel,
+    base_policy: LanguageModel,
+    generated: Generated,
+    *,
+    stop_ids: Sequence[int],
 ) -> Tensor:
     """Add the gradient of the mean KL(policy || teacher) over all response tokens to the policy's weights.
 
     Returns KL(policy || x) at each token for x the teacher, the SFT model and the base: 3BT, nats, 0 where masked. The
     mean is over the tokens of the batch, whatever the micro-batch.
     """
-    teacher = partial(tokenwise_optimum, recipe.reward)
+    teacher = partial(tokenwise_optimum, recipe.reward, stop_ids=stop_ids)
     count = int(generated.response_mask_BT.sum())
     kl_3BT = torch.zeros((3, *generated.response_mask_BT.shape), device=policy.device)
     for part in micro_slices(len(generated.ended_B), recipe.ppo.micro_batch):

@@ -125,7 +125,10 @@ class Measure(Protocol):
     """What looks at a model on development items during training."""
 
     def measure(self, model: LanguageModel) -> tuple[Row, float | None]:
-        """(figures to log, the score by which the best step is kept; None where nothing ranks)."""
+        """(figures to log, the score by which the best step is kept; None where nothing ranks).
+
+        `selection_flops` among the figures: what this measurement took.
+        """
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Session:
     measure_start: bool = True
 
     def __post_init__(self) -> None:
-        self.state.counters = {"kept_step": 0, "kept_score": -math.inf, **self.state.counters}
+        self.state.counters = {"kept_step": 0, "kept_score": -math.inf, "selection_flops": 0, **self.state.counters}
 
     def steps(self) -> Iterator[int]:
         """The steps that remain after the newest whole checkpoint; step 0, the start, is only measured."""
@@ -170,7 +173,7 @@ class Session:
         self.bench.attempt.log_event("training", start=start, total=self.total)  # how far it is, for whoever watches
         with self.bench.console.stage(self.bench.name, self.total) as self.view, stop_on_signal() as stopped:
             if not found and self.measure_start:
-                self._log({"step": 0, **self.measure()[0]})
+                self._log({"step": 0, **self._measured()[0]})
             for step in range(start + 1, self.total + 1):
                 yield step
                 if stopped.is_set():
@@ -187,7 +190,7 @@ class Session:
                 raise Diverged(f"step {step}: {name} is {number}; lower the learning rate, or clip the reward's tokens")
         counters, improved = self.state.counters, False
         if step == self.total or self.measure_at(step):
-            measured, score = self.measure()
+            measured, score = self._measured()
             row = {**row, **measured}
             if self.keep == "last" or score is None:
                 counters["kept_step"], counters["kept_score"] = step, -math.inf if score is None else score
@@ -200,6 +203,12 @@ class Session:
     def checkpoint(self, step: int) -> None:
         """Write the whole state; the two newest and the kept step stay on disk."""
         self.bench.attempt.save_checkpoint(step, self.state.save, keep={self.state.counters["kept_step"]})
+
+    def _measured(self) -> tuple[Row, float | None]:
+        """A measurement; all that were made are counted, as training is."""
+        row, score = self.measure()
+        self.state.counters["selection_flops"] += row.get("selection_flops", 0)
+        return {**row, "selection_flops": self.state.counters["selection_flops"]}, score
 
     def _log(self, row: Row) -> None:
         self.bench.attempt.log_metrics(row)

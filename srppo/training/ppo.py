@@ -14,7 +14,7 @@ the 0.01-0.05 usual with reward models.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,7 +30,17 @@ from srppo.models.memory import weight_bytes
 from srppo.models.value_model import ValueModel
 from srppo.training.advantage import gae, length_lambda, rloo, whiten, whitening_std
 from srppo.training.batch import RolloutBatch, micro_slices
-from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
+from srppo.training.loop import (
+    Measure,
+    Row,
+    Session,
+    Stopwatch,
+    TrainState,
+    Workbench,
+    clip_gradients,
+    lr_factor,
+    set_lr,
+)
 from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
 from srppo.training.masked import masked_mean
 from srppo.training.reward import (
@@ -102,8 +112,12 @@ def train_ppo(
     *,
     stop_ids: Sequence[int],
     pad_id: int,
+    after_step: Callable[[int], Row] = lambda step: {},
 ) -> Session:
-    """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
+    """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session.
+
+    after_step: what else is measured of the policy after a step, for the step's row.
+    """
     config, rollout = recipe.ppo, recipe.rollout
     learners, running = Learners.start(policy, config), RunningStd()
     state = TrainState(
@@ -160,7 +174,11 @@ def train_ppo(
             bench.console.warn(warning)
         log_rollouts(bench, step, chosen, generated.responses(), rewards.score_B)
         seconds = sum(watch.seconds.values())
-        session.end_step(step, row, {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds})
+        session.end_step(
+            step,
+            row | after_step(step),
+            {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds},
+        )
     return session
 
 

@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from srppo.config import RewardConfig
+from srppo.config import RewardConfig, derive_seed
 from srppo.reward_kinds import REWARD_KINDS, called
 from srppo.training.batch import Generated, RolloutBatch
 from srppo.training.losses import k1
@@ -46,6 +48,21 @@ def last_token(mask_BT: Tensor) -> Tensor:
     """BT bool, True at the last counted token of each row that has one; mask_BT marks prefixes."""
     positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     return positions_T == (mask_BT.sum(dim=1, keepdim=True) - 1)
+
+
+class Written(NamedTuple):
+    """What a reward may know of responses beside the scores: their tokens (BT int64), which of them count (BT bool),
+    and which is the stop token that ended its response (BT bool)."""
+
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    stop_BT: Tensor
+
+    @classmethod
+    def of(cls, batch: Generated) -> Written:
+        """The responses of a batch."""
+        mask_BT = batch.response_mask_BT
+        return cls(batch.response_BT, mask_BT, last_token(mask_BT) & batch.ended_B.unsqueeze(1))
 
 
 STD_FLOOR = 1e-6  # nats; below it there is only rounding, which must not be blown up to order 1
@@ -164,17 +181,17 @@ def mean_of_others(x_B: Tensor, counted_B: Tensor, per_prompt: int) -> Tensor:
 def rewards_before_kl(config: RewardConfig, scores: Scores, batch: Generated, seed: int = 0) -> Tensor:
     """The reward where it is paid, BT, nats: the terms placed, by the rule for rollouts at the length limit."""
     mask_BT, at_limit_B1 = batch.response_mask_BT, ~batch.ended_B.unsqueeze(1)
-    terms_BT = reward_terms(config, scores, mask_BT, seed)
+    terms_BT = reward_terms(config, scores, Written.of(batch), seed)
     if config.at_limit == "zero":
         terms_BT = terms_BT.masked_fill(at_limit_B1, 0.0)
     penalised_BT = last_token(mask_BT) & at_limit_B1
     return place_reward(terms_BT, mask_BT, at=config.placement) - config.limit_penalty * penalised_BT
 
 
-def reward_terms(config: RewardConfig, scores: Scores, mask_BT: Tensor, seed: int = 0) -> Tensor:
+def reward_terms(config: RewardConfig, scores: Scores, written: Written, seed: int = 0) -> Tensor:
     """The per-token terms of the reward after its clips and length normalisation; BT, 0 where masked."""
-    kind = REWARD_KINDS[config.kind]
-    terms_BT: Tensor = called(kind.terms)(scores).masked_fill(~mask_BT, 0.0)
+    kind, mask_BT = REWARD_KINDS[config.kind], written.mask_BT
+    terms_BT: Tensor = called(kind.terms)(scores, written).masked_fill(~mask_BT, 0.0)
     if config.token_clip is not None:
         terms_BT = terms_BT.clamp(-config.token_clip, config.token_clip)
     if config.length_norm:
@@ -187,15 +204,30 @@ def reward_terms(config: RewardConfig, scores: Scores, mask_BT: Tensor, seed: in
     return terms_BT
 
 
-def tokenwise_optimum(config: RewardConfig, sft_logprobs_NV: Tensor, base_logprobs_NV: Tensor) -> Tensor:
-    """log of pi_anchor exp(r / beta), normalised over the vocabulary; NV, nats. r is the reward's term of each token.
+def tokenwise_optimum(
+    config: RewardConfig, sft_logprobs_NV: Tensor, base_logprobs_NV: Tensor, *, stop_ids: Sequence[int]
+) -> Tensor:
+    """log of pi_anchor exp(r / beta), normalised over the vocabulary; NV, nats. r is the reward's term of each token;
+    `stop_ids` would end the response.
 
     The closed form of the objective (docs/method.md) where each response is one token; of longer ones an approximation,
     since a token's weight knows nothing of the reward that is still to come.
     """
     scores = Scores(sft_logprobs_NV - base_logprobs_NV, sft_logprobs_NV, base_logprobs_NV)
-    terms_NV = reward_terms(config, scores, torch.ones_like(sft_logprobs_NV, dtype=torch.bool))
+    tokens_NV = torch.arange(sft_logprobs_NV.shape[1], device=sft_logprobs_NV.device).expand_as(sft_logprobs_NV)
+    stop_NV = torch.isin(tokens_NV, torch.tensor(list(stop_ids), device=sft_logprobs_NV.device))
+    terms_NV = reward_terms(config, scores, Written(tokens_NV, torch.ones_like(stop_NV), stop_NV))
     return (scores.anchor_BT(config.anchor) + terms_NV / config.beta).log_softmax(-1)
+
+
+def random_terms(scores: Scores, written: Written) -> Tensor:
+    """A standard normal number a response at its last token, BT: a hash of its token ids, so that a response has one
+    reward wherever it is met, and there is something to learn that neither model knows."""
+    lengths = written.mask_BT.sum(dim=1).tolist()
+    rows = [row[:n] for row, n in zip(written.tokens_BT.tolist(), lengths, strict=True)]
+    shares = [((derive_seed(0, f"random reward of {row}") >> 11) + 0.5) / 2**52 for row in rows]  # within (0, 1)
+    reward_B = scores.log_ratio_BT.new_tensor([NormalDist().inv_cdf(share) for share in shares])
+    return reward_B.unsqueeze(1) * last_token(written.mask_BT)
 
 
 def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:

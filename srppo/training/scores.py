@@ -125,6 +125,29 @@ def score_log_ratio(
     return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+@torch.no_grad()
+def full_kl(
+    policy: LanguageModel, anchor: LanguageModel, batch: Generated, *, micro_batch: int | None = None
+) -> Tensor:
+    """KL(policy || anchor) of the whole next-token distributions at temperature 1, summed along each response; B, nats.
+
+    Over responses that the policy sampled at temperature 1 the mean is the KL over responses, as that of
+    log pi - log anchor is, with less noise: the choice of each token is averaged out (Rao-Blackwell; Amini et al. 2025,
+    arXiv 2504.10637).
+    """
+    width, positions = batch.response_mask_BT.shape[1], batch.tokens_BS.shape[1]
+    fit = rows_that_fit(policy, positions, scored=2 * positions, held=weight_bytes(policy, anchor))
+    parts = []
+    for rows in micro_slices(len(batch.tokens_BS), micro_batch or fit):
+        tokens_BS, mask_BS = batch.tokens_BS[rows], batch.attention_mask_BS[rows]
+        policy_NV, anchor_NV = (
+            model.logit_rows(tokens_BS, mask_BS, width).float().log_softmax(-1) for model in (policy, anchor)
+        )
+        kl_N = (policy_NV.exp() * (policy_NV - anchor_NV)).sum(dim=-1)
+        parts.append(unflatten(kl_N, batch.response_mask_BT[rows]).sum(dim=1))
+    return torch.cat(parts)
+
+
 def _rows_that_fit(batch: Generated, *models: LanguageModel) -> int:
     positions = batch.tokens_BS.shape[1]
     scored = 0 if all(model.head.linear for model in models) else len(models) * positions

@@ -78,7 +78,7 @@ def train_sft(
         measure=lambda: development.measure(model),
         keep=recipe.eval.keep,
         checkpoint_every=max(total // 5, 1),
-        measure_start=by_recipe,  # the start is the base's for every length
+        measure_start=by_recipe,  # the start is the base's for every length, and is measured once
     )
     for step in session.steps():
         watch = Stopwatch()

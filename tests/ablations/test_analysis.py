@@ -20,11 +20,12 @@ from srppo.ablations.progress import stage_seconds
 from srppo.ablations.spec import every
 from srppo.config import Recipe, canonical_json
 from srppo.errors import DataError
-from srppo.record.store import Run
+from srppo.record.store import Run, Stage
+from srppo.stages.kinds import KINDS
 
 ITEMS = 10
 SFT, SRPPO = Arm("SFT", "sft"), Arm("SRPPO", "ppo")
-LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 0.5, 0.25))
+LONGER = Arm("longer SFT", "chosen-sft")
 
 
 def sweep_of(*sizes: int, arms: tuple[Arm, ...] = (SFT, SRPPO), seeds: int = 3) -> Sweep:
@@ -41,6 +42,7 @@ def analysed(
     figures: Callable[[Task], Mapping[str, Any]] = lambda task: {},
     item: Callable[[Task], str] = lambda task: "item",
     tasks: int = 1,
+    begun: Callable[[Task, Stage], None] = lambda task, stage: None,
 ) -> SweepResult:
     """The analysis of a record in which each task has answered its first `right` items (None: it is not done); tasks:
     of how many tasks of the world they are."""
@@ -55,8 +57,12 @@ def analysed(
             | {"correct": [i < count]}
             for i in range(ITEMS)
         ]
-        stage = run.stage(task.kind, {"seed": task.recipe.seed, "task": task.key})
+        parents = [each.id for need in task.needs if (each := ledger.stage(plan.tasks[need]))]
+        stage = run.stage(
+            task.kind, {"seed": task.recipe.seed, "task": task.key}, parents * (KINDS[task.kind].share is None)
+        )
         ledger.link(task, stage)
+        begun(task, stage)
         with stage.attempt() as attempt:
             text = "".join(canonical_json(row) + "\n" for row in rows)
             attempt.publish("eval/kept-greedy", partial(_write, text))
@@ -131,43 +137,35 @@ def test_a_slope_is_least_squares_per_doubling(tmp_path: Path) -> None:
     )
 
 
-def longer(folder: Path, scores: Mapping[float, float], done: tuple[float, ...] = LONGER.shares) -> SweepResult:
-    """Longer SFT of three lengths with these scores on development items; the test items like the longest best."""
-
-    def right(task: Task) -> int | None:
-        return 1 if task.share is None else None if task.share not in done else round(8 * task.share)
+def test_the_chosen_length_pays_for_itself_and_what_was_dropped_is_beside_it(tmp_path: Path) -> None:
+    """It starts from the base: neither SFT nor PPO, which set its budget, is paid for; PPO from it pays for both."""
+    spent = {"sft": (1, 2), "ppo": (4, 8), "longer-sft-1/4": (100, 10), "ppo-chosen": (1000, 3000)}
+    chosen: list[str] = []
 
     def figures(task: Task) -> dict[str, Any]:
-        if task.share is None:
-            return {"flops": 100, "steps": 3}
-        mean = round(8 * task.share) / ITEMS
-        test = {"test": {"unseen": {"greedy": {"mean": mean}}}}
-        return {"flops": 40 * task.share, "score": scores[task.share], "steps": round(8 * task.share), **test}
+        if task.kind == "chosen-sft":
+            return {"chosen": chosen[0], "flops": 0, "selection_flops": 700}
+        training, choosing = spent.get(task.kind, (400, 40))
+        return {"flops": training, "selection_flops": choosing, "steps": 3}
 
-    return analysed(folder, sweep_of(8, arms=(SFT, LONGER), seeds=1), right, figures)
+    def begun(task: Task, stage: Stage) -> None:
+        chosen.extend([stage.id] * (task.kind == "longer-sft-1/4"))
 
-
-@pytest.mark.parametrize(
-    ("scores", "share"),
-    [({1.0: 0.2, 0.5: 0.7, 0.25: 0.4}, 0.5), ({1.0: 0.7, 0.5: 0.2, 0.25: 0.7}, 0.25)],
-    ids=["best", "tie: the shorter"],
-)
-def test_development_items_choose_the_length_of_longer_sft(
-    tmp_path: Path, scores: dict[float, float], share: float
-) -> None:
-    cell = longer(tmp_path / "run", scores).cell(Cell("8", LONGER.name))
-    assert cell.accuracy["unseen", "greedy"].mean == pytest.approx(round(8 * share) / ITEMS)
-    assert cell.flops == 40 * share, "it starts from the base: neither SFT nor PPO is paid for"
-    assert cell.selection_flops == 40 * (1.75 - share)
+    arms = (SFT, LONGER, Arm("SRPPO from chosen SFT", "ppo-chosen"))
+    found = analysed(tmp_path / "run", sweep_of(8, arms=arms, seeds=1), lambda task: 3, figures, begun=begun).cells
+    assert [(cell.flops, cell.selection_flops) for cell in found] == [(1, 2), (100, 710), (1100, 3710)]
 
 
 def test_a_choice_waits_for_all_its_candidates(tmp_path: Path) -> None:
-    cell = longer(tmp_path / "run", {1.0: 0.2, 0.5: 0.7, 0.25: 0.4}, done=(1.0, 0.5)).cell(Cell("8", LONGER.name))
-    assert cell.seeds == () and not cell.accuracy
+    def right(task: Task) -> int | None:
+        return None if task.kind in ("longer-sft-1/64", "chosen-sft") else 3
+
+    cell = analysed(tmp_path / "run", sweep_of(8, arms=(SFT, LONGER)), right).cell(Cell("8", LONGER.name))
+    assert cell.seeds == () and not cell.accuracy and cell.statuses == {"waiting": 3}
 
 
 def test_all_training_on_the_way_to_a_cell_is_paid_once(tmp_path: Path) -> None:
-    """SFT, its samples, and what weighs them; effective samples are the harmonic mean, in cells and in rows."""
+    """SFT, its samples, and what chooses from them; effective samples are the harmonic mean, in cells and in rows."""
     paid = {"sft": 1000, "samples": 100, "resampled": 10, "best-of-n": 1}
 
     def figures(task: Task) -> dict[str, Any]:

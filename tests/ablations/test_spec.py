@@ -65,7 +65,7 @@ def test_every_sweep_builds_and_survives_json(name, quick):
 def test_every_family_can_be_significant_and_compares_what_is_run(name, quick):
     sweep = the_sweep(name, quick=quick)
     family, cells = sweep.analysis.family, set(sweep.cells())
-    assert 1 <= len(family) <= MOST_COMPARISONS and len(set(family)) == len(family)
+    assert 1 <= sweep.analysis.comparisons <= MOST_COMPARISONS and len(set(family)) == len(family)
     assert all(each.model in cells and each.baseline in cells and each.model != each.baseline for each in family)
     assert len(sweep.seeds) == (3 if quick else 10) and 2 ** (1 - 10) * MOST_COMPARISONS < 0.05
     assert len(cells) == len(sweep.points) * len(sweep.arms) == len(sweep.cells())
@@ -86,8 +86,11 @@ def test_axes_name_values_that_every_point_has(name, quick):
 def test_a_given_sft_model_leaves_no_arm_at_equal_compute(tmp_path):
     recipe = with_overrides(RECIPE, {"model.sft": str(tmp_path)})
     sweep = the_sweep("method", recipe)
-    assert not any(arm.shares for arm in sweep.arms) and "is left out" in " ".join(sweep.notes)
-    assert not any("longer SFT" in (each.model.arm, each.baseline.arm) for each in sweep.analysis.family)
+    assert "longer SFT, SRPPO from chosen SFT are left out" in " ".join(sweep.notes)
+    left = {"longer SFT", "SRPPO from chosen SFT", "SFT with weight decay"}
+    assert not left & {arm.name for arm in sweep.arms} and "rejection FT" in {arm.name for arm in sweep.arms}
+    assert not any(left & {each.model.arm, each.baseline.arm} for each in sweep.analysis.family)
+    Plan(sweep)
     for name in ("data-size", "noise", "model-scale"):
         with pytest.raises(ConfigError, match=r"model\.sft is given"):
             the_sweep(name, recipe)
@@ -158,10 +161,8 @@ def test_a_grid_takes_any_arms():
     }
     assert kinds(Plan(sweep))["best-of-n"] == 10, "which no learning rate of PPO changes"
     without = the_sweep("grid", arms="base,SFT,resampling", axes=["reward.beta=0.25,0.5"])
-    assert [(each.model.arm, each.baseline.arm) for each in without.analysis.family[::2]] == [
-        ("base", "SFT"),
-        ("resampling", "SFT"),
-    ]
+    assert {(each.model.arm, each.baseline.arm) for each in without.analysis.family} == {("base", "SFT")}
+    assert "no greedy answers, so not tested: resampling" in without.notes
     assert (
         the_sweep(
             "grid",
@@ -171,7 +172,8 @@ def test_a_grid_takes_any_arms():
         ).analysis.family
         == ()
     )
-    assert [arm.name for arm in the_sweep("method").arms] == list(ARMS)[1:]
+    variants = ["SFT with weight decay", "SFT by held-out loss"]
+    assert [arm.name for arm in the_sweep("method").arms] == ["SFT", *variants, *list(ARMS)[2:]]
 
 
 def test_the_trend_of_model_scale_is_over_parameters(tmp_path):
@@ -206,7 +208,7 @@ def test_parents_come_first_and_each_stage_once(name, quick):
         assert tuple(plan.tasks[need].kind for need in task.needs) == KINDS[task.kind].parents
         assert {plan.tasks[need].recipe.seed for need in task.needs} <= {task.recipe.seed}
         seen.add(key)
-    measured = {key for keys in plan.measured_by.values() for key in keys}
+    measured = set(plan.measured_by.values())
     needed = {need for task in plan.tasks.values() for need in task.needs}
     assert measured | needed == set(plan.tasks), "a stage that nothing asks for"
     assert set(plan.measured_by) == {(cell, seed) for cell in plan.sweep.cells() for seed in plan.sweep.seeds}
@@ -218,11 +220,20 @@ def test_arms_of_a_seed_share_sft_and_seeds_share_nothing(name, quick):
     plan = Plan(sweep)
     for point in sweep.points:
         for seed in sweep.seeds:
-            chains = [plan.measured_by[Cell(point.name, arm.name), seed] for arm in sweep.arms if arm.kind != "base"]
-            roots = {root(plan, key) for keys in chains for key in keys}
+            own = {"base", *(arm.kind for arm in sweep.arms if arm.overrides.keys() & {"sft.epochs", "sft.steps"})}
+            roots = {
+                root(plan, plan.measured_by[Cell(point.name, arm.name), seed])
+                for arm in sweep.arms
+                if arm.kind not in own
+            }
             assert len(roots) == 1, f"{point.name}: arms start from different SFT models"
     by_seed = [{key for key, task in plan.tasks.items() if task.recipe.seed == seed} for seed in sweep.seeds]
     assert sum(map(len, by_seed)) == len(set().union(*by_seed)) == len(plan.tasks)
+
+
+def lengths(count: int) -> dict[str, int]:
+    """The stages of longer SFT, each so many times."""
+    return dict.fromkeys([*(kind.name for kind in KINDS.values() if kind.share), "chosen-sft"], count)
 
 
 def root(plan: Plan, key: str) -> str:
@@ -242,16 +253,72 @@ def kinds(plan: Plan) -> dict[str, int]:
     ("name", "expected"),
     [
         # 4 sizes x 2 budgets, but 32 demonstrations are not among them: same steps is never same epochs
-        ("data-size", {"sft": 80, "ppo": 80, "longer-sft": 320}),
-        ("noise", {"sft": 100, "ppo": 100}),  # 3 kinds x 3 rates, and rate 0 once
-        ("model-scale", {"base": 30, "sft": 30, "ppo": 30}),
-        ("reward", {"sft": 10, "ppo": 80}),
-        ("kl", {"sft": 10, "ppo": 80, "samples": 10, "resampled": 80}),  # 2 anchors x 4 betas from the same samples
-        ("prompts", {"sft": 10, "ppo": 90}),
+        ("data-size", {"sft": 80, "ppo": 80, "shuffled": 80, **lengths(80)}),
+        (
+            "noise",
+            {"sft": 90, "ppo": 90, "shuffled": 90, "decoded": 90, **lengths(90)},
+        ),  # 4 kinds x 2 rates, rate 0 once
+        ("model-scale", {"base": 30, "sft": 30, "ppo": 30, "shuffled": 30, **lengths(30)}),
+        ("reward", {"sft": 10, "ppo": 400, **lengths(10)}),  # 10 curves, of 4 betas each
+        # 2 anchors x 4 betas from the same samples, and longer SFT once for all of them
+        ("kl", {"sft": 10, "ppo": 80, "shuffled": 80, "samples": 10, "resampled": 80, **lengths(10)}),
+        ("prompts", {"sft": 10, "ppo": 90, "shuffled": 90, **lengths(10)}),
     ],
 )
 def test_what_a_point_leaves_alone_is_run_once(name, expected):
     assert kinds(Plan(the_sweep(name))) == expected
+
+
+@any_sweep
+def test_every_sweep_has_the_controls(name, quick):
+    """Longer SFT and a reward that knows nothing, and SRPPO is tested against longer SFT at every point."""
+    sweep = the_sweep(name, quick=quick)
+    if name == "length":  # which asks how long answers are, not how right
+        assert [arm.name for arm in sweep.arms] == ["SFT", "SRPPO", "shuffled"]
+        return
+    assert {"SFT", "longer SFT", "shuffled"} <= {arm.name for arm in sweep.arms}
+    if name == "reward":  # which compares at equal distance
+        assert not sweep.analysis.family
+        return
+    against = {each.model.point for each in sweep.analysis.family if each.baseline.arm == "longer SFT"}
+    measured = Plan(sweep).measured_by
+    by_key = {measured[Cell(point.name, "SRPPO"), sweep.seeds[0]]: point.name for point in reversed(sweep.points)}
+    assert against == set(by_key.values()), "of points that are the same stages, the first"
+
+
+def test_whole_arms_are_left_out_of_a_family_that_would_be_too_many():
+    sweep = the_sweep("kl", axes=["reward.anchor=sft", "reward.beta=0.125,0.25,0.5", "ppo.steps=5,10,20,40"])
+    pairs = [(each.model.arm, each.baseline.arm) for each in sweep.analysis.family]
+    assert pairs == [("SRPPO", "SFT")] * 12 + [("SRPPO", "longer SFT")] * 12
+    dearest = "lengths are shares of the compute at anchor sft, beta 0.125, 40 steps"
+    assert any(dearest in note for note in sweep.notes)
+    assert {sweep.recipe_of(cell, 0).ppo.steps for cell in sweep.cells() if cell.arm == "longer SFT"} == {40}
+    grid_sweep = the_sweep("grid", axes=["ppo.lr=" + ",".join(f"{n}e-5" for n in range(1, 13))])
+    assert "outside the plan's tests, which would be more than 25: SRPPO minus shuffled" in grid_sweep.notes
+
+
+def test_longer_sft_is_shared_only_where_the_sft_model_is():
+    shared = {name: any("longer SFT is the same" in note for note in the_sweep(name).notes) for name in SWEEPS}
+    assert {name for name, one in shared.items() if one} == {"kl", "overlap", "prompts", "reward", "grid"}
+
+
+def test_what_has_no_answers_under_the_primary_decoding_is_not_tested():
+    for primary, without in (("unseen/greedy", {"resampling"}), ("unseen/sampled", {"majority vote", "weighted vote"})):
+        sweep = the_sweep("method", primary=primary)
+        tested = {arm for each in sweep.analysis.family for arm in (each.model.arm, each.baseline.arm)}
+        assert {arm.name for arm in sweep.arms} - tested == without
+    assert the_sweep("kl").analysis.decoding == "sampled", "the optimum is a distribution"
+
+
+def test_noise_reaches_the_development_items():
+    sweep = the_sweep("noise")
+    assert all(sweep.recipe_of(cell, 0).data.noise_dev for cell in sweep.cells())
+    both = the_sweep("noise", axes=["data.noise_dev=true,false", "data.noise=near-miss"], rates="0,0.7")
+    assert [point.values["noisy_dev"] for point in both.points] == [True, False] * 2
+    plans = [Plan(each) for each in (sweep, both)]
+    assert [kinds(plan)["sft"] for plan in plans] == [90, 30], "at rate 0 there is nothing to be noisy"
+    names = {point.name.partition(" ")[0] for point in sweep.points}
+    assert names == {"derangement", "base-answers", "wrong-task", "near-miss"}
 
 
 def test_overlap_shares_the_demonstrations_sft(name="overlap"):
@@ -262,8 +329,8 @@ def test_overlap_shares_the_demonstrations_sft(name="overlap"):
 def test_the_method_sweep_tells_its_arms_apart():
     plan = Plan(the_sweep("method"))
     keys = [plan.measured_by[cell, 0] for cell in plan.sweep.cells()]
-    assert len({key for each in keys for key in each}) == sum(map(len, keys)) == 8 + 4
-    assert kinds(plan)["sft"] == 10 and kinds(plan)["ppo"] == 20  # SRPPO and RLOO
+    assert len(set(keys)) == len(keys) == 17
+    assert kinds(plan)["sft"] == 30 and kinds(plan)["ppo"] == 20  # SFT and its two variants; SRPPO and RLOO
 
 
 def test_the_plan_depends_on_neither_the_order_of_axes_nor_of_values():
@@ -291,7 +358,7 @@ def test_keys_are_the_same_in_another_process_folder_and_hash_seed(tmp_path):
 
 
 # What a setting changes, by the longest prefix of its key: an oracle beside `kinds.stage_settings`.
-BASE, SFT, PPO, LONGER = "base", "sft", "ppo", "longer-sft"
+BASE, SFT, PPO, LONGER = "base", "sft", "ppo", "longer-sft-1/4"
 ALL, TRAINED, FROM_PPO = {BASE, SFT, PPO, LONGER}, {SFT, PPO, LONGER}, {PPO, LONGER}
 CHANGES: dict[str, set[str]] = {
     "": ALL,
@@ -301,6 +368,7 @@ CHANGES: dict[str, set[str]] = {
     "reward.": FROM_PPO,
     "ppo.": FROM_PPO,
     "eval.every": FROM_PPO,
+    "eval.curve": FROM_PPO,
     "sft.micro_batch": set(),
     "ppo.micro_batch": set(),
     "ppo.checkpoint_every": set(),
@@ -322,6 +390,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "data.prompts": [{"data.prompts": ["embedded:unseen"]}],
     "data.noise_rate": [{"data.noise": "derangement", "data.noise_rate": 0.5}],
     "data.noise": [{"data.noise": "near-miss", "data.noise_rate": 0.5}],
+    "data.noise_dev": [{"data.noise": "near-miss", "data.noise_rate": 0.5, "data.noise_dev": True}],
     "data.overlap": [{"data.overlap": "minimum"}],
     "data.overlap_share": [{"data.overlap_share": 0.5}],
     "data.system": [{"data.system": "Be brief."}],
@@ -337,6 +406,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "ppo.schedule": [{"ppo.schedule": "cosine"}],
     "eval.items": [{"eval.items": "mine.jsonl"}],
     "eval.keep": [{"eval.keep": "last"}],
+    "eval.curve": [{"eval.curve": [5, 10]}],
     "eval.metric": [{"eval.metric": "nll"}],
     "methods.alphas": [{"methods.alphas": [1.0, 3.0]}],
     "model.chat_template": [{"model.chat_template": __file__}],  # whatever it says: its content is what counts
@@ -366,7 +436,7 @@ def keys_of(recipe: Recipe) -> dict[str, str]:
     """The key of each trained kind, on the way from the base to longer SFT."""
     sft = task_key("sft", recipe)
     ppo = task_key("ppo", recipe, (sft,))
-    return {BASE: task_key(BASE, recipe), SFT: sft, PPO: ppo, LONGER: task_key(LONGER, recipe, (sft, ppo), 1.0)}
+    return {BASE: task_key(BASE, recipe), SFT: sft, PPO: ppo, LONGER: task_key(LONGER, recipe, (sft, ppo))}
 
 
 def changed(before: Recipe, after: Recipe) -> set[str]:
@@ -381,7 +451,13 @@ def test_a_setting_changes_the_stages_that_read_it_and_no_other(key):
         assert changed(RECIPE, with_overrides(RECIPE, overrides)) == CHANGES[prefix], overrides
 
 
-EXCLUSIVE = {"data.noise", "data.overlap", "ppo.advantage", "ppo.gamma"}  # some values go only with some of others
+EXCLUSIVE = {
+    "data.noise",
+    "data.noise_dev",
+    "data.overlap",
+    "ppo.advantage",
+    "ppo.gamma",
+}  # some values go only with some of others
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -403,6 +479,7 @@ def test_settings_change_keys_independently_of_one_another(keys, data):
 @pytest.mark.parametrize(
     ("same", "as_"),
     [
+        ({"data.noise_dev": True}, {}),
         ({"data.noise": "derangement", "data.noise_rate": 0.0}, {}),
         ({"data.noise": "near-miss", "data.noise_rate": 0.0}, {"data.noise": "derangement", "data.noise_rate": 0.0}),
     ],
@@ -431,9 +508,9 @@ def test_methods_read_only_their_own_settings():
 
 def test_shares_and_parents_tell_tasks_apart():
     sft = task_key("sft", RECIPE)
-    keys = [task_key("longer-sft", RECIPE, (sft, "p"), share) for share in (1.0, 0.25)]
-    assert len({*keys, task_key("longer-sft", RECIPE, (sft, "q"), 1.0)}) == 3
-    assert "0.25" in Task("k", "longer-sft", RECIPE, (), 0.25).name
+    keys = [task_key(kind, RECIPE, (sft, "p")) for kind in ("longer-sft-1", "longer-sft-1/4")]
+    assert len({*keys, task_key("longer-sft-1", RECIPE, (sft, "q"))}) == 3
+    assert "1/4" in Task("k", "longer-sft-1/4", RECIPE, ()).name
 
 
 # ---- bad input
@@ -590,20 +667,20 @@ def test_no_noise_is_said_as_on_the_command_line():
     assert [point.name for point in sweep.points] == ["none 0", "truncation 0"]
     other = with_overrides(RECIPE, {"data.noise": "truncation"})
     found = the_sweep("grid", other, axes=["data.noise=none,truncation", "ppo.lr=1e-5,3e-5"], check=False)
-    assert [found.recipe_of(cell, 0).data.noise for cell in found.cells()[::4]] == ["none", "truncation"]
+    assert [found.recipe_of(Cell(p.name, "SRPPO"), 0).data.noise for p in found.points[::2]] == ["none", "truncation"]
 
 
 @pytest.mark.parametrize(("seeds", "words"), [(1, "with 1 seed no"), (2, "with 2 seeds no")])
 def test_a_plan_that_can_show_nothing_warns(seeds, words):
     (line,) = power_lines(Plan(the_sweep("overlap", seeds=seeds)), 60)
-    assert words in line and "5 tests of the plan take 8 seeds (one alone 6)" in line
+    assert words in line and "15 tests of the plan take 10 seeds (one alone 6)" in line
 
 
 def test_seeds_are_no_axis_and_an_axis_that_nothing_reads_is_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "ablate", "grid", "--axis", "seed=5,6") == 2
     assert "give their number with --seeds" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="the same to SFT, SRPPO"):
+    with pytest.raises(ConfigError, match="the same to SFT, longer SFT, shuffled, SRPPO"):
         the_sweep("grid", axes=["methods.samples=8,16"])
     assert the_sweep("grid", axes=["ppo.lr=1e-5,3e-5"]).axes == ("lr",)
 
@@ -629,7 +706,9 @@ def test_the_embedded_worlds_axes_are_not_taken_for_other_data(tmp_path):
 def test_arms_are_what_their_names_say_whatever_the_recipe():
     other = with_overrides(RECIPE, {"reward.kind": "sft", "reward.length_norm": True})
     sweep = the_sweep("reward", other)
-    coherent, parts = (sweep.recipe_of(Cell("all", name), 0).reward for name in ("coherent reward", "SFT only"))
+    coherent, parts = (
+        sweep.recipe_of(Cell("beta 0.25", name), 0).reward for name in ("coherent reward", "sharpening (log pi_sft)")
+    )
     assert (coherent.kind, parts.kind, coherent.length_norm) == ("ratio", "sft", False)
 
 

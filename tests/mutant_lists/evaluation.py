@@ -411,4 +411,11 @@ MUTANTS = [
         "return None",
         "evaluation/test_results.py::test_tasks_are_the_units_of_a_group_of_several",
     ),
+    Mutant(
+        "development: noise that was asked for is left out",
+        "evaluation/development.py",
+        "replace(item, answer=found.changes[i][0]) if i in found.changes",
+        "item if i in found.changes",
+        "test_config_keys.py::test_development_items_get_the_demonstrations_noise_and_nothing_else_does",
+    ),
 ]

@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "curves: the nearer point for the line between two",
+        "statistics/curves.py",
+        "(at - places[right - 1]) / (places[right] - places[right - 1])",
+        "np.rint((at - places[right - 1]) / (places[right] - places[right - 1]))",
+        "statistics/test_curves.py::test_what_is_linear_is_read_exactly_whatever_the_order_of_the_points",
+    ),
+    Mutant(
         "comparison: np.abs(sums) >= observed))",
         "statistics/tests.py",
         "np.abs(sums) >= observed))",

@@ -6,6 +6,27 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "reward kinds: the ratio without EOS has it",
+        "reward_kinds.py",
+        "scores.log_ratio_BT.masked_fill(written.stop_BT, 0.0)",
+        "scores.log_ratio_BT",
+        "training/test_oracle.py::test_rewards_of_all_responses_are_those_written_anew",
+    ),
+    Mutant(
+        "random reward: padding counts",
+        "training/reward.py",
+        "[row[:n] for row, n in",
+        "[row for row, n in",
+        "training/test_oracle.py::test_a_random_reward_is_one_number_a_response_wherever_it_is_met",
+    ),
+    Mutant(
+        "full KL: the other way round",
+        "training/scores.py",
+        "policy_NV.exp() * (policy_NV - anchor_NV)",
+        "anchor_NV.exp() * (anchor_NV - policy_NV)",
+        "training/test_oracle.py::test_the_kl_of_whole_distributions_along_responses_is_the_kl_over_responses",
+    ),
+    Mutant(
         "centring: dropped",
         "training/ppo.py",
         'if recipe.reward.center == "batch":',
@@ -183,8 +204,8 @@ MUTANTS = [
     Mutant(
         "reward: base minus SFT",
         "reward_kinds.py",
-        '"log pi_sft - log pi_base", lambda scores: scores.log_ratio_BT',
-        '"log pi_sft - log pi_base", lambda scores: -scores.log_ratio_BT',
+        '"log pi_sft - log pi_base", lambda scores, _: scores.log_ratio_BT',
+        '"log pi_sft - log pi_base", lambda scores, _: -scores.log_ratio_BT',
         "training/test_reward.py::test_rewards_by_hand",
     ),
     Mutant(
@@ -666,8 +687,8 @@ MUTANTS = [
     Mutant(
         "reward kinds: the sweep has arms of its own",
         "ablations/sweeps.py",
-        "for name, kind in REWARD_KINDS.items()}",
-        'for name, kind in REWARD_KINDS.items() if name in ("ratio", "zero", "sft", "base", "shuffled")}',
+        "if kind.swept]",
+        'if name in ("ratio", "sft", "no-eos", "eos", "brevity", "random", "shuffled")]',
         "test_reward_kinds.py::test_a_new_kind_is_an_arm_of_the_sweep_and_one_of_its_stages_runs",
     ),
 ]

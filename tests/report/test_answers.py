@@ -17,7 +17,8 @@ from srppo.console import Console
 from srppo.record.store import Run
 from srppo.report.answers import SAMPLES, arm_rows, arms_of, differences_of, lengths_of, samples_of, tasks_of
 from srppo.report.run import length_table, rows_of, samples_html
-from srppo.stages.arms import CHOSEN, EQUAL
+from srppo.stages.arms import figures_of
+from srppo.stages.kinds import CHOSEN, EQUAL
 from srppo.stages.run import prepare_run, run_stages
 from srppo.statistics.intervals import calibrated_interval
 
@@ -64,6 +65,9 @@ def test_samples_are_chosen_by_place_and_side_by_side(run: Run) -> None:
     assert html.count("✓&nbsp;right") == right and html.count("✗&nbsp;wrong") == 6 * 5 - right
 
 
+FROM = "SRPPO from chosen SFT"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(1)
@@ -72,17 +76,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for seed in (0, 1):
         recipe = with_overrides(world.recipe(), {"seed": seed})
         console = Console(plain=True, file=io.StringIO())
-        run_stages(prepare_run(recipe, ["base", "ppo", "longer-sft"], folder, console, seeds=[0, 1]))
+        run_stages(prepare_run(recipe, ["base", "ppo-chosen", "vote"], folder, console, seeds=[0, 1]))
     return Run.load(folder)
 
 
 def test_arms_over_seeds(trained: Run) -> None:
     arms = {arm.name: arm for arm in arms_of(arm_rows(trained))}
-    assert {name.split(",")[0] for name in arms} == {"base", "SFT", "longer SFT", "SRPPO"}
+    assert {name.split(",")[0] for name in arms} == {*("base", "SFT", "longer SFT", "SRPPO"), *("majority vote", FROM)}
     for arm in arms.values():
         assert arm.seeds == 2 and arm.problem is None
+    assert {decoding for _, decoding in arms["majority vote"].figures} == {"greedy"}
     sft, srppo = arms["SFT"], next(arm for name, arm in arms.items() if name.startswith("SRPPO"))
     assert srppo.flops > sft.flops > 0, "an arm's cost includes its SFT"
+    assert srppo.selection_flops > sft.selection_flops > 0, "and so does what choosing its steps took"
+    lengths = sum(figures_of(s)["flops"] for s in trained.stages() if s.identity["kind"].startswith("longer-sft")) / 2
+    assert arms[CHOSEN].flops + arms[CHOSEN].selection_flops > lengths
     verdicts = []
     for stage in trained.stages():
         if stage.identity["kind"] == "sft":
@@ -98,11 +106,12 @@ def test_differences_are_paired(trained: Run) -> None:
     rows = [row for row in rows_of(trained) if row["which"] == "kept"]
     mean = {(r["arm"], r["seed"], r["group"], r["decoding"]): r["accuracy"] for r in rows}
     pairs = {pair.name: pair for pair in differences_of(arm_rows(trained))}
-    assert pairs.keys() == {"SFT", "longer", "chosen"}
-    names = {"SFT": "SFT", "longer": "longer SFT, equal compute", "chosen": "longer SFT, best on dev"}
-    for name, arm in names.items():
+    names = {"SFT": "SFT", "longer": EQUAL, "chosen": CHOSEN, "majority vote": "majority vote", FROM: FROM}
+    assert pairs.keys() == {*names, f"{FROM} minus chosen"}
+    models = {name: ("SRPPO", arm) for name, arm in names.items()} | {f"{FROM} minus chosen": (FROM, CHOSEN)}
+    for name, (model, arm) in models.items():
         for (group, decoding), estimate in pairs[name].figures.items():
-            expected = np.mean([mean["SRPPO", s, group, decoding] - mean[arm, s, group, decoding] for s in (0, 1)])
+            expected = np.mean([mean[model, s, group, decoding] - mean[arm, s, group, decoding] for s in (0, 1)])
             assert estimate.mean == pytest.approx(expected)
 
 
@@ -110,4 +119,5 @@ def test_rows_are_complete(trained: Run) -> None:
     rows = rows_of(trained)
     assert {row["seed"] for row in rows} == {0, 1}
     kept = [row for row in rows if row["which"] == "kept"]
-    assert len(kept) == 5 * 2 * 2 * 2, "arms x seeds x groups x decodings"
+    assert len(kept) == (6 * 2 + 1) * 2 * 2, "arms x decodings (one of the vote), groups, seeds"
+    assert all(row["selection_flops"] > 0 for row in rows if row["arm"] != "base")

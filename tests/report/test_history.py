@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from srppo.record.store import Run
 from srppo.report.history import LONGER, SeedRows, band, band_words, curves_of, missing_of, over_seeds
-from srppo.stages.arms import CHOSEN
+from srppo.stages.kinds import CHOSEN
 
 
 def test_a_band_is_the_t_interval_of_the_mean() -> None:
@@ -57,10 +57,10 @@ def test_curves_hold_every_seed_and_count_the_sft_of_each(run: Run) -> None:
 def test_longer_sft_that_is_not_whole(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", [0])
     train(run, 0)
-    run.stage("longer-sft", {"seed": 0, "steps": 5})
+    run.stage("longer-sft-1/16", {"seed": 0, "steps": 5})
     train(run, 1, longer=False)
-    finish(run.stage("longer-sft", {"seed": 1, "steps": 11}), 1, 0.5, [dev(11, 0.5, flops=1)], 1, score=1)
+    finish(run.stage("longer-sft-1", {"seed": 1, "steps": 11}), 1, 0.5, [dev(11, 0.5, flops=1)], 1, score=1)
     assert list(curves_of(run)[LONGER].done) == [0], "seed 1 has one length of two"
     lines = missing_of(run)
-    assert any(line.startswith(f"{CHOSEN}: not chosen for seed 0, since") for line in lines)
+    assert any(line.startswith(f"{CHOSEN}: not chosen for seed 1, since") for line in lines)
     assert "longer SFT of 5 steps: seed 0 is not finished; run the same command to go on" in lines

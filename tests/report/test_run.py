@@ -18,7 +18,7 @@ from srppo.errors import Diverged, RecordError
 from srppo.record.store import Run
 from srppo.report.answers import ArmFigures, arm_rows, arms_of, differences_of
 from srppo.report.run import accuracy_table, cost_table, interval_caption, problem_lines, report_run
-from srppo.stages.arms import EQUAL
+from srppo.stages.kinds import EQUAL
 from srppo.stages.run import prepare_run, run_stages
 from srppo.statistics.intervals import wilson
 

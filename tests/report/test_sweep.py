@@ -36,9 +36,9 @@ from srppo.statistics.tests import holm, sign_flip
 
 ITEMS = 40
 METRICS = [("unseen", "greedy"), ("unseen", "sampled"), ("demonstrated", "greedy"), ("demonstrated", "sampled")]
-FLOPS = {"sft": 2e12, "ppo": 8e12, "longer-sft": 10e12}
+FLOPS = {"sft": 2e12, "ppo": 8e12, "chosen-sft": 10e12}
 SFT, SRPPO = Arm("SFT", "sft"), Arm("SRPPO", "ppo")
-LONGER = Arm("longer SFT", "longer-sft", shares=(1.0, 0.25))
+LONGER = Arm("longer SFT", "chosen-sft")
 Scores = dict[tuple[str, tuple[str, str]], NDArray[np.float64]]  # by task and metric
 
 
@@ -53,9 +53,9 @@ class Record:
     out: Path
 
     def matrix(self, point: str, arm: str, metric: tuple[str, str] = METRICS[0]) -> NDArray[np.float64]:
-        """(seeds, items) of the first candidate, which always has the best development score."""
+        """(seeds, items) of a cell."""
         plan, cell = self.result.plan, Cell(point, arm)
-        return np.array([self.scores[plan.measured_by[cell, seed][0], metric] for seed in plan.sweep.seeds])
+        return np.array([self.scores[plan.measured_by[cell, seed], metric] for seed in plan.sweep.seeds])
 
     def table(self, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO((self.out / name).read_text())))
@@ -101,7 +101,9 @@ def make(
             ledger.fail(task, "out of memory & 100% lost", final=True)
         if status not in ("ok", "diverged") or any(fate(plan.tasks[need]) != "ok" for need in task.needs):
             continue
-        stage = run.stage(task.kind, {"seed": task.recipe.seed, "task": task.key})
+        pays = task.kind == "ppo"  # what else there is starts from the base
+        parents = [each.id for need in task.needs if pays and (each := ledger.stage(plan.tasks[need]))]
+        stage = run.stage(task.kind, {"seed": task.recipe.seed, "task": task.key}, parents)
         ledger.link(task, stage)
         with stage.attempt({"python": "3.x", "cpu": "abacus"}) as attempt:
             if status == "diverged":
@@ -116,7 +118,7 @@ def answer_items(
     task: Task, attempt: Attempt, chance: Callable[[Task], float], alike: bool
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     recipe = task.recipe  # not its key: that changes with every option that recipes come to have
-    told = (task.kind, recipe.seed, recipe.data.size, recipe.ppo.steps, recipe.reward.beta, task.share)
+    told = (task.kind, recipe.seed, recipe.data.size, recipe.ppo.steps, recipe.reward.beta)
     rng = np.random.default_rng(zlib.crc32(repr(told).encode()))
     made = {metric: (rng.random(ITEMS) < chance(task)).astype(float) for metric in METRICS}
     if alike:
@@ -130,11 +132,12 @@ def answer_items(
         ]
         text = "".join(canonical_json(row) + "\n" for row in rows)
         attempt.publish(f"eval/kept-{decoding}", partial(_write, text))
-    attempt.log_metrics({"step": 5, "reward": 0.5, "kl_sft": 0.25, "length": 6.0})
+    attempt.log_metrics({"step": 5, "reward": 0.5, "kl_sft": 0.25, "kl_base": 0.5, "length": 6.0, "ended": 0.5})
     attempt.commit(
         "ok",
-        {"kept_step": 5, "steps": 8, "flops": FLOPS.get(task.kind, 1e12) * (task.share or 1)}
-        | {"score": task.share or 0.5, "held_out_nll": 1.5, "greedy_tokens": 7.25},
+        {"kept_step": 5, "steps": 8, "flops": FLOPS.get(task.kind, 1e12)}
+        | {"selection_flops": 2.5e12 * (task.kind == "chosen-sft"), "score": 0.5}
+        | {"held_out_nll": 1.5, "greedy_tokens": 7.25, "greedy_ended": 0.5},
     )
     return made
 
@@ -308,13 +311,13 @@ def test_slopes_by_hand(fine: Record) -> None:
 
 
 def test_compute_by_hand(fine: Record) -> None:
-    """SRPPO: 2 and 8. Longer SFT starts from the base: 10, beside a quarter of it that was trained and dropped."""
+    """SRPPO: 2 and 8. Longer SFT starts from the base: 10, beside a quarter of it that went into choosing."""
     costs = {row["arm"]: (float(row["flops"]), float(row["selection_flops"])) for row in fine.table("cells.csv")}
     assert costs == {"SFT": (2e12, 0.0), "SRPPO": (10e12, 0.0), "longer SFT": (10e12, 2.5e12)}
     table = fine.text.split("Training compute")[1].split("TFLOPs:")[0]
     found = {tuple(line.split()) for line in table.splitlines()}
     assert ("longer", "SFT", "10", "1.00", "2.5", "1.25") in found and ("SFT", "2", "0.20", "0", "0.20") in found
-    assert "core-hours: the wall time of 160 finished stages." in fine.flat
+    assert "core-hours: the wall time of 320 finished stages." in fine.flat
 
 
 # ---- nothing is dropped
@@ -404,8 +407,8 @@ def test_failed_and_diverged(broken: Record) -> None:
     assert (rows["4 rows", "SRPPO"]["failed"], rows["16 rows", "SRPPO"]["diverged"]) == ("1", "6")
     assert rows["16 rows", "SRPPO"]["accuracy"] == "" and rows["16 rows", "SRPPO"]["seeds"] == "0"
     table = [line.split() for line in broken.text.split("Cells,")[1].split("Intervals")[0].splitlines()]
-    assert any(line[-5:] == ["0/6", "0", "6", "-", "-"] for line in table)
-    assert any(line[-5:-2] == ["5/6", "1", "0"] for line in table)
+    assert any(line[-6:] == ["0/6", "0", "6", "-", "-", "-"] for line in table)
+    assert any(line[-6:-3] == ["5/6", "1", "0"] for line in table)
     for text in (broken.flat, broken.page):
         assert "diverged (seeds 0, 1, 2, 3, 4, 5: step 7: loss is NaN)" in text and "seed 1: out of memory" in text
         assert "SRPPO minus SFT" in text and "Incomplete: of 36 trainings" in text

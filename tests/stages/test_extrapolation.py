@@ -109,7 +109,9 @@ def test_next_token_distribution_by_hand() -> None:
         ({"anchor": "sft", "beta": 1.0, "kind": "base"}, [0.5 / 0.25, 0.3 / 0.5, 0.2 / 0.25]),
         ({"anchor": "sft", "beta": 1.0, "kind": "zero"}, [0.5, 0.3, 0.2]),
     ):
-        found = decoded_logprobs(RewardConfig(**config), sft + 3.0, base - 1.0)  # logits have a free constant
+        found = decoded_logprobs(
+            RewardConfig(**config), sft + 3.0, base - 1.0, stop_ids=[]
+        )  # logits have a free constant
         torch.testing.assert_close(found.exp(), torch.tensor([weights]).float() / sum(weights), msg=str(config))
 
 
@@ -159,7 +161,7 @@ def test_reading_with_a_cache_gives_the_logits_of_unpadded_rows() -> None:
     absolute = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS))
     for model in (LanguageModel(absolute), LanguageModel(tiny_llama())):
         tokens_BS, mask_BP = left_pad(RAGGED, EOS)
-        reader = Towards(model, RewardConfig(), mask_BP)
+        reader = Towards(model, RewardConfig(), [EOS], mask_BP)
         written: list[list[int]] = [list(prompt) for prompt in RAGGED]
         for step in range(3):
             logits_BV = reader.base_logits(tokens_BS)

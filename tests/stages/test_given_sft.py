@@ -72,7 +72,7 @@ def test_the_base_as_sft_model_and_baselines_without_sft_are_refused(world: Worl
     with pytest.raises(ConfigError, match=r"model\.sft is the base itself"):
         prepared(world, tmp_path / "run", {"model.sft": world.base})
     with pytest.raises(ConfigError, match="--baselines compares"):
-        prepared(world, tmp_path / "run", {"model.sft": world.sft}, "ppo", "longer-sft")
+        prepared(world, tmp_path / "run", {"model.sft": world.sft}, "ppo", "chosen-sft")
     assert not (tmp_path / "run").exists()
 
 

@@ -38,6 +38,9 @@ CHANGES: dict[str, Any] = {
     "reward.kl": "k2",
     "methods.alphas": [3.0],
     "methods.samples": 9,
+    "methods.self_prompts": 9,
+    "methods.self_samples": 9,
+    "methods.self_epochs": 9,
     "eval.samples": 3,
     "eval.metric": "nll",
     "eval.limit": 4,
@@ -46,6 +49,9 @@ CHANGES: dict[str, Any] = {
     "rollout.batch": 24,
     "rollout.temperature": 0.7,
     "sft.lr": 0.5,
+    "sft.epochs": 3,
+    "sft.micro_batch": 3,
+    "eval.every": 3,
     "ppo.lr": 0.5,
     "ppo.steps": 3,
     "ppo.max_kl": 9.0,
@@ -56,6 +62,8 @@ CHANGES: dict[str, Any] = {
 }
 COMMON = {"eval.samples", "rollout.max_new_tokens", "seed", "model.precision"}
 SCORE = {f"reward.{k}" for k in ("kind", "token_clip", "clip", "limit_penalty", "length_norm", "at_limit")}
+KEPT = {"eval.metric", "eval.limit", "eval.keep"}  # how a step is chosen
+SELF = {"sft.lr", "methods.self_epochs"} | KEPT
 DECIDES = {
     "extrapolated": COMMON | {"methods.alphas", "eval.metric", "eval.limit"},
     "decoded": COMMON | {"reward.kind", "reward.token_clip", "reward.anchor", "reward.beta"},
@@ -65,6 +73,13 @@ DECIDES = {
     "distil": COMMON
     | {"rollout.batch", "rollout.temperature", "reward.kind", "reward.token_clip", "reward.anchor", "reward.beta"}
     | {"distil.steps", "distil.lr", "ppo.max_kl", "eval.metric", "eval.limit", "eval.keep"},
+    "vote": COMMON - {"eval.samples"},
+    "weighted-vote": COMMON - {"eval.samples"} | {"reward.anchor", "reward.beta"},
+    "prompt-samples": COMMON - {"eval.samples"} | {"methods.self_prompts", "methods.self_samples"},
+    "self-distilled": COMMON | SELF,
+    "rejection-ft": COMMON | SELF | SCORE,
+    "longer-sft-1/16": COMMON | {"sft.lr", "sft.epochs"} | KEPT,
+    "chosen-sft": COMMON,
 }
 
 
@@ -82,17 +97,25 @@ def test_all_that_choose_share_the_samples_of_an_sft_model() -> None:
         for anchor in ("sft", "base")
         for beta in (0.25, 0.5, 1.0)
     ]
-    arms = (Arm("SFT", "sft"), Arm("resampling", "resampled"), Arm("best-of-n", "best-of-n"))
+    kinds = ("sft", "resampled", "best-of-n", "vote", "weighted-vote")
+    arms = tuple(Arm(kind, kind) for kind in kinds)
     sweep = Sweep("s", "?", Recipe(), (), tuple(points), arms, (0, 1), Analysis("unseen", "greedy", ()))
-    kinds = Counter(task.kind for task in Plan(sweep).tasks.values())
-    assert kinds == {"sft": 2, "samples": 2, "resampled": 12, "best-of-n": 2}
+    counts = Counter(task.kind for task in Plan(sweep).tasks.values())
+    assert counts == {"sft": 2, "samples": 2, "resampled": 12, "best-of-n": 2, "vote": 2, "weighted-vote": 12}
+
+
+def test_a_control_is_its_method_under_keys_of_its_own() -> None:
+    """Shuffled: the settings of PPO under that reward, whatever the recipe's own is, and no others."""
+    recipe = with_overrides(Recipe(), {"reward.kind": "sft", "reward.beta": 0.5})
+    shuffled = with_overrides(recipe, {"reward.kind": "shuffled"})
+    assert stage_settings(recipe, "shuffled") == stage_settings(shuffled, "ppo") != stage_settings(recipe, "ppo")
+    check(["shuffled"], recipe)
 
 
 OLD_IDS = {
     "base": "39ef83c7c2610857",
     "given-sft": "bed47a96efe5d7aa",
     "sft": "3a208abb510a0634",
-    "longer-sft": "0fee1388d384b8ce",
     "ppo": "df38de725c52a3f8",
 }
 
@@ -124,9 +147,10 @@ def test_what_changes_no_result_is_in_no_id() -> None:
 
 
 def test_parents_come_first_and_once() -> None:
-    assert in_order(["best-of-n", "longer-sft", "resampled"]) == [
+    lengths = ["longer-sft-1", "longer-sft-1/4", "longer-sft-1/16", "longer-sft-1/64", "longer-sft-1/256"]
+    assert in_order(["best-of-n", "ppo-chosen", "resampled"]) == [
         *("sft", "samples", "best-of-n"),
-        *("ppo", "longer-sft", "resampled"),
+        *("ppo", *lengths, "chosen-sft", "ppo-chosen", "resampled"),
     ]
 
 
@@ -143,7 +167,7 @@ def test_the_rate_of_distillation_must_be_said_for_other_models() -> None:
 
 def own_stage(run: PreparedRun, bench: Any, done: Any) -> dict[str, Any]:
     """Registered below as a method that answers as the SFT model does."""
-    return UNTRAINED | measure(run, bench.attempt, sft_model(run, done))
+    return UNTRAINED | measure(run, bench, sft_model(run, done))
 
 
 def own_check(config: RewardConfig) -> None:

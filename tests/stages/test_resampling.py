@@ -21,6 +21,7 @@ from srppo.stages.resampling import (
     most_weighted,
     normalised_weights,
     resampled,
+    vote,
 )
 
 TEXTS = ["a", "b", "a", "c"]
@@ -59,6 +60,15 @@ def test_the_mode_of_the_weighted_set_adds_up_equal_texts() -> None:
     some = sampled_of([0.0] * 4)
     assert most_weighted(some, np.array([[0.3, 0.3, 0.1, 0.3]])) == [[Answer("a", True, 1)]]
     assert most_weighted(some, np.array([[0.1, 0.4, 0.1, 0.4]])) == [[Answer("b", True, 2)]], "the first of equals"
+
+
+def test_a_vote_takes_what_most_samples_say_and_of_equals_the_first() -> None:
+    assert vote(["x", "y", "y", "x", "z"], [1.0] * 5) == 0 and vote(["z", "y", "y", "x"], [1.0] * 4) == 1
+    assert vote(["x", "y", "y", "z"], [0.2, 0.2, 0.2, 0.5]) == 3, "weighed, one sample may outweigh two"
+    assert vote([(1, 2), (1,), (1,)], [1.0] * 3) == 1, "of any values that can be equal"
+    some = sampled_of([0.0, 5.0, 0.0, 5.0])
+    assert most_weighted(some, np.ones((1, 4))) == [[Answer("a", True, 1)]], "the rewards are not asked"
+    assert some.cost(scored=False) == {"inference_flops": 40.0, "inference_times": 4.0}
 
 
 def test_draws_follow_the_weights_and_the_seed() -> None:

@@ -25,13 +25,13 @@ from srppo.models.loading import _file_sha, fingerprint, load_model
 from srppo.record.arms import problem_of
 from srppo.record.json import read_json, read_lines
 from srppo.record.store import Run, Stage
-from srppo.stages.arms import EQUAL, share_of, stages_by_arm
-from srppo.stages.kinds import KINDS, SHARES, stage_settings
+from srppo.stages.arms import compute_of, figures_of, stages_by_arm
+from srppo.stages.kinds import CHOSEN, EQUAL, KINDS, SHARES, longer, stage_settings
 from srppo.stages.resampling import (
     Sampled,
     load_samples,
 )
-from srppo.stages.run import PreparedRun, prepare_run, run_stages
+from srppo.stages.run import PreparedRun, choose_length, prepare_run, run_stages
 from srppo.training.sft import evenly
 
 # ---- the stages
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-METHODS = ("extrapolated", "decoded", "resampled", "best-of-n")
+METHODS = ("extrapolated", "decoded", "vote", "weighted-vote", "resampled", "best-of-n")
 
 
 def prepared(world: World, place: Path | Run, kinds: Iterable[str] = METHODS, **overrides: Any) -> PreparedRun:
@@ -64,11 +64,14 @@ def test_each_method_is_an_arm_with_verdicts_like_any_other(world: World, tmp_pa
     base, sft, drawn = (found.pop(kind) for kind in ("base", "sft", "samples"))
     assert drawn.identity["parents"] == [run.base_id, sft.id] and tuple(found) == METHODS
     for kind, stage in found.items():
-        parent = drawn if kind in ("resampled", "best-of-n") else sft
+        parent = sft if kind in ("extrapolated", "decoded") else drawn
         assert stage.identity["kind"] == kind and stage.identity["parents"] == [run.base_id, parent.id]
         figures = (stage.result() or {})["figures"]
         assert figures["flops"] == figures["steps"] == 0
+        assert (stage.path / "eval" / "kept-greedy").exists() == ("greedy" in KINDS[kind].decodings)
         for decoding, samples in (("greedy", 1), ("sampled", 2)):
+            if decoding not in KINDS[kind].decodings:
+                continue
             rows, theirs = verdicts(stage, decoding), verdicts(base, decoding)
             assert [row["prompt"] for row in rows] == [row["prompt"] for row in theirs]
             assert {k for row in rows for k in row} == {k for row in theirs for k in row}
@@ -76,8 +79,9 @@ def test_each_method_is_an_arm_with_verdicts_like_any_other(world: World, tmp_pa
             group = [sum(row["correct"]) / samples for row in rows if row["group"] == "demonstrated"]
             assert figures["test"]["demonstrated"][decoding]["mean"] == pytest.approx(sum(group) / len(group))
     assert (found["decoded"].result() or {})["figures"]["inference_times"] == 2.0
-    ess = (found["resampled"].result() or {})["figures"]["ess"]
-    assert ess["harmonic"] < 8 and not ess["enough"]
+    ess = figures_of(found["resampled"])["ess"]
+    assert ess["harmonic"] < 8 and not ess["enough"] and figures_of(found["weighted-vote"])["ess"] == ess
+    assert figures_of(found["vote"])["inference_times"] == 8 < figures_of(found["best-of-n"])["inference_times"]
 
 
 def test_methods_find_their_finished_stages_without_work(
@@ -105,7 +109,7 @@ def test_two_runs_of_the_methods_are_equal_to_the_bit(world: World, tmp_path: Pa
     for kind in METHODS:
         assert one[kind].id == two[kind].id
         assert (one[kind].result() or {})["figures"] == (two[kind].result() or {})["figures"]
-        assert all(verdicts(one[kind], d) == verdicts(two[kind], d) for d in ("greedy", "sampled"))
+        assert all(verdicts(one[kind], d) == verdicts(two[kind], d) for d in KINDS[kind].decodings)
 
 
 def test_resampling_and_best_of_n_choose_from_the_same_samples(
@@ -127,10 +131,13 @@ def test_resampling_and_best_of_n_choose_from_the_same_samples(
     assert saved.answers == sampled.answers and saved.cost() == sampled.cost()
     assert np.array_equal(saved.draws.reward_QK, sampled.draws.reward_QK)
     assert {"samples/answers.json.gz", "samples/draws.npz"} <= (samples.result() or {})["files"].keys()
-    for stage in (found["resampled"], found["best-of-n"]):
-        for decoding in ("greedy", "sampled"):
-            for row, answers in zip(verdicts(stage, decoding), sampled.answers, strict=True):
+    for kind in ("vote", "weighted-vote", "resampled", "best-of-n"):
+        for decoding in KINDS[kind].decodings:
+            for row, answers in zip(verdicts(found[kind], decoding), sampled.answers, strict=True):
                 assert set(row["responses"]) <= {answer.text for answer in answers}
+    for row, answers in zip(verdicts(found["vote"], "greedy"), sampled.answers, strict=True):
+        texts = [answer.text for answer in answers]
+        assert texts.count(row["responses"][0]) == max(map(texts.count, texts))
     for row, answers, rewards in zip(
         verdicts(found["best-of-n"], "greedy"), sampled.answers, sampled.draws.reward_QK, strict=True
     ):
@@ -138,6 +145,7 @@ def test_resampling_and_best_of_n_choose_from_the_same_samples(
     again = run_stages(prepared(world, run.record, reward__beta=0.7, reward__anchor="base"))
     assert len(seen) == 1, "anchor and beta weigh samples and draw none"
     assert again["best-of-n"].id == found["best-of-n"].id and again["resampled"].id != found["resampled"].id
+    assert again["vote"].id == found["vote"].id and again["weighted-vote"].id != found["weighted-vote"].id
     (samples.path / "samples" / "draws.npz").write_bytes(b"")
     with pytest.raises(RecordError, match=r"draws\.npz changed after the result was committed"):
         run_stages(run)
@@ -341,17 +349,78 @@ def test_a_given_model_is_read_once_for_all_seeds_and_never_stale(
     assert fingerprint(str(tmp_path / "copy"), world.recipe().model) != before
 
 
-def test_longer_sft_at_equal_compute_is_the_one_whose_share_is_the_whole(world: World, tmp_path: Path) -> None:
-    """Not the longest that exists; all commands choose from one grid."""
-    run = prepared(world, tmp_path / "run", ["longer-sft"], ppo__steps=1)
-    part = run_stages(run, share=0.25)["longer-sft"]
-    assert share_of(part) == 0.25 and EQUAL not in stages_by_arm(run.record)
-    last = run_stages(run)["longer-sft"]
-    lengths = {share_of(stage): stage for stage in run.record.stages() if stage.identity["kind"] == "longer-sft"}
-    whole = lengths[1.0]
-    assert (
-        stages_by_arm(run.record)[EQUAL] == [whole] and share_of(last) == min(lengths) and set(lengths) <= set(SHARES)
-    )
-    budget = sum((run_stages(run)[kind].result() or {})["figures"]["flops"] for kind in ("sft", "ppo"))
-    figures = (whole.result() or {})["figures"]
-    assert abs(figures["flops"] - budget) <= figures["flops"] / figures["steps"]
+LENGTHS = [longer(share) for share in SHARES]
+
+
+def test_each_length_of_longer_sft_takes_its_share_of_the_compute(world: World, tmp_path: Path) -> None:
+    """Of SFT and PPO together, by counted operations, but for a step; the whole is an arm, the others answer no test
+    item before one is chosen."""
+    run = prepared(world, tmp_path / "run", ["chosen-sft"], ppo__steps=6)
+    found = {name: figures_of(stage) for name, stage in run_stages(run).items()}
+    budget = found["sft"]["flops"] + found["ppo"]["flops"]
+    for share, name in zip(SHARES, LENGTHS, strict=True):
+        own = found[name]
+        assert abs(own["flops"] - share * budget) <= 2 * own["flops"] / own["steps"] or own["steps"] == 1
+        assert ("test" in own) == (share == 1)
+    assert list(stages_by_arm(run.record)) == ["SFT", EQUAL, CHOSEN, "SRPPO"]
+
+
+def test_development_items_choose_the_length_and_srppo_starts_from_it(world: World, tmp_path: Path) -> None:
+    """The chosen model, its answers and its cost are those of its length; of the others the compute alone remains."""
+    run = prepared(world, tmp_path / "run", ["ppo-chosen"], ppo__steps=6, eval__metric="nll")
+    found = run_stages(run)
+    lengths = {name: figures_of(found[name]) for name in LENGTHS}
+    best = max(lengths, key=lambda name: lengths[name]["score"])
+    chosen, figures = found["chosen-sft"], figures_of(found["chosen-sft"])
+    assert figures["chosen"] == found[best].id and figures["steps"] == lengths[best]["steps"]
+    others = [each["flops"] + each["selection_flops"] for name, each in lengths.items() if name != best]
+    assert compute_of(chosen) == (lengths[best]["flops"], sum(others) + lengths[best]["selection_flops"])
+    weights = [(found[name].path / "model" / "model.safetensors").read_bytes() for name in (best, "chosen-sft")]
+    assert weights[0] == weights[1]
+    srppo, own = found["ppo-chosen"], figures_of(found["ppo-chosen"])
+    spent = compute_of(chosen)
+    assert compute_of(srppo) == (own["flops"] + spent[0], own["selection_flops"] + spent[1])
+    assert srppo.identity["parents"] == [run.base_id, chosen.id]
+    first, plain = srppo.metrics()[1], found["ppo"].metrics()[1]
+    assert first["kl_sft"] == 0 == plain["kl_sft"] and first["kl_base"] == pytest.approx(first["reward"], abs=1e-5)
+    assert first["reward"] != plain["reward"], "its reward is that of the chosen model"
+
+
+def test_the_shorter_of_equals_is_chosen_and_without_scores_the_whole() -> None:
+    def lengths(*scores: float | None) -> dict[str, dict[str, Any]]:
+        rows = zip("abc", scores, (40, 10, 4), strict=True)
+        return {
+            name: {"score": s, "steps": n, "kept_step": n, "flops": 10 * n, "selection_flops": 1} for name, s, n in rows
+        }
+
+    for scores, best, dropped in (
+        ((0.2, 0.7, 0.4), "b", 442),
+        ((0.7, 0.2, 0.7), "c", 502),
+        ((None, None, None), "a", 142),
+    ):
+        name, figures = choose_length(lengths(*scores))
+        assert (name, figures["selection_flops"], figures["flops"]) == (best, dropped, 0)
+
+
+def test_what_choosing_takes_is_counted_in_every_trained_stage(world: World, tmp_path: Path) -> None:
+    """The operations of every measurement on development items, start included; a resumed stage counts them once."""
+    counted: list[int] = []
+    run = prepared(world, tmp_path / "run", ["ppo"], **PPO)
+    plain = run.development.flops
+
+    def flops(model: Any, verdicts: Any) -> int:
+        counted.append(plain(model, verdicts))
+        return counted[-1]
+
+    run.development.flops = flops  # type: ignore[method-assign]
+    found = run_stages(run)
+    assert len(counted) == 2 + 5 and min(counted) > 0
+    assert figures_of(found["sft"])["selection_flops"] == sum(counted[:2])
+    assert figures_of(found["ppo"])["selection_flops"] == sum(counted[2:])
+    assert compute_of(found["ppo"])[1] == sum(counted)
+    broken = prepared(world, tmp_path / "broken", ["ppo"], **PPO)
+    fail_at_step(broken, 3, RuntimeError("no"))
+    with pytest.raises(RuntimeError):
+        run_stages(broken)
+    again = run_stages(prepared(world, tmp_path / "broken", ["ppo"], **PPO))["ppo"]
+    assert figures_of(again) == figures_of(found["ppo"])

@@ -102,7 +102,7 @@ def test_the_gradient_is_that_of_the_definition(reward: dict[str, object], linea
     for model in models:
         model.head = model.head if linear else Head(linear=False)
     recipe, batch = tiny_recipe(reward=reward, rollout={"temperature": 0.8}), rollouts(models[0])
-    kl_3BT = add_gradient(recipe, *models, batch)
+    kl_3BT = add_gradient(recipe, *models, batch, stop_ids=[EOS])
     want_3N, want = by_hand(recipe, models, batch)
     tight = {"rtol": 1e-9, "atol": 1e-12} if linear else {"rtol": 1e-3, "atol": 1e-5}
     for weight, gradient in zip(models[0].parameters(), want, strict=True):
@@ -119,7 +119,7 @@ def test_micro_batches_add_up_to_the_mean_over_all_tokens() -> None:
         models = three_models(torch.float32)
         batch = rollouts(models[0])
         assert len({int(batch.lengths_B()[part].sum()) for part in (slice(5), slice(5, 10))}) == 2
-        kl_3BT = add_gradient(tiny_recipe(ppo={"micro_batch": size}), *models, batch)
+        kl_3BT = add_gradient(tiny_recipe(ppo={"micro_batch": size}), *models, batch, stop_ids=[EOS])
         found.append([kl_3BT, *(weight.grad for weight in models[0].parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -129,7 +129,7 @@ def test_what_a_step_says_has_the_mean_of_what_ppo_says() -> None:
     """Reward and KL of a response, expectations over the next token: against enumeration, within 5 standard errors."""
     policy, sft, base = three_models(torch.float32)
     batch = generate(policy, [PROMPTS[0]] * 4000, stop_ids=[EOS], pad_id=EOS, max_new_tokens=LIMIT, seed=1)
-    kl_3BT = add_gradient(tiny_recipe(), policy, sft, base, batch)
+    kl_3BT = add_gradient(tiny_recipe(), policy, sft, base, batch, stop_ids=[EOS])
     own, *others = (sequence_logprobs(model, PROMPTS[0]) for model in (policy, sft, base))
     for kl_BT, other in zip(kl_3BT[1:], others, strict=True):
         kl_B = kl_BT.sum(dim=1)

@@ -1,13 +1,15 @@
 """The trainer itself must reach the optimum that its objective has in closed form (docs/method.md).
 
-With a KL penalty of weight beta to pi_anchor, the optimum over sequences is pi_anchor (pi_sft / pi_base)^(1/beta). With
-5 tokens and 3 positions all 85 responses can be enumerated, so pi* and every KL are exact, in fp64.
+With a KL penalty of weight beta to pi_anchor, the optimum over sequences is pi_anchor exp(r/beta) / Z, for the coherent
+reward pi_anchor (pi_sft / pi_base)^(1/beta). With 5 tokens and 3 positions all 85 responses can be enumerated, so pi*
+and every KL are exact, in fp64.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from tiny import (
     Bench,
     NoDevelopment,
     base_and_sft,
+    each_logprob,
     kl,
     sequence_logprobs,
     tiny_recipe,
@@ -32,41 +35,86 @@ from srppo.config import RewardConfig
 from srppo.models.language_model import LanguageModel
 from srppo.stages.extrapolation import decoded_logprobs, generate_decoded
 from srppo.stages.resampling import Sampled, ess_of, normalised_weights, resampled
+from srppo.training.batch import Generated, left_pad
 from srppo.training.distil import train_distil
 from srppo.training.ppo import train_ppo
+from srppo.training.reward import rewards_before_kl
+from srppo.training.scores import full_kl, score_log_ratio
 
 MAX_NATS, MAX_SHARE = 0.02, 0.05
 
 
-def optimum(anchor: str, beta: float, sft: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """log pi* over the enumerated responses."""
-    return ((sft if anchor == "sft" else base) + (sft - base) / beta).log_softmax(0)
+def reward_of(kind: str, prompt: tuple[int, ...]) -> torch.Tensor:
+    """The reward of every possible response, fp64 nats, written anew from both models' log-probs of each token."""
+    base, sft = (each_logprob(model, prompt) for model in base_and_sft())
+    stop = torch.tensor([[i < len(y) and y[i] == EOS for i in range(LIMIT)] for y in SEQUENCES])
+    lengths = torch.tensor([len(y) for y in SEQUENCES]).double()
+    by_kind: dict[str, Callable[[], torch.Tensor]] = {
+        "ratio": lambda: (sft - base).sum(1),
+        "no-eos": lambda: torch.where(stop, 0.0, sft - base).sum(1),
+        "eos": lambda: torch.where(stop, sft - base, 0.0).sum(1),
+        "sft": lambda: sft.sum(1),
+        "brevity": lambda: -0.1 * lengths,
+        "verbosity": lambda: 0.1 * lengths,
+        "random": lambda: by_package("random", prompt),
+    }
+    return by_kind[kind]()
 
 
-def distances(policy: LanguageModel, anchor: str, beta: float) -> tuple[float, float]:
-    """(KL(pi, pi*), KL(pi_sft, pi*)), averaged over the prompts."""
+def all_responses(prompt: tuple[int, ...]) -> Generated:
+    """Every possible response as one padded batch."""
+    tokens, prompt_mask = left_pad([prompt] * len(SEQUENCES), EOS)
+    responses, mask = (x.flip(1) for x in left_pad([y[::-1] for y in SEQUENCES], EOS))
+    ended = torch.tensor([y[-1] == EOS for y in SEQUENCES])
+    return Generated(torch.cat([tokens, responses], 1), torch.cat([prompt_mask, mask], 1), mask, ended)
+
+
+@torch.no_grad()
+def by_package(kind: str, prompt: tuple[int, ...]) -> torch.Tensor:
+    """The same by the functions that training calls, from one padded batch of all responses."""
     base, sft = base_and_sft()
+    batch = all_responses(prompt)
+    return rewards_before_kl(RewardConfig(kind=kind), score_log_ratio(sft, base, batch), batch).double().sum(1)
+
+
+def optimum(anchor: str, beta: float, prompt: tuple[int, ...], kind: str = "ratio") -> torch.Tensor:
+    """log pi* over the enumerated responses."""
+    base, sft = base_and_sft()
+    start = sequence_logprobs(sft if anchor == "sft" else base, prompt)
+    return (start + reward_of(kind, prompt) / beta).log_softmax(0)
+
+
+def distances(policy: LanguageModel, anchor: str, beta: float, kind: str = "ratio") -> tuple[float, float]:
+    """(KL(pi, pi*), KL(pi_sft, pi*)), averaged over the prompts."""
+    _, sft = base_and_sft()
     totals = torch.zeros(2)
     for prompt in PROMPTS:
-        sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
-        star = optimum(anchor, beta, sft_log, base_log)
-        totals += torch.tensor([kl(sequence_logprobs(policy, prompt), star), kl(sft_log, star)]) / len(PROMPTS)
+        star = optimum(anchor, beta, prompt, kind)
+        own = [kl(sequence_logprobs(model, prompt), star) for model in (policy, sft)]
+        totals += torch.tensor(own) / len(PROMPTS)
     return float(totals[0]), float(totals[1])
 
 
-def reached(policy: LanguageModel, anchor: str, beta: float) -> bool:
+def reached(policy: LanguageModel, anchor: str, beta: float, kind: str = "ratio") -> bool:
     """The bar: within 0.02 nats of pi*, and within 5% of the way that SFT had to go."""
-    distance, start = distances(policy, anchor, beta)
+    distance, start = distances(policy, anchor, beta, kind)
     return distance <= MAX_NATS and distance <= MAX_SHARE * start
 
 
 def trained(
-    folder: Path, anchor: str, beta: float, *, advantage: str = "gae", per_prompt: int = 1, **reward: object
+    folder: Path,
+    anchor: str,
+    beta: float,
+    *,
+    advantage: str = "gae",
+    per_prompt: int = 1,
+    steps: int = 100,
+    **reward: object,
 ) -> LanguageModel:
     torch.set_num_threads(1)
     base, sft = base_and_sft()
     policy = copy.deepcopy(sft)
-    ppo = {"steps": 100, "epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0}
+    ppo = {"steps": steps, "epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0}
     recipe = tiny_recipe(
         reward={"anchor": anchor, "beta": beta, **reward},
         rollout={"per_prompt": per_prompt},
@@ -80,7 +128,7 @@ def trained(
 @pytest.mark.parametrize("scale", [True, False], ids=["scaled", "unscaled"])
 @pytest.mark.parametrize(("anchor", "beta"), [("sft", 0.5), ("sft", 0.8), ("base", 0.3), ("base", 0.5)])
 def test_ppo_reaches_the_closed_form(tmp_path: Path, anchor: str, beta: float, scale: bool) -> None:
-    policy = trained(tmp_path / "run", anchor, beta, scale=scale)
+    policy = trained(tmp_path / "run", anchor, beta, steps=150 if beta < 0.5 else 100, scale=scale)
     distance, start = distances(policy, anchor, beta)
     print(f"{anchor} beta {beta} scale {scale}: KL(pi, pi*) {distance:.4f}, KL(pi_sft, pi*) {start:.3f}")
     assert distance <= MAX_NATS and distance <= MAX_SHARE * start
@@ -89,9 +137,24 @@ def test_ppo_reaches_the_closed_form(tmp_path: Path, anchor: str, beta: float, s
     assert not reached(policy, anchor, 1.5 * beta), "the bar must tell beta from 1.5 beta"
 
 
+@pytest.mark.parametrize(("kind", "beta"), [("brevity", 0.08), ("no-eos", 0.4)])
+def test_ppo_reaches_the_closed_form_of_a_control(tmp_path: Path, kind: str, beta: float) -> None:
+    policy = trained(tmp_path / "run", "sft", beta, kind=kind)
+    distance, start = distances(policy, "sft", beta, kind)
+    print(f"{kind} beta {beta}: KL(pi, pi*) {distance:.4f}, KL(pi_sft, pi*) {start:.3f}")
+    assert distance <= MAX_NATS and distance <= MAX_SHARE * start
+    assert not reached(policy, "sft", beta, "ratio"), "the bar must tell the control from the coherent reward"
+
+
+@pytest.mark.parametrize("kind", ["ratio", "no-eos", "eos", "sft", "brevity", "verbosity"])
+def test_rewards_of_all_responses_are_those_written_anew(kind: str) -> None:
+    for prompt in PROMPTS:
+        torch.testing.assert_close(by_package(kind, prompt), reward_of(kind, prompt), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("anchor", "beta"), [("sft", 0.5), ("base", 0.3)])
 def test_rloo_reaches_the_closed_form(tmp_path: Path, anchor: str, beta: float) -> None:
-    policy = trained(tmp_path / "run", anchor, beta, advantage="rloo", per_prompt=8)
+    policy = trained(tmp_path / "run", anchor, beta, steps=150 if beta < 0.5 else 100, advantage="rloo", per_prompt=8)
     distance, start = distances(policy, anchor, beta)
     print(f"RLOO {anchor} beta {beta}: KL(pi, pi*) {distance:.4f}, KL(pi_sft, pi*) {start:.3f}")
     assert distance <= MAX_NATS and distance <= MAX_SHARE * start
@@ -134,6 +197,28 @@ def test_expected_reward_under_sft_is_the_kl() -> None:
 # ---- without training
 
 
+def test_the_kl_of_whole_distributions_along_responses_is_the_kl_over_responses() -> None:
+    """E over pi_sft of `full_kl` = KL(pi_sft || pi_base), by enumeration; padding and micro-batches change nothing."""
+    base, sft = base_and_sft()
+    for prompt in PROMPTS:
+        sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
+        found = full_kl(sft, base, all_responses(prompt))
+        assert float((sft_log.exp() * found.double()).sum()) == pytest.approx(kl(sft_log, base_log), abs=1e-5)
+        torch.testing.assert_close(full_kl(sft, base, all_responses(prompt), micro_batch=7), found)
+        assert float(found.std()) < 0.5 * float((sft_log - base_log).std()), "it is there to be less noisy"
+
+
+def test_a_random_reward_is_one_number_a_response_wherever_it_is_met() -> None:
+    """The same for other prompts and beside other rows, of mean 0 and deviation 1, and no two alike."""
+    first, second = (by_package("random", prompt) for prompt in PROMPTS)
+    assert torch.equal(first, second) and len(set(first.tolist())) == len(SEQUENCES)
+    n = len(SEQUENCES)
+    assert abs(float(first.mean())) < 3 / n**0.5 and abs(float(first.std()) - 1) < 3 / (2 * n) ** 0.5
+    one = all_responses(PROMPTS[1]).rows(slice(1))  # EOS alone, without the padding
+    scores = score_log_ratio(*reversed(base_and_sft()), one)
+    assert float(rewards_before_kl(RewardConfig(kind="random"), scores, one).sum()) == pytest.approx(float(first[0]))
+
+
 @torch.no_grad()
 def tokenwise(prompt: tuple[int, ...], config: RewardConfig) -> torch.Tensor:
     """log of decode-time extrapolation over the enumerated responses, from the models' own logits."""
@@ -142,7 +227,7 @@ def tokenwise(prompt: tuple[int, ...], config: RewardConfig) -> torch.Tensor:
     for response in SEQUENCES:
         ids = torch.tensor([[*prompt, *response]])
         sft_TV, base_TV = (model.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] for model in (sft, base))
-        each_TV = decoded_logprobs(config, sft_TV, base_TV)
+        each_TV = decoded_logprobs(config, sft_TV, base_TV, stop_ids=[EOS])
         logprobs.append(each_TV.double().gather(-1, torch.tensor(response)[:, None]).sum())
     return torch.stack(logprobs)
 
@@ -150,14 +235,13 @@ def tokenwise(prompt: tuple[int, ...], config: RewardConfig) -> torch.Tensor:
 @pytest.mark.parametrize(("beta", "expected"), [(0.25, 0.674), (0.5, 0.129), (1.0, 0.018)])
 def test_decode_time_extrapolation_is_near_the_closed_form_and_not_there(beta: float, expected: float) -> None:
     """Nearer than the SFT model, and at beta 0.5 far beyond the bar that PPO passes; the approximation has a price."""
-    base, sft = base_and_sft()
+    _, sft = base_and_sft()
     far, start = [], []
     for prompt in PROMPTS:
-        sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
-        star, own = optimum("sft", beta, sft_log, base_log), tokenwise(prompt, RewardConfig(beta=beta))
+        star, own = optimum("sft", beta, prompt), tokenwise(prompt, RewardConfig(beta=beta))
         assert float(own.exp().sum()) == pytest.approx(1, abs=1e-5)
         far.append(kl(own, star))
-        start.append(kl(sft_log, star))
+        start.append(kl(sequence_logprobs(sft, prompt), star))
     print(f"beta {beta}: KL(decoded, pi*) {np.mean(far):.4f}, KL(pi_sft, pi*) {np.mean(start):.3f}")
     assert np.mean(far) == pytest.approx(expected, abs=0.003)
     assert np.mean(far) < np.mean(start) / 3 and (np.mean(far) > 5 * MAX_NATS or beta == 1.0)
@@ -217,6 +301,26 @@ def test_towards_the_base_at_beta_1_decoding_is_the_sft_model() -> None:
     torch.testing.assert_close(own, sequence_logprobs(sft, PROMPTS[0]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["brevity", "verbosity", "no-eos", "eos", "sft"])
+def test_decoding_weighs_tokens_by_the_control(kind: str) -> None:
+    """Of all first tokens, by hand: pi_sft exp(r / beta), where EOS would be the stop token."""
+    base, sft = (
+        model.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double().log_softmax(-1)
+        for model in base_and_sft()
+    )
+    is_eos = torch.arange(VOCAB) == EOS
+    reward = {
+        "brevity": torch.full((VOCAB,), -0.1).double(),
+        "verbosity": torch.full((VOCAB,), 0.1).double(),
+        "no-eos": torch.where(is_eos, 0.0, sft - base),
+        "eos": torch.where(is_eos, sft - base, 0.0),
+        "sft": sft,
+    }[kind]
+    found = decoded_logprobs(RewardConfig(kind=kind, beta=0.5), sft[None], base[None], stop_ids=[EOS])
+    expected = (sft + reward / 0.5).log_softmax(-1)
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("anchor", ["sft", "base"])
 def test_decoding_samples_follow_the_tokenwise_distribution(anchor: str) -> None:
     """20,000 samples with caches and padding against enumeration: every response within 5 standard errors."""
@@ -233,19 +337,31 @@ def test_decoding_samples_follow_the_tokenwise_distribution(anchor: str) -> None
             assert counts[response] / each == pytest.approx(p, abs=5 * (p * (1 - p) / each) ** 0.5 + 1e-3), response
 
 
-@pytest.mark.parametrize(("anchor", "beta"), [("sft", 0.8), ("base", 0.5)])
-def test_resampling_is_the_closed_form(anchor: str, beta: float) -> None:
+@pytest.mark.parametrize(
+    ("anchor", "beta", "kind"),
+    [
+        ("sft", 0.8, "ratio"),
+        ("base", 0.5, "ratio"),
+        ("sft", 0.1, "brevity"),
+        ("sft", 0.1, "verbosity"),
+        ("sft", 0.4, "no-eos"),
+        ("sft", 0.2, "eos"),
+        ("sft", 0.5, "sft"),
+        ("sft", 0.8, "random"),
+    ],
+)
+def test_resampling_is_the_closed_form(anchor: str, beta: float, kind: str) -> None:
     """20,000 answers, each drawn from 200 weighted samples of pi_sft, against enumeration; the SFT model fails it."""
     base, sft = base_and_sft()
     sft_log, base_log = sequence_logprobs(sft, PROMPTS[0]), sequence_logprobs(base, PROMPTS[0])
-    star, ratio = optimum(anchor, beta, sft_log, base_log), (sft_log - base_log).numpy()
-    p = sft_log.exp().numpy()
+    star, ratio = optimum(anchor, beta, PROMPTS[0], kind), (sft_log - base_log).numpy()
+    reward, p = by_package(kind, PROMPTS[0]).numpy(), sft_log.exp().numpy()
     chosen_QK = np.random.default_rng(0).choice(len(p), size=(20000, 200), p=p / p.sum())
-    draws = Draws(ratio[chosen_QK], ratio[chosen_QK], np.ones(chosen_QK.shape), None, np.zeros(chosen_QK.shape))
-    weights_QK = normalised_weights(draws, RewardConfig(anchor=anchor, beta=beta))
+    draws = Draws(reward[chosen_QK], ratio[chosen_QK], np.ones(chosen_QK.shape), None, np.zeros(chosen_QK.shape))
+    weights_QK = normalised_weights(draws, RewardConfig(anchor=anchor, beta=beta, kind=kind))
     assert ess_of(weights_QK).enough
     answers: list[list[int]] = chosen_QK.tolist()
     drawn = resampled(Sampled(answers, draws, 1.0, 1.0), weights_QK, 1, seed=0)  # type: ignore[arg-type]
     share = np.bincount([each[0] for each in drawn], minlength=len(p)) / len(drawn)  # type: ignore[list-item]
     assert VOCAB == 5 and np.abs(share - star.exp().numpy()).sum() < 0.1
-    assert np.abs(p - star.exp().numpy()).sum() > 0.3
+    assert np.abs(p - star.exp().numpy()).sum() > 0.2
