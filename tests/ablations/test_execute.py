@@ -47,7 +47,9 @@ print(len(os.listdir("/proc/self/fd")) - files)
 def plan_of(recipe: Path) -> dict[str, Task]:
     """SFT and SRPPO, with and without noise."""
     axes = ["data.noise_rate=0,0.5"]
-    return Plan(build_sweep("grid", read_options("grid", load_recipe(recipe), seeds=1, axes=axes, arms="SFT,SRPPO"))).tasks
+    return Plan(
+        build_sweep("grid", read_options("grid", load_recipe(recipe), seeds=1, axes=axes, arms="SFT,SRPPO"))
+    ).tasks
 
 
 @pytest.fixture(scope="module")
