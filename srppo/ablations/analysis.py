@@ -242,7 +242,8 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
         "gain_at_lengths",
     )
     for seed, each in found.items():
-        common = {"sweep": sweep.name, "point": cell.point, **point.values, "arm": cell.arm, "seed": seed}
+        base = {"base": sweep.recipe_of(cell, seed).model.base} if sweep.bases else {}
+        common = {"sweep": sweep.name, "point": cell.point, **base, **point.values, "arm": cell.arm, "seed": seed}
         cost = {"flops": each.flops, "selection_flops": each.selection_flops, "seconds": each.seconds}
         figures = {key: value for key, value in each.figures.items() if key in wanted}
         figures = {f"measured_{key}" if key in point.values else key: value for key, value in figures.items()}

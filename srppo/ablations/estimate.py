@@ -164,6 +164,8 @@ def estimate(plan: Plan, device: str, console: Console) -> Estimate:
         if base not in paces:
             console.say(f"measuring a short step of {base}")
             paces[base] = measure_pace(recipe, device)
+    bases = plan.sweep.bases  # of one architecture, so of one pace
+    paces |= {base: paces[bases[0]] for base in bases if base not in paces}
     seconds = {key: task_seconds(task, paces[task.recipe.model.base]) for key, task in plan.tasks.items()}
     items = test_items(plan.sweep.recipe)[plan.sweep.analysis.group]
     return Estimate(seconds, tuple(power_lines(plan, items)))

@@ -12,7 +12,7 @@ from typing import Any
 from srppo.ablations.plan import Plan
 from srppo.ablations.spec import Analysis, Arm, Cell, Sweep
 from srppo.ablations.sweeps import ARMS, SWEEPS, Options
-from srppo.config import Recipe, is_embedded, parse_override, parse_value
+from srppo.config import Recipe, is_embedded, parse_override, parse_value, with_overrides
 from srppo.errors import ConfigError
 from srppo.evaluation.items import load_items
 from srppo.evaluation.results import DECODINGS
@@ -30,6 +30,7 @@ def read_options(
     primary: str | None = None,
     quick: bool = False,
     margin: float = Analysis.margin,
+    bases: str | None = None,
 ) -> Options:
     """Check and translate. Raises ConfigError for an unknown sweep, an axis it lacks, or values that are none."""
     if name not in SWEEPS:
@@ -53,8 +54,13 @@ def read_options(
         )
     if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
         raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
+    turns = tuple(each.strip() for each in (bases or "").split(",") if each.strip())
+    if turns:
+        if name == "model-scale" or "model.base" in found or recipe.model.sft is not None:
+            raise ConfigError("--bases gives each seed a base in turn, but the base, or its SFT model, is set already")
+        recipe = with_overrides(recipe, {"model.base": turns[0]})
     decoding = "sampled" if name == "kl" else "greedy"  # the closed form is a distribution
-    return Options(recipe, _primary(primary, recipe, decoding), seeds, found, quick, _arms(name, arms), margin)
+    return Options(recipe, _primary(primary, recipe, decoding), seeds, found, quick, _arms(name, arms), margin, turns)
 
 
 def _arms(name: str, text: str | None) -> tuple[Arm, ...]:

@@ -210,6 +210,7 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
         f"sweep {sweep.name}: {sweep.question}",
         *(f"{axis}: {', '.join(dict.fromkeys(labels))}" for axis, labels in values.items()),
         f"arms: {', '.join(arm.name for arm in sweep.arms)}; seeds {sweep.seeds[0]} to {sweep.seeds[-1]}",
+        *([f"bases: the seeds take turns with {', '.join(sweep.bases)}"] if sweep.bases else []),
         f"{len(sweep.points)} points x {len(sweep.arms)} arms x {len(sweep.seeds)} seeds = "
         f"{len(sweep.cells()) * len(sweep.seeds)} cells; {len(plan.tasks)} stages after sharing ({kinds}), "
         f"{alone} measured",

@@ -118,7 +118,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All of it. `question` in one sentence; `notes`: what a reader must know, such as what was not tuned."""
+    """All of it. `question` in one sentence; `notes`: what a reader must know, such as what was not tuned.
+
+    bases: pretrainings of one architecture that the seeds take turns with, so that the variance between seeds holds
+    that between pretrainings; empty: every seed has the recipe's. A point that sets model.base has its own.
+    """
 
     name: str
     question: str
@@ -129,6 +133,7 @@ class Sweep:
     seeds: tuple[int, ...]
     analysis: Analysis
     notes: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what could not be analysed."""
@@ -163,7 +168,8 @@ class Sweep:
     def recipe_of(self, cell: Cell, seed: int) -> Recipe:
         """The complete recipe of a cell. Raises ConfigError where the keys contradict each other."""
         point, arm = self.point(cell.point), self.arm(cell.arm)
-        return with_overrides(self.recipe, {**point.overrides, **arm.overrides, "seed": seed})
+        base = {"model.base": self.bases[self.seeds.index(seed) % len(self.bases)]} if self.bases else {}
+        return with_overrides(self.recipe, {**base, **point.overrides, **arm.overrides, "seed": seed})
 
     def point(self, name: str) -> Ablation:
         return next(point for point in self.points if point.name == name)

@@ -52,7 +52,7 @@ class Options:
     """What a command line may change; empty means the sweep's own default.
 
     primary: (group of items, decoding) of the primary metric. axes: values by recipe key. arms: of a grid. margin: of
-    the analysis.
+    the analysis. bases: that the seeds take turns with.
     """
 
     recipe: Recipe
@@ -62,6 +62,7 @@ class Options:
     quick: bool = False
     arms: tuple[Arm, ...] = ()
     margin: float = Analysis.margin
+    bases: tuple[str, ...] = ()
 
     @property
     def embedded(self) -> bool:
@@ -122,9 +123,8 @@ class Options:
             *self.primary, tuple(dict.fromkeys(family)), trend, scale, test, margin=self.margin, curves=curves
         )
         lie_on = tuple(dict.fromkeys(key for point in points for key in point.values) if axes is None else axes)
-        return Sweep(
-            name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis, tuple(notes)
-        )
+        shape = (name, question, self.recipe, lie_on, tuple(points), tuple(arms), self.seed_list, analysis)
+        return Sweep(*shape, tuple(notes), self.bases)
 
 
 def data_size(options: Options) -> Sweep:

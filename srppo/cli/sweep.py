@@ -12,6 +12,7 @@ from srppo.cli.options import Debug, Device, Plain, Recipe, RunFolder, Sets
 Slots = Annotated[int | None, Option(min=1, help="Stages at once. (default: cores, or GPUs)")]
 Timeout = Annotated[float | None, Option(min=1, help="Seconds a stage may take. (default: ten times the estimate)")]
 
+TURNS = "embedded:xs,embedded:xs-1,embedded:xs-2"  # three pretrainings
 SMALL = ["model.base=embedded:xs", "ppo.steps=10", "eval.samples=1"]
 """Of the embedded world, for sweeps: the smallest base that shows the effect, and the steps that bring most of it."""
 
@@ -50,6 +51,13 @@ def ablate(
     primary: Annotated[
         str | None, Option(metavar="GROUP/DECODING", help="What is tested. (default: unseen/greedy, of kl sampled)")
     ] = None,
+    bases: Annotated[
+        str | None,
+        Option(
+            metavar="A,B",
+            help="Pretrainings that the seeds take turns with. (default: without a recipe embedded:xs, xs-1, xs-2)",
+        ),
+    ] = None,
     margin: Annotated[float, Option(help="Arms that differ by less accuracy are the same.")] = 0.05,
     quick: Annotated[bool, Option("--quick", help="A look within ten minutes on two cores.")] = False,
     engine: Annotated[str, Option(help="local, ray, or slurm.")] = "local",
@@ -71,6 +79,8 @@ def ablate(
     console = Console(plain=plain or None)
     own = any(text.partition("=")[0].strip() in ("model.base", "data.demonstrations") for text in sets or [])
     defaults = SMALL if recipe is None and not own else []
+    if bases is None and defaults and name != "model-scale" and not any("model.base=" in text for text in axis or []):
+        bases = None if any(text.strip().startswith("model.sft=") for text in sets or []) else TURNS
     options = read_options(
         name,
         load_recipe(recipe, [*defaults, *(sets or [])]),
@@ -82,6 +92,7 @@ def ablate(
         primary=primary,
         quick=quick,
         margin=margin,
+        bases=bases,
     )
     launch = Launch(engine=engine, slots=slots, timeout_s=timeout, retry=retry, device=device)
     folder = ablate_command(name, options, out, launch, console, plan_only=plan)

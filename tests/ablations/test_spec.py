@@ -302,6 +302,22 @@ def test_longer_sft_is_shared_only_where_the_sft_model_is():
     assert {name for name, one in shared.items() if one} == {"kl", "overlap", "prompts", "reward", "grid"}
 
 
+BASES = "embedded:xs, embedded:xs-1"
+
+
+def test_seeds_take_turns_with_the_pretrainings():
+    """Whatever the point or the arm, so that arms of a seed stay paired; a point's own base goes before."""
+    sweep = build_sweep("kl", read_options("kl", RECIPE, seeds=3, bases=BASES))
+    assert Sweep.from_spec(json.loads(json.dumps(sweep.as_spec()))) == sweep
+    for cell in sweep.cells():
+        bases = [sweep.recipe_of(cell, seed).model.base for seed in sweep.seeds]
+        assert bases == ["embedded:xs", "embedded:xs-1", "embedded:xs"]
+    assert kinds(Plan(sweep))["sft"] == 3
+    for name, axes in (("model-scale", []), ("grid", ["model.base=embedded:s,embedded:l"])):
+        with pytest.raises(ConfigError, match="--bases gives each seed a base in turn"):
+            read_options(name, RECIPE, axes=axes, bases=BASES)
+
+
 def test_what_has_no_answers_under_the_primary_decoding_is_not_tested():
     for primary, without in (("unseen/greedy", {"resampling"}), ("unseen/sampled", {"majority vote", "weighted vote"})):
         sweep = the_sweep("method", primary=primary)

@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "bases: every seed has the first",
+        "ablations/spec.py",
+        "self.bases[self.seeds.index(seed) % len(self.bases)]",
+        "self.bases[0]",
+        "ablations/test_spec.py::test_seeds_take_turns_with_the_pretrainings",
+    ),
+    Mutant(
         "curves: the seeds that reach so far stand for all",
         "ablations/curves.py",
         "if not gaps or len(gaps) < len(seeds):",
