@@ -345,7 +345,7 @@ def test_overlap_shares_the_demonstrations_sft(name="overlap"):
 def test_the_method_sweep_tells_its_arms_apart():
     plan = Plan(the_sweep("method"))
     keys = [plan.measured_by[cell, 0] for cell in plan.sweep.cells()]
-    assert len(set(keys)) == len(keys) == 17
+    assert len(set(keys)) == len(keys) == 18
     assert kinds(plan)["sft"] == 30 and kinds(plan)["ppo"] == 20  # SFT and its two variants; SRPPO and RLOO
 
 

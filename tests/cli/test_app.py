@@ -308,9 +308,9 @@ def test_a_run_whose_stage_fails_is_reported_with_the_reason(
     """However it failed; but not where it stopped on purpose, or nothing more can be written."""
     out = tmp_path / "run"
     lines = (
-        "import sys, srppo.errors, srppo.stages.run, srppo.cli.app",
+        "import sys, srppo.errors, srppo.stages.policy, srppo.cli.app",
         f"def fail(*_, **__): raise {error}",
-        "srppo.stages.run.train_ppo = fail",
+        "srppo.stages.policy.train_ppo = fail",
         f"sys.argv = {['srppo', 'train', *map(str, cli.arguments(out))]}",
         "srppo.cli.app.main()",
     )

@@ -27,7 +27,20 @@ from srppo.stages.kinds import KINDS
 
 SETTINGS = ["ppo.steps=1", "ppo.epochs=1", "ppo.minibatches=1", "rollout.batch=8", "data.size=8", "eval.limit=4"]
 SETS = [f"--set={each}" for each in (*SETTINGS, "eval.every=0", "eval.samples=1", "eval.items=items.jsonl")]
-GRID = ["ablate", "grid", "--axis", "reward.kind=ratio,zero", "--seeds", "2", *SETS, "--out", "sweep", "--plain"]
+GRID = [
+    "ablate",
+    "grid",
+    "--axis",
+    "reward.kind=ratio,zero",
+    "--arms",
+    "SFT,SRPPO",
+    "--seeds",
+    "2",
+    *SETS,
+    "--out",
+    "sweep",
+    "--plain",
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,8 @@ def test_the_plan_is_said_and_all_of_it_is_run(swept: Swept) -> None:
         "2 points x 2 arms x 2 seeds = 8 cells; 6 stages after sharing (2 sft, 4 ppo)",
         "kind: ratio, zero",
         "arms: SFT, SRPPO; seeds 0 to 1",
-        "fixed now: unseen items, greedy; 2 paired differences, exact sign-flip over seeds, Holm at 0.05",
+        "fixed now: unseen items, greedy; 2 paired differences, exact sign-flip over seeds and t, Holm at 0.05, "
+        "the same below 0.05",
         "warning: with 2 seeds no difference can be significant",
         "6 of 6 stages",
     ):

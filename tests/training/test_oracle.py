@@ -254,7 +254,7 @@ def test_what_a_token_at_a_time_costs(beta: float) -> None:
     means = torch.zeros(3, 4, dtype=torch.float64)  # SFT model, teacher, optimum: reward, KL, objective, KL to optimum
     for prompt in PROMPTS:
         sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
-        star = optimum("sft", beta, sft_log, base_log)
+        star = optimum("sft", beta, prompt)
         for row, log_p in zip(means, (sft_log, tokenwise(prompt, RewardConfig(beta=beta)), star), strict=True):
             reward = float((log_p.exp() * (sft_log - base_log)).sum())
             own = torch.tensor([reward, kl(log_p, sft_log), reward - beta * kl(log_p, sft_log), kl(log_p, star)])
