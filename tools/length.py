@@ -3,6 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def main(command: str, folder: Path) -> None:
         rows = list(by_seed.values())
         start, reward, kl = (float(np.mean([row[key] for row in rows])) for key in ("length_start", "reward", "kl_sft"))
         moved = [change(rows, key) for key in COLUMNS]
-        texts = [f"{each.mean:+.2f} [{each.low:+.2f}, {each.high:+.2f}]" for each in moved]
+        texts = ["0" if isnan(x.low) and not x.mean else f"{x.mean:+.2f} [{x.low:+.2f}, {x.high:+.2f}]" for x in moved]
         name = "coherent" if arm == "SRPPO" else arm
         lines.append(f"| {point} | {name} | {start:.1f} | {' | '.join(texts)} | {reward:.2f} | {kl:.2f} |")
     write_block("docs/length.md", command, "\n".join(lines) + f"\n\n{seeds} seeds; intervals over seeds.")
