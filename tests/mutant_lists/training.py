@@ -31,7 +31,7 @@ MUTANTS = [
         "training/ppo.py",
         'if recipe.reward.center == "batch":',
         'if recipe.reward.center == "none":',
-        "training/test_length.py::test_a_constant_reward_moves_no_token",
+        "training/test_length.py::test_nor_under_any_rule",
     ),
     Mutant(
         "centring: the mean with the rollout itself",
@@ -45,7 +45,7 @@ MUTANTS = [
         "training/reward.py",
         'if config.at_limit == "zero" and config.center != "none":',
         'if config.at_limit == "zero" and config.center == "none":',
-        "training/test_length.py::test_a_constant_reward_moves_no_token",
+        "training/test_length.py::test_nor_under_any_rule",
     ),
     Mutant(
         "critic's lambda: the policy's own",
