@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
 from srppo.statistics.intervals import Estimate, calibrated_interval, interquartile_mean
 from srppo.statistics.tests import sign_flip
-from srppo.statistics.verdicts import Contrast, described, judge, t_interval
+from srppo.statistics.verdicts import Contrast, Finding, judge, on_these_units, untested
 
 DRAWS = 1000  # only the shape of an interval hangs on them, not its width
 Metric = tuple[str, str]  # group of items, decoding
@@ -59,23 +59,16 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Tested:
-    """A paired difference; its figures are those of `verdicts.Finding`.
+    """A paired difference. One that is not `primary` is exploratory: its finding is a plain 95% interval.
 
-    One that is not of the family is exploratory: a plain 95% interval, and NaN for what tests say. tasks: how many are
-    the units, None where items are; these_tasks: then the interval over items, which speaks of no other tasks.
+    tasks: how many are the units, None where items are; these_tasks: then the interval over items, which speaks of no
+    other tasks.
     """
 
     comparison: Comparison
     metric: Metric
     seeds: tuple[int, ...]
-    difference: Estimate
-    confidence: float
-    p: float
-    p_holm: float
-    p_same: float
-    p_same_holm: float
-    detectable: float
-    verdict: str
+    finding: Finding
     primary: bool
     tasks: int | None
     these_tasks: Estimate | None
@@ -271,13 +264,10 @@ def _differences(plan: Plan, scores: Mapping[Cell, Scores]) -> tuple[Tested, ...
             # What failed still counts in the correction: a family does not shrink because some of it is missing.
             findings = judge(contrasts, alpha=alpha, missing=len(family) - len(usable))
         else:
-            findings = [described(contrast) for contrast in contrasts]
+            findings = [untested(contrast) for contrast in contrasts]
         for (each, (contrast, seeds)), finding in zip(usable.items(), findings, strict=True):
-            tasks, narrow = None, None
-            if contrast.clusters is not None:
-                tasks = len(set(contrast.clusters))
-                narrow = t_interval(replace(contrast, clusters=None), 1 - finding.confidence)
-            found.append(Tested(each, metric, seeds, *finding, metric == primary, tasks, narrow))
+            these = on_these_units(contrast, finding.confidence)
+            found.append(Tested(each, metric, seeds, finding, metric == primary, contrast.units, these))
     return tuple(sorted(found, key=lambda each: not each.primary))
 
 

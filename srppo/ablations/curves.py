@@ -23,7 +23,7 @@ from srppo.record.store import Stage
 from srppo.statistics.curves import interpolated
 from srppo.statistics.intervals import Estimate, calibrated_interval
 from srppo.statistics.tests import sign_flip
-from srppo.statistics.verdicts import Contrast, Finding, described, judge, t_interval
+from srppo.statistics.verdicts import Contrast, Finding, judge, on_these_units, untested
 
 GRID = 12  # places at which a curve is drawn
 Metric = tuple[str, str]  # group of items, decoding
@@ -134,7 +134,7 @@ def _compared(sweep: Sweep, plan: Curves, curves: Mapping[str, Curve], metric: M
     findings = iter(
         judge(contrasts, alpha=sweep.analysis.alpha, missing=len(matched) - len(contrasts))
         if primary
-        else [described(contrast) for contrast in contrasts]
+        else [untested(contrast) for contrast in contrasts]
     )
     told = tuple(_told(each, contrast, next(findings)) if contrast else each for each, contrast in matched)
     lines = tuple(_line(arm, curve) for arm, curve in curves.items() if curve)
@@ -166,10 +166,8 @@ def _accuracy(points: Sequence[Measured], kl: float) -> NDArray[np.float64] | No
 
 
 def _told(each: Matched, contrast: Contrast, finding: Finding) -> Matched:
-    if contrast.clusters is None:
-        return replace(each, finding=finding)
-    narrow = t_interval(replace(contrast, clusters=None), 1 - finding.confidence)
-    return replace(each, finding=finding, tasks=len(set(contrast.clusters)), these_tasks=narrow)
+    these = on_these_units(contrast, finding.confidence)
+    return replace(each, finding=finding, tasks=contrast.units, these_tasks=these)
 
 
 def _line(arm: str, curve: Curve) -> Line:

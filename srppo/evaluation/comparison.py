@@ -18,7 +18,7 @@ from srppo.evaluation.pairing import Arms, Paired, by_seed, grouped, made_alike,
 from srppo.evaluation.results import DECODINGS, TASKS
 from srppo.statistics.intervals import Estimate, IqmDifference, iqm_difference
 from srppo.statistics.tests import PValue, mcnemar, seeds_needed, sign_flip
-from srppo.statistics.verdicts import MARGIN, Contrast, Finding, Verdict, judge, t_interval
+from srppo.statistics.verdicts import MARGIN, Contrast, Finding, Verdict, judge, on_these_units
 
 FEW_TASKS = 8  # with fewer as units, a verdict says so
 
@@ -183,11 +183,11 @@ def _difference(paired: Paired, contrast: Contrast, found: Finding, comparisons:
         metric=first.metric,
         group=first.group,
         seeds=paired.seeds,
-        clusters=len(set(paired.clusters)) if paired.clusters else None,
+        clusters=contrast.units,
         unit=first.unit,
         baseline_mean=float(paired.baseline.mean()),
         model_mean=float(paired.model.mean()),
-        these_tasks=t_interval(replace(contrast, clusters=None), 1 - found.confidence) if by_task else None,
+        these_tasks=on_these_units(contrast, found.confidence) if by_task else None,
         test=contrast.exact.name,
         margin=contrast.margin,
         comparisons=comparisons,

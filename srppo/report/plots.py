@@ -664,7 +664,9 @@ def differences_plot(result: SweepResult, path: Path) -> list[Path]:
         dots = []
         for y, (_, each, found) in enumerate(rows):
             colour = colours[(each.model if pair[1] else each.baseline).arm]
-            dots += [(y, found.difference, colour, found.verdict in ("better", "worse"))] if found else []
+            dots += (
+                [(y, found.finding.difference, colour, found.finding.verdict in ("better", "worse"))] if found else []
+            )
         panels.append(Dots(tables.pair_words(pair), names, dots))
     counts = [len(rows) for rows in pairs.values()]
     label = f"difference of accuracy, {tables.metric_words(metric)}, with the verdict's interval"

@@ -248,14 +248,15 @@ def difference_records(result: SweepResult) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model_point": comparison.model.point, "model": comparison.model.arm}
         row |= {"baseline_point": comparison.baseline.point, "baseline": comparison.baseline.arm}
         row |= {"group": group, "decoding": decoding, "planned": (group, decoding) == metric}
-        row |= {"difference": each.difference.mean if each else None, **_bounds(each.difference if each else None)}
-        row["confidence"] = each.confidence if each else None
+        said = each.finding if each else None
+        row |= {"difference": said.difference.mean if said else None, **_bounds(said.difference if said else None)}
+        row["confidence"] = said.confidence if said else None
         row |= {f"these_tasks_{end}": bound for end, bound in _bounds(each.these_tasks if each else None).items()}
-        row |= {"items": each.difference.n if each else None, "tasks": each.tasks if each else None}
+        row |= {"items": said.difference.n if said else None, "tasks": each.tasks if each else None}
         row["seeds"] = len(each.seeds) if each else 0
-        row |= {key: getattr(each, key) if each and each.primary else None for key in TESTS}
+        row |= {key: getattr(said, key) if each and each.primary else None for key in TESTS}
         row |= {"margin": result.plan.sweep.analysis.margin, "comparisons": len(family)}
-        verdict = "no result" if each is None else each.verdict if each.primary else "exploratory"
+        verdict = "no result" if each is None else each.finding.verdict if each.primary else "exploratory"
         made.append(row | {"verdict": verdict})
     return records(made)
 

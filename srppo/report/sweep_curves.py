@@ -94,6 +94,7 @@ def matched_records(result: SweepResult) -> Iterator[dict[str, Any]]:
             found = each.finding
             row |= {key: getattr(found.difference, key) if found else None for key in ("mean", "low", "high")}
             row |= {"confidence": found.confidence if found else None, "tasks": each.tasks}
+            row |= {f"these_tasks_{end}": getattr(each.these_tasks, end, None) for end in ("low", "high")}
             row |= {key: getattr(found, key) if found and curves.primary else None for key in ("p", "p_holm")}
             yield row | {"verdict": verdict_of(each) if curves.primary or found is None else "exploratory"}
 

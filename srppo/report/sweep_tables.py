@@ -225,7 +225,7 @@ def figures_table(result: SweepResult) -> Table:
 def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str] = ()) -> Table:
     """All of the family on one metric, under a heading a pair; tests where the plan has them."""
     sweep, pairs = result.plan.sweep, tested_by_pair(result, metric)
-    known = [found.difference for rows in pairs.values() for _, _, found in rows if found]
+    known = [found.finding.difference for rows in pairs.values() for _, _, found in rows if found]
     reach = max([0.01, *(abs(v) for e in known for v in (e.mean, e.low, e.high) if v == v)])
     head = _points_head(sweep) if len(sweep.points) > 1 else "arm"
     heads: list[str | Column] = [head, Column("", only="terminal"), "difference", "these tasks"]
@@ -234,7 +234,7 @@ def differences_table(result: SweepResult, metric: Metric, caption: Sequence[str
     for pair, members in pairs.items():
         rows.append(pair_words(pair))
         for row, _, found in members:
-            told, chart = _difference_cells(found), Chart(found.difference if found else None, -reach, reach)
+            told, chart = _difference_cells(found), Chart(found.finding.difference if found else None, -reach, reach)
             rows.append(Row([row or "all", chart, *told][: len(heads)], VERDICT_MARKS.get(told[-1], "")))
     return Table.of(f"Paired differences, {metric_words(metric)}", heads, rows, caption if rows else ()).telling()
 
@@ -243,9 +243,10 @@ def _difference_cells(found: Tested | None) -> list[str]:
     """difference, these tasks, p, Holm (of sameness, where that is the verdict), detects, verdict."""
     if found is None:
         return ["-", "-", "-", "-", "-", NO_RESULT]
-    p_values = (found.p_same, found.p_same_holm) if found.verdict == "same" else (found.p, found.p_holm)
-    told = [signed(found.difference), bounds(found.these_tasks), *map(p_text, p_values)]
-    return [*told, number(found.detectable), found.verdict]
+    said = found.finding
+    p_values = (said.p_same, said.p_same_holm) if said.verdict == "same" else (said.p, said.p_holm)
+    told = [signed(said.difference), bounds(found.these_tasks), *map(p_text, p_values)]
+    return [*told, number(said.detectable), said.verdict]
 
 
 def costs_table(result: SweepResult) -> Table:

@@ -54,7 +54,7 @@ def _pair_sentence(
     """`SRPPO is better than SFT at 3 of 6 sizes, worse at none, cannot tell at 3`; arms by name at a single point."""
     by: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for row, _, found in rows:
-        by[found.verdict if found else NO_RESULT].append(row)
+        by[found.finding.verdict if found else NO_RESULT].append(row)
     model, baseline = pair
     within = result.plan.sweep.analysis.margin
     if not baseline:  # one arm against several, or several against one
@@ -106,7 +106,11 @@ def power_lines(result: SweepResult) -> list[str]:
             f"{who}: with {span([max(few)], 'seed')} the {analysis.test} test gives no p below "
             f"{p_text(2.0 ** (1 - max(few)))}; p <= {analysis.alpha:g}{holm} needs {needed}.{one}"
         )
-    unsure = [each.detectable for each in tested if each.verdict == "cannot tell" and math.isfinite(each.detectable)]
+    unsure = [
+        each.finding.detectable
+        for each in tested
+        if each.finding.verdict == "cannot tell" and math.isfinite(each.finding.detectable)
+    ]
     if unsure:
         sizes = dict.fromkeys((number(min(unsure)), number(max(unsure))))
         lines.append(

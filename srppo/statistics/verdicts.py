@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +40,11 @@ class Contrast:
     clusters: Sequence[Hashable] | None = None
     limits: tuple[float, float] | None = (-1.0, 1.0)
     margin: float | None = None
+
+    @property
+    def units(self) -> int | None:
+        """How many clusters are the units; None where items are."""
+        return None if self.clusters is None else len(set(self.clusters))
 
 
 class Finding(NamedTuple):
@@ -97,7 +102,12 @@ def t_interval(contrast: Contrast, level: float = 0.05) -> Estimate:
     return _Error.of(contrast).interval(level)
 
 
-def described(contrast: Contrast) -> Finding:
+def on_these_units(contrast: Contrast, confidence: float) -> Estimate | None:
+    """The narrower interval over items, which speaks of these clusters alone; None where items are the units."""
+    return None if contrast.clusters is None else t_interval(replace(contrast, clusters=None), 1 - confidence)
+
+
+def untested(contrast: Contrast) -> Finding:
     """A plain 95% interval, neither tested nor corrected."""
     unknown = math.nan
     return Finding(t_interval(contrast), 0.95, unknown, unknown, unknown, unknown, unknown, "cannot tell")

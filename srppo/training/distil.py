@@ -31,7 +31,7 @@ from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import weight_bytes
 from srppo.training.batch import Generated, micro_slices
 from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
-from srppo.training.ppo import ADAM_EPS, log_rollouts, stop_if_diverged
+from srppo.training.ppo import ADAM_EPS, log_rollouts, policy_session, stop_if_diverged
 from srppo.training.reward import tokenwise_optimum
 from srppo.training.rollout import sample_step
 from srppo.training.scores import response_reverse_kl
@@ -54,15 +54,7 @@ def train_distil(
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS)
     state = TrainState({"policy": policy.model}, {"policy": optimizer}, {"flops": 0})
     held = 4 * weight_bytes(policy) + weight_bytes(sft_policy, base_policy)
-    session = Session(
-        bench,
-        state,
-        total=config.steps,
-        measure_at=lambda step: recipe.eval.every > 0 and step % recipe.eval.every == 0,
-        measure=lambda: development.measure(policy),
-        keep=recipe.eval.keep,
-        checkpoint_every=shared.checkpoint_every,
-    )
+    session = policy_session(recipe, bench, state, policy, development, total=config.steps)
     for step in session.steps():
         watch = Stopwatch()
         chosen, generated = sample_step(recipe, policy, prompts, step, stop_ids=stop_ids, pad_id=pad_id, held=held)

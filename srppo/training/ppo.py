@@ -127,15 +127,7 @@ def train_ppo(
         running=running,
     )
     held = learners.bytes_held() + weight_bytes(sft_policy, base_policy)
-    session = Session(
-        bench,
-        state,
-        total=config.steps,
-        measure_at=lambda step: recipe.eval.every > 0 and step % recipe.eval.every == 0,
-        measure=lambda: development.measure(policy),
-        keep=recipe.eval.keep,
-        checkpoint_every=config.checkpoint_every,
-    )
+    session = policy_session(recipe, bench, state, policy, development, total=config.steps)
     for step in session.steps():
         watch = Stopwatch()
         # 1. Sample: prompts and random numbers are functions of the step alone.
@@ -180,6 +172,21 @@ def train_ppo(
             {**watch.seconds, "tokens_per_s": int(batch.attention_mask_BS.sum()) / seconds},
         )
     return session
+
+
+def policy_session(
+    recipe: Recipe, bench: Workbench, state: TrainState, policy: LanguageModel, development: Measure, *, total: int
+) -> Session:
+    """The session of a policy that is trained on its own samples for `total` steps: measured every eval.every."""
+    return Session(
+        bench,
+        state,
+        total=total,
+        measure_at=lambda step: recipe.eval.every > 0 and step % recipe.eval.every == 0,
+        measure=lambda: development.measure(policy),
+        keep=recipe.eval.keep,
+        checkpoint_every=recipe.ppo.checkpoint_every,
+    )
 
 
 def stop_if_diverged(kl_sft: float, limit: float, step: int) -> None:

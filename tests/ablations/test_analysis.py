@@ -82,8 +82,8 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         return 2 * seed if task.kind == "sft" else 2 * seed + 1 if seed else None
 
     (found,) = analysed(tmp_path / "run", sweep_of(8, seeds=4), right).differences
-    assert found.seeds == (1, 2, 3) and found.difference.mean == pytest.approx(0.1)
-    assert found.p == 2 / 8, "the gap has one sign in all three"
+    assert found.seeds == (1, 2, 3) and found.finding.difference.mean == pytest.approx(0.1)
+    assert found.finding.p == 2 / 8, "the gap has one sign in all three"
 
 
 def test_the_family_does_not_shrink_with_what_is_missing(tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_the_family_does_not_shrink_with_what_is_missing(tmp_path: Path) -> None
     found = analysed(tmp_path / "run", sweep_of(8, 16, 32, seeds=6), right).differences
     assert [each.comparison.model.point for each in found] == ["8", "16"]
     for each in found:
-        assert each.p == 2 / 64 and each.p_holm == 3 * 2 / 64
-        assert each.verdict == "cannot tell" and each.difference.low == 0 < each.difference.mean
+        assert each.finding.p == 2 / 64 and each.finding.p_holm == 3 * 2 / 64
+        assert each.finding.verdict == "cannot tell" and each.finding.difference.low == 0 < each.finding.difference.mean
 
 
 def test_tasks_are_the_units_where_there_are_several(tmp_path: Path) -> None:
@@ -109,8 +109,9 @@ def test_tasks_are_the_units_where_there_are_several(tmp_path: Path) -> None:
     items, tasks = (analysed(tmp_path / str(n), sweep_of(4, 8, 16, seeds=10), right, tasks=n) for n in (1, 5))
     one, five = items.differences[0], tasks.differences[0]
     assert one.tasks is None and one.these_tasks is None and five.tasks == 5
-    assert five.these_tasks is not None and five.these_tasks.mean == one.difference.mean
-    assert five.difference.low < five.these_tasks.low and five.p > one.p and five.confidence == 1 - 0.05 / 3
+    assert five.these_tasks is not None and five.these_tasks.mean == one.finding.difference.mean
+    assert five.finding.difference.low < five.these_tasks.low and five.finding.p > one.finding.p
+    assert five.finding.confidence == 1 - 0.05 / 3
     narrow, wide = (next(t.slope for t in found.trends if t.what == "SRPPO") for found in (items, tasks))
     assert wide.mean == narrow.mean and wide.high > narrow.high
 

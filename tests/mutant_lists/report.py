@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         "sweep report: no result, cannot tell",
         "report/sweep_words.py",
-        "found.verdict if found else NO_RESULT",
-        'found.verdict if found else "cannot tell"',
+        "found.finding.verdict if found else NO_RESULT",
+        'found.finding.verdict if found else "cannot tell"',
         "report/test_sweep.py::test_failed_and_diverged",
     ),
     Mutant(
