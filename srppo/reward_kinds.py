@@ -29,6 +29,7 @@ class RewardKind:
     among        of (terms_BT, mask_BT, seed): what each rollout is paid of those of its batch. Such a reward is no
                  function of the response: it has no closed-form optimum and ranks no samples. None: of its own
     swept        whether it has a curve in the sweep `reward` unless others are asked for
+    of_length    whether it pays for length alone, so that going with length is no fault of it
     """
 
     label: str
@@ -37,6 +38,7 @@ class RewardKind:
     by_token: bool = True
     among: Function | None = None
     swept: bool = True
+    of_length: bool = False
 
 
 def _constant(nats: float) -> Function:
@@ -63,8 +65,10 @@ REWARD_KINDS: dict[str, RewardKind] = {
         "the ratio of the stop token alone",
         lambda scores, written: scores.log_ratio_BT.masked_fill(~written.stop_BT, 0.0),
     ),
-    "brevity": RewardKind("brevity", f"-{NATS_A_TOKEN} a token", _constant(-NATS_A_TOKEN)),
-    "verbosity": RewardKind("verbosity", f"{NATS_A_TOKEN} a token", _constant(NATS_A_TOKEN), swept=False),
+    "brevity": RewardKind("brevity", f"-{NATS_A_TOKEN} nats a token", _constant(-NATS_A_TOKEN), of_length=True),
+    "verbosity": RewardKind(
+        "verbosity", f"{NATS_A_TOKEN} nats a token", _constant(NATS_A_TOKEN), swept=False, of_length=True
+    ),
     "random": RewardKind(
         "random",
         "a standard normal number that the response's tokens alone decide",

@@ -92,18 +92,16 @@ def _caption(found: Sequence[Explained], samples: int) -> list[str]:
         if samples
         else "pooled over the questions of a task, from recorded answers; `srppo explain` does it question by question"
     )
-    never = [each for each in found if each.outside >= NOTABLE]
-    outside = joined(
-        [f"{each.outside:.0%} of {each.arm}'s {GROUP_WORDS.get(each.group, each.group)}" for each in never]
-    )
+    most = max(found, key=lambda each: each.outside)
+    outside = f"{most.outside:.0%}, of {most.arm} on {GROUP_WORDS.get(most.group, most.group)}"
     return [
         f"Sampled answers, 95% intervals over {units}. At its lengths: the SFT model's own answers, reweighted to the "
         f"arm's lengths, {how}. Of the gain: (SFT at its lengths - SFT) / (arm - SFT), of a loss where accuracy fell.",
         "Intervals over fewer than eight tasks are wide, and say little of other tasks." * (1 < min(tasks) < 8),
         "Priced: the SFT model under one price a token that gives the arm's mean length; - where too few answers are "
         "left to say." * any(each.priced for each in found),
-        f"Of lengths that the SFT model never wrote: {outside}; wrong in the means, wrong and right in the bounds."
-        * bool(never),
+        "Answers of lengths that the SFT model never wrote are wrong in the means, wrong and right in the bounds: at "
+        f"most {outside}." * (most.outside >= NOTABLE),
     ]
 
 

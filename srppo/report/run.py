@@ -18,7 +18,9 @@ from srppo.report.evaluated import evaluated_table
 from srppo.report.explain import MEANING, explain_table, explained_by_record, sentences
 from srppo.report.page import bullets, details, facts, plot, section, soft_text, text, write_page
 from srppo.report.table import Column, Row, Table, paragraph, to_html
+from srppo.reward_kinds import REWARD_KINDS
 from srppo.stages.arms import compute_of, figures_of, stages_by_arm
+from srppo.stages.kinds import KINDS
 
 LONG = 200  # characters of an answer that need a wider column
 PAIRS = (
@@ -90,7 +92,11 @@ def report_run(folder: Path, console: Console) -> None:
 def accuracy_table(arms: Sequence[ArmFigures]) -> Table:
     """Accuracy of each arm on each group of items, a block a decoding, and what the intervals mean."""
     meanings = "; ".join(each for group, each in words.GROUP_MEANING.items() if group in answers.groups_of(arms))
-    return _by_group("Test items", arms, [interval_caption(arms), f"{meanings}." if meanings else ""])
+    paid = {kind.label: REWARD_KINDS[kind.keys["reward.kind"]] for kind in KINDS.values() if "reward.kind" in kind.keys}
+    shown = {arm.name.partition(",")[0] for arm in arms}  # `shuffled, last step`
+    controls = "; ".join(f"{label}, {kind.description}" for label, kind in paid.items() if label in shown)
+    caption = [interval_caption(arms), f"{meanings}." if meanings else ""]
+    return _by_group("Test items", arms, [*caption, f"PPO paid by another reward: {controls}." if controls else ""])
 
 
 def differences_table(pairs: Sequence[ArmFigures]) -> Table:

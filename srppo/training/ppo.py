@@ -162,7 +162,7 @@ def train_ppo(
             learners, batch, updates=(done, config.minibatches), critic_only=step <= config.critic_warmup
         )
         row |= metrics | {"lr": config.lr * factor, "flops": state.counters["flops"]}
-        for warning in [*reward_warnings(row), *length_warnings(row, recipe)]:
+        for warning in [*reward_warnings(row, recipe.reward.kind), *length_warnings(row, recipe)]:
             bench.console.warn(warning)
         log_rollouts(bench, step, chosen, generated.responses(), rewards.score_B)
         seconds = sum(watch.seconds.values())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from srppo.config import RewardConfig, derive_seed
-from srppo.reward_kinds import REWARD_KINDS, called
+from srppo.reward_kinds import COHERENT, REWARD_KINDS, called
 from srppo.training.batch import Generated, RolloutBatch
 from srppo.training.losses import k1
 from srppo.training.masked import masked_sum
@@ -275,8 +275,11 @@ def _correlation(x_B: Tensor, y_B: Tensor) -> float:
     return float(x_B @ y_B) / norm if norm > 0 else 0.0
 
 
-def reward_warnings(row: dict[str, Any]) -> list[str]:
-    """What a person should do about a batch's diagnostics; the texts do not vary, so each is shown once a run."""
+def reward_warnings(row: dict[str, Any], kind: str = COHERENT) -> list[str]:
+    """What a person should do about a batch's diagnostics; the texts do not vary, so each is shown once a run.
+
+    kind: what PPO is paid by. Of one that pays for length alone it is no news that reward and length go together.
+    """
     warnings = []
     if row["off_support"] > 0.25:
         warnings.append(
@@ -293,7 +296,7 @@ def reward_warnings(row: dict[str, Any]) -> list[str]:
             "the top 1% of tokens carry more than half of the reward: read them in rollouts.jsonl, and set "
             "reward.token_clip"
         )
-    if abs(row["length_correlation"]) > 0.8:
+    if abs(row["length_correlation"]) > 0.8 and not REWARD_KINDS[kind].of_length:
         warnings.append(
             "reward and length correlate beyond 0.8: the reward may be paying for length; watch the length, and "
             "try reward.length_norm=true"

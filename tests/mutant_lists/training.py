@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "warnings: a reward for length is blamed for length",
+        "training/reward.py",
+        " and not REWARD_KINDS[kind].of_length",
+        "",
+        "training/test_reward.py::test_a_reward_for_length_is_not_warned_of_going_with_length",
+    ),
+    Mutant(
         "reward kinds: the ratio without EOS has it",
         "reward_kinds.py",
         "scores.log_ratio_BT.masked_fill(written.stop_BT, 0.0)",

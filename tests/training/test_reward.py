@@ -25,7 +25,7 @@ from tiny import ENDED_B, LENGTHS, ragged_batch, ragged_logprobs
 
 from srppo.config import RewardConfig
 from srppo.training.advantage import gae
-from srppo.training.reward import Rewards, RunningStd, coherent_reward, compute_rewards, place_reward
+from srppo.training.reward import Rewards, RunningStd, coherent_reward, compute_rewards, place_reward, reward_warnings
 from srppo.training.scores import Scores
 
 
@@ -201,3 +201,28 @@ def test_running_std_state_is_a_copy() -> None:
         restored.load_state_dict(state)
         assert float(restored.std) == 2.0
         restored.update(torch.tensor([-30.0]))
+
+
+HEALTHY = {"off_support": 0.0, "reward_top1pct": 0.2, "length_correlation": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("sign", "words"),
+    [
+        ({"off_support": 0.02}, "reward.token_clip (5 is a start)"),
+        ({"off_support": 0.3}, "use a base that does"),
+        ({"reward_top1pct": 0.6}, "the top 1% of tokens"),
+        ({"length_correlation": 0.9}, "reward.length_norm=true"),
+        ({"length_correlation": -0.9}, "reward.length_norm=true"),
+    ],
+    ids=str,
+)
+def test_each_sign_of_a_failing_reward_has_its_own_line(sign: dict[str, float], words: str) -> None:
+    assert reward_warnings(HEALTHY) == []
+    (line,) = reward_warnings({**HEALTHY, **sign})
+    assert words in line and "\n" not in line
+
+
+def test_a_reward_for_length_is_not_warned_of_going_with_length() -> None:
+    row = {**HEALTHY, "length_correlation": -1.0}
+    assert [bool(reward_warnings(row, kind)) for kind in ("brevity", "verbosity", "ratio")] == [False, False, True]
