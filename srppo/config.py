@@ -26,6 +26,15 @@ CODE_EPOCH = 2  # raised when the same config would train to another result; par
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _word_none(cls, values: Any) -> Any:
+        """On a command line `none` means None; a key that has the choice `none` means that."""
+        if not isinstance(values, Mapping):
+            return values
+        choices = {key: get_args(field.annotation) for key, field in cls.model_fields.items()}
+        return {k: "none" if v is None and "none" in choices.get(k, ()) else v for k, v in values.items()}
+
 
 _TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
@@ -111,11 +120,6 @@ class DataConfig(_Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("noise", mode="before")
-    @classmethod
-    def _no_noise(cls, value: Any) -> Any:
-        return "none" if value is None else value  # a command line's `none` means None for every other key
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -338,3 +338,20 @@ def test_what_is_no_variable_of_the_template_is_refused(name: str) -> None:
         build_recipe({"model": {"template_kwargs": {name: True}}})
     line = str(error.value)
     assert line.startswith(f"model.template_kwargs: {name} cannot be set: give names of") and "\n" not in line
+
+
+CHOICES = [
+    f"{section}.{key}"
+    for section, own in Recipe.model_fields.items()
+    for key, field in getattr(type(own.default), "model_fields", {}).items()
+    if "none" in get_args(field.annotation)
+]
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_the_word_none_is_the_choice_of_keys_that_have_it(key: str) -> None:
+    """And None at every other key: a command line has one word for both."""
+    section, name = key.split(".")
+    assert {"data.noise", "reward.center"} <= set(CHOICES)
+    for recipe in (load_recipe(None, [f"{key}=none"]), with_overrides(load_recipe(None), {key: None})):
+        assert getattr(getattr(recipe, section), name) == "none"
