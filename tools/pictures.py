@@ -52,7 +52,8 @@ def markdown_table(run: Run, decoding: str) -> str:
         lines.append(f"| {arm.name} | {' | '.join(cells)} |")
     for pair in pairs:
         cells = [estimate_text(pair.figures.get((group, decoding)), "+.2f") for group in groups]
-        lines.append(f"| *SRPPO minus {pair.name}* | {' | '.join(cells)} |")
+        name = pair.name if " minus " in pair.name else f"SRPPO minus {pair.name}"
+        lines.append(f"| *{name}* | {' | '.join(cells)} |")
     estimate = next(iter(arms[-1].figures.values()))
     n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"
     return "\n".join([*lines, "", f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}."])
