@@ -25,10 +25,12 @@ from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
-from srppo.statistics.intervals import Estimate, calibrated_interval, interquartile_mean
+from srppo.statistics.association import order_agrees
+from srppo.statistics.intervals import Estimate, calibrated_interval, cluster_values, interquartile_mean
 from srppo.statistics.tests import sign_flip
 from srppo.statistics.verdicts import Contrast, Finding, judge, on_these_units, untested
 
+FEWEST_POINTS = 4  # whose order says something
 DRAWS = 1000  # only the shape of an interval hangs on them, not its width
 Metric = tuple[str, str]  # group of items, decoding
 Scores = Mapping[int, Mapping[Metric, TaskResult]]  # by seed
@@ -110,6 +112,22 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """How well the closed form's optimum orders the points: Spearman's rho of its mean sampled accuracy and an arm's
+    mean accuracy at them.
+
+    metric: of the arm. rho: with a 95% interval from points whose seeds, and tasks, are resampled together.
+    """
+
+    what: str
+    by: str
+    metric: Metric
+    rho: Estimate
+    points: int
+    seeds: int
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """All of it, and a plain row a cell, seed, group and decoding for CSV and parquet."""
 
@@ -120,6 +138,7 @@ class SweepResult:
     rows: tuple[Mapping[str, Any], ...]
     peaks: tuple[Peak, ...] = ()
     curves: tuple[CurveResult, ...] = ()
+    forecasts: tuple[Forecast, ...] = ()
 
     def cell(self, cell: Cell) -> CellResult:
         return next(each for each in self.cells if each.cell == cell)
@@ -149,7 +168,8 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     stages = {cell: {seed: each.stage for seed, each in by_seed.items()} for cell, by_seed in found.items()}
     metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.accuracy))
     curves = curves_of(plan.sweep, stages, metrics)
-    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks, curves)
+    forecasts = tuple(_forecasts(plan.sweep, scores))
+    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks, curves, forecasts)
 
 
 def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:
@@ -297,6 +317,28 @@ def _matrix(arms: Sequence[Scores], metric: Metric) -> list[NDArray[np.float64]]
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+# ---- the closed form's forecast
+
+
+def _forecasts(sweep: Sweep, scores: Mapping[Cell, Scores]) -> Iterator[Forecast]:
+    """The optimum's order of the points beside PPO's, sampled and greedy, on the primary group, over the seeds that have
+    every point."""
+    group, names = sweep.analysis.group, {arm.kind: arm.name for arm in reversed(sweep.arms)}  # the first of a kind
+    by, what = names.get("resampled"), names.get("ppo")
+    if by is None or what is None or len(sweep.points) < FEWEST_POINTS:
+        return
+    for decoding in reversed(DECODINGS):
+        sides = [(by, (group, "sampled")), (what, (group, decoding))]
+        at = [[(scores[Cell(point.name, arm)], metric) for point in sweep.points] for arm, metric in sides]
+        known = [{s for s in cell if metric in cell[s]} for side in at for cell, metric in side]
+        if not (seeds := sorted(set.intersection(*known))):
+            continue
+        results = [[[cell[seed][metric] for seed in seeds] for cell, metric in side] for side in at]
+        clusters = results[0][0][0].clusters
+        means = [np.array([cluster_values([one.scores for one in own], clusters) for own in side]) for side in results]
+        yield Forecast(what, by, (group, decoding), order_agrees(*means), len(sweep.points), len(seeds))
 
 
 # ---- along an axis

@@ -52,7 +52,7 @@ def read_options(
             f"model.base = {others[0]} needs data and learning rates of its own, the recipe's are the embedded "
             "world's: give a recipe with one of these models as model.base"
         )
-    if recipe.model.sft is not None and name in ("data-size", "noise", "model-scale"):
+    if recipe.model.sft is not None and name in ("data-size", "data-prompts", "noise", "model-scale"):
         raise ConfigError(f"{name} trains SFT anew at every point, but model.sft is given; leave it out")
     turns = tuple(each.strip() for each in (bases or "").split(",") if each.strip())
     if turns:

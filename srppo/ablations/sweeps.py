@@ -155,6 +155,40 @@ def data_size(options: Options) -> Sweep:
     )
 
 
+TIMES = (1, 10, 100)
+
+
+def data_prompts(options: Options) -> Sweep:
+    """Demonstrations x as many, ten and a hundred times as many prompts; no more prompts than PPO draws."""
+    recipe = options.recipe
+    if not options.embedded and "data.size" not in options.axes:
+        raise ConfigError("data-prompts on your own data needs --sizes; the defaults are the embedded world's")
+    sizes = options.values("data.size", (32, 256, 1792), quick=(32, 256))  # the world has 1,888 to train on
+    drawn = recipe.ppo.steps * recipe.rollout.batch // recipe.rollout.per_prompt
+    points, cut = list[Ablation](), dict[int, list[int]]()
+    for size in sizes:
+        for times in TIMES:
+            if size * times > drawn:
+                cut.setdefault(size, []).append(times)
+        for count in dict.fromkeys(min(size * times, drawn) for times in TIMES):
+            keys = {"data.size": size, "data.prompts_size": count}
+            points.append(Ablation(f"{size} + {count} prompts", keys, {"demonstrations": size, "prompts": count}))
+    notes = [
+        f"{size} demonstrations, {' and '.join(f'{each}x' for each in times)}: PPO draws {drawn} prompts in all, so "
+        "this is the point with so many"
+        for size, times in cut.items()
+    ]
+    return options.sweep(
+        "data-prompts",
+        "What are more prompts without answers worth, beside more demonstrations?",
+        points,
+        family=every(points, SRPPO.name, SFT.name, LONGER.name, SHUFFLED.name),
+        trend="prompts",
+        scale="log2",
+        notes=(*notes, NOT_TUNED),
+    )
+
+
 def noise(options: Options) -> Sweep:
     """Kinds of noise in the demonstrations' answers at nested rates; rate 0 is one point for all kinds.
 
@@ -488,6 +522,7 @@ def _is_number(value: Any) -> bool:
 
 SWEEPS: Mapping[str, tuple[Callable[[Options], Sweep], tuple[str, ...]]] = {
     "data-size": (data_size, ("data.size",)),
+    "data-prompts": (data_prompts, ("data.size",)),
     "noise": (noise, ("data.noise", "data.noise_rate", "data.noise_dev")),
     "model-scale": (model_scale, ("model.base",)),
     "reward": (reward, ("reward.kind", "reward.beta")),

@@ -22,13 +22,14 @@ def ablate(
         str,
         Argument(
             metavar="NAME",
-            help="data-size, noise, model-scale, reward, length, kl, overlap, prompts, method, or grid (with --axis).",
+            help="data-size, data-prompts, noise, model-scale, reward, length, kl, overlap, prompts, method, or grid "
+            "(with --axis).",
         ),
     ],
     recipe: Recipe = None,
     sets: Sets = None,
     seeds: Annotated[int | None, Option(min=1, help="Training seeds. (default: 10; --quick: 3)")] = None,
-    sizes: Annotated[str | None, Option(metavar="A,B", help="data-size: demonstrations.")] = None,
+    sizes: Annotated[str | None, Option(metavar="A,B", help="data-size, data-prompts: demonstrations.")] = None,
     rates: Annotated[str | None, Option(metavar="A,B", help="noise: shares of noised rows.")] = None,
     axis: Annotated[
         list[str] | None,

@@ -63,6 +63,27 @@ def over_prompts(
     return within(Estimate(value, float(low), float(high), n), limits)
 
 
+def order_agrees(one_PSU: Floats, other_PSU: Floats) -> Estimate:
+    """Rank correlation, over P points, of two quantities' means over S seeds and U units; n counts points.
+
+    The interval is of these points: a percentile bootstrap whose seeds and units are drawn crossed, the same for both
+    quantities and all points. NaN bounds where nothing varies.
+    """
+    generator = np.random.default_rng(0)
+    _, seeds, units = one_PSU.shape
+
+    def rho(by_seed_S: Floats, by_unit_U: Floats) -> float:
+        return rank_correlation(*(np.einsum("psu,s,u->p", each, by_seed_S, by_unit_U) for each in (one_PSU, other_PSU)))
+
+    value = rho(np.full(seeds, 1 / seeds), np.full(units, 1 / units))
+    weights = (generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in (seeds, units))
+    drawn = np.array([rho(*pair) for pair in zip(*weights, strict=True)])
+    finite = drawn[np.isfinite(drawn)]
+    if len(finite) < 2 or np.ptp(finite) < 1e-12:
+        return Estimate(value, float("nan"), float("nan"), len(one_PSU))
+    return Estimate(value, *(float(bound) for bound in np.quantile(finite, [0.025, 0.975])), len(one_PSU))
+
+
 def auc_within(score: Sequence[float], right: Sequence[float], prompts: Sequence[Hashable]) -> Estimate:
     """AUC over pairs of responses to one prompt, pooled over prompts: what PPO, which compares within a prompt, sees.
 

@@ -91,7 +91,7 @@ def test_a_given_sft_model_leaves_no_arm_at_equal_compute(tmp_path):
     assert not left & {arm.name for arm in sweep.arms} and "rejection FT" in {arm.name for arm in sweep.arms}
     assert not any(left & {each.model.arm, each.baseline.arm} for each in sweep.analysis.family)
     Plan(sweep)
-    for name in ("data-size", "noise", "model-scale"):
+    for name in ("data-size", "data-prompts", "noise", "model-scale"):
         with pytest.raises(ConfigError, match=r"model\.sft is given"):
             the_sweep(name, recipe)
 
@@ -284,6 +284,14 @@ def test_every_sweep_has_the_controls(name, quick):
     measured = Plan(sweep).measured_by
     by_key = {measured[Cell(point.name, "SRPPO"), sweep.seeds[0]]: point.name for point in reversed(sweep.points)}
     assert against == set(by_key.values()), "of points that are the same stages, the first"
+
+
+def test_prompts_beyond_what_ppo_draws_are_no_point_of_their_own():
+    sweep = the_sweep("data-prompts")
+    found = [(point.overrides["data.size"], point.overrides["data.prompts_size"]) for point in sweep.points]
+    assert found == [(32, 32), (32, 320), (32, 960), (256, 256), (256, 960), (1792, 960)]
+    assert "256 demonstrations, 10x and 100x: PPO draws 960 prompts in all" in " ".join(sweep.notes)
+    assert kinds(Plan(sweep))["sft"] == 30, "one SFT model for all numbers of prompts"
 
 
 def test_whole_arms_are_left_out_of_a_family_that_would_be_too_many():
@@ -544,7 +552,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
     ("argv", "words"),
     [
         (["data-sise"], "did you mean 'data-size'?"),
-        (["nonsense"], "there are: data-size, noise"),
+        (["nonsense"], "there are: data-size, data-prompts, noise"),
         (["grid"], "grid needs axes"),
         (["grid", "--axis", "ppo.lr="], "the axis ppo.lr is empty"),
         (["data-size", "--sizes", ","], "the axis data.size is empty"),
@@ -713,7 +721,7 @@ def test_the_embedded_worlds_axes_are_not_taken_for_other_data(tmp_path):
     items = tmp_path / "items.jsonl"
     items.write_text('{"prompt": "p", "answer": "a", "split": "test"}\n')
     own = with_overrides(RECIPE, {"data.demonstrations": "mine.jsonl", "eval.items": str(items)})
-    for name in ("data-size", "model-scale", "prompts"):
+    for name in ("data-size", "data-prompts", "model-scale", "prompts"):
         with pytest.raises(ConfigError, match="on your own data needs"):
             the_sweep(name, own, axes=[])
     assert the_sweep("noise", own, axes=[], rates="0,0.3").seeds

@@ -478,6 +478,31 @@ def test_where_an_arm_peaks_and_what_its_ends_lack(tmp_path: Path) -> None:
         assert "Exploratory, not in the plan: where each arm" in text and "SFT is highest" not in text
 
 
+def test_the_forecast_is_judged_by_the_order_of_the_points(tmp_path: Path) -> None:
+    """Sampled answers of the optimum against SRPPO's, sampled and greedy; without the optimum there is nothing."""
+    chances = {0.125: 0.2, 0.25: 0.8, 0.5: 0.6, 1.0: 0.4}
+    optimum, analysis = Arm("optimum (forecast)", "resampled"), {"trend": "beta", "scale": "log2"}
+    sweep = make_sweep(betas(*chances), (SFT, optimum, SRPPO), 4, analysis=analysis)
+    record = make(tmp_path / "run", sweep, lambda t: chances[t.recipe.reward.beta] if t.kind != "sft" else 0.3)
+    for forecast, metric in zip(record.result.forecasts, (METRICS[1], METRICS[0]), strict=True):
+        means = [
+            [record.matrix(f"beta {beta}", arm, of).mean() for beta in chances]
+            for arm, of in ((optimum.name, METRICS[1]), ("SRPPO", metric))
+        ]
+        rho = scipy_stats.spearmanr(*means).statistic
+        assert np.isclose(forecast.rho.mean, rho) and rho > 0.5 and forecast.metric == metric
+        assert (forecast.points, forecast.seeds) == (4, 4) and forecast.rho.low <= rho <= forecast.rho.high
+        words = f"of optimum (forecast) with the accuracy of SRPPO: {rho:.3f} ["
+        assert words in record.flat and words in re.sub(r"\s+", " ", record.page)
+    without = make(
+        tmp_path / "without",
+        replace(
+            sweep, arms=(SFT, SRPPO), analysis=make_sweep(betas(*chances), (SFT, SRPPO), 4, analysis=analysis).analysis
+        ),
+    )
+    assert not without.result.forecasts and "Rank correlation" not in without.flat
+
+
 @pytest.mark.parametrize(
     ("axis", "at", "drops", "ends"),
     [
