@@ -43,7 +43,8 @@ class Launch:
 def ablate_command(
     name: str, options: Options, out: Path | None, launch: Launch, console: Console, *, plan_only: bool = False
 ) -> Path | None:
-    """Plan, say so, run. Returns the folder to report on; None where nothing was run."""
+    """Plan, say so, run. Returns the folder to report on; None where nothing was run. A plan alone is written to `out`,
+    where one is given: what is committed before a run, and what the run is held to."""
     if launch.engine not in ENGINES:
         raise ConfigError(f"engine {launch.engine!r} is unknown; there are {', '.join(ENGINES)}")
     if launch.engine == "ray":
@@ -53,15 +54,19 @@ def ablate_command(
     spec = sweep.as_spec()
     decides = canonical_json({**spec, "recipe": decisive(spec["recipe"])})
     folder = out or Path("runs") / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
-    if not plan_only:
+    if out or not plan_only:
         _refuse_other(folder, sweep)
     slots, gpus, device = places(sweep, launch)
     found = estimate(plan, device, console)
     for line in plan_lines(plan, found, folder, slots):
         console.say(line)
     if plan_only:
+        if out:
+            console.say(
+                f"registered: {Run.open(out, spec).path / 'sweep.json'}; a run with another plan is refused there"
+            )
         return None
-    ledger = Ledger(Run.open(folder, sweep.as_spec()), TRIES)
+    ledger = Ledger(Run.open(folder, spec), TRIES)
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
     ledger.limit(timeout_s, sweep.recipe)
     if launch.retry:

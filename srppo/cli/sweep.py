@@ -65,7 +65,9 @@ def ablate(
     slots: Slots = None,
     timeout: Timeout = None,
     retry: Annotated[bool, Option("--retry", help="Try again what was given up.")] = False,
-    plan: Annotated[bool, Option("--plan", help="Say what would be run, and stop.")] = False,
+    plan: Annotated[
+        bool, Option("--plan", help="Say what would be run, and stop; with --out its sweep.json is written.")
+    ] = False,
     device: Device = "auto",
     out: RunFolder = None,
     plain: Plain = False,

@@ -349,6 +349,8 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
     figures: Figures = {"kept_step": kept, "steps": session.total}
     figures |= {key: counters[key] for key in ("flops", "selection_flops")}
     figures["score"] = counters["kept_score"] if math.isfinite(counters["kept_score"]) else None
+    if session.harm:
+        bench.console.warn(f"{bench.name}: {session.harm}")
     if kept != session.total:
         figures["last"] = measure(run, bench, model, "last")
         try:

@@ -173,7 +173,8 @@ class Session:
         self.bench.attempt.log_event("training", start=start, total=self.total)  # how far it is, for whoever watches
         with self.bench.console.stage(self.bench.name, self.total) as self.view, stop_on_signal() as stopped:
             if not found and self.measure_start:
-                self._log({"step": 0, **self._measured()[0]})
+                row, self.state.counters["start_score"] = self._measured()
+                self._log({"step": 0, **row})
             for step in range(start + 1, self.total + 1):
                 yield step
                 if stopped.is_set():
@@ -199,6 +200,16 @@ class Session:
         self._log({"step": step, **row, "timing": dict(timing)})
         if improved or step % self.checkpoint_every == 0 or step == self.total:
             self.checkpoint(step)
+
+    @property
+    def harm(self) -> str | None:
+        """What to say where every step that was measured is worse on development items than the start, which is never
+        the one that is kept: an arm stands for its training."""
+        start, kept = self.state.counters.get("start_score"), self.state.counters["kept_score"]
+        if start is None or not math.isfinite(kept) or kept >= start:
+            return None
+        which = f"step {self.state.counters['kept_step']}, which is kept"
+        return f"training did harm: development score {kept:.3g} at {which}, {start:.3g} before the first step"
 
     def checkpoint(self, step: int) -> None:
         """Write the whole state; the two newest and the kept step stay on disk."""

@@ -624,7 +624,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         (["reward", "--quick"], "holds data-size, not reward"),
         (["data-size", "--quick", "--seeds", "4"], "seeds"),
-        (["data-size", "--quick", "--set", "ppo.lr=1e-3"], "recipe.ppo.lr: 0.0001 there, 0.001 now"),
+        (["data-size", "--quick", "--set", "ppo.lr=1e-3"], "recipe.ppo.lr: 0.0003 there, 0.001 now"),
         (["data-size", "--quick", "--sizes", "8,16"], "points"),
     ],
 )
@@ -636,6 +636,20 @@ def test_a_folder_of_another_sweep_or_with_other_settings_is_refused(argv, words
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line and "--out another folder" in line
     assert contents(folder) == before
+
+
+def test_a_plan_is_registered_before_the_sweep_and_holds_it(tmp_path, monkeypatch, capsys):
+    """--plan writes sweep.json where --out says, and nothing else; a run of another plan is then refused there."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["ablate", "data-size", "--quick", "--sizes", "8,16"]
+    assert command(monkeypatch, *argv, "--plan", "--plain") == 0
+    assert list(tmp_path.iterdir()) == [], "without --out nothing is written"
+    assert command(monkeypatch, *argv, "--plan", "--plain", "--out", tmp_path / "plan") == 0
+    assert "registered: " in capsys.readouterr().err
+    assert list(contents(tmp_path / "plan")) == ["sweep.json"]
+    assert Run.load(tmp_path / "plan").spec["analysis"]["margin"] == 0.05
+    assert command(monkeypatch, *argv, "--margin", "0.1", "--out", tmp_path / "plan") == 2
+    assert "made with other settings (analysis.margin" in capsys.readouterr().err
 
 
 def test_folders_that_are_no_sweep_are_refused(tmp_path, monkeypatch, capsys):

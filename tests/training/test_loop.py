@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from srppo.errors import Diverged
-from srppo.training.loop import clip_gradients, lr_factor
+from srppo.training.loop import Session, clip_gradients, lr_factor
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
@@ -31,3 +33,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
 )
 def test_learning_rates_by_hand(schedule: str, warmup: float, expected: list[float]) -> None:
     assert [lr_factor(schedule, warmup, step, 5) for step in range(1, 6)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("counters", "said"),
+    [
+        (
+            {"start_score": 0.8, "kept_score": 0.4, "kept_step": 5},
+            "development score 0.4 at step 5, which is kept, 0.8",
+        ),
+        ({"start_score": 0.8, "kept_score": 0.8, "kept_step": 5}, None),
+        ({"start_score": None, "kept_score": -math.inf, "kept_step": 5}, None),  # nothing to measure by
+        ({"kept_score": 0.4, "kept_step": 5}, None),  # a stage that does not measure its start
+    ],
+)
+def test_training_that_is_worse_than_its_start_says_so(counters: dict[str, Any], said: str | None) -> None:
+    session = Session(Mock(), Mock(counters=counters), 10, lambda step: False, Mock(), "best", 10)
+    assert session.harm is None if said is None else said in (session.harm or "")
