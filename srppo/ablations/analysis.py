@@ -323,8 +323,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _forecasts(sweep: Sweep, scores: Mapping[Cell, Scores]) -> Iterator[Forecast]:
-    """The optimum's order of the points beside PPO's, sampled and greedy, on the primary group, over the seeds that have
-    every point."""
+    """The optimum's order of the points beside PPO's, sampled and greedy, on the primary group, over the seeds that
+    have every point."""
     group, names = sweep.analysis.group, {arm.kind: arm.name for arm in reversed(sweep.arms)}  # the first of a kind
     by, what = names.get("resampled"), names.get("ppo")
     if by is None or what is None or len(sweep.points) < FEWEST_POINTS:
