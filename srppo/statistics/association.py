@@ -81,7 +81,8 @@ def order_agrees(one_PSU: Floats, other_PSU: Floats) -> Estimate:
     finite = drawn[np.isfinite(drawn)]
     if len(finite) < 2 or np.ptp(finite) < 1e-12:
         return Estimate(value, float("nan"), float("nan"), len(one_PSU))
-    return Estimate(value, *(float(bound) for bound in np.quantile(finite, [0.025, 0.975])), len(one_PSU))
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return Estimate(value, float(low), float(high), len(one_PSU))
 
 
 def auc_within(score: Sequence[float], right: Sequence[float], prompts: Sequence[Hashable]) -> Estimate:
