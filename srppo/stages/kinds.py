@@ -13,7 +13,7 @@ from hashlib import sha256
 from pkgutil import resolve_name
 from typing import Any
 
-from srppo.config import DistilConfig, Recipe, decisive, is_embedded, with_overrides
+from srppo.config import Recipe, decisive, is_embedded, with_overrides
 from srppo.data.chat import template_text
 from srppo.errors import ConfigError
 
@@ -235,6 +235,11 @@ def in_order(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
+_LIKE_SFT = ("sft", "1e-5 is common for 1-8B models")
+_RATES = {"distil": ("distil", "ten times ppo.lr is a start"), "self-distilled": _LIKE_SFT, "rejection-ft": _LIKE_SFT}
+"""Kinds whose learning rate a recipe need not have said by then, its section, and what to say where it has not."""
+
+
 def check(names: Iterable[str], recipe: Recipe) -> None:
     """Raises ConfigError for a recipe under which one of these kinds, or of those that they need, has no meaning."""
     for name in in_order(names):
@@ -244,11 +249,13 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
                 "--baselines compares with SFT at the compute of SFT and PPO together, and what the given model.sft "
                 "took is not known; leave out --baselines, or leave out model.sft so that it is trained here"
             )
-        if name == "distil" and not is_embedded(recipe.model.base) and recipe.distil.lr == DistilConfig().lr:
-            raise ConfigError(
-                f"model.base is {recipe.model.base!r} but distil.lr is not set; its default suits the embedded models "
-                "only; ten times ppo.lr is a start"
-            )
+        if name in _RATES and not is_embedded(recipe.model.base):
+            section, hint = _RATES[name]
+            if getattr(recipe, section).lr == getattr(Recipe(), section).lr:
+                raise ConfigError(
+                    f"model.base is {recipe.model.base!r} but {section}.lr is not set, by which {kind.label} is "
+                    f"trained; its default suits the embedded models only; {hint}"
+                )
         if kind.check:
             resolve_name(kind.check)(kind.recipe(recipe).reward)
 

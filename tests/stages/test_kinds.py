@@ -160,6 +160,10 @@ def test_the_rate_of_distillation_must_be_said_for_other_models() -> None:
     check(["distil"], with_overrides(Recipe(), {**given, "distil.lr": 1e-5}))
     with pytest.raises(ConfigError, match=r"model\.base is 'folder' but distil\.lr is not set"):
         check(["distil"], with_overrides(Recipe(), given))
+    sft_given = {**given, "model.sft": "folder"}  # then no SFT asks for its rate
+    with pytest.raises(ConfigError, match=r"sft\.lr is not set, by which self-distilled is trained"):
+        check(["self-distilled"], with_overrides(Recipe(), sft_given))
+    check(["self-distilled"], with_overrides(Recipe(), {**sft_given, "sft.lr": 1e-5}))
 
 
 # ---- a kind of one's own
