@@ -122,7 +122,13 @@ OLD_IDS = {
 
 def test_stages_made_before_these_keys_came_keep_their_ids() -> None:
     """Ids of the default recipe as commit f551e2b had them; records of that time are found again."""
-    of_then = {"rollout.max_new_tokens": 16, "sft.lr": 2e-4, "reward.center": "none"}
+    of_then = {
+        "rollout.max_new_tokens": 16,
+        "sft.lr": 2e-4,
+        "reward.center": "none",
+        "reward.beta": 0.25,
+        "ppo.lr": 1e-4,
+    }
     then = with_overrides(Recipe(), of_then)
     assert {kind: stage_id(kind, stage_settings(then, kind)) for kind in OLD_IDS} == OLD_IDS
 
