@@ -316,6 +316,7 @@ def reward(options: Options) -> Sweep:
 
 
 _PLAIN: Mapping[str, Any] = {"reward.center": "none", "ppo.advantage": "gae"}
+_NO_CLIP = 100.0  # a clipped ratio cuts what is rare shorter than what is likely, whatever the reward
 _WARM_UP = 5  # steps of critic_warmup, beside those that train the policy
 
 
@@ -326,6 +327,7 @@ def length(options: Options) -> Sweep:
     estimators: dict[str, dict[str, Any]] = {
         "as it comes": {},
         "mean taken off": {"reward.center": "batch"},
+        "mean taken off, unclipped": {"reward.center": "batch", "ppo.clip": _NO_CLIP},
         "critic from the mean": {"reward.center": "critic"},
         "critic warmed up": warm,
         "critic's lambda 1": {"ppo.critic_lam": 1.0},

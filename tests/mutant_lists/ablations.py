@@ -104,6 +104,27 @@ MUTANTS = [
         "report/test_sweep.py::test_where_an_arm_peaks_and_what_its_ends_lack",
     ),
     Mutant(
+        "sweep: the forecast is judged by the optimum's greedy answers",
+        "ablations/analysis.py",
+        'sides = [(by, (group, "sampled")), (what',
+        "sides = [(by, (group, decoding)), (what",
+        "report/test_sweep.py::test_the_forecast_is_judged_by_the_order_of_the_points",
+    ),
+    Mutant(
+        "sweep: more prompts than PPO draws",
+        "ablations/sweeps.py",
+        "dict.fromkeys(min(size * times, drawn) for times in TIMES)",
+        "dict.fromkeys(size * times for times in TIMES)",
+        "ablations/test_spec.py::test_prompts_beyond_what_ppo_draws_are_no_point_of_their_own",
+    ),
+    Mutant(
+        "sweep: a registered plan holds nothing",
+        "ablations/run.py",
+        "        if out:\n            where",
+        "        if False:\n            where",
+        "ablations/test_spec.py::test_a_plan_is_registered_before_the_sweep_and_holds_it",
+    ),
+    Mutant(
         "sweep: every model is a line of its own",
         "ablations/spec.py",
         "if key != axis and not _one_to_one(self.points, key, axis)]",

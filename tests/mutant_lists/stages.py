@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "selection: the start is not counted",
         "training/loop.py",
-        'self._log({"step": 0, **self._measured()[0]})',
-        'self._log({"step": 0, **self.measure()[0]})',
+        'row, self.state.counters["start_score"] = self._measured()',
+        'row, self.state.counters["start_score"] = self.measure()',
         "stages/test_run.py::test_what_choosing_takes_is_counted_in_every_trained_stage",
     ),
     Mutant(

@@ -132,6 +132,20 @@ MUTANTS = [
         "analysis/test_score.py::test_auc_and_rank_correlation_against_scipy",
     ),
     Mutant(
+        "association: the two orders are one",
+        "statistics/association.py",
+        "for each in (one_PSU, other_PSU)))",
+        "for each in (one_PSU, one_PSU)))",
+        "statistics/test_association.py::test_the_order_of_points_is_spearmans_of_their_means",
+    ),
+    Mutant(
+        "association: certainty where nothing varies",
+        "statistics/association.py",
+        '    if len(finite) < 2 or np.ptp(finite) < 1e-12:\n        return Estimate(value, float("nan"), float("nan"), len(one_PSU))',
+        '    if len(finite) < 2:\n        return Estimate(value, float("nan"), float("nan"), len(one_PSU))',
+        "statistics/test_association.py::test_what_seeds_and_units_share_with_all_points_does_not_blur_their_order",
+    ),
+    Mutant(
         "association: AUC across prompts",
         "statistics/association.py",
         "    for chosen in _rows_by(prompts):\n        count",

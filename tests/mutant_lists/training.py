@@ -552,6 +552,13 @@ MUTANTS = [
         "training/test_ppo.py::test_a_resumed_run_ends_with_the_same_state",
     ),
     Mutant(
+        "loop: harm is not said",
+        "training/loop.py",
+        "or kept >= start",
+        "or kept <= start",
+        "training/test_loop.py::test_training_that_is_worse_than_its_start_says_so",
+    ),
+    Mutant(
         "loop: Ctrl-C in a last step is swallowed",
         "training/loop.py",
         "                if stopped.is_set():\n",

@@ -480,7 +480,7 @@ def test_where_an_arm_peaks_and_what_its_ends_lack(tmp_path: Path) -> None:
 
 def test_the_forecast_is_judged_by_the_order_of_the_points(tmp_path: Path) -> None:
     """Sampled answers of the optimum against SRPPO's, sampled and greedy; without the optimum there is nothing."""
-    chances = {0.125: 0.2, 0.25: 0.8, 0.5: 0.6, 1.0: 0.4}
+    chances = {0.125: 0.42, 0.25: 0.5, 0.5: 0.46, 1.0: 0.44}  # so near that no two orders are the same by themselves
     optimum, analysis = Arm("optimum (forecast)", "resampled"), {"trend": "beta", "scale": "log2"}
     sweep = make_sweep(betas(*chances), (SFT, optimum, SRPPO), 4, analysis=analysis)
     record = make(tmp_path / "run", sweep, lambda t: chances[t.recipe.reward.beta] if t.kind != "sft" else 0.3)
@@ -490,7 +490,7 @@ def test_the_forecast_is_judged_by_the_order_of_the_points(tmp_path: Path) -> No
             for arm, of in ((optimum.name, METRICS[1]), ("SRPPO", metric))
         ]
         rho = scipy_stats.spearmanr(*means).statistic
-        assert np.isclose(forecast.rho.mean, rho) and rho > 0.5 and forecast.metric == metric
+        assert np.isclose(forecast.rho.mean, rho) and forecast.metric == metric
         assert (forecast.points, forecast.seeds) == (4, 4) and forecast.rho.low <= rho <= forecast.rho.high
         words = f"of optimum (forecast) with the accuracy of SRPPO: {rho:.3f} ["
         assert words in record.flat and words in re.sub(r"\s+", " ", record.page)
