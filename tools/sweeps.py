@@ -1,6 +1,8 @@
-"""docs/sweeps.md and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a kl-steps=runs/b`.
+"""docs/sweeps.md and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a "long-method=COMMAND=runs/b"`.
 
-Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the page says what that says.
+Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the page says what that says:
+question, design, figure, verdict. A sweep that is no shipped one at its defaults is given a name, and what follows
+`srppo ablate`. A plan that is registered under the name has to be the one that was run.
 """
 
 import json
@@ -11,16 +13,16 @@ from pathlib import Path
 
 from blocks import ROOT, write_block
 
-from srppo.ablations.analysis import analyse
+from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.run import load_sweep
+from srppo.ablations.spec import Sweep
 from srppo.record.store import Stage
 from srppo.report.history import environment_of
 from srppo.report.sweep import stages_of
-from srppo.report.sweep_words import answer, spent_line, trend_lines
+from srppo.report.sweep_words import answer, forecast_sentence, spent_line, trend_lines
 
-EXTRA = {"kl-steps": "kl --axis reward.anchor=sft --axis reward.beta=0.125,0.25,0.5 --axis ppo.steps=5,10,20,40"}
-"""Sweeps that are no shipped one at its defaults: NAME=FOLDER names them, and this follows `srppo ablate`."""
 COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png", "differences.png")
+CURVES = ("matched.csv", "curves.csv", "curves.png")
 
 
 def copy_results(folder: Path, name: str, stages: Mapping[str, Stage]) -> None:
@@ -28,32 +30,81 @@ def copy_results(folder: Path, name: str, stages: Mapping[str, Stage]) -> None:
     target = ROOT / "results" / "sweeps" / name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "sweep.json", target / "sweep.json")
-    for file in COPIED:
-        if (folder / "report" / file).read_bytes():  # without an ordered axis there are no trends
-            shutil.copy(folder / "report" / file, target / file)
+    for file in (*COPIED, *CURVES):
+        made = folder / "report" / file
+        if made.exists() and made.read_bytes():  # without an ordered axis there are no trends
+            shutil.copy(made, target / file)
     found = [each for stage in stages.values() if (each := environment_of(stage))]
     commits = sorted({str(each.get("commit")) for each in found})
     told = {**found[0], "commit": commits[0] if len(commits) == 1 else commits}
     (target / "environment.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
 
 
+def check_registered(folder: Path, name: str) -> str:
+    """What to say of the plan. Stops where the registered one is another."""
+    registered = ROOT / "results" / "registered" / f"{name}.json"
+    if not registered.exists():
+        return "The plan was not registered."
+    if json.loads(registered.read_text()) != json.loads((folder / "sweep.json").read_text()):
+        raise SystemExit(f"{registered} is not the plan of {folder}")
+    return f"[Registered](../results/registered/{name}.json)."
+
+
+def design(sweep: Sweep) -> str:
+    """Points, arms, seeds and what decides, in a paragraph."""
+    points = f"{len(sweep.points)} points ({'; '.join(each.name for each in sweep.points)})"
+    points = f"{points} by " if len(sweep.points) > 1 else ""
+    arms = f"{len(sweep.arms)} arms ({', '.join(arm.name for arm in sweep.arms)})"
+    turns = f", which take turns with {', '.join(f'`{base}`' for base in sweep.bases)}" if sweep.bases else ""
+    decides = f"accuracy on {sweep.analysis.group} tasks, {sweep.analysis.decoding}"
+    tests = f"{sweep.analysis.comparisons} comparisons, {sweep.analysis.correction}"
+    recipe = sweep.recipe
+    training = (
+        f"{recipe.ppo.steps} PPO steps of {recipe.rollout.batch}, lr {recipe.ppo.lr:g}, beta {recipe.reward.beta:g}"
+    )
+    training += f"; SFT at {recipe.sft.lr:g}"
+    return (
+        f"{points}{arms}; {len(sweep.seeds)} seeds{turns}; unless a point says otherwise {training}. "
+        f"What decides: {decides}; {tests}; margin {sweep.analysis.margin:g}."
+    )
+
+
 def said(argument: str) -> tuple[str, str]:
-    """(command, what the page says of a sweep); the argument is FOLDER or NAME=FOLDER."""
-    given, _, place = argument.rpartition("=")
+    """(command, what the page says of a sweep); the argument is FOLDER or NAME=COMMAND=FOLDER."""
+    rest, _, place = argument.rpartition("=")
     folder = Path(place)
     plan, ledger = load_sweep(folder)
-    name, stages = given or plan.sweep.name, stages_of(plan, ledger)
+    name, _, asked = rest.partition("=") if rest else (plan.sweep.name, "", plan.sweep.name)
+    registered, stages = check_registered(folder, name), stages_of(plan, ledger)
     copy_results(folder, name, stages)
     result = analyse(plan, ledger)
-    command = f"srppo ablate {EXTRA.get(name, name)}"
-    where = f"../results/sweeps/{name}"
-    picture = f"![Accuracy of every cell of {name}, with intervals]({where}/accuracy.png)"
+    return f"srppo ablate {asked}", block(result, name, stages, registered)
+
+
+def block(result: SweepResult, name: str, stages: Mapping[str, Stage], registered: str) -> str:
+    """Question, design, figure and verdict."""
+    sweep, where = result.plan.sweep, f"../results/sweeps/{name}"
+    figure = "curves.png" if result.curves else "accuracy.png"
+    words = "Accuracy over KL of every arm" if result.curves else f"Accuracy of every cell of {name}, with intervals"
     trends = "; ".join(line for line in trend_lines(result) if " minus " in line)
     slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
-    files = {"Cells": "cells.csv", "differences": "differences.csv", "slopes": "trends.csv"}
+    forecasts = [f"{forecast_sentence(each)}." for each in result.forecasts]
+    files = {
+        "Cells": "cells.csv",
+        "differences": "differences.csv",
+        "at equal KL": "matched.csv",
+        "slopes": "trends.csv",
+    }
     links = [f"[{word}]({where}/{file})" for word, file in files.items() if (ROOT / "docs" / where / file).exists()]
-    lines = [answer(result), *slopes, spent_line(stages.values()), f"{', '.join(links)}."]
-    return command, f"{picture}\n\n{' '.join(lines)}"
+    verdict = " ".join([answer(result), *slopes, *forecasts, spent_line(stages.values()), f"{', '.join(links)}."])
+    return "\n\n".join(
+        [
+            f"**Question.** {sweep.question}",
+            f"**Design.** {design(sweep)} {registered}",
+            f"![{words}]({where}/{figure})",
+            f"**Verdict.** {verdict}",
+        ]
+    )
 
 
 def main(arguments: list[str]) -> None:

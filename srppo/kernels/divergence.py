@@ -57,7 +57,10 @@ def dense(policy: Head, sft: Head, base: Head, teacher: Teacher, transforms: tup
 def chunked(
     policy: Head, sft: Head, base: Head, teacher: Teacher, transforms: tuple[Transform, Transform]
 ) -> ReverseKl:
-    """The same by chunks of rows."""
+    """The same by chunks of rows. Without gradients enabled none is worked out."""
+    if not torch.is_grad_enabled():
+        bias_V = None if policy.bias_V is None else policy.bias_V.detach()
+        policy = Head(policy.hidden_ND.detach(), policy.weight_VD.detach(), bias_V)
     return ReverseKl(*_Chunked.apply(*policy, (sft, base), teacher, transforms))
 
 

@@ -135,16 +135,11 @@ def full_kl(
     log pi - log anchor is, with less noise: the choice of each token is averaged out (Rao-Blackwell; Amini et al. 2025,
     arXiv 2504.10637).
     """
-    width, positions = batch.response_mask_BT.shape[1], batch.tokens_BS.shape[1]
-    fit = rows_that_fit(policy, positions, scored=2 * positions, held=weight_bytes(policy, anchor))
-    parts = []
-    for rows in micro_slices(len(batch.tokens_BS), micro_batch or fit):
-        tokens_BS, mask_BS = batch.tokens_BS[rows], batch.attention_mask_BS[rows]
-        policy_NV, anchor_NV = (
-            model.logit_rows(tokens_BS, mask_BS, width).float().log_softmax(-1) for model in (policy, anchor)
-        )
-        kl_N = (policy_NV.exp() * (policy_NV - anchor_NV)).sum(dim=-1)
-        parts.append(unflatten(kl_N, batch.response_mask_BT[rows]).sum(dim=1))
+    width, parts = batch.response_mask_BT.shape[1], []
+    for rows in micro_slices(len(batch.tokens_BS), micro_batch or _rows_that_fit(batch, policy, anchor)):
+        inputs = batch.tokens_BS[rows], batch.attention_mask_BS[rows], width
+        found = response_reverse_kl(policy, anchor, anchor, inputs, lambda anchor_NV, _: anchor_NV)
+        parts.append(unflatten(found.teacher_N, batch.response_mask_BT[rows]).sum(dim=1))
     return torch.cat(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -183,6 +184,20 @@ def test_frozen_models_get_no_gradient(impl: Any) -> None:
     heads = [Head(*(x.requires_grad_() for x in head)) for head in three(6, 8, 20)]
     kl_of(heads, impl).total.backward()
     assert all(x.grad is not None for x in heads[0]) and all(x.grad is None for head in heads[1:] for x in head)
+
+
+def test_where_no_gradient_is_wanted_none_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are trained elsewhere: the values are the same, and no product for a gradient is made."""
+    heads = three(40, 8, 33)
+    leaves = Head(*(x.detach().requires_grad_() if x is not None else None for x in heads[0]))
+    wanted = kl_of([leaves, *heads[1:]])
+    products = Mock(side_effect=torch.mm)
+    monkeypatch.setattr(torch, "mm", products)
+    with torch.no_grad():
+        found = kl_of([leaves, *heads[1:]])
+    assert not products.called and not found.total.requires_grad
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other.detach())
 
 
 def test_nothing_sampled_is_nothing_lost() -> None:
