@@ -1,4 +1,4 @@
-"""docs/sweeps.md and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a "long-method=COMMAND=runs/b"`.
+"""docs/sweeps.md and `results/sweeps/` from finished sweeps: `python tools/sweeps.py runs/a "NAME=COMMAND=runs/b"`.
 
 Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the page says what that says:
 question, design, figure, verdict. A sweep that is no shipped one at its defaults is given a name, and what follows
