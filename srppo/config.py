@@ -175,7 +175,7 @@ class RewardConfig(_Section):
     )
     scale: bool = Field(True, description="divide reward - beta KL by its running standard deviation")
     anchor: Literal["sft", "base"] = Field("sft", description="the model the KL penalty pulls towards")
-    beta: float = Field(0.25, ge=0, description="weight of the KL penalty; useful values are of order 1")
+    beta: float = Field(1.0, ge=0, description="weight of the KL penalty; useful values are of order 1")
     kl: Literal["k1", "k2", "k3"] = Field(
         "k1", description="k1 in the reward; k2 (of the response) or k3 (of each token, biased) in the loss"
     )
@@ -195,7 +195,7 @@ class PpoConfig(_Section):
     )
     epochs: int = Field(2, ge=1, description="passes over each batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
-    lr: float = Field(1e-4, gt=0, description="policy learning rate (Adam)")
+    lr: float = Field(3e-4, gt=0, description="policy learning rate (Adam)")
     value_lr: float = Field(5e-4, gt=0, description="critic learning rate (Adam)")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of both learning rates")
     warmup: float = Field(0.0, ge=0, le=1, description="share of steps with rising learning rate")

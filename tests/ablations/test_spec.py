@@ -624,7 +624,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         (["reward", "--quick"], "holds data-size, not reward"),
         (["data-size", "--quick", "--seeds", "4"], "seeds"),
-        (["data-size", "--quick", "--set", "ppo.lr=1e-3"], "recipe.ppo.lr: 0.0001 there, 0.001 now"),
+        (["data-size", "--quick", "--set", "ppo.lr=1e-3"], "recipe.ppo.lr: 0.0003 there, 0.001 now"),
         (["data-size", "--quick", "--sizes", "8,16"], "points"),
     ],
 )
