@@ -117,7 +117,7 @@ def _p_same(contrast: Contrast, error: _Error) -> float:
     """The larger p of two one-sided tests, that the difference is not above -margin and that it is not below +margin;
     each the larger of t's and, with several seeds, the exact sign flips'."""
     margin, by_seed = contrast.margin, contrast.gaps.mean(axis=1)
-    if margin is None:
+    if margin is None or contrast.exact.n < 2:  # one seed, of a claim about seeds: nothing is shown, sameness neither
         return 1.0
     shifted = (by_seed + margin, margin - by_seed) if len(by_seed) > 1 else ()
     flips = [sign_flip(each).p / 2 if each.sum() > 0 else 1.0 for each in shifted]  # half of them, by symmetry

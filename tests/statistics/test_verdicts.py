@@ -55,6 +55,15 @@ def test_one_unit_each_is_scipys_t_test() -> None:
 SIDES = ((-0.05, "greater"), (0.05, "less"))
 
 
+def test_one_seed_of_a_claim_about_seeds_shows_no_sameness() -> None:
+    """As it shows no difference: the exact test is over seeds and there is one. Two given models are another claim."""
+    gaps = np.zeros((1, 400))
+    gaps[0, :4] = 1, -1, 1, -1
+    (seeds,) = judge([Contrast(gaps, sign_flip(gaps.mean(axis=1)), margin=0.05)])
+    (models,) = judge([Contrast(gaps, sign_flip(gaps[0]), margin=0.05)])
+    assert (seeds.verdict, seeds.p_same, models.verdict) == ("cannot tell", 1.0, "same")
+
+
 def test_sameness_needs_seeds_too() -> None:
     """Ten seeds that agree within 0.001 of nothing are the same; four cannot show it: 2^-4 > 0.05."""
     gaps = np.random.default_rng(2).normal(0, 0.001, (10, 30))
