@@ -188,6 +188,13 @@ MUTANTS = [
         "statistics/test_verdicts.py::test_one_unit_each_is_scipys_t_test",
     ),
     Mutant(
+        "verdicts: the same by one seed",
+        "statistics/verdicts.py",
+        "if margin is None or contrast.exact.n < 2:",
+        "if margin is None:",
+        "statistics/test_verdicts.py::test_one_seed_of_a_claim_about_seeds_shows_no_sameness",
+    ),
+    Mutant(
         "verdicts: the same without seeds",
         "statistics/verdicts.py",
         "if len(by_seed) > 1 else ()",
