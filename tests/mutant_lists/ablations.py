@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "sweep: a registered plan holds nothing",
         "ablations/run.py",
-        "        if out:\n            where",
-        "        if False:\n            where",
+        "        if out:\n            console",
+        "        if False:\n            console",
         "ablations/test_spec.py::test_a_plan_is_registered_before_the_sweep_and_holds_it",
     ),
     Mutant(

@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         "full KL: the other way round",
         "training/scores.py",
-        "policy_NV.exp() * (policy_NV - anchor_NV)",
-        "anchor_NV.exp() * (anchor_NV - policy_NV)",
+        "response_reverse_kl(policy, anchor, anchor,",
+        "response_reverse_kl(anchor, policy, policy,",
         "training/test_oracle.py::test_the_kl_of_whole_distributions_along_responses_is_the_kl_over_responses",
     ),
     Mutant(
