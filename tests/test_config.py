@@ -250,7 +250,7 @@ OTHER_THAN_DEFAULT = {
     "sft.lr": 1e-7,
     "reward.length_norm": True,
     "reward.token_clip": 5.0,
-    "reward.beta": 1.0,
+    "reward.beta": 0.5,
     "ppo.value_clip": None,
     "ppo.target_kl": 0.01,
     "ppo.max_kl": 1e300,

@@ -337,7 +337,9 @@ def test_training_follows_the_schedule(tmp_path: Path) -> None:
 
 def test_the_kept_step_is_measured_and_exported(tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
-    recipe = make_world(tmp_path / "world").recipe({"eval.metric": "nll", "ppo.steps": 3, "ppo.lr": 0.05})
+    recipe = make_world(tmp_path / "world").recipe(
+        {"eval.metric": "nll", "ppo.steps": 3, "ppo.lr": 0.05, "reward.beta": 0.25}
+    )
     run_world(recipe, tmp_path / "run")
     (stage,) = [s for s in Run.load(tmp_path / "run").stages() if s.identity["kind"] == "ppo"]
     figures, rows = (stage.result() or {})["figures"], {row["step"]: row for row in stage.metrics()}
