@@ -23,7 +23,7 @@ from srppo.ablations.spec import (
     grid,
     label,
 )
-from srppo.config import Recipe, is_embedded, with_overrides, world_style
+from srppo.config import EMBEDDED_SIZE, Recipe, is_embedded, with_overrides, world_style
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
 from srppo.stages.kinds import KINDS, in_order
@@ -136,7 +136,9 @@ def data_size(options: Options) -> Sweep:
             "defaults are the embedded world's"
         )
     sizes = options.values("data.size", (4, 16, 64, 256), quick=(8, 32, 128))
-    steps = recipe.sft.steps or max(1, round(recipe.sft.epochs * (recipe.data.size or 32) / recipe.sft.batch))
+    steps = recipe.sft.steps or max(
+        1, round(recipe.sft.epochs * (recipe.data.size or EMBEDDED_SIZE) / recipe.sft.batch)
+    )
     budgets: dict[str, dict[str, Any]] = {"steps": {"sft.steps": steps}}
     if not options.quick:
         budgets["epochs"] = {"sft.steps": None}
@@ -292,7 +294,7 @@ def reward(options: Options) -> Sweep:
     kinds = options.values("reward.kind", shown, quick=(COHERENT, "brevity", "shuffled"))
     if unknown := [str(name) for name in kinds if name not in REWARD_KINDS]:
         raise ConfigError(f"reward.kind = {unknown[0]}: the kinds of reward are {', '.join(REWARD_KINDS)}")
-    betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5))
+    betas = options.values("reward.beta", (0.25, 0.5, 1.0, 2.0), quick=(0.25, 1.0))
     steps = options.recipe.ppo.steps
     curve = sorted({max(steps // part, 1) for part in (1, 2, 4)})
     fixed = {"eval.curve": curve, "eval.every": 0, "ppo.target_kl": None}
@@ -355,7 +357,7 @@ def length(options: Options) -> Sweep:
 def kl(options: Options) -> Sweep:
     """Anchor and weight of the KL penalty; steps as a third axis where asked for."""
     anchors = options.values("reward.anchor", ("sft", "base"), quick=("sft",))
-    betas = options.values("reward.beta", (0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.5, 2.0))
+    betas = options.values("reward.beta", (0.25, 0.5, 1.0, 2.0), quick=(0.25, 1.0, 4.0))
     steps = options.values("ppo.steps", (options.recipe.ppo.steps,))
     several = len(steps) > 1
     points = []

@@ -45,8 +45,8 @@ def ablate(
         Option(
             metavar="A,B",
             help="grid: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, majority vote, "
-            "weighted vote, resampling, best-of-n, self-distilled, rejection FT, on-policy distillation, RLOO, "
-            "shuffled, SRPPO, SRPPO from chosen SFT. (default: SFT,longer SFT,shuffled,SRPPO)",
+            "weighted vote, resampling, best-of-n, on-policy distillation, self-distilled, rejection FT, brevity, "
+            "RLOO, shuffled, SRPPO, SRPPO from chosen SFT. (default: SFT,longer SFT,shuffled,SRPPO)",
         ),
     ] = None,
     primary: Annotated[
