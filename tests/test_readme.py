@@ -219,25 +219,36 @@ def test_every_block_of_figures_names_its_command(page: str) -> None:
     assert "![" not in outside, f"{page}: a picture stands in no block, so nothing says what made it"
 
 
-@pytest.mark.parametrize(("page", "decoding"), [("README.md", "greedy"), ("sweeps.md", "sampled")])
-def test_the_demos_table_is_that_of_its_rows(page: str, decoding: str) -> None:
+def tables_of(block: str) -> list[tuple[list[str], list[list[str]]]]:
+    """(header, rows) of each table in a block."""
+    found: list[tuple[list[str], list[list[str]]]] = []
+    for part in block.split("\n\n"):
+        lines = [re.split(r" *\| *", line)[1:-1] for line in part.splitlines() if line.startswith("|")]
+        if lines:
+            found.append((lines[0], lines[2:]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "cells"), [("README.md", 8 * 3), ("sweeps.md", 12 * 4 * 2)])
+def test_the_demos_tables_are_those_of_its_rows(page: str, cells: int) -> None:
     """The means; intervals come from every answer, which the repository does not hold."""
     found: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     rows = [json.loads(line) for line in (ROOT / "results" / "demo-10-seeds.jsonl").read_text().splitlines()]
+    names = {"last": ("last step",), "kept": ("best on dev", "last step")}  # one row where the last step was kept
     for row in sorted(rows, key=lambda row: row["which"]):  # kept, then last, where that is another step
-        if row["decoding"] == decoding:
-            ours = {"kept": ("SRPPO, best on dev", "SRPPO, last step"), "last": ("SRPPO, last step",)}[row["which"]]
-            for arm in ours if row["arm"] == "SRPPO" else (row["arm"],):
-                found[arm, row["group"]][row["seed"]] = row["accuracy"]
-    block = PAGES[page].partition("<!-- from: srppo demo --seeds 10 -->")[2].partition(END)[0]
-    header, _, *lines = [re.split(r" *\| *", line)[1:-1] for line in block.splitlines() if line.startswith("|")]
-    groups = [re.sub(r".*\((\w+)\)", r"\1", words) for words in header[1:]]
-    table = {(line[0], group): cell for line in lines for group, cell in zip(groups, line[1:], strict=True)}
-    measured = {place: cell for place, cell in table.items() if " minus " not in place[0]}
-    assert header[0] == decoding and measured.keys() == found.keys()
-    assert {place: cell.split()[0] for place, cell in measured.items()} == {
-        place: f"{mean(seeds.values()):.2f}" for place, seeds in found.items()
-    }
+        for which in names[row["which"]]:
+            for name in (row["arm"], f"{row['arm']}, {which}"):
+                found[name, row["group"], row["decoding"]][row["seed"]] = row["accuracy"]
+    block, checked = PAGES[page].partition("<!-- from: srppo demo --seeds 10 -->")[2].partition(END)[0], 0
+    for (corner, *heads), lines in tables_of(block):
+        for name, *means in lines:
+            for head, cell in zip(heads, means, strict=True):
+                group, decoding = re.search(r"\((\w+)\)(?:, (\w+))?", head).groups()  # type: ignore[union-attr]
+                if " minus " not in name:
+                    seeds = found[name, group, decoding or corner.strip()]
+                    assert len(seeds) == 10 and cell.split()[0] == f"{mean(seeds.values()):.2f}", (name, head)
+                    checked += 1
+    assert checked == cells
 
 
 @pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
@@ -286,7 +297,8 @@ def test_a_run_fills_the_blocks_of_its_command(
         assert "(terminal.svg)" in sweeps and "|" not in readme + sweeps
         assert "SRPPO" in (docs / "terminal.svg").read_text()
     else:
-        assert "| greedy |" in readme and "| sampled |" in sweeps and "| *SRPPO minus SFT* |" in readme
+        assert all(f"| {each} |" in sweeps for each in ("greedy", "sampled", "*SRPPO minus SFT*"))
+        assert "(unseen), sampled |" in readme and "| *SRPPO minus SFT* |" in readme and "last step" not in readme
         assert "3 training seeds" in readme and {path.name for path in docs.glob("*.png")} == {
             "accuracy.png",
             "curves.png",

@@ -7,6 +7,7 @@ own plots accuracy.png and curves.png.
 import io
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from blocks import ROOT, write_block
@@ -41,22 +42,38 @@ def terminal_picture(run: Run, command: str, path: Path) -> None:
     console.save_svg(str(path), title="srppo")
 
 
-def markdown_table(run: Run, decoding: str) -> str:
-    """Accuracy of every arm under one decoding, and the paired differences."""
+SHORT = (("demonstrated", "greedy"), ("unseen", "greedy"), ("unseen", "sampled"))
+"""What the README shows."""
+
+
+def markdown_table(run: Run, columns: Sequence[tuple[str, str]], *, last: bool = True) -> str:
+    """Accuracy of every arm by (group, decoding), and the paired differences; without `last` at the kept step alone."""
     rows = arm_rows(run)
     arms, pairs = arms_of(rows), differences_of(rows)
-    groups = groups_of(arms)
-    lines = [f"| {decoding} | {' | '.join(map(group_words, groups))} |", "|---" * (len(groups) + 1) + "|"]
+    decodings = dict.fromkeys(decoding for _, decoding in columns)
+    alone = next(iter(decodings)) if len(decodings) == 1 else ""
+    heads = [group_words(group) + ("" if alone else f", {decoding}") for group, decoding in columns]
+    lines = [f"| {alone} | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for arm in arms:
-        cells = [estimate_text(arm.figures.get((group, decoding))) for group in groups]
-        lines.append(f"| {arm.name} | {' | '.join(cells)} |")
+        if last or not arm.name.endswith(", last step"):
+            cells = [estimate_text(arm.figures.get(column)) for column in columns]
+            lines.append(f"| {arm.name} | {' | '.join(cells)} |")
     for pair in pairs:
-        cells = [estimate_text(pair.figures.get((group, decoding)), "+.2f") for group in groups]
-        name = pair.name if " minus " in pair.name else f"SRPPO minus {pair.name}"
+        if not last and pair.name in ("longer", "SRPPO from chosen SFT"):
+            continue  # the README has the nearest of each
+        cells = [estimate_text(pair.figures.get(column), "+.2f") for column in columns]
+        name = pair.name if pair.name.endswith(" minus chosen") else f"SRPPO minus {pair.name}"
         lines.append(f"| *{name}* | {' | '.join(cells)} |")
-    estimate = next(iter(arms[-1].figures.values()))
-    n = f"n = {estimate.n} test items a group and {arms[-1].seeds} training seeds"
-    return "\n".join([*lines, "", f"{n}; exact match, with 95% intervals over items and seeds: {INTERVAL}."])
+    return "\n".join(lines)
+
+
+def caption(run: Run) -> str:
+    """What the intervals are over."""
+    arm = arms_of(arm_rows(run))[-1]
+    items = {group: estimate.n for (group, _), estimate in arm.figures.items()}
+    n = ", ".join(f"{count} {group}" for group, count in items.items())
+    over = "over items and seeds, those of differences over tasks and seeds"
+    return f"n = {n} test items and {arm.seeds} training seeds; exact match, with 95% intervals {over}: {INTERVAL}."
 
 
 def main(folder: Path, command: str) -> None:
@@ -68,8 +85,13 @@ def main(folder: Path, command: str) -> None:
     for name in ("accuracy.png", "curves.png"):
         shutil.copy(folder / "report" / name, docs / name)
     picture = "![Test accuracy of every arm with intervals](docs/accuracy.png)"
-    write_block("README.md", command, f"{markdown_table(run, 'greedy')}\n\n{picture}")
-    write_block("docs/sweeps.md", command, f"{markdown_table(run, 'sampled')}\n\n![Training curves](curves.png)")
+    short, full = markdown_table(run, SHORT, last=False), []
+    for decoding in ("greedy", "sampled"):
+        groups = groups_of(arms_of(arm_rows(run)))
+        full.append(markdown_table(run, [(group, decoding) for group in groups]))
+    write_block("README.md", command, f"{short}\n\n{caption(run)}\n\n{picture}")
+    tables = "\n\n".join([*full, caption(run)])
+    write_block("docs/sweeps.md", command, f"{tables}\n\n![Training curves](curves.png)")
 
 
 if __name__ == "__main__":
