@@ -82,7 +82,8 @@ def compare_command(
 def arms_of(paths: Sequence[Path], metric: str | None = None) -> tuple[dict[str, list[TaskResult]], list[str]]:
     """The models to compare, the baseline first, and what a reader should know of the choice.
 
-    One path: all its models, a run's SFT or else the first being the baseline. Several: one model each; a run without
+    One path: all its models, a run's SFT or else the first being the baseline, and the base of a run left out where
+    there are others. Several: one model each; a run without
     :ARM stands for SRPPO, or for the last arm it has. Raises DataError for a name it does not have.
     """
     if len({str(path) for path in paths}) < len(paths):
@@ -97,6 +98,9 @@ def arms_of(paths: Sequence[Path], metric: str | None = None) -> tuple[dict[str,
             problems = (problem_of(stage, stage.result()) for stage in stages)
             notes += [f"{path}, {name}, left out: {problem}" for problem in problems if problem]
         if len(paths) == 1 and arm is None:
+            if is_run and "base" in models and "SFT" in models and len(models) > 2:
+                del models["base"]  # what nobody asks would still count in the correction
+                notes.append(f"the base is left out of the family; {path}:SFT {path}:base compares it")
             return {name: models[name] for name in sorted(models, key=lambda name: name != "SFT")}, notes
         if arm is None and len(models) > 1 and not is_run:
             raise DataError(f"{path} holds the models {_list(models)}; choose one: {path}:NAME")

@@ -401,10 +401,13 @@ def test_a_run_has_arms_and_a_default(tmp_path: Path) -> None:
             with stage.attempt() as attempt:
                 attempt.commit("ok" if seed < 2 else "diverged", {"reason": "KL 200"}, [])
     arms, notes = arms_of([run.path])
-    assert list(arms) == ["SFT", "base", "SRPPO"], "SFT is the baseline"
-    assert [len(own) for own in arms.values()] == [2, 2, 2] and notes == [
-        f"{run.path}, SRPPO, left out: seed 2 diverged: KL 200"
+    assert list(arms) == ["SFT", "SRPPO"], "SFT is the baseline"
+    assert [len(own) for own in arms.values()] == [2, 2] and notes == [
+        f"{run.path}, SRPPO, left out: seed 2 diverged: KL 200",
+        f"the base is left out of the family; {run.path}:SFT {run.path}:base compares it",
     ]
+    arms, _ = arms_of([Path(f"{run.path}:sft"), Path(f"{run.path}:base")])
+    assert list(arms) == ["SFT", "base"], "it is there for who asks"
     arms, notes = arms_of([Path(f"{run.path}:sft"), run.path])
     assert list(arms) == ["SFT", "SRPPO"] and "stands for its arm SRPPO" in notes[-1]
 
