@@ -80,9 +80,9 @@ def report_run(folder: Path, console: Console) -> None:
     for line in missing:
         console.print(line)
     for name, stages in stages_by_arm(run).items():
-        for stage in stages:
-            if (stage.path / "model").is_dir():
-                console.print(f"{name}: {stage.path / 'model'}")
+        if folders := [folder for stage in stages if (folder := stage.path / "model").is_dir()]:
+            others = f" and {len(folders) - 1} of other seeds, whose stages rows.jsonl names" if folders[1:] else ""
+            console.print(f"{name}: {folders[0]}{others}")
     console.print(f"report: {page}")
 
 
@@ -298,7 +298,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
             training, choosing = compute_of(stage)
             made = {key: environment.get(key) for key in ("cpu", "cores", "commit")}
             made |= {name: environment.get("packages", {}).get(name) for name in ("torch", "transformers")}
-            common = {"arm": arm, "seed": answers.seed_of(stage), **made}
+            common = {"arm": arm, "seed": answers.seed_of(stage), "stage": stage.id, **made}
             common |= {"flops": training, "selection_flops": choosing}
             common |= {"kept_step": figures.get("kept_step"), "steps": figures.get("steps")}
             for which in ("kept", "last"):
