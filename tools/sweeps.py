@@ -15,13 +15,14 @@ from blocks import ROOT, write_block
 
 from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.run import load_sweep
-from srppo.ablations.spec import Sweep
+from srppo.ablations.spec import Sweep, label
 from srppo.record.store import Stage
 from srppo.report.history import environment_of
 from srppo.report.sweep import stages_of
 from srppo.report.sweep_words import answer, forecast_sentence, spent_line, trend_lines
 
 COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png", "differences.png")
+MOST_NAMES = 10
 CURVES = ("matched.csv", "curves.csv", "curves.png")
 
 
@@ -52,7 +53,12 @@ def check_registered(folder: Path, name: str) -> str:
 
 def design(sweep: Sweep) -> str:
     """Points, arms, seeds and what decides, in a paragraph."""
-    points = f"{len(sweep.points)} points ({'; '.join(each.name for each in sweep.points)})"
+    names = "; ".join(each.name for each in sweep.points)
+    if len(sweep.points) > MOST_NAMES:
+        values = {key: dict.fromkeys(label(point.values.get(key)) for point in sweep.points) for key in sweep.axes}
+        values = {key: found for key, found in values.items() if len(found) > 1}
+        names = "; ".join(f"{key} {', '.join(found)}" for key, found in values.items()) or names
+    points = f"{len(sweep.points)} points ({names})"
     points = f"{points} by " if len(sweep.points) > 1 else ""
     arms = f"{len(sweep.arms)} arms ({', '.join(arm.name for arm in sweep.arms)})"
     turns = f", which take turns with {', '.join(f'`{base}`' for base in sweep.bases)}" if sweep.bases else ""
@@ -87,7 +93,7 @@ def block(result: SweepResult, name: str, stages: Mapping[str, Stage], registere
     figure = "curves.png" if result.curves else "accuracy.png"
     words = "Accuracy over KL of every arm" if result.curves else f"Accuracy of every cell of {name}, with intervals"
     trends = "; ".join(line for line in trend_lines(result) if " minus " in line)
-    slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends else []
+    slopes = [f"Slopes, neither tested nor corrected: {trends}."] if trends and sweep.name != "grid" else []
     forecasts = [f"{forecast_sentence(each)}." for each in result.forecasts]
     files = {
         "Cells": "cells.csv",

@@ -470,18 +470,24 @@ def sft_variants(recipe: Recipe) -> list[Arm]:
     return [] if recipe.model.sft else found
 
 
+SPAN = 8  # times the least, from which a slope is one per doubling
+
+
 def any_grid(options: Options) -> Sweep:
     """Every combination of the axes given."""
     if not options.axes:
         raise ConfigError("grid needs axes; give --axis section.key=v1,v2, for example --axis ppo.lr=3e-5,1e-4")
     points = grid(**options.axes)
     ordered = [name for name in points[0].values if all(_is_number(point.values[name]) for point in points)]
+    values = [float(point.values[ordered[0]]) for point in points] if ordered else []
+    wide = bool(values) and 0 < SPAN * min(values) <= max(values)
     return options.sweep(
         "grid",
         "What do " + " and ".join(options.axes) + " change?",
         points,
         options.arms or COMMON,
         trend=ordered[0] if ordered else None,
+        scale="log2" if wide else "linear",
     )
 
 

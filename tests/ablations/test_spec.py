@@ -286,6 +286,12 @@ def test_every_sweep_has_the_controls(name, quick):
     assert against == set(by_key.values()), "of points that are the same stages, the first"
 
 
+def test_a_slope_along_a_wide_axis_is_per_doubling():
+    assert the_sweep("grid", axes=["ppo.lr=3e-5,1e-4,3e-4"]).analysis.scale == "log2"
+    assert the_sweep("grid", axes=["ppo.lam=0,0.5,1"]).analysis.scale == "linear", "0 has no logarithm"
+    assert the_sweep("grid", axes=["reward.beta=0.5,0.75,1"]).analysis.scale == "linear"
+
+
 def test_prompts_beyond_what_ppo_draws_are_no_point_of_their_own():
     sweep = the_sweep("data-prompts")
     found = [(point.overrides["data.size"], point.overrides["data.prompts_size"]) for point in sweep.points]
