@@ -23,6 +23,7 @@ from srppo.report.history import Line, SeedRows, over_seeds
 from srppo.report.page import narrow_of
 from srppo.report.style import GRID, INK, PAPER, STYLE
 from srppo.report.words import GROUP_WORDS, is_number, short_number
+from srppo.stages.kinds import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -607,8 +608,9 @@ def _sweep_lines(sweep: Sweep, axis: str, known: Accuracies, path: Path) -> list
 
 def _sweep_dots(sweep: Sweep, known: Accuracies, path: Path) -> list[Path]:
     """A line a cell: points in groups, in each a dot with whiskers an arm."""
-    arms, colours = len(sweep.arms), arm_colours([arm.name for arm in sweep.arms])
-    cells, several = sweep.cells(), len(sweep.points) > 1
+    colours, several = arm_colours([arm.name for arm in sweep.arms]), len(sweep.points) > 1
+    shown = [arm.name for arm in sweep.arms if sweep.analysis.decoding in KINDS[arm.kind].decodings]
+    arms, cells = len(shown), [cell for cell in sweep.cells() if cell.arm in shown]
     names = [tables.point_label(sweep, point.name) for point in sweep.points] if several else [c.arm for c in cells]
     at = [i * arms + (arms - 1) / 2 for i in range(len(names))] if several else None
     panels = []
