@@ -251,6 +251,8 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
         "ended",
         "length_start",
         "ended_start",
+        "sampled_tokens",
+        "sampled_ended",
         "ess",
         "gain_at_lengths",
     )
