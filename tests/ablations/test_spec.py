@@ -447,7 +447,7 @@ NUMBERS = {
     "data.size": 7, "data.prompts_size": 7, "data.held_out": 0.3, "data.max_prompt_tokens": 100, "data.max_tokens": 900,
     "sft.steps": 9, "reward.token_clip": 2.0, "reward.clip": 2.0, "ppo.gamma": 0.5, "ppo.lam": 0.5,
     "ppo.lam_length": 0.5, "ppo.critic_lam": 0.5, "ppo.warmup": 0.5, "sft.warmup": 0.5,
-    "ppo.target_kl": 0.5, "ppo.minibatches": 3, "eval.limit": 9, "ppo.value_clip": None,
+    "ppo.target_kl": 0.5, "ppo.minibatches": 3, "eval.limit": 9, "ppo.value_clip": None, "rollout.batch": 48,
 }  # fmt: skip
 
 
