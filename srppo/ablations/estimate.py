@@ -26,6 +26,7 @@ from srppo.stages.kinds import KINDS, check
 from srppo.statistics.tests import detectable, seeds_needed
 
 STEPS = 3  # of which the first is left out
+SLOW_S = 3.0  # a step of SFT: then one step of PPO takes long enough to time, and too long to wait for three
 ITEMS = 60  # development items answered
 GRACE_S = 5.0  # for the process to end once it has answered, or was interrupted with this one
 SEED_SD, ITEM_SD, REST_SD = 0.06, 0.30, 0.45
@@ -127,8 +128,9 @@ def _measure(recipe: Recipe, device: str) -> Pace:
         start_s = time.perf_counter() - began
         nothing = copy(run.development)
         nothing.items, nothing.held_out = [], []
-        seconds = {}
+        seconds: dict[str, float] = {}
         for kind in ("sft", "ppo"):
+            steps = 1 if seconds.get("sft", 0.0) > SLOW_S else STEPS
             stage, model = run.record.stage(kind, {"pace": True}), run.base.copy()
             with stage.attempt() as attempt:
                 bench = Workbench(stage, attempt, run.tokenizer, console, kind)
@@ -136,8 +138,9 @@ def _measure(recipe: Recipe, device: str) -> Pace:
                     train_sft(quick, bench, model, run.data.demonstrations, nothing, pad_id=run.pad_id, total=STEPS)
                 else:
                     sft, prompts, stops = run.base.copy(), run.data.prompts, run.stops
-                    train_ppo(quick, bench, model, sft, run.base, prompts, nothing, stop_ids=stops, pad_id=run.pad_id)
-            timings = [row["timing"] for row in stage.metrics() if row["step"] > 1]
+                    own = with_overrides(quick, {"ppo.steps": steps})
+                    train_ppo(own, bench, model, sft, run.base, prompts, nothing, stop_ids=stops, pad_id=run.pad_id)
+            timings = [row["timing"] for row in stage.metrics() if row["step"] > min(steps - 1, 1)]
             seconds[kind] = median(
                 sum(v for k, v in t.items() if k.endswith("_s") and k != "tokens_per_s") for t in timings
             )

@@ -349,7 +349,7 @@ def length(options: Options) -> Sweep:
         every(points, SRPPO.name, SHUFFLED.name),
         notes=(
             f"critic warmed up: {_WARM_UP} steps that train the critic alone, then as many as elsewhere",
-            "what the question asks: sampled_tokens and sampled_ended of each arm's answers to test items, beside SFT's",
+            "what the question asks: sampled_tokens and sampled_ended of answers to test items, beside SFT's",
         ),
     )
 

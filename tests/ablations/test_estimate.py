@@ -7,14 +7,17 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from worlds import World, make_world
 
+from srppo.ablations import estimate
 from srppo.ablations.estimate import Pace, check_data, measure_pace
 from srppo.ablations.plan import Task
 from srppo.errors import ConfigError, DataError, ModelError, UserError
+from srppo.training import ppo
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,14 @@ def test_steps_are_measured_from_a_process_whose_threads_have_run(world: World) 
         torch.set_num_threads(before)
     assert isinstance(pace, Pace) and min(pace.start_s, pace.sft_step_s, pace.ppo_step_s, pace.answer_s) > 0
     assert (pace.dev_items, pace.test_items, pace.rows) == (4, 4, 13)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(0.0, 1), (1e9, 3)])
+def test_a_slow_model_is_asked_for_one_step_of_ppo(
+    limit: float, steps: int, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = Mock(side_effect=ppo.train_ppo)
+    monkeypatch.setattr(ppo, "train_ppo", taken)
+    monkeypatch.setattr(estimate, "SLOW_S", limit)
+    assert estimate._measure(world.recipe(), "cpu").ppo_step_s > 0
+    assert taken.call_args.args[0].ppo.steps == steps
