@@ -104,6 +104,13 @@ MUTANTS = [
         "report/test_sweep.py::test_where_an_arm_peaks_and_what_its_ends_lack",
     ),
     Mutant(
+        "estimate: a slow model is kept waiting",
+        "ablations/estimate.py",
+        "steps = 1 if seconds.get",
+        "steps = STEPS if seconds.get",
+        "ablations/test_estimate.py::test_a_slow_model_is_asked_for_one_step_of_ppo",
+    ),
+    Mutant(
         "sweep: the forecast is judged by the optimum's greedy answers",
         "ablations/analysis.py",
         'sides = [(by, (group, "sampled")), (what',
