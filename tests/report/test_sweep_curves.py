@@ -16,13 +16,14 @@ from srppo.report.table import to_markdown
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
-    """Every seed and step, as `curve_records` makes them."""
-    return analysed(tmp_path_factory.mktemp("whole") / "run", sweep_of())
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SweepResult]:
+    """(folder, result) of every seed and step, as `curve_records` makes them."""
+    folder = tmp_path_factory.mktemp("curves") / "run"
+    return folder, analysed(folder, sweep_of())
 
 
-def test_the_answer_and_the_table_name_what_is_out_of_reach(whole: SweepResult) -> None:
-    result = whole
+def test_the_answer_and_the_table_name_what_is_out_of_reach(whole: tuple[Path, SweepResult]) -> None:
+    _, result = whole
     said = curves_answer(result)
     assert "At KL 0.5: coherent is better than brevity and shuffled" in said
     assert "At KL 1.5: coherent is better than brevity; out of reach: shuffled" in said
@@ -38,9 +39,9 @@ def test_nothing_measured_is_no_answer(tmp_path: Path) -> None:
     assert curves_answer(result) == "No answer yet: none of the 4 planned comparisons has a result."
 
 
-def test_page_terminal_and_files(whole: SweepResult, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_page_terminal_and_files(whole: tuple[Path, SweepResult]) -> None:
     out = io.StringIO()
-    page = report_sweep(tmp_path_factory.getbasetemp() / "whole0" / "run", Console(plain=True, file=out))
+    page = report_sweep(whole[0], Console(plain=True, file=out))
     text = out.getvalue()
     assert max(map(len, text.splitlines()[: text.splitlines().index("")])) <= 80
     assert "out of reach" in text and "coherent minus each, at KL 0.5" in text
