@@ -25,7 +25,7 @@ from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
-from srppo.statistics.association import order_agrees
+from srppo.statistics.association import rank_agreement
 from srppo.statistics.intervals import Estimate, calibrated_interval, cluster_values, interquartile_mean
 from srppo.statistics.tests import sign_flip
 from srppo.statistics.verdicts import Contrast, Finding, judge, on_these_units, untested
@@ -116,7 +116,8 @@ class Forecast:
     """How well the closed form's optimum orders the points: Spearman's rho of its mean sampled accuracy and an arm's
     mean accuracy at them.
 
-    metric: of the arm. rho: with a 95% interval from points whose seeds, and tasks, are resampled together.
+    metric: of the arm. rho: with a 95% interval from points whose seeds and units, tasks or items, are resampled
+    together.
     """
 
     what: str
@@ -125,6 +126,7 @@ class Forecast:
     rho: Estimate
     points: int
     seeds: int
+    units: str
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,9 @@ def _forecasts(sweep: Sweep, scores: Mapping[Cell, Scores]) -> Iterator[Forecast
         results = [[[cell[seed][metric] for seed in seeds] for cell, metric in side] for side in at]
         clusters = results[0][0][0].clusters
         means = [np.array([cluster_values([one.scores for one in own], clusters) for own in side]) for side in results]
-        yield Forecast(what, by, (group, decoding), order_agrees(*means), len(sweep.points), len(seeds))
+        units = "items" if clusters is None else "tasks"
+        rho = rank_agreement(*means)
+        yield Forecast(what, by, (group, decoding), rho, len(sweep.points), len(seeds), units)
 
 
 # ---- along an axis

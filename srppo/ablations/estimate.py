@@ -25,7 +25,7 @@ from srppo.errors import RunError, UserError
 from srppo.stages.kinds import KINDS, check
 from srppo.statistics.tests import detectable, seeds_needed
 
-STEPS = 3  # of which the first is left out
+STEPS = 3  # of which the first is left out, where it is not the only one
 SLOW_S = 3.0  # a step of SFT: then one step of PPO takes long enough to time, and too long to wait for three
 ITEMS = 60  # development items answered
 GRACE_S = 5.0  # for the process to end once it has answered, or was interrupted with this one
@@ -140,9 +140,9 @@ def _measure(recipe: Recipe, device: str) -> Pace:
                     sft, prompts, stops = run.base.copy(), run.data.prompts, run.stops
                     own = with_overrides(quick, {"ppo.steps": steps})
                     train_ppo(own, bench, model, sft, run.base, prompts, nothing, stop_ids=stops, pad_id=run.pad_id)
-            timings = [row["timing"] for row in stage.metrics() if row["step"] > min(steps - 1, 1)]
+            timings = [row["timing"] for row in stage.metrics() if row["step"] > 0]
             seconds[kind] = median(
-                sum(v for k, v in t.items() if k.endswith("_s") and k != "tokens_per_s") for t in timings
+                sum(v for k, v in t.items() if k.endswith("_s") and k != "tokens_per_s") for t in timings[1:] or timings
             )
         items = load_items(quick, "dev")
         chosen = items[:: max(len(items) // ITEMS, 1)]

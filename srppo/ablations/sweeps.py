@@ -167,19 +167,15 @@ def data_prompts(options: Options) -> Sweep:
         raise ConfigError("data-prompts on your own data needs --sizes; the defaults are the embedded world's")
     sizes = options.values("data.size", (32, 256, 1792), quick=(32, 256))  # the world has 1,888 to train on
     drawn = recipe.ppo.steps * recipe.rollout.batch // recipe.rollout.per_prompt
-    points, cut = list[Ablation](), dict[int, list[int]]()
+    points, notes = list[Ablation](), list[str]()
     for size in sizes:
-        for times in TIMES:
-            if size * times > drawn:
-                cut.setdefault(size, []).append(times)
         for count in dict.fromkeys(min(size * times, drawn) for times in TIMES):
             keys = {"data.size": size, "data.prompts_size": count}
             points.append(Ablation(f"{size} + {count} prompts", keys, {"demonstrations": size, "prompts": count}))
-    notes = [
-        f"{size} demonstrations, {' and '.join(f'{each}x' for each in times)}: PPO draws {drawn} prompts in all, so "
-        "this is the point with so many"
-        for size, times in cut.items()
-    ]
+        if cut := " and ".join(f"{times}x" for times in TIMES if size * times > drawn):
+            notes.append(
+                f"{size} demonstrations, {cut}: PPO draws {drawn} prompts in all, so this is the point with so many"
+            )
     return options.sweep(
         "data-prompts",
         "What are more prompts without answers worth, beside more demonstrations?",
@@ -318,7 +314,7 @@ def reward(options: Options) -> Sweep:
 
 
 _PLAIN: Mapping[str, Any] = {"reward.center": "none", "ppo.advantage": "gae"}
-_NO_CLIP = 100.0  # a clipped ratio cuts what is rare shorter than what is likely, whatever the reward
+_NO_CLIP = 100.0  # of ppo.clip: no ratio comes near, so clipping under random rewards can be told from the mean's pull
 _WARM_UP = 5  # steps of critic_warmup, beside those that train the policy
 
 

@@ -83,8 +83,8 @@ def arms_of(paths: Sequence[Path], metric: str | None = None) -> tuple[dict[str,
     """The models to compare, the baseline first, and what a reader should know of the choice.
 
     One path: all its models, a run's SFT or else the first being the baseline, and the base of a run left out where
-    there are others. Several: one model each; a run without
-    :ARM stands for SRPPO, or for the last arm it has. Raises DataError for a name it does not have.
+    there are others. Several: one model each; a run without :ARM stands for SRPPO, or for the last arm it has. Raises
+    DataError for a name it does not have.
     """
     if len({str(path) for path in paths}) < len(paths):
         raise DataError("the same path is given twice; a model compared with itself shows nothing")

@@ -63,11 +63,12 @@ def over_prompts(
     return within(Estimate(value, float(low), float(high), n), limits)
 
 
-def order_agrees(one_PSU: Floats, other_PSU: Floats) -> Estimate:
-    """Rank correlation, over P points, of two quantities' means over S seeds and U units; n counts points.
+def rank_agreement(one_PSU: Floats, other_PSU: Floats) -> Estimate:
+    """Spearman's rank correlation, over P points, of two quantities' means over S seeds and U units, PSU in any unit of
+    their own; n counts points. NaN where the means of either are the same at all points.
 
-    The interval is of these points: a percentile bootstrap whose seeds and units are drawn crossed, the same for both
-    quantities and all points. NaN bounds where nothing varies.
+    The 95% interval is of these points: a percentile bootstrap whose seeds and units are drawn crossed, the same for
+    both quantities and all points. NaN bounds where nothing varies.
     """
     generator = np.random.default_rng(0)
     _, seeds, units = one_PSU.shape

@@ -90,16 +90,18 @@ def response_reverse_kl(
 ) -> ReverseKl:
     """KL(policy || teacher(sft, base)) of the next token before each counted response token, N of them.
 
-    rows: tokens BS, attention mask BS and the response width. Differentiable in the policy; its temperature alone.
+    rows: tokens BS, attention mask BS and the response width. Differentiable in the policy; its temperature alone. One
+    model given twice is run once.
     """
     if policy.head.linear and policy.head == sft.head == base.head:
         own = Head(policy.hidden_rows(*rows), *policy.head_rows())
         with torch.no_grad():
-            heads = [Head(model.hidden_rows(*rows), *model.head_rows()) for model in (sft, base)]
+            sft_head = Head(sft.hidden_rows(*rows), *sft.head_rows())
+            base_head = sft_head if base is sft else Head(base.hidden_rows(*rows), *base.head_rows())
         return linear_reverse_kl(
             own,
-            heads[0],
-            heads[1],
+            sft_head,
+            base_head,
             teacher,
             temperature=temperature,
             logit_scale=policy.head.logit_scale,
@@ -108,7 +110,8 @@ def response_reverse_kl(
         )
     own_NV = (policy.logit_rows(*rows).float() / temperature).log_softmax(-1)
     with torch.no_grad():
-        sft_NV, base_NV = (model.logit_rows(*rows).float().log_softmax(-1) for model in (sft, base))
+        sft_NV = sft.logit_rows(*rows).float().log_softmax(-1)
+        base_NV = sft_NV if base is sft else base.logit_rows(*rows).float().log_softmax(-1)
     return reverse_kl(own_NV, sft_NV, base_NV, teacher)
 
 

@@ -3,14 +3,14 @@
 import numpy as np
 from scipy import stats as scipy_stats
 
-from srppo.statistics.association import order_agrees
+from srppo.statistics.association import rank_agreement
 
 
 def test_the_order_of_points_is_spearmans_of_their_means():
     rng = np.random.default_rng(3)
     truth_P = np.array([0.1, 0.2, 0.3, 0.35, 0.6, 0.62])
     one, other = (truth_P[:, None, None] + rng.normal(0, 0.3, (6, 5, 20)) for _ in range(2))
-    found = order_agrees(one, other)
+    found = rank_agreement(one, other)
     assert np.isclose(found.mean, scipy_stats.spearmanr(one.mean((1, 2)), other.mean((1, 2))).statistic)
     assert found.n == 6 and -1 <= found.low < found.mean <= found.high <= 1
 
@@ -20,9 +20,9 @@ def test_what_seeds_and_units_share_with_all_points_does_not_blur_their_order():
     rng = np.random.default_rng(4)
     truth_P = np.arange(5) / 100
     shared = rng.normal(0, 10, (1, 6, 1)) + rng.normal(0, 10, (1, 1, 8))
-    found = order_agrees(truth_P[:, None, None] + shared, truth_P[::-1, None, None] + shared)
+    found = rank_agreement(truth_P[:, None, None] + shared, truth_P[::-1, None, None] + shared)
     assert np.isclose(found.mean, -1) and np.isnan(found.low), "nothing varies: no interval, rather than one of width 0"
 
 
 def test_a_quantity_that_is_the_same_at_all_points_has_no_order():
-    assert np.isnan(order_agrees(np.zeros((4, 3, 2)), np.random.default_rng(0).random((4, 3, 2))).mean)
+    assert np.isnan(rank_agreement(np.zeros((4, 3, 2)), np.random.default_rng(0).random((4, 3, 2))).mean)
