@@ -1,6 +1,7 @@
 """Whether two quantities order the same points alike."""
 
 import numpy as np
+import pytest
 from scipy import stats as scipy_stats
 
 from srppo.statistics.association import rank_agreement
@@ -26,3 +27,12 @@ def test_what_seeds_and_units_share_with_all_points_does_not_blur_their_order():
 
 def test_a_quantity_that_is_the_same_at_all_points_has_no_order():
     assert np.isnan(rank_agreement(np.zeros((4, 3, 2)), np.random.default_rng(0).random((4, 3, 2))).mean)
+
+
+@pytest.mark.parametrize("shape", [(6, 12, 1), (6, 1, 12)], ids=["seeds alone", "units alone"])
+def test_both_seeds_and_units_widen_the_interval(shape: tuple[int, int, int]):
+    rng = np.random.default_rng(5)
+    truth_P = np.arange(6) / 10
+    one, other = (truth_P[:, None, None] + rng.normal(0, 0.5, shape) for _ in range(2))
+    found = rank_agreement(one, other)
+    assert found.high - found.low > 0.2
