@@ -101,7 +101,8 @@ def accuracy_table(arms: Sequence[ArmFigures]) -> Table:
 
 def differences_table(pairs: Sequence[ArmFigures]) -> Table:
     """Differences of accuracy between arms on the same items and seeds."""
-    return _by_group("Paired differences: SRPPO minus", pairs, [PAIRS] if pairs else [], "+.2f")
+    title = "Paired differences: SRPPO minus each, but where a row names both"
+    return _by_group(title, pairs, [PAIRS] if pairs else [], "+.2f")
 
 
 def _by_group(title: str, arms: Sequence[ArmFigures], caption: Sequence[str], form: str = ".2f") -> Table:
