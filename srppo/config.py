@@ -47,9 +47,24 @@ class ModelConfig(_Section):
     )
     sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast in the bodies; heads stay fp32")
+    scoring: Literal["fp32", "bf16"] | None = Field(
+        None, description="precision of the bodies of base and SFT model, where they are frozen; none: as precision"
+    )
     kernels: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
         description="log-prob kernels; auto: triton on a GPU, else torch; reference: slow, plain, the definition",
+    )
+    adapters: Literal["none", "lora"] = Field(
+        "none",
+        description="lora: base, SFT model, policy and critic share one copy of the base's weights, frozen in the "
+        "checkpoint's own precision, and LoRA adapters over it are trained (needs srppo[peft]); none: all weights",
+    )
+    lora_rank: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(32.0, gt=0, description="what they add is multiplied by lora_alpha / lora_rank")
+    lora_targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="layers that get one, by the ends of their names; all-linear: every linear layer but the head",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
@@ -57,6 +72,11 @@ class ModelConfig(_Section):
     template_kwargs: dict[str, Any] = Field(
         {}, description="variables of every rendering by the chat template, such as enable_thinking = false"
     )
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("template_kwargs")
     @classmethod
@@ -193,6 +213,12 @@ class PpoConfig(_Section):
     advantage: Literal["gae", "rloo"] = Field(
         "gae", description="gae: a critic; rloo: none, but the mean of the other responses to the prompt"
     )
+    critic: Literal["own", "shared"] = Field(
+        "own",
+        description="own: the critic has weights of its own, an adapter where the policy is one | shared: a head on "
+        "the policy's trunk, which both train",
+    )
+    value_coef: float = Field(0.1, gt=0, description="weight of the critic's loss in a shared trunk")
     epochs: int = Field(2, ge=1, description="passes over each batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
     lr: float = Field(3e-4, gt=0, description="policy learning rate (Adam)")

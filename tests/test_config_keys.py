@@ -22,7 +22,6 @@ import worlds
 from worlds import PARTS, Outcome, World, run_world
 
 import srppo.models.language_model
-import srppo.models.value_model
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
 from srppo.errors import ConfigError, ModelError
@@ -79,6 +78,10 @@ CASES = [
     Case("model.base", at("base2"), "sft"),
     Case("model.sft", at("sft"), "sft"),
     Case("model.precision", "bf16", "sft"),
+    Case("model.adapters", "lora", "sft"),
+    Case("model.lora_rank", 2, "sft", {"model.adapters": "lora"}),
+    Case("model.lora_alpha", 4.0, "sft", {"model.adapters": "lora"}),
+    Case("model.lora_targets", ["q_proj", "down_proj"], "sft", {"model.adapters": "lora"}),
     Case("model.chat_template", at("chat"), "data"),
     Case("model.template_kwargs", {"brief": True}, "data", {"model.chat_template": at("chat")}),
     Case("data.demonstrations", at("demonstrations2"), "data"),
@@ -109,6 +112,7 @@ CASES = [
     Case("sft.warmup", 1.0, "sft"),
     Case("sft.weight_decay", 0.1, "sft"),
     Case("sft.max_grad_norm", 0.1, "sft"),
+    *ppo("model.scoring", "bf16"),
     *ppo("rollout.batch", 6),
     *ppo("rollout.per_prompt", 2),
     *ppo("rollout.max_new_tokens", 3),
@@ -129,6 +133,8 @@ CASES = [
     *ppo("reward.kl", "k3", reward__kl="k2"),
     *ppo("ppo.steps", 3),
     *ppo("ppo.advantage", "rloo", rollout__per_prompt=2),
+    *ppo("ppo.critic", "shared"),
+    *ppo("ppo.value_coef", 1.0, ppo__critic="shared"),
     *ppo("ppo.epochs", 3),
     *ppo("ppo.minibatches", 4),
     *ppo("ppo.lr", 0.005),
@@ -261,8 +267,7 @@ def largest_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             rows.append(len(inputs["input_ids"]))
         return original(body, inputs, precision)
 
-    for module in (srppo.models.language_model, srppo.models.value_model):
-        monkeypatch.setattr(module, "body_hidden", counted)
+    monkeypatch.setattr(srppo.models.language_model, "body_hidden", counted)
     return rows
 
 

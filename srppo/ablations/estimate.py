@@ -115,6 +115,7 @@ def _answer(pipe: Connection, recipe: Recipe, device: str) -> None:
 def _measure(recipe: Recipe, device: str) -> Pace:
     from srppo.evaluation.development import answer_items
     from srppo.evaluation.items import load_items
+    from srppo.models.loading import to_train
     from srppo.stages.run import prepare_run
     from srppo.training.loop import Workbench
     from srppo.training.ppo import train_ppo
@@ -131,13 +132,13 @@ def _measure(recipe: Recipe, device: str) -> Pace:
         seconds: dict[str, float] = {}
         for kind in ("sft", "ppo"):
             steps = 1 if seconds.get("sft", 0.0) > SLOW_S else STEPS
-            stage, model = run.record.stage(kind, {"pace": True}), run.base.copy()
+            stage, model = run.record.stage(kind, {"pace": True}), to_train(run.base, quick.model)
             with stage.attempt() as attempt:
                 bench = Workbench(stage, attempt, run.tokenizer, console, kind)
                 if kind == "sft":
                     train_sft(quick, bench, model, run.data.demonstrations, nothing, pad_id=run.pad_id, total=STEPS)
                 else:
-                    sft, prompts, stops = run.base.copy(), run.data.prompts, run.stops
+                    sft, prompts, stops = model.copy(), run.data.prompts, run.stops
                     own = with_overrides(quick, {"ppo.steps": steps})
                     train_ppo(own, bench, model, sft, run.base, prompts, nothing, stop_ids=stops, pad_id=run.pad_id)
             timings = [row["timing"] for row in stage.metrics() if row["step"] > 0]

@@ -21,7 +21,7 @@ from srppo.evaluation.items import load_items, spread
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
-from srppo.training.batch import Generated, answer_nll_sum, training_flops
+from srppo.training.batch import Generated, answer_nll_sum, extents
 from srppo.training.rollout import generate
 from srppo.world.items import Item
 from srppo.world.tasks import check
@@ -193,7 +193,7 @@ class Development:
     def flops(self, model: LanguageModel, verdicts: Sequence[Verdict]) -> int:
         """Counted operations of one measurement."""
         prompts = encode_items(self.tokenizer, self.items, self.recipe)
-        scored = training_flops(model, self.held_out) // 3  # forward alone
+        scored = forward_flops(model, *extents(self.held_out))
         return answer_flops(model, prompts, verdicts) + scored
 
     def rated(self, model: LanguageModel, verdicts: Sequence[Verdict]) -> tuple[dict[str, Any], float | None]:

@@ -43,12 +43,13 @@ def export_model(
     stop_ids: Sequence[int],
     card: str,
 ) -> None:
-    """Write weights (fp32 safetensors), tokenizer with its chat template, generation config and card into a folder."""
-    model.model.generation_config = GenerationConfig(
+    """Write weights (fp32 safetensors; an adapter in PEFT's format), tokenizer with its chat template, generation
+    config and card into a folder."""
+    model.generation_config = GenerationConfig(
         eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
     with no_bars():
-        model.model.save_pretrained(folder)
+        model.save(folder)
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

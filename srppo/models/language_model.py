@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
+from srppo.models.backbone import Backbone
+from srppo.models.narrow import widen
 
 LOGIT_TOLERANCE = 2.0**-13
 """Largest difference between two ways to the same logits in the load check, as a share of the largest logit. It lies
@@ -37,8 +40,11 @@ class LanguageModel(nn.Module):
     """A causal LM with what the trainer needs of it: log-probs of responses under explicit positions and masks.
 
     vocab_size: ids that the tokenizer can make. A head may have more rows (padding, for speed); those are neither
-    sampled nor in any softmax. None: as many as the head has rows.
+    sampled nor in any softmax. None: as many as the head has rows. head: as it was found before; None: it is looked for
+    and proved. source: where the weights came from.
     """
+
+    backbone: Backbone | None = None  # where adapters were put into the weights: then roles take turns
 
     def __init__(
         self,
@@ -47,24 +53,51 @@ class LanguageModel(nn.Module):
         precision: str = "fp32",
         kernels: Impl = "auto",
         vocab_size: int | None = None,
+        head: Head | None = None,
+        source: str = "",
     ) -> None:
         super().__init__()
         self.model: Any = model  # generate() and from_pretrained are typed too narrowly for mypy
-        self.precision = precision
+        self.precision, self.source = precision, source
+        self.generation_config: Any = model.generation_config  # what it says of its stop tokens; ours decides the rest
         self.kernels: Impl = kernels
         choose(kernels, model.device, next(model.parameters()))
         _switch_dropout_off(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocab_size = rows if vocab_size is None else min(vocab_size, rows)
-        self.head = _find_head(self)
+        self.head = head or _find_head(self)
         self._narrow: tuple[int, Tensor | None] | None = None
 
+    @property
+    def decoder(self) -> Any:
+        """The layers that text passes through, without the head."""
+        return self.model.base_model.get_decoder()
+
+    def activate(self) -> None:
+        """Make the backbone this role's, where several roles share one: each pass begins with it."""
+        if self.backbone is not None:
+            self.backbone.switch(None)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training changes, by name: parameters and buffers, tied ones once."""
+        return own_tensors(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, configuration and generation config into a folder for `from_pretrained`."""
+        self.model.generation_config = self.generation_config
+        self.model.save_pretrained(folder)
+
     def copy(self) -> LanguageModel:
-        """The same model with weights of its own; at a fifth of the cost of loading it again."""
+        """The same model with fp32 weights of its own, to be trained; at a fifth of the cost of loading it again."""
         other = copy.deepcopy(self)
+        widen(other.model)
         other._narrow = None  # known by the count of changes to a weight, which starts anew in a copy
         return other
+
+    def trunk(self) -> Trunk:
+        """The body with weights of its own, to be trained under another head."""
+        return Body(self)
 
     @property
     def device(self) -> torch.device:
@@ -77,18 +110,27 @@ class LanguageModel(nn.Module):
         return self.model.config.get_text_config()
 
     def response_logprobs(
-        self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int, *, temperature: float = 1.0
+        self,
+        tokens_BS: Tensor,
+        attention_mask_BS: Tensor,
+        response_width: int,
+        *,
+        temperature: float = 1.0,
+        hidden_BTD: Tensor | None = None,
     ) -> Tensor:
         """Log-probs of the last `response_width` columns, BT fp32, nats; 0 where masked.
 
-        Only counted response tokens go through the head. Differentiable in the weights.
+        Only counted response tokens go through the head. Differentiable in the weights. hidden_BTD: what
+        `response_hidden` gave, where it is known; of no use to a head that is not linear.
         """
         mask_BT = attention_mask_BS[:, -response_width:]
         tokens_N = tokens_BS[:, -response_width:][mask_BT]
         if self.head.linear:
             weight_VD, bias_V = self.head_rows()
+            if hidden_BTD is None:
+                hidden_BTD = self.response_hidden(tokens_BS, attention_mask_BS, response_width)
             logprobs_N = linear_logprob(
-                self.hidden_rows(tokens_BS, attention_mask_BS, response_width),
+                hidden_BTD[mask_BT],
                 weight_VD,
                 tokens_N,
                 bias_V=bias_V,
@@ -128,22 +170,63 @@ class LanguageModel(nn.Module):
             self._narrow = version, narrow_VD if exact else None
         return weight_VD if self._narrow[1] is None else self._narrow[1], bias_V
 
+    def response_hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
+        """Hidden states before each response token, BTD."""
+        return self.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1]
+
     def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """Hidden states before each counted response token, ND."""
-        hidden_BSD = self.hidden(tokens_BS, attention_mask_BS)
-        return hidden_BSD[:, -response_width - 1 : -1][attention_mask_BS[:, -response_width:]]
+        mask_BT = attention_mask_BS[:, -response_width:]
+        return self.response_hidden(tokens_BS, attention_mask_BS, response_width)[mask_BT]
 
     def logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """The model's own logits there, NV; in fp32 throughout, since it would round them under autocast."""
+        self.activate()
         logits_BSV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
         return logits_BSV[:, -response_width - 1 : -1, : self.vocab_size][attention_mask_BS[:, -response_width:]]
 
     def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         """Last hidden states, BSD; bf16 under autocast."""
+        self.activate()
         return body_hidden(self.model.base_model, self._inputs(tokens_BS, attention_mask_BS), self.precision)
 
     def _inputs(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
         return model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
+
+
+class Trunk(Protocol):
+    """What gives hidden states, with weights that are trained."""
+
+    @property
+    def decoder(self) -> Any: ...
+
+    def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor: ...
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+
+class Body(nn.Module):
+    """A copy of a model's body, without its head."""
+
+    def __init__(self, start: LanguageModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(start.model.base_model)
+        widen(self.model)
+        self.precision, self.takes_positions = start.precision, start.takes_positions
+
+    @property
+    def decoder(self) -> Any:
+        """The layers that text passes through."""
+        return self.model.get_decoder()
+
+    def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        """Last hidden states, BSD; bf16 under autocast."""
+        inputs = model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
+        return body_hidden(self.model, inputs, self.precision)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training changes, by name."""
+        return own_tensors(self.model)
 
 
 def has_body(model: Any) -> bool:
@@ -163,6 +246,13 @@ def body_hidden(body: nn.Module, inputs: dict[str, Tensor], precision: str) -> T
     """Last hidden states, BSD, with or without bf16 autocast."""
     with torch.autocast(inputs["input_ids"].device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         return body(**inputs, use_cache=False).last_hidden_state
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied weights once."""
+    tensors = module.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
 
 
 def unflatten(x_N: Tensor, mask_BT: Tensor) -> Tensor:
@@ -209,7 +299,7 @@ def _find_head(lm: LanguageModel) -> Head:
     hidden_ND = body_hidden(model.base_model, inputs, "fp32")[attention_mask_BS] if has_body(model) else None
     if hidden_ND is None or hidden_ND.shape[1] != output.weight.shape[1]:  # projected on its way to the head
         return Head(linear=False)
-    ours_NV = (hidden_ND @ output.weight.T + (0 if output.bias is None else output.bias)) * scale
+    ours_NV = (hidden_ND @ output.weight.to(hidden_ND.dtype).T + (0 if output.bias is None else output.bias)) * scale
     if softcap is not None:
         ours_NV = softcap * torch.tanh(ours_NV / softcap)
     return Head(bool((ours_NV - theirs_NV).abs().max() <= tolerance), scale, softcap)

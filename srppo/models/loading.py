@@ -1,6 +1,7 @@
 """Models and tokenizers from a folder, the hub or the embedded world, with refusals of one line.
 
-Every model is loaded in fp32: trained weights are fp32 masters, and at 1e-6 Adam moves nothing in bf16.
+What is loaded is frozen, in the checkpoint's own precision where that saves enough (`narrow`); what trains is a copy of
+it in fp32, since at 1e-6 Adam moves nothing in bf16, or adapters over it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from srppo.data.chat import stop_ids, use_template
 from srppo.data.hub import offline_when_unreachable
 from srppo.data.prepare import PreparedData, asks_base, prepare
 from srppo.errors import ConfigError, ModelError
+from srppo.models.adapters import AdaptedModel, adapter_settings, is_adapter, load_adapter, lora_settings
 from srppo.models.language_model import LanguageModel
+from srppo.models.narrow import keep_narrow
 
 
 def resolve(spec: str) -> str:
@@ -125,21 +128,60 @@ def check_weights(spec: str, config: ModelConfig) -> None:
 
 
 def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_size: int | None = None) -> LanguageModel:
-    """A causal LM from a folder, hub name or `embedded:size`, fp32, without dropout. Raises ModelError in one line.
+    """A frozen causal LM from a folder, hub name or `embedded:size`, without dropout; of a folder with a LoRA adapter
+    its base with that. Raises ModelError in one line.
 
     vocab_size: of its tokenizer, where anything is to be sampled or scored (see LanguageModel).
     """
     path = resolve(spec)
+    if is_adapter(Path(path)):
+        base = str(adapter_settings(Path(path)).base_model_name_or_path)
+        return load_adapter(Path(path), load_model(base, config, device=device, vocab_size=vocab_size))
     _refuse_pickle(spec, Path(path), config)
     with _one_line("model", spec):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype="auto",
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
         )
+    keep_narrow(model)
     model.to(torch.device(device))
-    return LanguageModel(model, precision=config.precision, kernels=config.kernels, vocab_size=vocab_size)
+    precision = config.scoring or config.precision
+    return LanguageModel(model, precision=precision, kernels=config.kernels, vocab_size=vocab_size, source=path)
+
+
+def load_over(spec: str, base: LanguageModel, config: ModelConfig, *, vocab_size: int | None = None) -> LanguageModel:
+    """A model that was made from a base: where it is an adapter of it, a role over the base's own weights.
+
+    Raises ModelError for an adapter of another base.
+    """
+    path = Path(resolve(spec))
+    if not is_adapter(path):
+        return load_model(spec, config, device=str(base.device), vocab_size=vocab_size)
+    named = str(adapter_settings(path).base_model_name_or_path)
+    if named != base.source and (
+        not Path(named).is_dir() or fingerprint(named, config) != fingerprint(base.source, config)
+    ):
+        raise ModelError(
+            f"the adapter {spec!r} was trained over {named!r}, and model.base is {base.source!r}: give that base, or "
+            "an adapter of this one"
+        )
+    return load_adapter(path, base)
+
+
+def to_train(start: LanguageModel, config: ModelConfig, seed: int = 0) -> LanguageModel:
+    """What begins as `start` and is trained: a copy of all its weights in fp32, or an adapter over it.
+
+    A role is continued by a role. With model.adapters = "none" it is merged into a copy first.
+    """
+    trained: LanguageModel
+    if config.adapters == "lora":
+        trained = start.copy() if isinstance(start, AdaptedModel) else AdaptedModel(start, lora_settings(config), seed)
+    else:
+        trained = start.merged() if isinstance(start, AdaptedModel) else start.copy()
+    trained.precision = config.precision
+    return trained
 
 
 def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:

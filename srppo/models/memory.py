@@ -49,8 +49,9 @@ def _power_of_two(number: int) -> int:
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """Bytes of the models' weights."""
-    return sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())
+    """Bytes of the models' weights; what several share counts once."""
+    weights = {id(weight): weight for model in models for weight in model.parameters()}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 def total_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from srppo.config import ModelConfig, Recipe, build_recipe, resolved
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.errors import ModelError, RecordError, UserError
 from srppo.models.language_model import LanguageModel
-from srppo.models.loading import context_length, load_model, load_tokenizer
+from srppo.models.loading import context_length, load_model, load_over, load_tokenizer
 from srppo.record.arms import is_sweep, one_run
 from srppo.record.store import Run, Stage
 
@@ -36,7 +36,7 @@ class Pair:
     @cached_property
     def stops(self) -> list[int]:
         """Token ids that end a response."""
-        return stop_ids(self.tokenizer, self.sft.model.generation_config)
+        return stop_ids(self.tokenizer, self.sft.generation_config)
 
     @property
     def pad_id(self) -> int:
@@ -64,7 +64,7 @@ class Pair:
 
     def load(self, spec: str) -> LanguageModel:
         """A third model under the same settings, on the same device."""
-        return load_model(spec, self.recipe.model, device=str(self.sft.device), vocab_size=len(self.tokenizer))
+        return load_over(spec, self.base, self.recipe.model, vocab_size=len(self.tokenizer))
 
 
 def load_pair(
@@ -112,7 +112,7 @@ def load_models(
     base = load_model(config.base, config, device=device, vocab_size=size)
     if sft is None:
         return tokenizer, base, None
-    policy = load_model(sft, config, device=device, vocab_size=size)
+    policy = load_over(sft, base, config, vocab_size=size)
     check_same_vocabulary(base.model, policy.model)
     return tokenizer, base, policy
 

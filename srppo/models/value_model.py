@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from srppo.errors import ModelError
-from srppo.models.language_model import LanguageModel, body_hidden, has_body, model_inputs
+from srppo.models.language_model import LanguageModel, Trunk, has_body
 
 
 class ValueModel(nn.Module):
-    """The critic: the SFT model's body, its own copy, under a linear head that starts at zero."""
+    """The critic: a linear head that starts at zero, on a trunk that starts as the SFT model's body.
 
-    def __init__(self, start: LanguageModel) -> None:
+    The trunk has weights of its own (all of them, or an adapter's), or is the policy's itself (`shared`): then the head
+    alone is the critic's, and the trunk is trained by both.
+    """
+
+    def __init__(self, policy: LanguageModel, *, shared: bool = False) -> None:
         super().__init__()
-        if not has_body(start.model):
+        if not has_body(policy.model):
             raise ModelError(
-                f"{type(start.model).__name__} has no body under its head (its base_model_prefix names none), and "
-                "PPO's critic is a copy of that; set ppo.advantage=rloo, which needs no critic, or use another model"
+                f"{type(policy.model).__name__} has no body under its head (its base_model_prefix names none), and "
+                "PPO's critic stands on that; set ppo.advantage=rloo, which needs no critic, or use another model"
             )
-        self.body = copy.deepcopy(start.model.base_model)
-        self.precision, self.takes_positions = start.precision, start.takes_positions
-        self.head = nn.Linear(start.model.get_output_embeddings().weight.shape[1], 1, device=start.device)
+        self.shared = shared
+        self.trunk: Trunk = policy if shared else policy.trunk()
+        self.head = nn.Linear(policy.model.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def response_values(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
-        """Value of the state before each of the last `response_width` tokens, BT fp32, in scaled reward; 0 masked."""
-        inputs = model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
-        hidden_BTD = body_hidden(self.body, inputs, self.precision)[:, -response_width - 1 : -1]
+    def weights(self) -> dict[str, Tensor]:
+        """What is the critic's own, by name."""
+        body = {} if self.shared else {f"body.{name}": weight for name, weight in self.trunk.weights().items()}
+        return {"head.weight": self.head.weight, "head.bias": self.head.bias, **body}
+
+    def response_values(
+        self,
+        tokens_BS: Tensor,
+        attention_mask_BS: Tensor,
+        response_width: int,
+        *,
+        hidden_BTD: Tensor | None = None,
+    ) -> Tensor:
+        """Value of the state before each of the last `response_width` tokens, BT fp32, in scaled reward; 0 masked.
+
+        hidden_BTD: the trunk's hidden states there, where they are known.
+        """
+        if hidden_BTD is None:
+            hidden_BTD = self.trunk.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1]
         values_BT = self.head(hidden_BTD.float()).squeeze(-1)
         return values_BT.masked_fill(~attention_mask_BS[:, -response_width:], 0.0)
 

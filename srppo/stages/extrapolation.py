@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from srppo.config import RewardConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.evaluation.development import Development, answer_flops, encode_items
+from srppo.models.adapters import AdaptedModel
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import check_same_vocabulary
 from srppo.reward_kinds import REWARD_KINDS
@@ -57,7 +58,15 @@ def extrapolated_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figu
 
 @torch.no_grad()
 def extrapolate(target: LanguageModel, sft: LanguageModel, base: LanguageModel, alpha: float) -> None:
-    """Set the weights of `target` to sft + alpha (sft - base); buffers stay. Raises ModelError for unlike models."""
+    """Set the weights of `target` to sft + alpha (sft - base); buffers stay. Raises ModelError for unlike models.
+
+    Of adapters, which are sft - base as a product B A, B is taken 1 + alpha times.
+    """
+    if isinstance(target, AdaptedModel):
+        own, found = target.weights(), sft.weights()
+        for name, weight in own.items():
+            weight.copy_(found[name] * (1 + alpha) if ".lora_B." in name else found[name])
+        return
     weights = [dict(model.model.named_parameters()) for model in (target, sft, base)]
     shapes = [{name: tuple(weight.shape) for name, weight in each.items()} for each in weights]
     if shapes[1] != shapes[2]:
@@ -164,6 +173,7 @@ class Towards:
         inputs: dict[str, Any] = {"input_ids": new_BS, "attention_mask": self.mask_BS.long(), **self.extra}
         if self.base.takes_positions:
             inputs["position_ids"] = (self.mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]
+        self.base.activate()
         out = self.base.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache = out.past_key_values
         logits_BV: Tensor = out.logits[:, -1]

@@ -267,7 +267,7 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
     "sft": {"steps": None},
     "rollout": {"per_prompt": 1},
     "reward": {"center": "none"},
-    "ppo": {"advantage": "gae", "lam_length": None, "critic_lam": None},
+    "ppo": {"advantage": "gae", "lam_length": None, "critic_lam": None, "critic": "own"},
 }
 """Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
 _ELSEWHERE = {  # paths, and what PPO alone reads
@@ -275,6 +275,8 @@ _ELSEWHERE = {  # paths, and what PPO alone reads
     "eval": ("every", "items", "curve"),
 }
 _CRITIC = (
+    "critic",
+    "value_coef",
     "value_lr",
     "value_clip",
     "gamma",
@@ -297,6 +299,8 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         dump[section] = {k: v for k, v in dump[section].items() if k not in keys}
     if not recipe.data.noise_rate:
         dump["data"] = {k: v for k, v in dump["data"].items() if k not in ("noise", "noise_dev")}  # there is none
+    if recipe.ppo.critic == "own":
+        dump["ppo"].pop("value_coef", None)
     if recipe.ppo.advantage == "rloo":
         dump["ppo"] = {k: v for k, v in dump["ppo"].items() if k not in _CRITIC}
         if recipe.reward.at_limit != "zero":
@@ -309,6 +313,8 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         "eval": {},
         "max_new_tokens": dump["rollout"]["max_new_tokens"],
     }
+    if recipe.model.adapters != "none":
+        settings["adapters"] = {k: v for k, v in dump["model"].items() if k == "adapters" or k.startswith("lora_")}
     if recipe.model.chat_template is not None:  # by its content, wherever it lies
         settings["chat_template"] = sha256(template_text(recipe.model.chat_template).encode()).hexdigest()
     if recipe.model.template_kwargs:

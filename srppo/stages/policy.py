@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from srppo.models.language_model import LanguageModel
+from srppo.models.loading import to_train
 from srppo.stages.kinds import KINDS
 from srppo.stages.run import Figures, PreparedRun, Stages, answers_of, finish, publish_answers, sft_model
 from srppo.training.batch import Generated
@@ -31,7 +32,7 @@ def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """PPO from the SFT model that it has for a parent: SRPPO, and its controls. With eval.curve the figure `curve`, a
     point a step (`curve_point`)."""
     sft = _start(run, bench, done)
-    policy = sft.copy()
+    policy = to_train(sft, run.recipe.model)
 
     def after_step(step: int) -> Row:
         return {"curve": curve_point(run, bench, policy, sft, step)} if step in run.recipe.eval.curve else {}
@@ -44,7 +45,7 @@ def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
 def distil_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """On-policy distillation of decode-time extrapolation, from the SFT model."""
     sft = _start(run, bench, done)
-    policy = sft.copy()
+    policy = to_train(sft, run.recipe.model)
     return finish(run, bench, policy, _train(train_distil, run, bench, policy, sft))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srppo.config import Recipe, canonical_json, free_settings, recipe_warnings, resolved
+from srppo.config import Recipe, canonical_json, derive_seed, free_settings, recipe_warnings, resolved
 from srppo.console import Console
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.data.prepare import PreparedData, prepare
@@ -31,7 +31,7 @@ from srppo.evaluation.development import Development, Verdict, accuracy_by_group
 from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.language_model import LanguageModel
-from srppo.models.loading import context_length, fingerprint, load_model
+from srppo.models.loading import context_length, fingerprint, load_over, to_train
 from srppo.models.memory import is_out_of_memory
 from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
@@ -114,7 +114,7 @@ def prepare_run(
                 f"the head of {type(model.model).__name__} is not linear, or does more than scale and softcap: whole "
                 "logits are built, which costs memory; results are the same"
             )
-    stops = stop_ids(tokenizer, (given_sft or base).model.generation_config)
+    stops = stop_ids(tokenizer, (given_sft or base).generation_config)
     limit = recipe.rollout.max_new_tokens
     sample = partial(sample_texts, base, tokenizer, stops, limit)
     length = context_length(base)
@@ -224,7 +224,8 @@ def open_stage(run: PreparedRun, kind: Kind, done: Stages) -> Stage:
     parents = [run.sft_id if kind.name == "given-sft" else run.base_id]
     if kind.share:  # it starts from the base: of its parents it takes no more than their compute
         budget = sum(figures_of(done[name])["flops"] for name in kind.parents)
-        whole = steps_within(run.base, run.data.demonstrations, run.recipe, budget)
+        model = trained_base(run) if run.recipe.model.adapters == "lora" else run.base  # what a step costs
+        whole = steps_within(model, run.data.demonstrations, run.recipe, budget)
         config["steps"] = max(round(whole * kind.share), 1)
     else:
         parents += [done[name].id for name in kind.parents]
@@ -303,10 +304,15 @@ def untrained_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures
 
 def sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """SFT from the base: for as long as the recipe says, or for the steps that a longer SFT is known by."""
-    model, total = run.base.copy(), bench.stage.identity["config"].get("steps")
+    model, total = trained_base(run), bench.stage.identity["config"].get("steps")
     rows = run.data.demonstrations
     session = train_sft(run.recipe, bench, model, rows, run.development, pad_id=run.pad_id, total=total)
     return finish(run, bench, model, session)
+
+
+def trained_base(run: PreparedRun) -> LanguageModel:
+    """What SFT trains: it starts as the base."""
+    return to_train(run.base, run.recipe.model, derive_seed(run.recipe.seed, "adapter"))
 
 
 def chosen_sft_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
@@ -334,8 +340,8 @@ def choose_length(lengths: Mapping[str, Figures]) -> tuple[str, Figures]:
 
 def sft_model(run: PreparedRun, done: Stages, name: str = "sft") -> LanguageModel:
     """The SFT model of that kind as it is exported, or the given one; who changes it takes a copy."""
-    return run.given_sft or load_model(
-        str(done[name].path / "model"), run.recipe.model, device=run.device, vocab_size=len(run.tokenizer)
+    return run.given_sft or load_over(
+        str(done[name].path / "model"), run.base, run.recipe.model, vocab_size=len(run.tokenizer)
     )
 
 
@@ -359,7 +365,7 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
             reason = str(error).partition(";")[0]
             again = f"remove {bench.stage.path} to train that stage again"
             raise RecordError(f"{reason}; it holds the kept step: {again}") from error
-        load_weights(model.model, checkpoint / "policy.safetensors")
+        load_weights(model, checkpoint / "policy.safetensors")
     figures |= measure(run, bench, model)
     for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
         write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))

@@ -19,6 +19,7 @@ from srppo.config import with_overrides
 from srppo.data.order import scheduled
 from srppo.data.types import EncodedDemonstration
 from srppo.errors import RunError
+from srppo.models.loading import to_train
 from srppo.models.pair import Pair, check_same_vocabulary
 from srppo.stages.resampling import response_flops, vote
 from srppo.stages.run import UNTRAINED, Figures, PreparedRun, Stages, finish, sft_model
@@ -67,7 +68,7 @@ def _trained(
     rows = chosen_rows([question.ids for question in _questions(run)], _load(done), run.stops, choose)
     if not rows:
         raise RunError("no answer of the SFT model ended within rollout.max_new_tokens; raise it to train on them")
-    model = sft_model(run, done)
+    model = to_train(sft_model(run, done), run.recipe.model)
     recipe = with_overrides(run.recipe, {"sft.epochs": run.recipe.methods.self_epochs, "sft.steps": None})
     session = train_sft(recipe, bench, model, rows, run.development, pad_id=run.pad_id)
     figures = finish(run, bench, model, session)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srppo.data.types import EncodedDemonstration
-from srppo.models.flops import forward_flops
+from srppo.models.flops import update_flops
 from srppo.models.language_model import LanguageModel
 
 _DTYPES = {"tokens_BS": torch.int64, "old_logprobs_BT": torch.float32, "old_values_BT": torch.float32}
@@ -128,11 +128,15 @@ def answer_nll_sum(model: LanguageModel, rows: Sequence[EncodedDemonstration], p
     return -logprobs_BT.sum(), sum(row.trained for row in rows)
 
 
+def extents(rows: Sequence[EncodedDemonstration]) -> tuple[Tensor, int]:
+    """(tokens of each demonstration, answer tokens of all): what their operations are counted by."""
+    lengths_B = torch.tensor([len(row.ids) for row in rows])
+    return lengths_B, sum(len(row.ids) - max(row.prompt_tokens, 1) for row in rows)
+
+
 def training_flops(model: LanguageModel, rows: Sequence[EncodedDemonstration]) -> int:
     """Counted operations of forward and backward over some demonstrations."""
-    lengths = torch.tensor([len(row.ids) for row in rows])
-    answers = sum(len(row.ids) - max(row.prompt_tokens, 1) for row in rows)
-    return 3 * forward_flops(model, lengths, answers)
+    return update_flops(model, *extents(rows))
 
 
 def micro_slices(count: int, size: int) -> Iterator[slice]:

@@ -26,11 +26,22 @@ import torch
 from torch import Tensor
 
 from srppo.config import Recipe
-from srppo.models.flops import forward_flops
+from srppo.models.flops import forward_flops, update_flops
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import weight_bytes
 from srppo.training.batch import Generated, micro_slices
-from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
+from srppo.training.loop import (
+    Measure,
+    Session,
+    Stopwatch,
+    TrainState,
+    Workbench,
+    clip_gradients,
+    lr_factor,
+    parameters,
+    set_lr,
+    trained_bytes,
+)
 from srppo.training.ppo import ADAM_EPS, log_rollouts, policy_session, stop_if_diverged
 from srppo.training.reward import tokenwise_optimum
 from srppo.training.rollout import sample_step
@@ -51,9 +62,9 @@ def train_distil(
 ) -> Session:
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
     config, shared = recipe.distil, recipe.ppo
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS)
-    state = TrainState({"policy": policy.model}, {"policy": optimizer}, {"flops": 0})
-    held = 4 * weight_bytes(policy) + weight_bytes(sft_policy, base_policy)
+    optimizer = torch.optim.Adam(parameters(policy), lr=config.lr, eps=ADAM_EPS)
+    state = TrainState({"policy": policy}, {"policy": optimizer}, {"flops": 0})
+    held = trained_bytes(policy) + weight_bytes(sft_policy, base_policy)
     session = policy_session(recipe, bench, state, policy, development, total=config.steps)
     for step in session.steps():
         watch = Stopwatch()
@@ -128,4 +139,4 @@ def step_flops(
     """Counted operations of one step: sampling, both frozen models, and the policy's update."""
     lengths_B, head_tokens = generated.attention_mask_BS.sum(dim=1), int(generated.response_mask_BT.sum())
     own, sft, base = (forward_flops(model, lengths_B, head_tokens) for model in (policy, sft_policy, base_policy))
-    return 4 * own + sft + base
+    return own + update_flops(policy, lengths_B, head_tokens) + sft + base

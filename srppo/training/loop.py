@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -38,25 +38,44 @@ class Tracker(Protocol):
     def finish(self) -> None: ...
 
 
+class Trained(Protocol):
+    """What training changes."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its tensors by name: what a checkpoint holds. The parameters among them are trained."""
+
+
+def parameters(model: Trained) -> list[nn.Parameter]:
+    """What an optimizer steps."""
+    return [weight for weight in model.weights().values() if isinstance(weight, nn.Parameter)]
+
+
+def trained_bytes(*models: Trained | None) -> int:
+    """Of memory, that training holds: weights, gradients and two moments."""
+    weights = {id(weight): weight for model in models if model is not None for weight in parameters(model)}
+    return 4 * sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
 class TrainState:
-    """Everything a checkpoint holds, by name: modules (safetensors); optimizers, counters and `others` that have a
-    state_dict as they have (trainer.pt). None: left out."""
+    """Everything a checkpoint holds, by name: models (safetensors, what training changes of them); optimizers, counters
+    and `others` that have a state_dict as they have (trainer.pt). None: left out."""
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module | None],
+        models: Mapping[str, Trained | None],
         optimizers: Mapping[str, Optimizer | None],
         counters: dict[str, Any],
         **others: Any,
     ) -> None:
-        self.modules = {name: module for name, module in modules.items() if module is not None}
+        self.models = {name: model for name, model in models.items() if model is not None}
         self.optimizers = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
         self.counters, self.others = counters, others
 
     def save(self, folder: Path) -> None:
         """Write into an empty folder."""
-        for name, module in self.modules.items():
-            save_file(_own_tensors(module), folder / f"{name}.safetensors")
+        for name, model in self.models.items():
+            tensors = {key: weight.detach().contiguous() for key, weight in model.weights().items()}
+            save_file(tensors, folder / f"{name}.safetensors")
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         counters = {**self.counters, **{name: other.state_dict() for name, other in self.others.items()}}
         # The random state is saved although nothing here draws from it: a model with sampling in its forward would.
@@ -65,8 +84,8 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, in place."""
-        for name, module in self.modules.items():
-            load_weights(module, folder / f"{name}.safetensors")
+        for name, model in self.models.items():
+            load_weights(model, folder / f"{name}.safetensors")
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -76,22 +95,11 @@ class TrainState:
         torch.set_rng_state(state["torch_rng"])
 
 
-def load_weights(module: nn.Module, file: Path) -> None:
-    """Copy saved weights into a module of the same architecture."""
-    saved, own = load_file(file), _own_tensors(module, contiguous=False)
-    for name, tensor in own.items():
+def load_weights(model: Trained, file: Path) -> None:
+    """Copy saved weights into a model of the same architecture."""
+    saved = load_file(file)
+    for name, tensor in model.weights().items():
         tensor.data.copy_(saved[name])
-
-
-def _own_tensors(module: nn.Module, contiguous: bool = True) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, tied weights once."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach().contiguous() if contiguous else tensor
-    return tensors
 
 
 def lr_factor(schedule: str, warmup: float, step: int, total: int) -> float:
@@ -111,9 +119,9 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(module: nn.Module, max_norm: float, step: int) -> float:
+def clip_gradients(model: Trained, max_norm: float, step: int) -> float:
     """Clip the global gradient norm and return it as it was; Diverged when it is not finite."""
-    norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+    norm = float(nn.utils.clip_grad_norm_(parameters(model), max_norm))
     if not math.isfinite(norm):
         raise Diverged(
             f"step {step}: the gradient norm is {norm}; lower the learning rate, or clip the reward's tokens"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from srppo.config import PpoConfig, Recipe, derive_seed
 from srppo.errors import Diverged
-from srppo.models.flops import forward_flops
+from srppo.models.flops import forward_flops, update_flops
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import weight_bytes
 from srppo.models.value_model import ValueModel
@@ -39,7 +39,9 @@ from srppo.training.loop import (
     Workbench,
     clip_gradients,
     lr_factor,
+    parameters,
     set_lr,
+    trained_bytes,
 )
 from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
 from srppo.training.masked import masked_mean
@@ -70,12 +72,13 @@ class Learners:
 
     @classmethod
     def start(cls, policy: LanguageModel, config: PpoConfig) -> Learners:
-        """The critic starts as a copy of the policy's body, which is the SFT model's, under a zero head."""
-        policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=ADAM_EPS)
+        """The critic starts as a copy of the policy's body, which is the SFT model's, or on that itself, under a zero
+        head."""
+        policy_optimizer = torch.optim.Adam(parameters(policy), lr=config.lr, eps=ADAM_EPS)
         if config.advantage == "rloo":
             return cls(policy, None, policy_optimizer, None)
-        value = ValueModel(policy)
-        value_optimizer = torch.optim.Adam(value.parameters(), lr=config.value_lr, eps=ADAM_EPS)
+        value = ValueModel(policy, shared=config.critic == "shared")
+        value_optimizer = torch.optim.Adam(parameters(value), lr=config.value_lr, eps=ADAM_EPS)
         return cls(policy, value, policy_optimizer, value_optimizer)
 
     def set_lr(self, config: PpoConfig, factor: float) -> None:
@@ -83,10 +86,6 @@ class Learners:
         set_lr(self.policy_optimizer, config.lr * factor)
         if self.value_optimizer is not None:
             set_lr(self.value_optimizer, config.value_lr * factor)
-
-    def bytes_held(self) -> int:
-        """Of memory, while they train: weights, gradients and Adam's two moments."""
-        return 4 * weight_bytes(self.policy, *([] if self.value is None else [self.value]))
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,12 @@ def train_ppo(
     config, rollout = recipe.ppo, recipe.rollout
     learners, running = Learners.start(policy, config), RunningStd()
     state = TrainState(
-        {"policy": policy.model, "value": learners.value},
+        {"policy": policy, "value": learners.value},
         {"policy": learners.policy_optimizer, "value": learners.value_optimizer},
         {"flops": 0},
         running=running,
     )
-    held = learners.bytes_held() + weight_bytes(sft_policy, base_policy)
+    held = trained_bytes(policy, learners.value) + weight_bytes(sft_policy, base_policy)
     session = policy_session(recipe, bench, state, policy, development, total=config.steps)
     for step in session.steps():
         watch = Stopwatch()
@@ -263,12 +262,15 @@ def minibatch_update(
 ) -> dict[str, float]:
     """One optimizer step of policy and critic over the rollouts at `indices`, in micro-batches.
 
-    During the critic's warm-up the policy stands still; once the policy has moved too far, neither takes the step.
+    During the critic's warm-up the policy stands still, and a trunk that both share with it; once the policy has moved
+    too far, neither takes the step.
     Returns what was measured, and nothing of what was not: no norm of a step not taken, and no loss where every rollout
     was left out by reward.at_limit = "drop".
     """
     config, count = recipe.ppo, int(targets.loss_mask_BT[indices].sum())
+    policy, value = learners.policy, learners.value
     trains_policy = step > config.critic_warmup
+    one_trunk = value is not None and value.shared
     learners.policy_optimizer.zero_grad(set_to_none=True)
     if learners.value_optimizer is not None:
         learners.value_optimizer.zero_grad(set_to_none=True)
@@ -279,31 +281,37 @@ def minibatch_update(
         chosen = indices[part]
         rows = targets.batch.rows(chosen)
         width = rows.response_mask_BT.shape[1]
+        inputs = rows.tokens_BS, rows.attention_mask_BS, width
         mask_BT, advantages_BT, returns_BT, anchor_BT = (
             x[chosen][:, :width]
             for x in (targets.loss_mask_BT, targets.advantages_BT, targets.returns_BT, targets.anchor_logprobs_BT)
         )
+        hidden_BTD, loss = None, torch.zeros(())
+        if one_trunk:  # one pass for both heads, and one backward
+            with torch.set_grad_enabled(trains_policy):
+                hidden_BTD = policy.response_hidden(*inputs)
         if trains_policy:
-            logprobs_BT = learners.policy.response_logprobs(
-                rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature
+            logprobs_BT = policy.response_logprobs(
+                *inputs, temperature=recipe.rollout.temperature, hidden_BTD=hidden_BTD
             )
-            policy = clipped_policy_loss(
+            surrogate = clipped_policy_loss(
                 logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
             )
-            loss = policy.loss
+            loss = surrogate.loss
             if recipe.reward.kl != "k1":
                 penalty = kl_penalty(logprobs_BT, anchor_BT, mask_BT, form=recipe.reward.kl, token_count=count)
                 loss = loss + recipe.reward.beta * targets.kl_scale * penalty
-            loss.backward()
-            metrics["policy_loss"] += float(policy.loss.detach())
-            metrics["clip_share"] += float(policy.clip_share)
-            metrics["approx_kl"] += float(policy.approx_kl)
-        if learners.value is not None:
-            values_BT = learners.value.response_values(rows.tokens_BS, rows.attention_mask_BS, width)
+            if not one_trunk:
+                loss.backward()
+            metrics["policy_loss"] += float(surrogate.loss.detach())
+            metrics["clip_share"] += float(surrogate.clip_share)
+            metrics["approx_kl"] += float(surrogate.approx_kl)
+        if value is not None:
+            values_BT = value.response_values(*inputs, hidden_BTD=hidden_BTD)
             critic = clipped_value_loss(
                 values_BT, rows.old_values_BT, returns_BT, mask_BT, clip=config.value_clip, token_count=count
             )
-            critic.loss.backward()
+            (loss + config.value_coef * critic.loss if one_trunk else critic.loss).backward()
             metrics["value_loss"] += float(critic.loss.detach())
             metrics["value_clip_share"] += float(critic.clip_share)
     if moved_too_far(metrics, config):
@@ -363,9 +371,13 @@ def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, i
     """
     lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
     policy = forward_flops(learners.policy, lengths_B, head_tokens)
-    value = 0 if learners.value is None else forward_flops(learners.value, lengths_B, head_tokens)
-    trained = value if critic_only else policy + value
-    return 4 * policy + value + 3 * trained * updates[0] // updates[1]
+    trained = 0 if critic_only else update_flops(learners.policy, lengths_B, head_tokens)
+    value = 0
+    if learners.value is not None:
+        value = forward_flops(learners.value, lengths_B, head_tokens)
+        trained += update_flops(learners.value, lengths_B, head_tokens)
+        trained += policy if critic_only and learners.value.shared else 0  # the trunk is read, and stands still
+    return 4 * policy + value + trained * updates[0] // updates[1]
 
 
 def log_rollouts(

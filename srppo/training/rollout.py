@@ -82,7 +82,7 @@ def generate(
     with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         for part in micro_slices(len(prompts), size):
             processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
-            processors += [processor(mask_BP[part])] if processor else []
+            processors += [_taking_turns(model, processor(mask_BP[part]))] if processor else []
             if temperature is not None:
                 processors += [TopKLogitsWarper(top_k)] if top_k else []
                 processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
@@ -91,6 +91,7 @@ def generate(
                     processors.append(_by_one_seed(own, temperature, model.device))
                 else:
                     processors.append(_by_row_seeds(seed[part], temperature, max_new_tokens, model.device))
+            model.activate()
             parts.append(
                 model.model.generate(
                     input_ids=tokens_BP[part],
@@ -149,6 +150,17 @@ def _writing(model: LanguageModel) -> Iterator[None]:
         ) from error
     finally:
         model.model.generation_config = own
+
+
+def _taking_turns(model: LanguageModel, processor: Processor) -> Processor:
+    """A processor that may read another role of the model's own backbone, after which it is the model's turn again."""
+
+    def process(tokens_BS: Tensor, logits_BV: Tensor) -> Tensor:
+        processed_BV = processor(tokens_BS, logits_BV)
+        model.activate()
+        return processed_BV
+
+    return process
 
 
 def _by_one_seed(seed: int, temperature: float, device: torch.device) -> Processor:

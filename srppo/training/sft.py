@@ -12,7 +12,17 @@ from srppo.data.order import pass_order
 from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
 from srppo.training.batch import answer_nll_sum, micro_slices, training_flops
-from srppo.training.loop import Measure, Session, Stopwatch, TrainState, Workbench, clip_gradients, lr_factor, set_lr
+from srppo.training.loop import (
+    Measure,
+    Session,
+    Stopwatch,
+    TrainState,
+    Workbench,
+    clip_gradients,
+    lr_factor,
+    parameters,
+    set_lr,
+)
 
 MEASURED = 5  # times that development items are measured where sft.steps counts steps, the last at the end
 
@@ -68,8 +78,8 @@ def train_sft(
     per_epoch = steps_per_epoch(len(rows), config.batch)
     by_recipe, total = total is None, total or config.steps or config.epochs * per_epoch
     measured = evenly(total, MEASURED) if config.steps else range(per_epoch, total + 1, per_epoch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    state = TrainState({"policy": model.model}, {"policy": optimizer}, {"flops": 0})
+    optimizer = torch.optim.AdamW(parameters(model), lr=config.lr, weight_decay=config.weight_decay)
+    state = TrainState({"policy": model}, {"policy": optimizer}, {"flops": 0})
     session = Session(
         bench,
         state,

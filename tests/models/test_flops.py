@@ -7,7 +7,9 @@ import torch
 from architectures import CONFIGS, MORE_THAN_COUNTED, VOCAB, make
 from torch.utils.flop_counter import FlopCounterMode
 
-from srppo.models.flops import forward_flops
+from srppo.config import ModelConfig
+from srppo.models.adapters import AdaptedModel, lora_settings
+from srppo.models.flops import forward_flops, update_flops
 from srppo.models.value_model import ValueModel
 
 
@@ -51,6 +53,23 @@ def test_forward_flops_are_those_that_torch_counts(name: str) -> None:
     assert ours[8] == counted[8] - of_a_pair * (64 - 36)
     head = model.model.get_output_embeddings().weight
     assert forward_flops(ValueModel(model), torch.tensor([8]), 8) == ours[8] - 8 * 2 * (head.numel() - head.shape[1])
+
+
+def test_adapters_are_counted_with_their_role_and_in_their_update() -> None:
+    """Of rank 4 over all linear layers: A and B of the role alone, in every pass; the backbone has no gradient."""
+    lm = make("llama tied")
+    lengths = torch.tensor([3, 5])
+    plain = forward_flops(lm, lengths, 4)
+    roles = [AdaptedModel(lm, lora_settings(ModelConfig(adapters="lora", lora_rank=4)), seed=i) for i in range(2)]
+    width, inner, layers = 16, 24, 2
+    adapter = 2 * 4 * layers * (4 * (width + width) + 3 * (width + inner)) * 8
+    assert forward_flops(lm, lengths, 4) == plain and forward_flops(roles[0], lengths, 4) == plain + adapter
+    assert update_flops(lm, lengths, 4) == 3 * plain
+    assert update_flops(roles[1], lengths, 4) == 2 * (plain + adapter) + adapter
+    value = ValueModel(roles[1])
+    heads = 2 * width * 4 * (1 - VOCAB)
+    assert forward_flops(value, lengths, 4) == plain + adapter + heads
+    assert update_flops(value, lengths, 4) == 2 * (plain + adapter + heads) + adapter
 
 
 def test_experts_in_a_list_count_as_those_in_one_weight() -> None:

@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         "run: the last step is exported for the kept",
         "stages/run.py",
-        'load_weights(model.model, checkpoint / "policy.safetensors")',
+        'load_weights(model, checkpoint / "policy.safetensors")',
         "pass",
         "training/test_ppo.py::test_the_kept_step_is_measured_and_exported",
     ),
@@ -18,6 +18,13 @@ MUTANTS = [
         "weights[1][name] + alpha * (weights[1][name] - weights[2][name])",
         "weights[2][name] + alpha * (weights[1][name] - weights[2][name])",
         "stages/test_extrapolation.py::test_weights_by_hand",
+    ),
+    Mutant(
+        "weights: an adapter alpha times",
+        "stages/extrapolation.py",
+        "found[name] * (1 + alpha)",
+        "found[name] * alpha",
+        "stages/test_extrapolation.py::test_an_adapter_is_extrapolated_as_its_weights_are",
     ),
     Mutant(
         "weights: ties to the larger",

@@ -435,8 +435,8 @@ MUTANTS = [
     Mutant(
         "ppo: new log-probs at temperature 1",
         "training/ppo.py",
-        "rows.tokens_BS, rows.attention_mask_BS, width, temperature=recipe.rollout.temperature",
-        "rows.tokens_BS, rows.attention_mask_BS, width",
+        "*inputs, temperature=recipe.rollout.temperature, hidden_BTD=hidden_BTD",
+        "*inputs, hidden_BTD=hidden_BTD",
         "training/test_ppo.py::test_one_optimizer_step_by_hand",
     ),
     Mutant(
@@ -447,10 +447,24 @@ MUTANTS = [
         "training/test_ppo.py::test_gradients_are_clipped_to_the_norm_and_reported_as_they_were",
     ),
     Mutant(
+        "ppo: a shared trunk is trained in the warm-up",
+        "training/ppo.py",
+        "torch.set_grad_enabled(trains_policy)",
+        "torch.set_grad_enabled(True)",
+        "training/test_shared_critic.py::test_the_warm_up_trains_the_head_alone",
+    ),
+    Mutant(
+        "ppo: the critic's loss whole in a shared trunk",
+        "training/ppo.py",
+        "config.value_coef * critic.loss",
+        "critic.loss",
+        "training/test_shared_critic.py::test_one_pass_gives_the_gradient_of_both_losses",
+    ),
+    Mutant(
         "ppo: the critic's head stands still",
         "training/ppo.py",
-        "torch.optim.Adam(value.parameters()",
-        "torch.optim.Adam(value.body.parameters()",
+        "torch.optim.Adam(parameters(value)",
+        "torch.optim.Adam(parameters(value.trunk)",
         "training/test_ppo.py::test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand",
     ),
     Mutant(
@@ -505,8 +519,8 @@ MUTANTS = [
     Mutant(
         "loop: gradient clipping does not clip",
         "training/loop.py",
-        "nn.utils.clip_grad_norm_(module.parameters(), max_norm)",
-        "nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])",
+        "nn.utils.clip_grad_norm_(parameters(model), max_norm)",
+        "nn.utils.get_total_norm([p.grad for p in parameters(model) if p.grad is not None])",
         "training/test_ppo.py::test_gradients_are_clipped_to_the_norm_and_reported_as_they_were",
     ),
     Mutant(
@@ -638,8 +652,8 @@ MUTANTS = [
     Mutant(
         "rloo: critic counted",
         "training/ppo.py",
-        "value = 0 if learners.value is None else forward_flops(learners.value, lengths_B, head_tokens)",
-        "value = forward_flops(learners.policy if learners.value is None else learners.value, lengths_B, head_tokens)",
+        "    value = 0\n",
+        "    value = policy\n",
         "training/test_rloo.py::test_rloo_counts_no_critic",
     ),
     Mutant(

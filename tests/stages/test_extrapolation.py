@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, LIMIT, base_and_sft, tiny_llama, tiny_recipe
+from tiny import EOS, LIMIT, PROMPTS, base_and_sft, sequence_logprobs, tiny_llama, tiny_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from srppo.config import Recipe, RewardConfig
+from srppo.config import ModelConfig, Recipe, RewardConfig
 from srppo.errors import ConfigError, ModelError
+from srppo.models.adapters import AdaptedModel, lora_settings
 from srppo.models.language_model import LanguageModel
 from srppo.stages.extrapolation import (
     Towards,
@@ -42,6 +43,22 @@ def test_weights_by_hand() -> None:
     other = LanguageModel(tiny_llama(vocab=6))
     with pytest.raises(ModelError, match=r"base's architecture; lm_head\.weight differs"):
         extrapolate(target, sft, other, 1.0)
+
+
+def test_an_adapter_is_extrapolated_as_its_weights_are() -> None:
+    base, _ = base_and_sft()
+    sft = AdaptedModel(base, lora_settings(ModelConfig(adapters="lora", lora_rank=4)), seed=1)
+    torch.manual_seed(2)
+    for weight in sft.weights().values():
+        weight.data = 0.3 * torch.randn_like(weight)
+    target, plain, start = sft.copy(), sft.merged(), LanguageModel(tiny_llama())
+    for alpha in (0.0, 2.0, -1.0):
+        extrapolate(target, sft, base, alpha)
+        whole = plain.copy()
+        extrapolate(whole, plain, start, alpha)
+        for prompt in PROMPTS:
+            ours, theirs = sequence_logprobs(target.merged(), prompt), sequence_logprobs(whole, prompt)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 class Scored:

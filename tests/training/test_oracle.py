@@ -27,11 +27,13 @@ from tiny import (
     each_logprob,
     kl,
     sequence_logprobs,
+    tiny_llama,
     tiny_recipe,
 )
 
 from srppo.analysis.optimum import Draws
-from srppo.config import RewardConfig
+from srppo.config import ModelConfig, RewardConfig
+from srppo.models.adapters import AdaptedModel, lora_settings
 from srppo.models.language_model import LanguageModel
 from srppo.stages.extrapolation import decoded_logprobs, generate_decoded
 from srppo.stages.resampling import Sampled, ess_of, normalised_weights, resampled
@@ -135,6 +137,27 @@ def test_ppo_reaches_the_closed_form(tmp_path: Path, anchor: str, beta: float, s
     other = "base" if anchor == "sft" else "sft"
     assert not reached(policy, other, beta), "the bar must tell the anchors apart"
     assert not reached(policy, anchor, 1.5 * beta), "the bar must tell beta from 1.5 beta"
+
+
+def test_four_roles_with_adapters_of_full_rank_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base, SFT model, policy and critic over one backbone; the optimum is that of the models with weights added."""
+    settings = lora_settings(ModelConfig(adapters="lora", lora_rank=32, lora_alpha=32))
+    base, _ = base_and_sft()
+    sft = AdaptedModel(base, settings, seed=1)
+    torch.manual_seed(7)
+    for weight in sft.weights().values():
+        weight.data = 0.05 * torch.randn_like(weight)
+    start, plain = LanguageModel(tiny_llama()), sft.merged()
+    monkeypatch.setitem(globals(), "base_and_sft", lambda: (start, plain))
+    policy = sft.copy()
+    ppo = {"steps": 100, "epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0}
+    recipe = tiny_recipe(reward={"beta": 0.5}, ppo=ppo)
+    with Bench(tmp_path / "run", recipe) as bench:
+        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+    distance, begun = distances(policy.merged(), "sft", 0.5)
+    print(f"adapters: KL(pi, pi*) {distance:.4f}, KL(pi_sft, pi*) {begun:.3f}")
+    assert distance <= MAX_NATS and distance <= MAX_SHARE * begun
+    assert not reached(policy.merged(), "sft", 0.75)
 
 
 @pytest.mark.parametrize(("kind", "beta"), [("brevity", 0.08), ("no-eos", 0.4)])

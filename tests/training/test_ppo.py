@@ -153,7 +153,7 @@ def test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand(tmp
         assert all(torch.equal(weight, weights[name]) for name, weight in lm.model.state_dict().items())
     for name, weight in policy.model.named_parameters():
         assert not torch.equal(weight, before[1][name]), f"policy: {name} stands still"
-    value = session.state.modules["value"]
+    value = session.state.models["value"]
     for name, weight in value.named_parameters():
         assert not torch.equal(weight, ValueModel(sft).state_dict()[name]), f"critic: {name} stands still"
 
@@ -189,7 +189,7 @@ def losses_by_hand(learners: Learners, targets: Targets, rows: Sequence[int]) ->
     for i in rows:
         prompt, response = texts(batch)[i]
         logits = learners.policy.model(input_ids=torch.tensor([prompt + response])).logits[0] / 0.8
-        hidden = learners.value.body(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+        hidden = learners.value.trunk.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
         gap: Tensor | float = 0.0  # of the whole response: k2 squares the sum
         for t, token in enumerate(response):
             if targets.loss_mask_BT[i, t]:
@@ -374,7 +374,7 @@ class BestEarly:
 def state_of(state: TrainState, folder: Path) -> tuple[list[bytes], Any]:
     folder.mkdir()
     state.save(folder)
-    weights = [(folder / f"{name}.safetensors").read_bytes() for name in state.modules]
+    weights = [(folder / f"{name}.safetensors").read_bytes() for name in state.models]
     return weights, torch.load(folder / "trainer.pt", weights_only=True)
 
 

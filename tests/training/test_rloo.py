@@ -89,7 +89,7 @@ def test_rloo_has_no_critic_anywhere(tmp_path: Path) -> None:
     _, session = run_rloo(tmp_path)
     checkpoint = session.bench.stage.checkpoint(4)
     assert not list(checkpoint.glob("value*")) and (checkpoint / "policy.safetensors").exists()
-    assert session.state.modules.keys() == session.state.optimizers.keys() == {"policy"}
+    assert session.state.models.keys() == session.state.optimizers.keys() == {"policy"}
     rows = session.bench.stage.metrics()
     assert not [name for row in rows for name in row if "value" in name or "explained" in name]
     assert rows[-1]["grad_norm"] > 0 and rows[-1]["clip_share"] >= 0

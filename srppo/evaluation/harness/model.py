@@ -170,7 +170,7 @@ class HarnessModel(TemplateLM):
 
     def _decode(self, prompts: list[list[int]], seeds: list[int], how: Decoding) -> list[list[int]]:
         """decode(); a batch that does not fit after all is halved, which changes samples by rounding alone."""
-        stops = stop_ids(self.tokenizer, self.lm.model.generation_config)
+        stops = stop_ids(self.tokenizer, self.lm.generation_config)
         tick = partial(self.meter.advance, len(prompts) / how.max_new_tokens)
         try:
             return decode(self.lm, self.tokenizer, prompts, seeds, how, stop_ids=stops, tick=tick)
