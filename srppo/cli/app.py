@@ -62,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": train.demo,
     "sft": train.sft,
     "train": train.train,
+    "export": train.export,
     "data": data.data,
     "env": env,
     "eval": measure.evaluate,

@@ -1,4 +1,4 @@
-"""The commands that train: demo, sft, train."""
+"""The commands that train, and what gives out their models: demo, sft, train, export."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
-from srppo.cli.options import Debug, Device, Keys, Plain, Recipe, RunFolder, Sets
+from srppo.cli.options import Debug, Device, Keys, Plain, Recipe, RunFolder, Sets, TrainingSeed
 from srppo.errors import Interrupted, RecordError, StorageError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe as LoadedRecipe
 
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+
+
+class Precision(StrEnum):
+    """Of weights on disk."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
 
 Track = Annotated[list[str] | None, Option("--track", metavar="NAME", help="tensorboard or wandb (repeatable).")]
 
@@ -82,6 +91,25 @@ def train(
 
     kinds = ["base", *(["distil"] if distil else []), "ppo", *(["chosen-sft"] if baselines else [])]
     _run(load_recipe(recipe, sets or []), kinds, recipe, out, device=device, track=track, plain=plain)
+
+
+def export(
+    run: Annotated[Path, Argument(help="A run folder.")],
+    arm: Annotated[str | None, Option(help="Of the run's table. (default: SRPPO)")] = None,
+    seed: TrainingSeed = None,
+    merged: Annotated[bool, Option("--merged", help="Add an adapter to its base: a whole model.")] = False,
+    dtype: Annotated[Precision, Option(help="Of the merged weights.")] = Precision.fp32,
+    out: Annotated[
+        Path | None, Option("--out", metavar="DIR", help="New folder. (default: RUN/export/<arm>-seed-N)")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """The model of an arm, as a folder of its own. Adapters stay what PEFT and vLLM load, or are merged."""
+    from srppo.console import Console
+    from srppo.stages.publish import export_arm
+
+    console = Console()
+    console.say(str(export_arm(run, out, arm=arm, seed=seed, merged=merged, dtype=dtype.value, console=console)))
 
 
 def _run(

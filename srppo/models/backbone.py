@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from srppo.errors import ConfigError
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
+UNKNOWN = ""  # what is active after PEFT has put in or taken out an adapter: whatever is asked for next is switched to
 
 
 def peft() -> Any:
@@ -59,7 +60,7 @@ class Backbone:
         self.layers = [module for module in self.model.modules() if isinstance(module, tuner)]
         for weight in self.weights(name).values():
             weight.data = weight.data.float()  # PEFT makes them in the backbone's precision; they are trained
-        self._active = name
+        self._active = UNKNOWN
         return name
 
     def remove(self, name: str) -> None:
@@ -67,7 +68,7 @@ class Backbone:
         with warnings.catch_warnings(action="ignore"):
             for layer in self.layers:
                 layer.delete_adapter(name)
-        self._active = ""  # PEFT makes another one active: whatever is asked for next is switched to
+        self._active = UNKNOWN
 
     def linear_names(self) -> list[str]:
         """Ends of the names of all linear layers but the head. Experts that are one weight for all are none of them."""

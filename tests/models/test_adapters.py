@@ -127,6 +127,16 @@ def test_a_copy_begins_where_its_role_is_and_a_new_one_at_the_base() -> None:
     torch.testing.assert_close(logprobs(whole), logprobs(sft), atol=2e-5, rtol=2e-5)
 
 
+def test_a_role_that_is_made_while_the_base_is_read_is_its_own() -> None:
+    """Layers that are switched off stay so when an adapter is put in."""
+    frozen = make("llama")
+    sft = role(frozen, 1)
+    before = logprobs(frozen)
+    policy = sft.copy()
+    assert policy.response_logprobs(*ragged()[:3]).requires_grad
+    assert torch.equal(logprobs(policy), logprobs(sft)) and not torch.allclose(logprobs(policy), before)
+
+
 def test_a_role_that_is_gone_holds_no_memory() -> None:
     frozen = make("llama")
     kept, passing = role(frozen, 1), role(frozen, 2)

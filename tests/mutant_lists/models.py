@@ -104,6 +104,13 @@ MUTANTS = [
         "models/test_adapters.py::test_a_role_that_is_gone_holds_no_memory",
     ),
     Mutant(
+        "adapters: a new one counts as active while layers are off",
+        "models/backbone.py",
+        "        self._active = UNKNOWN\n        return name",
+        "        self._active = name\n        return name",
+        "models/test_adapters.py::test_a_role_that_is_made_while_the_base_is_read_is_its_own",
+    ),
+    Mutant(
         "adapters: A from the global random state",
         "models/backbone.py",
         "            torch.manual_seed(seed)\n",
