@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS, described
 
-CODE_EPOCH = 2  # raised when the same config would train to another result; part of every stage's id
+CODE_EPOCH = 3  # raised when the same config would train to another result; part of every stage's id
 
 
 class _Section(BaseModel):
@@ -155,6 +155,9 @@ class DataConfig(_Section):
         return self
 
 
+_MICRO = "tokens of a pass: prompts and answers in order of length; changes memory and rounding, not the loss"
+
+
 class SftConfig(_Section):
     epochs: int = Field(1, ge=1, description="passes over the demonstrations")
     steps: int | None = Field(
@@ -166,7 +169,7 @@ class SftConfig(_Section):
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    micro_batch: int = Field(8, ge=1, description="rows a forward pass; changes memory and rounding, not the loss")
+    micro_tokens: int = Field(4096, ge=1, description=_MICRO)
 
 
 class RolloutConfig(_Section):
@@ -242,7 +245,7 @@ class PpoConfig(_Section):
         None, gt=0, description="stop a step's passes once KL(old, new) a token exceeds this"
     )
     max_kl: float = Field(100.0, gt=0, description="KL to the SFT model, nats a response, beyond which a run diverged")
-    micro_batch: int = Field(48, ge=1, description="rows a forward pass; changes memory and rounding, not the loss")
+    micro_tokens: int = Field(4096, ge=1, description=_MICRO)
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
     @field_validator("value_clip", mode="before")
@@ -516,7 +519,10 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-FREE: Mapping[str, Mapping[str, Any]] = {"sft": {"micro_batch": 8}, "ppo": {"micro_batch": 48, "checkpoint_every": 10}}
+FREE: Mapping[str, Mapping[str, Any]] = {
+    "sft": {"micro_tokens": 4096},
+    "ppo": {"micro_tokens": 4096, "checkpoint_every": 10},
+}
 """Keys that change memory, rounding and what a stop costs, and never what a run is: wherever recipes are compared or
 hashed they stand at these values, so that another micro-batch finds the finished stages and goes on with the others."""
 

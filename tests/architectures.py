@@ -138,11 +138,11 @@ REFUSED: dict[str, Callable[[], Any]] = {
 """Right-padded or unpadded input only."""
 
 
-def make_model(config: Any, seed: int = 0) -> PreTrainedModel:
+def make_model(config: Any, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
     """A random model whose logits spread over several nats, so that errors of head, scale or cap would show."""
     torch.manual_seed(seed)
     # Plain products throughout: what is counted is then what is computed.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     for weight in model.parameters():
         if weight.dim() == 1:
             weight.data += 0.1 * torch.randn_like(weight)
@@ -153,9 +153,9 @@ def make_model(config: Any, seed: int = 0) -> PreTrainedModel:
     return model.train()
 
 
-def make(name: str, *, precision: str = "fp32", seed: int = 0) -> LanguageModel:
+def make(name: str, *, precision: str = "fp32", seed: int = 0, attention: str = "eager") -> LanguageModel:
     """A model of the table, as the trainer holds it."""
-    return LanguageModel(make_model(CONFIGS[name](), seed), precision=precision)
+    return LanguageModel(make_model(CONFIGS[name](), seed, attention), precision=precision)
 
 
 def ragged(seed: int = 0) -> tuple[Tensor, Tensor, int, list[tuple[list[int], list[int]]]]:

@@ -293,7 +293,7 @@ def test_every_kernel_trains_alike(world: World, tmp_path: Path) -> None:
         run_world(world.recipe({"model.kernels": "triton"}), tmp_path / "triton")
 
 
-@covers("sft.micro_batch", "ppo.micro_batch")
+@covers("sft.micro_tokens", "ppo.micro_tokens")
 @pytest.mark.parametrize(("stage", "whole", "part"), [("sft", 6, 4), ("ppo", 4, 3)])
 def test_micro_batches_change_memory_and_not_the_loss(
     stage: str, whole: int, part: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,7 +302,7 @@ def test_micro_batches_change_memory_and_not_the_loss(
     context = {} if stage == "sft" else {key: v(world) if callable(v) else v for key, v in PPO_ONLY.items()}
     for size in (8, part):
         rows = largest_forward(monkeypatch)
-        recipe = world.recipe({**context, f"{stage}.micro_batch": size})
+        recipe = world.recipe({**context, f"{stage}.micro_tokens": size})
         outcomes.append(run_world(recipe, tmp_path / str(size), ppo=stage == "ppo"))
         monkeypatch.undo()
         largest.append(max(rows))

@@ -96,7 +96,7 @@ def tiny_recipe(**sections: dict[str, object]) -> Recipe:
     tree: dict[str, dict[str, object]] = {
         "rollout": {"batch": 256, "max_new_tokens": LIMIT},
         "reward": {},
-        "ppo": {"steps": 2, "epochs": 2, "minibatches": 1, "lr": 4e-3, "value_lr": 1e-2, "micro_batch": 256},
+        "ppo": {"steps": 2, "epochs": 2, "minibatches": 1, "lr": 4e-3, "value_lr": 1e-2, "micro_tokens": 256},
         "eval": {"every": 0},
     }
     for name, values in sections.items():

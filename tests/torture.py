@@ -40,7 +40,7 @@ OVERRIDES = {
     "ppo.checkpoint_every": 3,
     "ppo.schedule": "linear",
     "ppo.warmup": 0.3,
-    "ppo.micro_batch": 3,
+    "ppo.micro_tokens": 3,
     "eval.every": 4,
     "eval.metric": "nll",
 }

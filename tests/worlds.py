@@ -107,7 +107,7 @@ class World:
             },
             "sft": {"batch": 6, "lr": 0.01},
             "rollout": {"batch": 8, "max_new_tokens": 5},
-            "ppo": {"steps": 2, "lr": 0.01, "value_lr": 0.05, "micro_batch": 8},
+            "ppo": {"steps": 2, "lr": 0.01, "value_lr": 0.05, "micro_tokens": 8},
             "eval": {"items": self.items, "every": 1, "samples": 2},
         }
 

@@ -21,7 +21,7 @@ from srppo.evaluation.items import load_items, spread
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
-from srppo.training.batch import Generated, answer_nll_sum, extents
+from srppo.training.batch import Generated, answer_nll_sum, extents, micro_batches
 from srppo.training.rollout import generate
 from srppo.world.items import Item
 from srppo.world.tasks import check
@@ -125,13 +125,12 @@ def accuracy_by_group(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     return {group: item_interval(values) for group, values in shares.items()}
 
 
-def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, micro_batch: int) -> float:
+def answer_nll(model: LanguageModel, rows: Sequence[EncodedDemonstration], *, micro_tokens: int) -> float:
     """Mean NLL of the answers, nats a token, over all answer tokens."""
     total, tokens = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row.ids))
     with torch.no_grad():
-        for start in range(0, len(ordered), micro_batch):
-            nll, count = answer_nll_sum(model, ordered[start : start + micro_batch], pad_id=0)
+        for part in micro_batches(extents(rows)[0], micro_tokens):
+            nll, count = answer_nll_sum(model, [rows[i] for i in part.tolist()], pad_id=0)
             total, tokens = total + float(nll), tokens + count
     return total / max(tokens, 1)
 
@@ -201,7 +200,7 @@ class Development:
         row: dict[str, Any] = {}
         score = None
         if self.held_out:
-            row["dev/nll"] = answer_nll(model, self.held_out, micro_batch=self.recipe.sft.micro_batch)
+            row["dev/nll"] = answer_nll(model, self.held_out, micro_tokens=self.recipe.sft.micro_tokens)
             if self.recipe.eval.metric == "nll":
                 score = -row["dev/nll"]
         if self.items:

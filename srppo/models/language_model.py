@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
 from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
+from srppo.models import packed
 from srppo.models.backbone import Backbone
 from srppo.models.narrow import widen
+from srppo.models.packed import Packing
 
 LOGIT_TOLERANCE = 2.0**-13
 """Largest difference between two ways to the same logits in the load check, as a share of the largest logit. It lies
@@ -67,6 +69,7 @@ class LanguageModel(nn.Module):
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocab_size = rows if vocab_size is None else min(vocab_size, rows)
         self.head = head or _find_head(self)
+        self.packs = find_packing(model, self.takes_positions)
         self._narrow: tuple[int, Tensor | None] | None = None
 
     @property
@@ -116,21 +119,21 @@ class LanguageModel(nn.Module):
         response_width: int,
         *,
         temperature: float = 1.0,
-        hidden_BTD: Tensor | None = None,
+        hidden_ND: Tensor | None = None,
     ) -> Tensor:
         """Log-probs of the last `response_width` columns, BT fp32, nats; 0 where masked.
 
-        Only counted response tokens go through the head. Differentiable in the weights. hidden_BTD: what
-        `response_hidden` gave, where it is known; of no use to a head that is not linear.
+        Only counted response tokens go through the head. Differentiable in the weights. hidden_ND: what `hidden_rows`
+        gave, where it is known; of no use to a head that is not linear.
         """
         mask_BT = attention_mask_BS[:, -response_width:]
         tokens_N = tokens_BS[:, -response_width:][mask_BT]
         if self.head.linear:
             weight_VD, bias_V = self.head_rows()
-            if hidden_BTD is None:
-                hidden_BTD = self.response_hidden(tokens_BS, attention_mask_BS, response_width)
+            if hidden_ND is None:
+                hidden_ND = self.hidden_rows(tokens_BS, attention_mask_BS, response_width)
             logprobs_N = linear_logprob(
-                hidden_BTD[mask_BT],
+                hidden_ND,
                 weight_VD,
                 tokens_N,
                 bias_V=bias_V,
@@ -170,25 +173,16 @@ class LanguageModel(nn.Module):
             self._narrow = version, narrow_VD if exact else None
         return weight_VD if self._narrow[1] is None else self._narrow[1], bias_V
 
-    def response_hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
-        """Hidden states before each response token, BTD."""
-        return self.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1]
-
     def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
-        """Hidden states before each counted response token, ND."""
-        mask_BT = attention_mask_BS[:, -response_width:]
-        return self.response_hidden(tokens_BS, attention_mask_BS, response_width)[mask_BT]
+        """Hidden states before each counted response token, ND; bf16 under autocast."""
+        self.activate()
+        return hidden_rows(self, self.model.base_model, tokens_BS, attention_mask_BS, response_width)
 
     def logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """The model's own logits there, NV; in fp32 throughout, since it would round them under autocast."""
         self.activate()
         logits_BSV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
         return logits_BSV[:, -response_width - 1 : -1, : self.vocab_size][attention_mask_BS[:, -response_width:]]
-
-    def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
-        """Last hidden states, BSD; bf16 under autocast."""
-        self.activate()
-        return body_hidden(self.model.base_model, self._inputs(tokens_BS, attention_mask_BS), self.precision)
 
     def _inputs(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
         return model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
@@ -200,7 +194,7 @@ class Trunk(Protocol):
     @property
     def decoder(self) -> Any: ...
 
-    def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor: ...
+    def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor: ...
 
     def weights(self) -> dict[str, Tensor]: ...
 
@@ -212,17 +206,16 @@ class Body(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(start.model.base_model)
         widen(self.model)
-        self.precision, self.takes_positions = start.precision, start.takes_positions
+        self.precision, self.takes_positions, self.packs = start.precision, start.takes_positions, start.packs
 
     @property
     def decoder(self) -> Any:
         """The layers that text passes through."""
         return self.model.get_decoder()
 
-    def hidden(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
-        """Last hidden states, BSD; bf16 under autocast."""
-        inputs = model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
-        return body_hidden(self.model, inputs, self.precision)
+    def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
+        """Hidden states before each counted response token, ND; bf16 under autocast."""
+        return hidden_rows(self, self.model, tokens_BS, attention_mask_BS, response_width)
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes, by name."""
@@ -242,6 +235,19 @@ def model_inputs(tokens_BS: Tensor, attention_mask_BS: Tensor, takes_positions: 
     return inputs
 
 
+def hidden_rows(
+    how: LanguageModel | Body, body: nn.Module, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int
+) -> Tensor:
+    """Hidden states before each counted response token, ND: of packed rows where the model takes them."""
+    mask_BT = attention_mask_BS[:, -response_width:]
+    if how.packs:
+        packing = Packing.of(tokens_BS, attention_mask_BS)
+        hidden_ND = body_hidden(body, packing.inputs(), how.precision)[0]
+        return hidden_ND[packing.place_BS[:, -response_width - 1 : -1][mask_BT]]
+    inputs = model_inputs(tokens_BS, attention_mask_BS, how.takes_positions)
+    return body_hidden(body, inputs, how.precision)[:, -response_width - 1 : -1][mask_BT]
+
+
 def body_hidden(body: nn.Module, inputs: dict[str, Tensor], precision: str) -> Tensor:
     """Last hidden states, BSD, with or without bf16 autocast."""
     with torch.autocast(inputs["input_ids"].device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -253,6 +259,38 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     tensors = module.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     return {name: tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
+
+
+@torch.no_grad()
+def find_packing(model: Any, takes_positions: bool) -> bool:
+    """Whether a body gives for packed rows what it gives for padded ones; then its attention is ours from now on.
+
+    One that mixes neighbours by other means than attention would mix rows: the trial could be too small to show it.
+    """
+    mixes = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    if mixes or not (has_body(model) and takes_positions):
+        return False
+    if model.config._attn_implementation not in ("sdpa", packed.NAME):
+        return False
+    before, body = model.config._attn_implementation, model.base_model
+    tokens_BS = torch.randint(
+        model.get_input_embeddings().weight.shape[0], (3, 9), generator=torch.Generator().manual_seed(0)
+    )
+    mask_BS = torch.arange(9) >= torch.tensor([3, 0, 3])[:, None]
+    tokens_BS, mask_BS = tokens_BS.to(model.device), mask_BS.to(model.device)
+    wide_BSD = body_hidden(body, model_inputs(tokens_BS, mask_BS, takes_positions), "fp32")
+    try:
+        model.set_attn_implementation(packed.NAME)
+        packing = Packing.of(tokens_BS, mask_BS)
+        found_ND = body_hidden(body, packing.inputs(), "fp32")[0]
+        wide_ND = wide_BSD[mask_BS]
+        gap = (found_ND[packing.place_BS[mask_BS]] - wide_ND).abs().max()
+        same = bool(gap <= LOGIT_TOLERANCE * wide_ND.abs().max())
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # of a model that was not made for it
+        same = False
+    if not same:
+        model.set_attn_implementation(before)
+    return same
 
 
 def unflatten(x_N: Tensor, mask_BT: Tensor) -> Tensor:

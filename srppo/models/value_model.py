@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from srppo.errors import ModelError
-from srppo.models.language_model import LanguageModel, Trunk, has_body
+from srppo.models.language_model import LanguageModel, Trunk, has_body, unflatten
 
 
 class ValueModel(nn.Module):
@@ -40,16 +40,15 @@ class ValueModel(nn.Module):
         attention_mask_BS: Tensor,
         response_width: int,
         *,
-        hidden_BTD: Tensor | None = None,
+        hidden_ND: Tensor | None = None,
     ) -> Tensor:
         """Value of the state before each of the last `response_width` tokens, BT fp32, in scaled reward; 0 masked.
 
-        hidden_BTD: the trunk's hidden states there, where they are known.
+        hidden_ND: the trunk's hidden states before the counted tokens, where they are known.
         """
-        if hidden_BTD is None:
-            hidden_BTD = self.trunk.hidden(tokens_BS, attention_mask_BS)[:, -response_width - 1 : -1]
-        values_BT = self.head(hidden_BTD.float()).squeeze(-1)
-        return values_BT.masked_fill(~attention_mask_BS[:, -response_width:], 0.0)
+        if hidden_ND is None:
+            hidden_ND = self.trunk.hidden_rows(tokens_BS, attention_mask_BS, response_width)
+        return unflatten(self.head(hidden_ND.float()).squeeze(-1), attention_mask_BS[:, -response_width:])
 
     def start_at(self, mean: float, mask_BT: Tensor) -> Tensor:
         """Set the bias of the head, whose weights are still 0, to a mean return (in scaled reward); the values that

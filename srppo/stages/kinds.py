@@ -262,14 +262,9 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
 
 # ---- identity
 
-_ADDED: Mapping[str, Mapping[str, Any]] = {
-    "data": {"noise": "none", "noise_rate": 0.0, "overlap_share": None, "turns": "last", "noise_dev": False},
-    "sft": {"steps": None},
-    "rollout": {"per_prompt": 1},
-    "reward": {"center": "none"},
-    "ppo": {"advantage": "gae", "lam_length": None, "critic_lam": None, "critic": "own"},
-}
-"""Keys that came later, with the default under which they change nothing: there they stay out, so old ids hold."""
+_ADDED: Mapping[str, Mapping[str, Any]] = {}
+"""Keys that came after this epoch's first stages, with the default under which they change nothing: there they stay
+out, so old ids hold."""
 _ELSEWHERE = {  # paths, and what PPO alone reads
     "data": ("demonstrations", "prompts"),
     "eval": ("every", "items", "curve"),

@@ -284,10 +284,10 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
 
 def _what_helps(run: PreparedRun, kind: Kind) -> str:
     for section in ("ppo", "sft"):
-        rows = getattr(run.recipe, section).micro_batch
-        if rows > 1 and any(read.startswith(section) for read in kind.reads):
+        tokens = getattr(run.recipe, section).micro_tokens
+        if tokens > 1 and any(read.startswith(section) for read in kind.reads):
             return (
-                f"lower {section}.micro_batch ({rows}), which changes memory and rounding alone, and run the same "
+                f"lower {section}.micro_tokens ({tokens}), which changes memory and rounding alone, and run the same "
                 "command: finished stages stay, and this one goes on from its last checkpoint"
             )
     return "free memory, or take another --device, and run the same command: finished stages stay"
@@ -387,7 +387,7 @@ def measure(run: PreparedRun, bench: Workbench, model: LanguageModel, which: str
     """
     figures: Figures = {}
     if run.data.held_out:
-        figures["held_out_nll"] = answer_nll(model, run.data.held_out, micro_batch=run.recipe.sft.micro_batch)
+        figures["held_out_nll"] = answer_nll(model, run.data.held_out, micro_tokens=run.recipe.sft.micro_tokens)
     if run.test_items and KINDS[bench.stage.identity["kind"]].label:
         figures |= publish_answers(bench.attempt, answers_of(run, model), which)
     return figures

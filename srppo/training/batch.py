@@ -143,3 +143,13 @@ def micro_slices(count: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` rows that cover `count` rows."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def micro_batches(lengths_B: Tensor, tokens: int) -> Iterator[Tensor]:
+    """Indices of rows for one pass each, rows in order of length, longest first: as many as together are no more than
+    so many tokens, padding to the longest counted, and at least one. Within a pass they rise."""
+    order = lengths_B.argsort(descending=True, stable=True).tolist()
+    while order:
+        rows = max(tokens // max(int(lengths_B[order[0]]), 1), 1)
+        yield torch.tensor(sorted(order[:rows]))
+        order = order[rows:]

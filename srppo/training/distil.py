@@ -29,7 +29,7 @@ from srppo.config import Recipe
 from srppo.models.flops import forward_flops, update_flops
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import weight_bytes
-from srppo.training.batch import Generated, micro_slices
+from srppo.training.batch import Generated
 from srppo.training.loop import (
     Measure,
     Session,
@@ -45,7 +45,7 @@ from srppo.training.loop import (
 from srppo.training.ppo import ADAM_EPS, log_rollouts, policy_session, stop_if_diverged
 from srppo.training.reward import tokenwise_optimum
 from srppo.training.rollout import sample_step
-from srppo.training.scores import response_reverse_kl
+from srppo.training.scores import passes, response_reverse_kl
 
 
 def train_distil(
@@ -104,15 +104,12 @@ def add_gradient(
     teacher = partial(tokenwise_optimum, recipe.reward, stop_ids=stop_ids)
     count = int(generated.response_mask_BT.sum())
     kl_3BT = torch.zeros((3, *generated.response_mask_BT.shape), device=policy.device)
-    for part in micro_slices(len(generated.ended_B), recipe.ppo.micro_batch):
-        rows = generated.rows(part)
-        width = rows.response_mask_BT.shape[1]
-        inputs = rows.tokens_BS, rows.attention_mask_BS, width
+    for part, inputs in passes(generated, recipe.ppo.micro_tokens, policy):
         temperature = recipe.rollout.temperature
         found = response_reverse_kl(policy, sft_policy, base_policy, inputs, teacher, temperature=temperature)
         (found.total / count).backward()
         for kl_BT, kl_N in zip(kl_3BT, found[1:], strict=True):
-            kl_BT[part, :width] = unflatten(kl_N, rows.response_mask_BT)
+            kl_BT[part, : inputs[2]] = unflatten(kl_N, inputs[1][:, -inputs[2] :]).float()
     return kl_3BT
 
 

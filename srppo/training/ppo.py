@@ -29,7 +29,7 @@ from srppo.models.language_model import LanguageModel
 from srppo.models.memory import weight_bytes
 from srppo.models.value_model import ValueModel
 from srppo.training.advantage import gae, length_lambda, rloo, whiten, whitening_std
-from srppo.training.batch import RolloutBatch, micro_slices
+from srppo.training.batch import RolloutBatch, micro_batches
 from srppo.training.loop import (
     Measure,
     Row,
@@ -134,9 +134,9 @@ def train_ppo(
         watch.lap("generate_s")
         # 2. Score, all by the same path as training.
         batch = to_batch(
-            generated, policy, learners.value, micro_batch=config.micro_batch, temperature=rollout.temperature
+            generated, policy, learners.value, micro_tokens=config.micro_tokens, temperature=rollout.temperature
         )
-        scores = score_log_ratio(sft_policy, base_policy, batch, micro_batch=config.micro_batch)
+        scores = score_log_ratio(sft_policy, base_policy, batch, micro_tokens=config.micro_tokens)
         # 3. Reward.
         shuffle = derive_seed(recipe.seed, "shuffle", step)
         rewards = compute_rewards(recipe.reward, scores, batch, running, shuffle, per_prompt=rollout.per_prompt)
@@ -277,7 +277,8 @@ def minibatch_update(
     metrics: defaultdict[str, float] = defaultdict(float)
     if count == 0:
         return {}
-    for part in micro_slices(len(indices), config.micro_batch):
+    lengths_B = targets.batch.attention_mask_BS.sum(dim=1)
+    for part in micro_batches(lengths_B[indices], config.micro_tokens):
         chosen = indices[part]
         rows = targets.batch.rows(chosen)
         width = rows.response_mask_BT.shape[1]
@@ -286,14 +287,12 @@ def minibatch_update(
             x[chosen][:, :width]
             for x in (targets.loss_mask_BT, targets.advantages_BT, targets.returns_BT, targets.anchor_logprobs_BT)
         )
-        hidden_BTD, loss = None, torch.zeros(())
+        hidden_ND, loss = None, torch.zeros(())
         if one_trunk:  # one pass for both heads, and one backward
             with torch.set_grad_enabled(trains_policy):
-                hidden_BTD = policy.response_hidden(*inputs)
+                hidden_ND = policy.hidden_rows(*inputs)
         if trains_policy:
-            logprobs_BT = policy.response_logprobs(
-                *inputs, temperature=recipe.rollout.temperature, hidden_BTD=hidden_BTD
-            )
+            logprobs_BT = policy.response_logprobs(*inputs, temperature=recipe.rollout.temperature, hidden_ND=hidden_ND)
             surrogate = clipped_policy_loss(
                 logprobs_BT, rows.old_logprobs_BT, advantages_BT, mask_BT, clip=config.clip, token_count=count
             )
@@ -307,7 +306,7 @@ def minibatch_update(
             metrics["clip_share"] += float(surrogate.clip_share)
             metrics["approx_kl"] += float(surrogate.approx_kl)
         if value is not None:
-            values_BT = value.response_values(*inputs, hidden_BTD=hidden_BTD)
+            values_BT = value.response_values(*inputs, hidden_ND=hidden_ND)
             critic = clipped_value_loss(
                 values_BT, rows.old_values_BT, returns_BT, mask_BT, clip=config.value_clip, token_count=count
             )

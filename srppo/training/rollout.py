@@ -29,7 +29,7 @@ from srppo.models.language_model import LanguageModel
 from srppo.models.memory import is_out_of_memory, rows_that_fit
 from srppo.models.value_model import ValueModel
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
-from srppo.training.scores import score_logprobs
+from srppo.training.scores import passes
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far BS, logits BV) -> logits BV."""
@@ -202,17 +202,15 @@ def _up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> 
 
 @torch.no_grad()
 def to_batch(
-    generated: Generated, policy: LanguageModel, value: ValueModel | None, *, micro_batch: int, temperature: float
+    generated: Generated, policy: LanguageModel, value: ValueModel | None, *, micro_tokens: int, temperature: float
 ) -> RolloutBatch:
     """Add behaviour log-probs (at the sampling temperature, by the same path as training) and values, 0 without a
     critic."""
-    width = generated.response_mask_BT.shape[1]
-    values_BT = torch.zeros(generated.response_mask_BT.shape, device=generated.tokens_BS.device)
-    if value is not None:
-        values = [
-            value.response_values(generated.tokens_BS[rows], generated.attention_mask_BS[rows], width)
-            for rows in micro_slices(len(generated.tokens_BS), micro_batch)
-        ]
-        values_BT = torch.cat(values)
-    logprobs_BT = score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature)
+    logprobs_BT, values_BT = torch.zeros((2, *generated.response_mask_BT.shape), device=generated.tokens_BS.device)
+    for index, inputs in passes(generated, micro_tokens, policy):
+        seen_ND = policy.hidden_rows(*inputs) if policy.head.linear else None
+        logprobs_BT[index, : inputs[2]] = policy.response_logprobs(*inputs, temperature=temperature, hidden_ND=seen_ND)
+        if value is not None:
+            trunk_ND = seen_ND if value.shared else None
+            values_BT[index, : inputs[2]] = value.response_values(*inputs, hidden_ND=trunk_ND)
     return RolloutBatch(**vars(generated), old_logprobs_BT=logprobs_BT, old_values_BT=values_BT)

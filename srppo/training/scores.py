@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from srppo.kernels import (
 )
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import rows_that_fit, weight_bytes
-from srppo.training.batch import Generated, micro_slices
+from srppo.training.batch import Generated, micro_batches
 
 
 class Scores(NamedTuple):
@@ -35,16 +36,28 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score_logprobs(
-    model: LanguageModel, batch: Generated, *, micro_batch: int | None = None, temperature: float = 1.0
+    model: LanguageModel, batch: Generated, *, micro_tokens: int | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probs of the responses under one model; BT fp32, nats, 0 where masked. micro_batch None: as the memory has
-    it."""
-    width = batch.response_mask_BT.shape[1]
-    parts = [
-        model.response_logprobs(batch.tokens_BS[rows], batch.attention_mask_BS[rows], width, temperature=temperature)
-        for rows in micro_slices(len(batch.tokens_BS), micro_batch or _rows_that_fit(batch, model))
-    ]
-    return torch.cat(parts)
+    """Log-probs of the responses under one model; BT fp32, nats, 0 where masked.
+
+    micro_tokens: of one pass at most, None: as the memory has it.
+    """
+    logprobs_BT = torch.zeros(batch.response_mask_BT.shape, device=batch.tokens_BS.device)
+    for index, inputs in passes(batch, micro_tokens, model):
+        logprobs_BT[index, : inputs[2]] = model.response_logprobs(*inputs, temperature=temperature)
+    return logprobs_BT
+
+
+Inputs = tuple[Tensor, Tensor, int]
+"""Tokens BS, attention mask BS and the response width of some rows."""
+
+
+def passes(batch: Generated, micro_tokens: int | None, *models: LanguageModel) -> Iterator[tuple[Tensor, Inputs]]:
+    """(indices of rows, what a model takes of them) by passes of at most so many tokens; None: as the memory has it."""
+    tokens = micro_tokens or batch.tokens_BS.shape[1] * _rows_that_fit(batch, *models)
+    for index in micro_batches(batch.attention_mask_BS.sum(dim=1), tokens):
+        rows = batch.rows(index.to(batch.tokens_BS.device))
+        yield index, (rows.tokens_BS, rows.attention_mask_BS, rows.response_mask_BT.shape[1])
 
 
 @torch.no_grad()
@@ -83,7 +96,7 @@ def response_reverse_kl(
     policy: LanguageModel,
     sft: LanguageModel,
     base: LanguageModel,
-    rows: tuple[Tensor, Tensor, int],
+    rows: Inputs,
     teacher: Teacher,
     *,
     temperature: float = 1.0,
@@ -116,21 +129,19 @@ def response_reverse_kl(
 
 
 def score_log_ratio(
-    sft_policy: LanguageModel, base_policy: LanguageModel, batch: Generated, *, micro_batch: int | None = None
+    sft_policy: LanguageModel, base_policy: LanguageModel, batch: Generated, *, micro_tokens: int | None = None
 ) -> Scores:
-    """log pi_sft - log pi_base of the responses at temperature 1, and its two terms. micro_batch as in
+    """log pi_sft - log pi_base of the responses at temperature 1, and its two terms. micro_tokens as in
     `score_logprobs`."""
-    width = batch.response_mask_BT.shape[1]
-    parts = [
-        response_log_ratio(sft_policy, base_policy, batch.tokens_BS[rows], batch.attention_mask_BS[rows], width)
-        for rows in micro_slices(len(batch.tokens_BS), micro_batch or _rows_that_fit(batch, sft_policy, base_policy))
-    ]
-    return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    scores_3BT = torch.zeros((3, *batch.response_mask_BT.shape), device=batch.tokens_BS.device)
+    for index, inputs in passes(batch, micro_tokens, sft_policy, base_policy):
+        scores_3BT[:, index, : inputs[2]] = torch.stack(response_log_ratio(sft_policy, base_policy, *inputs))
+    return Scores(*scores_3BT.unbind())
 
 
 @torch.no_grad()
 def full_kl(
-    policy: LanguageModel, anchor: LanguageModel, batch: Generated, *, micro_batch: int | None = None
+    policy: LanguageModel, anchor: LanguageModel, batch: Generated, *, micro_tokens: int | None = None
 ) -> Tensor:
     """KL(policy || anchor) of the whole next-token distributions at temperature 1, summed along each response; B, nats.
 
@@ -138,12 +149,11 @@ def full_kl(
     log pi - log anchor is, with less noise: the choice of each token is averaged out (Rao-Blackwell; Amini et al. 2025,
     arXiv 2504.10637).
     """
-    width, parts = batch.response_mask_BT.shape[1], []
-    for rows in micro_slices(len(batch.tokens_BS), micro_batch or _rows_that_fit(batch, policy, anchor)):
-        inputs = batch.tokens_BS[rows], batch.attention_mask_BS[rows], width
+    kl_B = torch.zeros(len(batch.tokens_BS), device=batch.tokens_BS.device)
+    for index, inputs in passes(batch, micro_tokens, policy, anchor):
         found = response_reverse_kl(policy, anchor, anchor, inputs, lambda anchor_NV, _: anchor_NV)
-        parts.append(unflatten(found.teacher_N, batch.response_mask_BT[rows]).sum(dim=1))
-    return torch.cat(parts)
+        kl_B[index] = unflatten(found.teacher_N, inputs[1][:, -inputs[2] :]).sum(dim=1)
+    return kl_B
 
 
 def _rows_that_fit(batch: Generated, *models: LanguageModel) -> int:

@@ -11,7 +11,7 @@ from srppo.config import Recipe, derive_seed
 from srppo.data.order import pass_order
 from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
-from srppo.training.batch import answer_nll_sum, micro_slices, training_flops
+from srppo.training.batch import answer_nll_sum, extents, micro_batches, training_flops
 from srppo.training.loop import (
     Measure,
     Session,
@@ -96,8 +96,8 @@ def train_sft(
         answer_tokens = sum(row.trained for row in batch)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for part in micro_slices(len(batch), config.micro_batch):
-            nll, _ = answer_nll_sum(model, batch[part], pad_id)
+        for part in micro_batches(extents(batch)[0], config.micro_tokens):
+            nll, _ = answer_nll_sum(model, [batch[i] for i in part.tolist()], pad_id)
             (nll / answer_tokens).backward()
             loss += float(nll.detach()) / answer_tokens
         grad_norm = clip_gradients(model, config.max_grad_norm, step)

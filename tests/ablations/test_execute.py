@@ -90,15 +90,17 @@ def test_what_cannot_be_made_ready_is_left_to_the_stage(world: World) -> None:
 def test_what_no_result_depends_on_reaches_workers_that_join_later(world: World, tmp_path: Path) -> None:
     """A sweep that is begun again with another micro-batch is the same sweep, with the same stages."""
     sweeps = [
-        build_sweep("grid", read_options("grid", world.recipe({"ppo.micro_batch": rows}), seeds=1, axes=["ppo.lr=0.1"]))
+        build_sweep(
+            "grid", read_options("grid", world.recipe({"ppo.micro_tokens": rows}), seeds=1, axes=["ppo.lr=0.1"])
+        )
         for rows in (8, 3)
     ]
     for sweep in sweeps:
         ledger = Ledger(Run.open(tmp_path / "sweep", sweep.as_spec()), 1)
         ledger.limit(60.0, sweep.recipe)
     plan, joined = load_sweep(tmp_path / "sweep")
-    assert joined.limits["timeout_s"] == 60 and plan.sweep.recipe.ppo.micro_batch == 3
-    assert {task.recipe.ppo.micro_batch for task in plan.tasks.values()} == {3}
+    assert joined.limits["timeout_s"] == 60 and plan.sweep.recipe.ppo.micro_tokens == 3
+    assert {task.recipe.ppo.micro_tokens for task in plan.tasks.values()} == {3}
     assert plan.tasks.keys() == Plan(sweeps[0]).tasks.keys()
     with pytest.raises(RecordError, match="made with other settings"):
         Run.open(tmp_path / "sweep", replace(sweeps[0], recipe=world.recipe({"ppo.lr": 0.2})).as_spec())

@@ -230,7 +230,7 @@ def test_bf16_stays_in_the_body(name: str) -> None:
     got_N = got[mask_BT]
     assert got_N.dtype == torch.float32
     assert (got_N == got_N.bfloat16().float()).float().mean() < 0.2  # not on the grid of bf16
-    hidden = lm.hidden(tokens_BS, mask_BS)[:, -width - 1 : -1][mask_BT].double()
+    hidden = lm.hidden_rows(tokens_BS, mask_BS, width).double()
     head = lm.model.get_output_embeddings()
     logits = (hidden @ head.weight.double().T) * lm.head.logit_scale
     if lm.head.softcap:

@@ -97,13 +97,6 @@ MUTANTS = [
         "stages/test_resampling.py::test_best_of_n_by_hand",
     ),
     Mutant(
-        "identity: new keys change old ids",
-        "stages/kinds.py",
-        '"rollout": {"per_prompt": 1},',
-        '"rollout": {},',
-        "stages/test_kinds.py::test_stages_made_before_these_keys_came_keep_their_ids",
-    ),
-    Mutant(
         "decoding: positions count padding",
         "stages/extrapolation.py",
         'inputs["position_ids"] = (self.mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_BS.shape[1] :]',

@@ -337,8 +337,8 @@ MUTANTS = [
     Mutant(
         "rollout: old log-probs at temperature 1",
         "training/rollout.py",
-        "score_logprobs(policy, generated, micro_batch=micro_batch, temperature=temperature)",
-        "score_logprobs(policy, generated, micro_batch=micro_batch)",
+        "policy.response_logprobs(*inputs, temperature=temperature, hidden_ND=seen_ND)",
+        "policy.response_logprobs(*inputs, hidden_ND=seen_ND)",
         "training/test_ppo.py::test_rewards_are_taken_at_temperature_1_and_kl_from_the_anchor",
     ),
     Mutant(
@@ -435,8 +435,8 @@ MUTANTS = [
     Mutant(
         "ppo: new log-probs at temperature 1",
         "training/ppo.py",
-        "*inputs, temperature=recipe.rollout.temperature, hidden_BTD=hidden_BTD",
-        "*inputs, hidden_BTD=hidden_BTD",
+        "*inputs, temperature=recipe.rollout.temperature, hidden_ND=hidden_ND",
+        "*inputs, hidden_ND=hidden_ND",
         "training/test_ppo.py::test_one_optimizer_step_by_hand",
     ),
     Mutant(

@@ -19,7 +19,7 @@ from srppo.ablations.plan import Plan
 from srppo.config import FREE, Recipe, RewardConfig, free_settings, recipe_id, with_overrides
 from srppo.console import Console
 from srppo.errors import ConfigError
-from srppo.record.store import Run, stage_id
+from srppo.record.store import Run
 from srppo.report.answers import arm_rows, arms_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, stage_settings
 from srppo.stages.run import UNTRAINED, PreparedRun, measure, prepare_run, run_stages, sft_model
@@ -50,7 +50,7 @@ CHANGES: dict[str, Any] = {
     "rollout.temperature": 0.7,
     "sft.lr": 0.5,
     "sft.epochs": 3,
-    "sft.micro_batch": 3,
+    "sft.micro_tokens": 3,
     "eval.every": 3,
     "ppo.lr": 0.5,
     "ppo.steps": 3,
@@ -112,27 +112,6 @@ def test_a_control_is_its_method_under_keys_of_its_own() -> None:
     check(["shuffled"], recipe)
 
 
-OLD_IDS = {
-    "base": "39ef83c7c2610857",
-    "given-sft": "bed47a96efe5d7aa",
-    "sft": "3a208abb510a0634",
-    "ppo": "df38de725c52a3f8",
-}
-
-
-def test_stages_made_before_these_keys_came_keep_their_ids() -> None:
-    """Ids of the default recipe as commit f551e2b had them; records of that time are found again."""
-    of_then = {
-        "rollout.max_new_tokens": 16,
-        "sft.lr": 2e-4,
-        "reward.center": "none",
-        "reward.beta": 0.25,
-        "ppo.lr": 1e-4,
-    }
-    then = with_overrides(Recipe(), of_then)
-    assert {kind: stage_id(kind, stage_settings(then, kind)) for kind in OLD_IDS} == OLD_IDS
-
-
 def test_what_rloo_does_not_read_is_not_in_its_id() -> None:
     rloo_recipe = with_overrides(Recipe(), {"rollout.per_prompt": 4, "ppo.advantage": "rloo"})
     before = stage_settings(rloo_recipe, "ppo")
@@ -144,10 +123,10 @@ def test_what_rloo_does_not_read_is_not_in_its_id() -> None:
 
 def test_what_changes_no_result_is_in_no_id() -> None:
     """Micro-batches move rounding and checkpoints what a stop costs: finished stages are found under other ones."""
-    changed = with_overrides(Recipe(), {"sft.micro_batch": 2, "ppo.micro_batch": 12, "ppo.checkpoint_every": 3})
+    changed = with_overrides(Recipe(), {"sft.micro_tokens": 2, "ppo.micro_tokens": 12, "ppo.checkpoint_every": 3})
     assert all(stage_settings(changed, kind) == stage_settings(Recipe(), kind) for kind in KINDS)
     assert recipe_id(changed) == recipe_id(Recipe()) != recipe_id(with_overrides(Recipe(), {"ppo.lr": 0.1}))
-    assert free_settings(changed) == {"sft.micro_batch": 2, "ppo.micro_batch": 12, "ppo.checkpoint_every": 3}
+    assert free_settings(changed) == {"sft.micro_tokens": 2, "ppo.micro_tokens": 12, "ppo.checkpoint_every": 3}
     defaults = {f"{section}.{key}": value for section, keys in FREE.items() for key, value in keys.items()}
     assert free_settings(Recipe()) == defaults, "or ids of the default recipe would have moved"
 

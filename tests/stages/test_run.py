@@ -291,7 +291,7 @@ def test_however_a_stage_ends_its_result_says_so_and_its_trackers_are_finished(
         assert result["figures"]["reason"].startswith(reason)
         assert problem_of(stage, result) == f"seed 0 {status}: {result['figures']['reason']}"
     if status == "oom":
-        assert "lower ppo.micro_batch (8), which changes memory and rounding alone" in str(caught.value)
+        assert "lower ppo.micro_tokens (8), which changes memory and rounding alone" in str(caught.value)
         assert "\n" not in str(caught.value)
     if status != "diverged":
         assert run_stages(prepared(world, tmp_path / "run", ["ppo"], **PPO))["ppo"].done, "the same command goes on"
@@ -304,12 +304,12 @@ def test_a_stage_out_of_memory_goes_on_with_another_micro_batch(world: World, tm
     fail_at_step(run, 3, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RunError, match="run the same command: finished stages stay"):
         run_stages(run)
-    smaller = prepared(world, tmp_path / "run", ["base", "ppo"], **PPO, ppo__micro_batch=3, sft__micro_batch=2)
+    smaller = prepared(world, tmp_path / "run", ["base", "ppo"], **PPO, ppo__micro_tokens=3, sft__micro_tokens=2)
     stages = run_stages(smaller)
     assert len(run.record.stages()) == 3 and all(stage.done for stage in stages.values())
     assert len(stages["sft"].attempts()) == len(stages["base"].attempts()) == 1
     first, second = settings_of(stages["ppo"])
-    assert (first["ppo.micro_batch"], second["ppo.micro_batch"], second["sft.micro_batch"]) == (8, 3, 2)
+    assert (first["ppo.micro_tokens"], second["ppo.micro_tokens"], second["sft.micro_tokens"]) == (8, 3, 2)
     resumed = [event["step"] for event in read_lines(stages["ppo"].attempts()[1] / "events.jsonl") if "step" in event]
     assert resumed == [2] and [row["step"] for row in stages["ppo"].metrics()] == [0, 1, 2, 3, 4]
 

@@ -119,7 +119,7 @@ def test_micro_batches_add_up_to_the_mean_over_all_tokens() -> None:
         models = three_models(torch.float32)
         batch = rollouts(models[0])
         assert len({int(batch.lengths_B()[part].sum()) for part in (slice(5), slice(5, 10))}) == 2
-        kl_3BT = add_gradient(tiny_recipe(ppo={"micro_batch": size}), *models, batch, stop_ids=[EOS])
+        kl_3BT = add_gradient(tiny_recipe(ppo={"micro_tokens": size}), *models, batch, stop_ids=[EOS])
         found.append([kl_3BT, *(weight.grad for weight in models[0].parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -201,7 +201,7 @@ distilled(build_recipe(json.loads(sys.argv[3])), Path(sys.argv[2]), Kills())
 
 
 def test_killed_in_the_middle_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    recipe = small(distil={"steps": 10}, ppo={"checkpoint_every": 3, "micro_batch": 3}, eval={"every": 1})
+    recipe = small(distil={"steps": 10}, ppo={"checkpoint_every": 3, "micro_tokens": 3}, eval={"every": 1})
     policy, whole = distilled(recipe, tmp_path / "whole")
     tests, killed = Path(__file__).parent, tmp_path / "killed"
     orders = [json.dumps([str(tests), str(tests.parent)]), str(killed), json.dumps(recipe.model_dump(mode="json"))]

@@ -8,14 +8,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from tiny import tiny_llama
 
 from srppo.errors import Diverged
+from srppo.models.language_model import LanguageModel
+from srppo.models.value_model import ValueModel
 from srppo.training.loop import Session, clip_gradients, lr_factor
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
-    model = torch.nn.Linear(2, 1)
-    model.weight.grad = torch.full((1, 2), math.inf)
+    model = ValueModel(LanguageModel(tiny_llama()))
+    model.head.weight.grad = torch.full((1, 32), math.inf)
     with pytest.raises(Diverged, match="step 7: the gradient norm is"):
         clip_gradients(model, 1.0, 7)
 

@@ -227,7 +227,7 @@ def test_the_kl_of_whole_distributions_along_responses_is_the_kl_over_responses(
         sft_log, base_log = sequence_logprobs(sft, prompt), sequence_logprobs(base, prompt)
         found = full_kl(sft, base, all_responses(prompt))
         assert float((sft_log.exp() * found.double()).sum()) == pytest.approx(kl(sft_log, base_log), abs=1e-5)
-        torch.testing.assert_close(full_kl(sft, base, all_responses(prompt), micro_batch=7), found)
+        torch.testing.assert_close(full_kl(sft, base, all_responses(prompt), micro_tokens=7), found)
         assert float(found.std()) < 0.5 * float((sft_log - base_log).std()), "it is there to be less noisy"
 
 

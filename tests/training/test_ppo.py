@@ -170,7 +170,7 @@ def a_minibatch() -> tuple[Learners, Targets]:
     torch.nn.init.normal_(value.head.weight)
     prompts = [*PROMPTS, (2,), (1, 1)] * 3
     generated = generate(policy, prompts, stop_ids=[EOS], pad_id=EOS, max_new_tokens=LIMIT, temperature=0.8, seed=1)
-    batch = to_batch(generated, policy, value, micro_batch=5, temperature=0.8)
+    batch = to_batch(generated, policy, value, micro_tokens=5, temperature=0.8)
     assert len(set(batch.lengths_B().tolist())) == 3
     for weight in [*policy.parameters(), *value.parameters()]:
         weight.data += 0.05 * torch.randn_like(weight)
@@ -212,7 +212,7 @@ def small_step(**ppo: Any) -> Recipe:
     return tiny_recipe(
         rollout={"batch": 12, "temperature": 0.8},
         reward={"kl": "k2", "beta": 0.7},
-        ppo={"micro_batch": 4, "clip": 0.1, "value_clip": 0.1, "max_grad_norm": 1e6, **ppo},
+        ppo={"micro_tokens": 4, "clip": 0.1, "value_clip": 0.1, "max_grad_norm": 1e6, **ppo},
     )
 
 

@@ -99,7 +99,7 @@ def test_rloo_counts_no_critic() -> None:
     """Sampling, three scoring passes and three times the policy a pass; with a critic, its score and its training."""
     _, policy = base_and_sft()
     generated = generate(policy, PROMPTS, stop_ids=[EOS], pad_id=EOS, max_new_tokens=LIMIT, seed=1)
-    batch = to_batch(generated, policy, None, micro_batch=2, temperature=1.0)
+    batch = to_batch(generated, policy, None, micro_tokens=2, temperature=1.0)
     assert not batch.old_values_BT.any()
     lengths, tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
     one, critic = forward_flops(policy, lengths, tokens), forward_flops(ValueModel(policy), lengths, tokens)

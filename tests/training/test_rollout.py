@@ -57,8 +57,8 @@ def own_logprobs(lm: LanguageModel, prompt: Sequence[int], response: Sequence[in
 def test_behaviour_logprobs_are_the_models_own_at_the_sampling_temperature(temperature: float) -> None:
     lm = policy(eos=1.0)
     generated = sample(lm, temperature=temperature)
-    batch = to_batch(generated, lm, ValueModel(lm), micro_batch=3, temperature=temperature)
-    at_one = score_logprobs(lm, batch, micro_batch=7)
+    batch = to_batch(generated, lm, ValueModel(lm), micro_tokens=3, temperature=temperature)
+    at_one = score_logprobs(lm, batch, micro_tokens=7)
     lengths = set()
     for i, (prompt, response) in enumerate(zip(PROMPTS, generated.responses(), strict=True)):
         lengths.add(len(response))
@@ -73,7 +73,7 @@ def test_behaviour_logprobs_are_the_models_own_at_the_sampling_temperature(tempe
 def test_training_repeats_the_old_logprobs_on_any_slice(precision: str) -> None:
     """Rows cut to their own width and padding, as minibatches take them: new and old log-probs are the same."""
     lm = policy(eos=1.0, precision=precision)
-    batch = to_batch(sample(lm), lm, ValueModel(lm), micro_batch=6, temperature=1.0)
+    batch = to_batch(sample(lm), lm, ValueModel(lm), micro_tokens=6, temperature=1.0)
     widths = set()
     order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(0))
     for index in [*order.split(4), slice(1, 2), slice(3, 4), slice(0, 20)]:
@@ -98,17 +98,23 @@ def test_in_train_ppo_old_and_new_agree_on_the_first_minibatch_of_each_step(
     monkeypatch.setattr(srppo.training.ppo, "clipped_policy_loss", watched)
     recipe = tiny.tiny_recipe(
         rollout={"batch": 24, "temperature": 0.8, "max_new_tokens": LIMIT},
-        ppo={"steps": 3, "epochs": 2, "minibatches": 3, "micro_batch": 5, "lr": 1e-2},
+        ppo={"steps": 3, "epochs": 2, "minibatches": 3, "micro_tokens": 40, "lr": 1e-2},
     )
     base, sft = policy(0), policy(1)
     with tiny.Bench(tmp_path, recipe) as bench:
         srppo.training.ppo.train_ppo(
             recipe, bench, policy(1), sft, base, PROMPTS[:5], tiny.NoDevelopment(), stop_ids=[EOS], pad_id=EOS
         )
-    per_step = 2 * 3 * 2  # passes, minibatches of 8 rows, micro-batches of at most 5
-    assert len(seen) == 3 * per_step
-    for start in range(0, len(seen), per_step):
-        first, later = seen[start : start + 2], seen[start + 2 : start + per_step]
+    steps: list[list[tuple[int, float]]] = [[]]
+    for each in seen:  # a step begins where old and new agree again
+        if each[1] < 1e-5 <= (steps[-1] or [each])[-1][1]:
+            steps.append([])
+        steps[-1].append(each)
+    assert len(steps) == 3
+    for passes in steps:
+        first = [each for each in passes if each[1] < 1e-5]
+        later = passes[len(first) :]
+        assert len(first) >= 2 and len(later) >= 5 * 2, "one minibatch of six, in several passes"
         assert max(gap for _, gap in first) < 1e-5
         assert min(gap for _, gap in later) > 1e-4  # the policy has moved, so agreement above is no accident
 
@@ -155,7 +161,7 @@ def test_responses_that_end_at_once() -> None:
     generated = sample(lm)
     assert generated.responses() == [[EOS]] * len(PROMPTS)
     assert generated.response_mask_BT.shape == (20, 1) and generated.ended_B.all()
-    batch = to_batch(generated, lm, ValueModel(lm), micro_batch=8, temperature=1.0)
+    batch = to_batch(generated, lm, ValueModel(lm), micro_tokens=8, temperature=1.0)
     assert batch.old_logprobs_BT.abs().max() < 1e-3 and batch.lengths_B().tolist() == [1] * 20
     assert batch.rows(slice(0, 1)).tokens_BS.shape == (1, 6)
 
@@ -299,8 +305,8 @@ def test_ids_that_no_tokenizer_makes_are_never_written(linear: bool) -> None:
         ours, theirs = (sample(model, **how) for model in (lm, plain))
         assert int(ours.tokens_BS.max()) < VOCAB
         assert ours.responses() == theirs.responses(), how
-    batch = to_batch(ours, lm, None, micro_batch=8, temperature=0.8)
-    expected_BT = score_logprobs(plain, ours, micro_batch=8, temperature=0.8)
+    batch = to_batch(ours, lm, None, micro_tokens=8, temperature=0.8)
+    expected_BT = score_logprobs(plain, ours, micro_tokens=8, temperature=0.8)
     torch.testing.assert_close(batch.old_logprobs_BT, expected_BT, atol=1e-5, rtol=0)
     unmasked = LanguageModel(lm.model)
     assert int(sample(unmasked).tokens_BS.max()) >= VOCAB  # they are likely, and the mask is what keeps them out
@@ -356,7 +362,7 @@ def test_a_rollout_batch_keeps_what_was_generated() -> None:
     generated = sample(lm)
     value = ValueModel(lm)
     torch.nn.init.normal_(value.head.weight)
-    batch = to_batch(generated, lm, value, micro_batch=3, temperature=1.0)
+    batch = to_batch(generated, lm, value, micro_tokens=3, temperature=1.0)
     assert isinstance(batch, RolloutBatch)
     for name in ("tokens_BS", "attention_mask_BS", "response_mask_BT", "ended_B"):
         assert torch.equal(getattr(batch, name), getattr(generated, name))

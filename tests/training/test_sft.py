@@ -53,7 +53,7 @@ def test_the_sft_loss_of_a_conversation_counts_every_answer_and_nothing_between(
         torch.autograd.grad(total, weights), torch.autograd.grad(by_hand.sum(), weights), strict=True
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    recipe = tiny_recipe(sft={"batch": 6, "micro_batch": 4, "lr": 1e-2, "warmup": 0.0})
+    recipe = tiny_recipe(sft={"batch": 6, "micro_tokens": 4, "lr": 1e-2, "warmup": 0.0})
     with Bench(tmp_path, recipe) as bench:
         train_sft(recipe, bench, lm, rows, NoDevelopment(), pad_id=EOS)
         (_, first) = bench.stage.metrics()
@@ -67,7 +67,7 @@ def test_an_sft_step_is_a_mean_over_all_answer_tokens_whatever_the_micro_batch(t
     for size in (2, 5):
         _, lm = base_and_sft()
         expected = torch.stack([nll for row in rows for nll in nll_by_hand(lm, row)]).mean()
-        settings = {"batch": 5, "micro_batch": size, "lr": 1e-2, "warmup": 0.0}
+        settings = {"batch": 5, "micro_tokens": size, "lr": 1e-2, "warmup": 0.0}
         recipe = tiny_recipe(sft={**settings, "schedule": "constant", "max_grad_norm": 1e6})
         with Bench(tmp_path / str(size), recipe) as bench:
             train_sft(recipe, bench, lm, rows, NoDevelopment(), pad_id=EOS)

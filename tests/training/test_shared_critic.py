@@ -22,14 +22,14 @@ from srppo.training.rollout import generate, to_batch
 def setting(**ppo: object) -> tuple[Recipe, Learners, Targets]:
     """A policy that has moved since it sampled, under a critic on its trunk, whose head says something."""
     torch.set_num_threads(1)
-    recipe = tiny_recipe(ppo={"critic": "shared", "max_grad_norm": 1e9, "micro_batch": 5, **ppo})
+    recipe = tiny_recipe(ppo={"critic": "shared", "max_grad_norm": 1e9, "micro_tokens": 5, **ppo})
     _, policy = base_and_sft()
     learners = Learners.start(policy, recipe.ppo)
     assert learners.value is not None
     torch.manual_seed(3)
     torch.nn.init.normal_(learners.value.head.weight)
     generated = generate(policy, [*PROMPTS] * 6, stop_ids=[EOS], pad_id=EOS, max_new_tokens=LIMIT, seed=1)
-    batch = to_batch(generated, policy, learners.value, micro_batch=5, temperature=1.0)
+    batch = to_batch(generated, policy, learners.value, micro_tokens=5, temperature=1.0)
     for weight in parameters(policy):
         weight.data += 0.05 * torch.randn_like(weight)
     mask_BT = batch.response_mask_BT
@@ -48,10 +48,10 @@ def test_values_and_log_probs_of_one_pass_are_those_of_two() -> None:
     inputs = targets.batch.tokens_BS, targets.batch.attention_mask_BS, LIMIT
     assert learners.value is not None
     with torch.no_grad():
-        hidden_BTD = learners.policy.response_hidden(*inputs)
+        hidden_ND = learners.policy.hidden_rows(*inputs)
         for model, call in ((learners.policy, "response_logprobs"), (learners.value, "response_values")):
             torch.testing.assert_close(
-                getattr(model, call)(*inputs, hidden_BTD=hidden_BTD), getattr(model, call)(*inputs)
+                getattr(model, call)(*inputs, hidden_ND=hidden_ND), getattr(model, call)(*inputs)
             )
     own = ValueModel(learners.policy)
     own.load_state_dict(
