@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from srppo.config import ModelConfig
 from srppo.errors import ConfigError, ModelError
 from srppo.models.backbone import PREFIX, Backbone, peft
-from srppo.models.language_model import LanguageModel
+from srppo.models.language_model import LanguageModel, plain
 from srppo.models.narrow import widen
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,6 +53,14 @@ class AdaptedModel(LanguageModel):
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.backbone.weights(self.adapter))
+
+    def _plain_layers(self) -> dict[str, nn.Module]:
+        found = super()._plain_layers()
+        ours = {id(layer) for layer in self.backbone.layers}
+        for name, layer in self.model.named_modules():
+            if id(layer) in ours and isinstance(base := layer.get_base_layer(), nn.Linear):
+                found[name] = plain(base.weight.float() + layer.get_delta_weight(self.adapter), base.bias)
+        return found
 
     def copy(self) -> AdaptedModel:
         other = AdaptedModel(self, self.settings)

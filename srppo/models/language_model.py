@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +22,7 @@ from srppo.errors import ModelError
 from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
 from srppo.models import packed
 from srppo.models.backbone import Backbone
-from srppo.models.narrow import widen
+from srppo.models.narrow import NarrowLinear, widen
 from srppo.models.packed import Packing
 
 LOGIT_TOLERANCE = 2.0**-13
@@ -81,6 +83,26 @@ class LanguageModel(nn.Module):
         """Make the backbone this role's, where several roles share one: each pass begins with it."""
         if self.backbone is not None:
             self.backbone.switch(None)
+
+    @contextmanager
+    def unfolded(self) -> Iterator[None]:
+        """Within, plain fp32 layers stand for those that widen their weights or add an adapter in each pass: writing
+        goes through all of them for every token. Only where the sum would be taken in fp32 anyway, on a CPU."""
+        layers = self._plain_layers() if self.device.type == "cpu" and self.precision == "fp32" else {}
+        before = {name: self.model.get_submodule(name) for name in layers}
+        _put(self.model, layers)
+        try:
+            yield
+        finally:
+            _put(self.model, before)
+
+    def _plain_layers(self) -> dict[str, nn.Module]:
+        """By the names of the layers for which they stand."""
+        return {
+            name: plain(layer.weight.float(), layer.bias)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, NarrowLinear) and not name.endswith(".base_layer")
+        }
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes, by name: parameters and buffers, tied ones once."""
@@ -186,6 +208,21 @@ class LanguageModel(nn.Module):
 
     def _inputs(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
         return model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
+
+
+def plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of given weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
 
 
 class Trunk(Protocol):

@@ -28,7 +28,15 @@ class Segments:
 
     lengths: tuple[int, ...]
 
-    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    def attend(
+        self,
+        q_HND: Tensor,
+        k_HND: Tensor,
+        v_HND: Tensor,
+        scaling: float | None,
+        window: int | None,
+        layer: int | None = None,
+    ) -> Tensor:
         """Causal attention within each row: (N, heads, value width)."""
         runs = [(length, sum(1 for _ in same)) for length, same in groupby(self.lengths)]
         sizes = [length * count for length, count in runs]
@@ -67,7 +75,8 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     if asked := [name for name in _UNKNOWN if more.get(name) is not None]:
         raise ValueError(f"packed attention knows nothing of {asked[0]}")
-    return segments.attend(query[0], key[0], value[0], scaling, sliding_window)[None], None
+    layer = getattr(module, "layer_idx", None)
+    return segments.attend(query[0], key[0], value[0], scaling, sliding_window, layer=layer)[None], None
 
 
 AttentionInterface.register(NAME, attention)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -28,9 +27,11 @@ from srppo.errors import OutOfMemory
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import is_out_of_memory, rows_that_fit
 from srppo.models.value_model import ValueModel
+from srppo.models.writing import Draw, write, writes
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.scores import passes
 
+Until = Callable[[list[list[int]]], list[bool]]
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far BS, logits BV) -> logits BV."""
 
@@ -48,7 +49,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     processor: Callable[[Tensor], Processor] | None = None,
-    criteria: Sequence[StoppingCriteria] = (),
+    until: Until | None = None,
     settings: Mapping[str, Any] | None = None,
     rows: int | None = None,
     held: int | None = None,
@@ -59,51 +60,84 @@ def generate(
     distribution would not be the one whose log-probs are trained. Ids that no tokenizer makes are left out. A response
     ends with its first stop token, which counts. The global random state neither enters nor changes.
 
-    seed: of all random numbers, or one a row, whose numbers are then its own. A row's probabilities come from products
-    over the whole batch, whose last bits hang on its size and width: the same batch gives the same row, another one
-    may, at a near tie, give another token (1 of 48 GSM8K responses, batches of 64 against 5).
+    seed: one a row, or one of which each row's is made: a row's random numbers are its own, whatever the batch. Its
+    probabilities come from products over the rows that are written together, whose last bits may hang on their number:
+    at a near tie another batch may give another token.
     processor: makes, of the prompts' mask (BP), what turns logits into others for one batch; then the body runs in
-    fp32, since it may blow up their rounding. criteria, settings: more of transformers' own.
+    fp32, since it may blow up their rounding. until: which rows of those it is shown (responses so far) are done.
+    settings: more of transformers' own. With either of processor and settings, or a model that cannot be packed,
+    transformers' generate() writes; otherwise `models.writing` does.
     rows: at most so many at a time; None: as many as fit the memory beside the bytes `held` (`memory.rows_that_fit`).
-    Where one seed is given, each batch after the first has one made of it.
     """
-    tokens_BP, mask_BP = (x.to(model.device) for x in left_pad(prompts, pad_id))
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,  # the processors leave one token a row
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
-        **(settings or {}),
-    )
-    size = rows or rows_that_fit(model, tokens_BP.shape[1] + max_new_tokens, held=held)
-    parts: list[Tensor] = []
+    longest = max(map(len, prompts))
+    size = rows or rows_that_fit(model, longest + max_new_tokens, held=held)
+    seeds = [derive_seed(seed, "row", i) for i in range(len(prompts))] if isinstance(seed, int) else seed
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    own = processor is None and not settings and writes(model)
+    written: list[list[int]] = [[] for _ in prompts]
     half = model.precision == "bf16" and processor is None
     with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         for part in micro_slices(len(prompts), size):
-            processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
-            processors += [_taking_turns(model, processor(mask_BP[part]))] if processor else []
-            if temperature is not None:
-                processors += [TopKLogitsWarper(top_k)] if top_k else []
-                processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-                if isinstance(seed, int):
-                    own = derive_seed(seed, "part", part.start) if part.start else seed
-                    processors.append(_by_one_seed(own, temperature, model.device))
-                else:
-                    processors.append(_by_row_seeds(seed[part], temperature, max_new_tokens, model.device))
-            model.activate()
-            parts.append(
-                model.model.generate(
-                    input_ids=tokens_BP[part],
-                    attention_mask=mask_BP[part].long(),
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList(processors),
-                    stopping_criteria=StoppingCriteriaList(criteria),
+            places = order[part]
+            chosen = [prompts[i] for i in places]
+            draw = drawing([seeds[i] for i in places], temperature, max_new_tokens, top_k=top_k, top_p=top_p)
+            if own:
+                limits: dict[str, Any] = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "until": until}
+                found = write(model, chosen, draw, **limits)
+            else:
+                config = GenerationConfig(
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,  # the processors leave one token a row
+                    eos_token_id=list(stop_ids),
+                    pad_token_id=pad_id,
+                    use_cache=True,
+                    **(settings or {}),
                 )
-            )
-    width = max(part_BS.shape[1] for part_BS in parts)
-    tokens_BS = torch.cat([pad(part_BS, (0, width - part_BS.shape[1]), value=pad_id) for part_BS in parts])
-    return _up_to_stop(tokens_BS, mask_BP, stop_ids)
+                found = _by_transformers(model, chosen, draw, config, processor, until)
+            for i, response in zip(places, found, strict=True):
+                written[i] = response
+    return _generated(prompts, written, stop_ids, pad_id, model.device)
+
+
+def _by_transformers(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    draw: Draw,
+    config: GenerationConfig,
+    processor: Callable[[Tensor], Processor] | None,
+    until: Until | None,
+) -> list[list[int]]:
+    """The response to each prompt, up to its stop token, by transformers' generate()."""
+    tokens_BP, mask_BP = (x.to(model.device) for x in left_pad(prompts, int(config.pad_token_id)))  # type: ignore[arg-type]
+    width, everyone = tokens_BP.shape[1], list(range(len(prompts)))
+
+    def drawn(tokens_BS: Tensor, logits_BV: Tensor) -> Tensor:
+        token_B = draw(logits_BV, everyone, tokens_BS.shape[1] - width)
+        return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B[:, None], 0.0)
+
+    processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
+    processors += [_taking_turns(model, processor(mask_BP))] if processor else []
+    model.activate()
+    tokens_BS = model.model.generate(
+        input_ids=tokens_BP,
+        attention_mask=mask_BP.long(),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([*processors, drawn]),
+        stopping_criteria=StoppingCriteriaList([_Until(until, width)] if until else []),
+    )
+    stops: set[int] = {*config.eos_token_id}  # type: ignore[misc]
+    rows = tokens_BS[:, width:].tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
+
+
+class _Until(StoppingCriteria):
+    """`until` as transformers has it."""
+
+    def __init__(self, until: Until, width: int) -> None:
+        self.until, self.width = until, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.tensor(self.until(input_ids[:, self.width :].tolist()), device=input_ids.device)
 
 
 def sample_step(
@@ -163,41 +197,39 @@ def _taking_turns(model: LanguageModel, processor: Processor) -> Processor:
     return process
 
 
-def _by_one_seed(seed: int, temperature: float, device: torch.device) -> Processor:
-    """Leaves one token a row, drawn with the random numbers of one seed for the whole batch."""
-    generator = torch.Generator(device).manual_seed(seed)
+def drawing(seeds: Sequence[int], temperature: float | None, steps: int, *, top_k: int = 0, top_p: float = 1.0) -> Draw:
+    """How the next token is chosen: where the cumulative probability passes the row's own uniform number of the step,
+    or, at temperature None, the likeliest. Top-k and top-p as transformers has them: after the temperature."""
+    if temperature is None:
+        return lambda logits_BV, rows, step: logits_BV.argmax(dim=-1)
+    warpers = [*([TopKLogitsWarper(top_k)] if top_k else []), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
+    uniform_BT = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def draw(_: Tensor, logits_BV: Tensor) -> Tensor:
-        return _alone(logits_BV, torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator))
-
-    return draw
-
-
-def _by_row_seeds(seeds: Sequence[int], temperature: float, steps: int, device: torch.device) -> Processor:
-    """Leaves one token a row: where the cumulative probability passes the row's own uniform number of the step."""
-    numbers = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniforms = iter(torch.stack(numbers, dim=1).double().unsqueeze(2).to(device))
-
-    def draw(_: Tensor, logits_BV: Tensor) -> Tensor:
-        cumulative_BV = (logits_BV.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-        token_B1 = torch.searchsorted(cumulative_BV, next(uniforms) * cumulative_BV[:, -1:], right=True)
-        return _alone(logits_BV, token_B1.clamp(max=logits_BV.shape[-1] - 1))
+    def draw(logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
+        scores_BV = logits_BV.float() / temperature
+        for warper in warpers:
+            scores_BV = warper(None, scores_BV)
+        cumulative_BV = scores_BV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        number_B = uniform_BT[rows, step].double().to(logits_BV.device)
+        found_B1 = torch.searchsorted(cumulative_BV, number_B[:, None] * cumulative_BV[:, -1:], right=True)
+        return found_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)
 
     return draw
 
 
-def _alone(logits_BV: Tensor, token_B1: Tensor) -> Tensor:
-    return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B1, 0.0)
-
-
-def _up_to_stop(tokens_BS: Tensor, mask_BP: Tensor, stop_ids: Sequence[int]) -> Generated:
-    """Prompts with what was sampled after them: a response ends with its first stop token, whatever follows."""
-    response_BT = tokens_BS[:, mask_BP.shape[1] :]
-    stopped_BT = torch.isin(response_BT, torch.tensor(list(stop_ids), device=tokens_BS.device))
-    ended_B = stopped_BT.any(dim=1)
-    first_B = torch.where(ended_B, stopped_BT.int().argmax(dim=1), response_BT.shape[1] - 1)
-    response_mask_BT = torch.arange(response_BT.shape[1], device=tokens_BS.device) <= first_B.unsqueeze(1)
-    return Generated(tokens_BS, torch.cat([mask_BP, response_mask_BT], dim=1), response_mask_BT, ended_B)
+def _generated(
+    prompts: Sequence[Sequence[int]],
+    written: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    pad_id: int,
+    device: torch.device,
+) -> Generated:
+    """Prompts with what was written after them."""
+    tokens_BP, mask_BP = left_pad(prompts, pad_id)
+    response_BT, mask_BT = (x.flip(1) for x in left_pad([row[::-1] for row in written], pad_id))
+    ended_B = torch.tensor([row[-1] in stop_ids for row in written])
+    tokens_BS, mask_BS = torch.cat([tokens_BP, response_BT], dim=1), torch.cat([mask_BP, mask_BT], dim=1)
+    return Generated(*(x.to(device) for x in (tokens_BS, mask_BS, mask_BT, ended_B)))
 
 
 @torch.no_grad()

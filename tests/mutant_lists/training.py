@@ -286,17 +286,18 @@ MUTANTS = [
         "training/test_reward.py::test_the_rule_for_rollouts_at_the_limit",
     ),
     Mutant(
-        "rollout: EOS excluded",
+        "rollout: EOS excluded by transformers' way",
         "training/rollout.py",
-        "<= first_B.unsqueeze(1)",
-        "< first_B.unsqueeze(1)",
-        "training/test_rollout.py::test_masks_come_from_lengths_whatever_the_padding",
+        "return [row[: next((i + 1 for",
+        "return [row[: next((i for",
+        "training/test_writing.py::test_tokens_are_those_of_transformers",
     ),
     Mutant(
         "rollout: mask from token ids",
         "training/rollout.py",
-        "response_mask_BT = torch.arange(response_BT.shape[1], device=tokens_BS.device) <= first_B.unsqueeze(1)",
-        "response_mask_BT = ~stopped_BT",
+        "Generated(*(x.to(device) for x in (tokens_BS, mask_BS, mask_BT, ended_B)))",
+        "Generated(*(x.to(device) for x in (tokens_BS, torch.cat([mask_BP, response_BT != pad_id], dim=1), "
+        "response_BT != pad_id, ended_B)))",
         "training/test_rollout.py::test_masks_come_from_lengths_whatever_the_padding",
     ),
     Mutant(
@@ -316,8 +317,8 @@ MUTANTS = [
     Mutant(
         "rollout: every part with the same random numbers",
         "training/rollout.py",
-        'derive_seed(seed, "part", part.start) if part.start else seed',
-        "seed",
+        "drawing([seeds[i] for i in places]",
+        "drawing(seeds[: len(places)]",
         "training/test_rollout.py::test_rows_that_do_not_fit_together_are_written_in_parts",
     ),
     Mutant(
@@ -330,8 +331,8 @@ MUTANTS = [
     Mutant(
         "rollout: sampled at temperature 1",
         "training/rollout.py",
-        "(logits_BV / temperature).softmax",
-        "logits_BV.softmax",
+        "logits_BV.float() / temperature",
+        "logits_BV.float()",
         "training/test_rollout.py::test_samples_follow_the_softmax_whatever_the_model_was_shipped_with",
     ),
     Mutant(
@@ -344,8 +345,8 @@ MUTANTS = [
     Mutant(
         "rollout: draws from the global random state",
         "training/rollout.py",
-        ", 1, generator=generator)",
-        ", 1)",
+        "torch.rand(steps, generator=torch.Generator().manual_seed(seed))",
+        "torch.rand(steps)",
         "training/test_rollout.py::test_seeds_decide_the_samples_and_nothing_else_does",
     ),
     Mutant(

@@ -237,18 +237,23 @@ def test_samples_follow_the_softmax_whatever_the_model_was_shipped_with(temperat
     assert scipy.stats.chisquare(counts, wrong * 4000 / wrong.sum()).pvalue < 1e-6  # the test has power
 
 
-def test_a_models_own_settings_change_no_response_and_are_put_back() -> None:
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "by transformers"])
+def test_a_models_own_settings_change_no_response_and_are_put_back(
+    packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, shipped = policy(eos=0.5), policy(eos=0.5)
+    plain.packs = shipped.packs = packs
     shipped.model.generation_config = OWN_SETTINGS
     for temperature in (1.0, None):
         ours, theirs = (sample(lm, temperature=temperature).responses() for lm in (plain, shipped))
         assert ours == theirs
     assert shipped.model.generation_config is OWN_SETTINGS
 
-    def broken(**_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
     shipped.model.generate = broken
+    monkeypatch.setattr(srppo.training.rollout, "write", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(shipped)
     assert shipped.model.generation_config is OWN_SETTINGS
@@ -316,7 +321,7 @@ def test_ids_that_no_tokenizer_makes_are_never_written(linear: bool) -> None:
 
 
 def test_rows_that_do_not_fit_together_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part is what it would be alone, with random numbers of its own; rows that fit keep the batch's."""
+    """Each row is what it would be in any part, with random numbers of its own."""
     lm = policy(eos=0.5)
     whole, asked = sample(lm), []
 
@@ -327,9 +332,11 @@ def test_rows_that_do_not_fit_together_are_written_in_parts(monkeypatch: pytest.
     monkeypatch.setattr(srppo.training.rollout, "rows_that_fit", seven)
     found = sample(lm, held=123)
     assert asked == [(5 + LIMIT, {"held": 123})]
-    alone = [sample(lm, PROMPTS[i : i + 7], rows=7, seed=derive_seed(1, "part", i) if i else 1) for i in (0, 7, 14)]
-    assert found.responses() == [row for part in alone for row in part.responses()] != whole.responses()
-    assert found.ended_B.tolist() == [ended for part in alone for ended in part.ended_B.tolist()]
+    assert found.responses() == whole.responses() and found.ended_B.tolist() == whole.ended_B.tolist()
+    seeds = [derive_seed(1, "row", i) for i in range(len(PROMPTS))]
+    assert len({tuple(row) for row in whole.responses()}) > 10
+    for i in (3, 11):
+        assert sample(lm, [PROMPTS[i]], seed=[seeds[i]]).responses() == [whole.responses()[i]]
     greedy = [sample(lm, temperature=None, rows=rows).responses() for rows in (3, 20)]
     assert greedy[0] == greedy[1]
 
@@ -339,14 +346,14 @@ def test_rows_that_do_not_fit_together_are_written_in_parts(monkeypatch: pytest.
     [torch.OutOfMemoryError("CUDA out of memory.\nTry"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
     ids=["cuda", "cpu"],
 )
-def test_out_of_memory_while_writing_names_what_helps(error: Exception) -> None:
+def test_out_of_memory_while_writing_names_what_helps(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """No micro-batch does: batches go by memory."""
     lm = policy()
 
-    def full(**_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise error
 
-    lm.model.generate = full
+    monkeypatch.setattr(srppo.training.rollout, "write", full)
     advice = r"^generating ran out of memory \((CUDA|Def)[^\n]*\), .* lower rollout\.max_new_tokens or [^\n]*$"
     with pytest.raises(OutOfMemory, match=advice):
         sample(lm)

@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from srppo.config import derive_seed
 from srppo.data.chat import render, stop_ids
@@ -205,6 +205,7 @@ class HarnessModel(TemplateLM):
         width = max(count for _, count in rows)
         inputs = model_inputs(tokens_BS[:, :-1], mask_BS[:, :-1], self.lm.takes_positions)
         keep = {"logits_to_keep": width} if "logits_to_keep" in signature(model.forward).parameters else {}
+        self.lm.activate()
         logits_BSV: Tensor = model(**inputs, **keep, use_cache=False).logits
         logprobs_BTV = logits_BSV[:, -width:].float().log_softmax(dim=-1)
         target_BT = tokens_BS[:, -width:]
@@ -234,24 +235,21 @@ class HarnessModel(TemplateLM):
         return size
 
 
-class _StopTexts(StoppingCriteria):
-    """Ends a row once one of the texts stands in its response; looks at as many last tokens as could hold one. For one
-    batch; `tick` is called at each step."""
+class _StopTexts:
+    """Which rows have one of the texts in their response; looks at as many last tokens as could hold one. `tick` is
+    called at each step."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tick: Callable[[], None]) -> None:
         self.tokenizer, self.texts, self.tick = tokenizer, [text for text in texts if text], tick
-        self.window, self.steps = max((len(text.encode()) + 1 for text in self.texts), default=0), 0
-        self.done: list[bool] = []
+        self.window = max((len(text.encode()) + 1 for text in self.texts), default=0)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, responses: list[list[int]]) -> list[bool]:
         self.tick()
-        self.steps += 1
-        self.done = self.done or [False] * len(input_ids)
-        for i, tail in enumerate(input_ids[:, -min(self.steps, self.window) :].tolist() if self.texts else []):
-            if not self.done[i]:
-                written = str(self.tokenizer.decode(tail, skip_special_tokens=True))
-                self.done[i] = any(text in written for text in self.texts)
-        return torch.tensor(self.done, device=input_ids.device)
+        if not self.texts:
+            return [False] * len(responses)
+        tails = [row[-self.window :] for row in responses]
+        written = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        return [any(text in each for text in self.texts) for each in written]
 
 
 def decode(
@@ -278,7 +276,7 @@ def decode(
         temperature=how.temperature,
         top_k=how.top_k,
         top_p=how.top_p,
-        criteria=[_StopTexts(tokenizer, how.until, tick)],
+        until=_StopTexts(tokenizer, how.until, tick),
         settings=how.extra,
         rows=len(prompts),
     )

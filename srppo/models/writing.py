@@ -1,0 +1,161 @@
+"""Token by token from packed rows: prompts of any lengths are read without padding, and rows that are done leave.
+
+Of each row the keys and values lie in a cache of its own length. On a CPU no pass has fewer than LEAST rows: BLAS
+rounds smaller products otherwise, and a row's tokens would hang on how many others are still being written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srppo.models.language_model import LanguageModel, body_hidden
+from srppo.models.packed import Segments
+
+LEAST = 16
+KEPT = 0.75  # the cache is made smaller when fewer than this share of its rows is still written
+
+Draw = Callable[[Tensor, list[int], int], Tensor]
+"""(logits BV fp32, which rows they are of, how many tokens those have) -> next token of each, B."""
+
+
+def writes(lm: LanguageModel) -> bool:
+    """Whether a model's responses can be written here."""
+    return lm.packs and lm.head.linear
+
+
+class Cache:
+    """Keys and values of rows, by layer: (rows, heads, positions, width), made when the first come."""
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self.by_layer: dict[int, list[Tensor]] = {}
+
+    def put(self, layer: int, rows_N: Tensor, places_N: Tensor, *new_HND: Tensor, rows: int) -> list[Tensor]:
+        """Store keys and values of N tokens, each in its row and place; all that are known.
+
+        In the precision of the values: under autocast rotated keys are fp32, which attention would narrow anyway.
+        """
+        if layer not in self.by_layer:
+            sizes = [(rows, len(x), self.positions, x.shape[2]) for x in new_HND]
+            self.by_layer[layer] = [new_HND[-1].new_zeros(size) for size in sizes]
+        for known, new in zip(self.by_layer[layer], new_HND, strict=True):
+            known[rows_N, :, places_N] = new.transpose(0, 1).to(known.dtype)
+        return self.by_layer[layer]
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Let all other rows go."""
+        self.by_layer = {layer: [x[rows_K] for x in each] for layer, each in self.by_layer.items()}
+
+
+class Reading(Segments):
+    """The prompts, whose keys and values are remembered; otherwise as any packed rows."""
+
+    def __init__(self, lengths: tuple[int, ...], cache: Cache) -> None:
+        super().__init__(lengths)
+        object.__setattr__(self, "cache", cache)
+        rows_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        object.__setattr__(self, "where", (rows_N, torch.cat([torch.arange(length) for length in lengths])))
+
+    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, *how: Any, layer: int | None = None) -> Tensor:
+        self.cache.put(layer, *self.where, k_HND, v_HND, rows=len(self.lengths))  # type: ignore[attr-defined]
+        return super().attend(q_HND, k_HND, v_HND, *how)
+
+
+class Step(Segments):
+    """One more token of each row, which sees all before it."""
+
+    def __init__(self, lengths_B: Tensor, cache: Cache) -> None:
+        super().__init__(())
+        object.__setattr__(self, "cache", cache)
+        object.__setattr__(self, "lengths_B", lengths_B)
+
+    def attend(
+        self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, scaling: Any, window: int | None, layer: int | None = None
+    ) -> Tensor:
+        lengths_B: Tensor = self.lengths_B  # type: ignore[attr-defined]
+        rows = torch.arange(len(lengths_B))
+        known = self.cache.put(layer, rows, lengths_B, k_HND, v_HND, rows=len(rows))  # type: ignore[attr-defined]
+        longest = int(lengths_B.max()) + 1
+        k_BHSD, v_BHSD = (x[:, :, :longest] for x in known)
+        back_BS = lengths_B[:, None] - torch.arange(longest)
+        mask_BS = (back_BS >= 0) if window is None else (back_BS >= 0) & (back_BS < window)
+        q_BHGD = q_HND.transpose(0, 1).unflatten(1, (k_BHSD.shape[1], -1))  # queries of one key head side by side
+        out = F.scaled_dot_product_attention(q_BHGD, k_BHSD, v_BHSD, attn_mask=mask_BS[:, None, None], scale=scaling)
+        return out.flatten(1, 2)
+
+
+@torch.no_grad()
+def write(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    draw: Draw,
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    until: Callable[[list[list[int]]], list[bool]] | None = None,
+) -> list[list[int]]:
+    """The response to each prompt, its stop token included. until: which of the rows that it is shown, responses so
+    far, are done for another reason."""
+    stops, least = {*stop_ids}, LEAST if lm.device.type == "cpu" else 1
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    rows = order + order[-1:] * (least - len(order))  # who is written in each row of the cache
+    written: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    lengths = [len(prompts[i]) for i in rows]
+    cache = Cache(max(lengths) + max_new_tokens)
+    with lm.unfolded():
+        hidden_ND = _hidden(lm, [token for i in rows for token in prompts[i]], Reading(tuple(lengths), cache), lengths)
+        last_BD = hidden_ND[torch.tensor(lengths, device=lm.device).cumsum(0) - 1]
+        lengths_B = torch.tensor(lengths, device=lm.device)
+        for step in range(max_new_tokens):
+            tokens_B = draw(_logits(lm, last_BD), rows, step)
+            fresh = [i for i in dict.fromkeys(rows) if not done[i]]
+            chosen = dict(zip(rows, tokens_B.tolist(), strict=True))
+            for i in fresh:
+                written[i].append(chosen[i])
+                done[i] = chosen[i] in stops
+            if until is not None:
+                for i, over in zip(fresh, until([written[i] for i in fresh]), strict=True):
+                    done[i] = done[i] or over
+            left = [place for place, i in enumerate(rows) if not done[i]]
+            if not left or step == max_new_tokens - 1:
+                break
+            if max(len(left), least) < KEPT * len(rows):
+                others = [place for place in range(len(rows)) if done[rows[place]]]
+                kept = sorted(left + others[: least - len(left)] if len(left) < least else left)
+                rows = [rows[place] for place in kept]
+                kept_K = torch.tensor(kept, device=lm.device)
+                cache.keep(kept_K)
+                lengths_B, tokens_B = lengths_B[kept_K], tokens_B[kept_K]
+            last_BD = _step(lm, tokens_B, lengths_B, cache)
+            lengths_B = lengths_B + 1
+    return written
+
+
+def _hidden(lm: LanguageModel, tokens: list[int], segments: Segments, lengths: Sequence[int]) -> Tensor:
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return _pass(lm, torch.tensor(tokens, device=lm.device), positions.to(lm.device), segments)
+
+
+def _step(lm: LanguageModel, tokens_B: Tensor, lengths_B: Tensor, cache: Cache) -> Tensor:
+    return _pass(lm, tokens_B, lengths_B, Step(lengths_B, cache))
+
+
+def _pass(lm: LanguageModel, tokens_N: Tensor, positions_N: Tensor, segments: Segments) -> Tensor:
+    lm.activate()
+    mask = torch.zeros((1, 1, 1, 1), device=tokens_N.device)
+    inputs: dict[str, Any] = {"input_ids": tokens_N[None], "position_ids": positions_N[None], "attention_mask": mask}
+    return body_hidden(lm.model.base_model, inputs | {"segments": segments}, lm.precision)[0]
+
+
+def _logits(lm: LanguageModel, hidden_BD: Tensor) -> Tensor:
+    """As the model's own head gives them, fp32."""
+    output = lm.model.get_output_embeddings()
+    logits_BV = output(hidden_BD.to(output.weight.dtype)).float()[:, : lm.vocab_size] * lm.head.logit_scale
+    cap = lm.head.softcap
+    return logits_BV if cap is None else cap * torch.tanh(logits_BV / cap)

@@ -1,0 +1,136 @@
+"""What our loop writes is what transformers' generate() writes, and a row does not hang on those beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from architectures import EOS, VOCAB, make
+from torch import Tensor
+
+from srppo.config import ModelConfig, derive_seed
+from srppo.models import narrow, writing
+from srppo.models.adapters import AdaptedModel, lora_settings
+from srppo.models.language_model import LanguageModel
+from srppo.models.loading import load_model
+from srppo.training.rollout import drawing, generate
+
+NAMES = ("llama", "mistral window", "mixtral", "qwen2 tied", "gemma3 text", "gpt2 positions", "opt projected")
+NAMES += ("cohere scale", "deepseek v3", "gpt neox")
+LIMIT, STOPS = 12, {EOS, 5, 11, 17, 23, 29, 35}
+GENERATOR = torch.Generator().manual_seed(0)
+PROMPTS = [torch.randint(1, VOCAB, (n,), generator=GENERATOR).tolist() for n in (3, 7, 1, 5, 9, 2, 4, 4, 6) * 3]
+
+
+def written(lm: LanguageModel, prompts: Sequence[Sequence[int]] = PROMPTS, **how: object) -> list[list[int]]:
+    settings = {"stop_ids": [*STOPS], "pad_id": EOS, "max_new_tokens": LIMIT, "seed": 3, "temperature": 3.0, **how}
+    return generate(lm, prompts, **settings).responses()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [None, 3.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_those_of_transformers(name: str, temperature: float | None) -> None:
+    lm = make(name, attention="sdpa")
+    assert writing.writes(lm)
+    ours = written(lm, temperature=temperature)
+    lm.packs = False
+    assert ours == written(lm, temperature=temperature)
+    if temperature is not None:
+        assert len({len(row) for row in ours}) >= 5 and len({tuple(row) for row in ours}) > 9
+    assert all(not STOPS & {*row[:-1]} for row in ours)
+
+
+def test_a_row_has_the_same_tokens_in_any_batch() -> None:
+    """Alone, in parts, in another order, beside rows that end early or late."""
+    lm = make("llama", attention="sdpa")
+    whole = written(lm)
+    seeds = [derive_seed(3, "row", i) for i in range(len(PROMPTS))]
+    for i in (0, 5, 13, 26):
+        assert written(lm, [PROMPTS[i]], seed=[seeds[i]]) == [whole[i]]
+    assert written(lm, rows=4) == whole
+    order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(1)).tolist()
+    assert written(lm, [PROMPTS[i] for i in order], seed=[seeds[i] for i in order]) == [whole[i] for i in order]
+
+
+def test_rows_that_are_done_leave_and_no_fewer_than_the_least_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make("llama", attention="sdpa")
+    sizes: list[int] = []
+    step = writing._step
+
+    def counted(lm: LanguageModel, tokens_B: Tensor, *rest: object) -> Tensor:
+        sizes.append(len(tokens_B))
+        return step(lm, tokens_B, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writing, "_step", counted)
+    rows = written(lm)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1] >= writing.LEAST
+    for now, size in enumerate(sizes, start=1):
+        alive = sum(len(row) > now for row in rows)
+        assert size >= max(alive, writing.LEAST) >= writing.KEPT * size
+    sizes.clear()
+    assert written(lm, PROMPTS[:2]) == rows[:2] and set(sizes) == {writing.LEAST}
+
+
+def test_until_ends_rows_and_sees_only_those_that_are_written() -> None:
+    lm = make("llama", attention="sdpa")
+    shown: list[int] = []
+
+    def twice(responses: list[list[int]]) -> list[bool]:
+        shown.append(len(responses))
+        return [row.count(row[0]) == 2 for row in responses]
+
+    free, ours = written(lm), written(lm, until=twice)
+    assert shown == sorted(shown, reverse=True) and shown[0] == len(PROMPTS)
+    assert any(one != other for one, other in zip(free, ours, strict=True))
+    for one, other in zip(free, ours, strict=True):
+        second = [i for i, token in enumerate(one) if token == one[0]][1:2]
+        assert other == one[: second[0] + 1] if second else other == one
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_layers_are_unfolded_for_writing_and_put_back(
+    bf16: bool, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role over narrow weights writes what its merged model writes; bf16 bodies are left as they are."""
+    monkeypatch.setattr(narrow, "WORTH", 0)
+    make("llama", attention="sdpa").model.bfloat16().save_pretrained(tmp_path)
+    base = load_model(str(tmp_path), ModelConfig(base=str(tmp_path), precision="bf16" if bf16 else "fp32"))
+    role = AdaptedModel(base, lora_settings(ModelConfig(adapters="lora", lora_rank=4)), seed=1)
+    torch.manual_seed(2)
+    for weight in role.weights().values():
+        weight.data = 0.3 * torch.randn_like(weight)
+    before = [type(module).__name__ for module in role.model.modules()]
+    with role.unfolded():
+        within = [type(module).__name__ for module in role.model.modules()]
+    assert [type(module).__name__ for module in role.model.modules()] == before
+    assert ("NarrowLinear" in before) and ("NarrowLinear" in within) == bf16
+    if not bf16:
+        assert written(role) == written(role.merged()) != written(base)
+        with pytest.raises(RuntimeError, match="stopped"), role.unfolded():
+            raise RuntimeError("stopped")
+        assert [type(module).__name__ for module in role.model.modules()] == before
+    else:
+        assert written(role, temperature=None) != written(base, temperature=None)
+
+
+def test_draws_follow_the_distribution_and_its_restrictions() -> None:
+    """4000 rows of one distribution: top-k and top-p leave what transformers leaves, after the temperature."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
+    seeds = [derive_seed(0, "test", i) for i in range(4000)]
+    rows = list(range(len(seeds)))
+
+    def shares(**how: float) -> Tensor:
+        temperature = how.pop("temperature", 1.0)
+        draw = drawing(seeds, temperature, 3, **how)  # type: ignore[arg-type]
+        return draw(logits.expand(len(rows), -1), rows, 1).bincount(minlength=5) / len(rows)
+
+    for found, expected in (
+        (shares(), logits.softmax(0)),
+        (shares(temperature=2.0), (logits / 2).softmax(0)),
+        (shares(top_k=2), torch.tensor([*logits[:2].softmax(0), 0, 0, 0])),
+        (shares(top_p=0.8), torch.tensor([*logits[:2].softmax(0), 0, 0, 0])),
+        (shares(top_p=0.8, temperature=2.0), torch.tensor([*(logits[:3] / 2).softmax(0), 0, 0])),
+    ):
+        assert torch.equal(found == 0, expected == 0) or expected.min() < 0.01
+        torch.testing.assert_close(found, expected, atol=4 * 0.5 / 4000**0.5, rtol=0)
