@@ -78,6 +78,7 @@ for name, function in COMMANDS.items():
     app.command(name)(function)
 app.add_typer(benches, name="bench")
 benches.command("kernel")(bench.kernel)
+benches.command("step")(bench.step)
 benches.command("compile")(bench.compile_report)
 
 

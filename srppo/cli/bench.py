@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from srppo.cli.options import Debug
+from srppo.cli.options import Debug, Device, Sets
 
 
 def kernel(
@@ -48,6 +48,33 @@ def kernel(
         out=out,
     )
     run_kernel_bench(options, Console())
+
+
+def step(
+    preset: Annotated[str, Option(help="tiny, mixed (random weights), smollm2.")] = "tiny",
+    model: Annotated[str | None, Option(metavar="MODEL", help="A model instead of the preset's.")] = None,
+    sets: Sets = None,
+    steps: Annotated[int, Option(min=1, help="Steps measured, after one to warm up.")] = 3,
+    threads: Annotated[int | None, Option(help="CPU threads.")] = None,
+    device: Device = "auto",
+    out: Annotated[Path, Option(metavar="FILE.jsonl", help="Rows are appended.")] = Path("runs/bench-step/step.jsonl"),
+    debug: Debug = False,
+) -> None:
+    """One PPO step by phase. Time, tokens a second, memory, share of the bare matrix rate of the same run.
+
+    --set takes keys of `model`: adapters, precision, scoring.
+    """
+    from srppo.bench.step import run_step_bench
+    from srppo.config import build_recipe, parse_override
+    from srppo.console import Console
+    from srppo.errors import ConfigError
+
+    keys = dict(parse_override(each) for each in sets or [])
+    if wrong := [key for key in keys if not key.startswith("model.")]:
+        raise ConfigError(f"{wrong[0]} is no key of `model`; the preset says the rest")
+    config = build_recipe({"model": {key.removeprefix("model."): value for key, value in keys.items()}}).model
+    config = config.model_copy(update={"base": model}) if model else config
+    run_step_bench(preset, Console(), steps=steps, model=config, threads=threads, device=device, out=out)
 
 
 def compile_report(
