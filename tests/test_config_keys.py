@@ -258,13 +258,13 @@ def test_the_baseline_can_show_what_the_cases_ask_of_it(run: Runner) -> None:
 
 
 def largest_forward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of the passes through a body that are differentiated, filled while models run."""
+    """Tokens of the passes through a body that are differentiated, filled while models run."""
     rows: list[int] = []
     original = srppo.models.language_model.body_hidden
 
     def counted(body: Any, inputs: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
         if torch.is_grad_enabled():
-            rows.append(len(inputs["input_ids"]))
+            rows.append(inputs["input_ids"].numel())
         return original(body, inputs, precision)
 
     monkeypatch.setattr(srppo.models.language_model, "body_hidden", counted)
@@ -294,19 +294,19 @@ def test_every_kernel_trains_alike(world: World, tmp_path: Path) -> None:
 
 
 @covers("sft.micro_tokens", "ppo.micro_tokens")
-@pytest.mark.parametrize(("stage", "whole", "part"), [("sft", 6, 4), ("ppo", 4, 3)])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_micro_batches_change_memory_and_not_the_loss(
-    stage: str, whole: int, part: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes, largest = [], []
     context = {} if stage == "sft" else {key: v(world) if callable(v) else v for key, v in PPO_ONLY.items()}
-    for size in (8, part):
+    for size in (4096, 45):
         rows = largest_forward(monkeypatch)
         recipe = world.recipe({**context, f"{stage}.micro_tokens": size})
         outcomes.append(run_world(recipe, tmp_path / str(size), ppo=stage == "ppo"))
         monkeypatch.undo()
         largest.append(max(rows))
-    assert largest == [whole, part]
+    assert largest[1] <= 45 < largest[0], "two rows of the longest are more"
     assert_rows_agree(stage, *outcomes)
 
 

@@ -206,7 +206,7 @@ def test_sft_by_steps_is_measured_evenly(world: World, tmp_path: Path) -> None:
     card = (stage.path / "model" / "README.md").read_text()
     assert "of 10 was kept" in card and "steps = 10" in card
     settings: Callable[[Recipe], Any] = lambda recipe: stage_settings(recipe, "sft")["sft"]  # noqa: E731
-    assert settings(world.recipe({"sft.steps": 10}))["steps"] == 10 and "steps" not in settings(world.recipe())
+    assert settings(world.recipe({"sft.steps": 10}))["steps"] == 10 and settings(world.recipe())["steps"] is None
 
 
 # ---- how stages end
