@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -611,6 +612,9 @@ def world_style(recipe: Recipe) -> Literal["short", "long"] | None:
     return "long" if decides.startswith("embedded:long") else "short"
 
 
+FAINT = 0.05  # share of a terminal reward below which a token's advantage says nothing
+
+
 def recipe_warnings(recipe: Recipe) -> list[str]:
     """Settings that are allowed and probably not meant."""
     reward, warnings = recipe.reward, []
@@ -623,6 +627,15 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
             f"with reward.anchor = base and beta = {reward.beta:g} the optimum is no sharper than the SFT model: "
             "nothing can be gained; use anchor = sft, or beta below 1"
         )
+    ppo, limit = recipe.ppo, recipe.rollout.max_new_tokens
+    if ppo.advantage == "gae" and reward.placement == "eos" and ppo.lam_length is None and 0 < ppo.lam * ppo.gamma < 1:
+        reach = math.log(FAINT) / math.log(ppo.lam * ppo.gamma)
+        if reach < limit / 2:
+            warnings.append(
+                f"with ppo.lam = {ppo.lam:g} a reward at the end reaches {reach:.0f} tokens back, of up to {limit}: "
+                f"those before get less than {FAINT:.0%} of it while the critic knows nothing; set ppo.lam = 1, "
+                "reward.placement = token, or ppo.advantage = rloo"
+            )
     if reward.beta == 0:
         warnings.append(
             "reward.beta = 0 leaves the policy without an anchor; expect it to drift off the base's support"

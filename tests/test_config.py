@@ -21,6 +21,7 @@ from srppo.config import (
     parse_override,
     parse_value,
     recipe_id,
+    recipe_warnings,
     to_toml,
     with_overrides,
 )
@@ -285,6 +286,30 @@ def test_all_keys_are_in_recipe_order_and_each_is_described() -> None:
         section = field.annotation
         parts = getattr(section, "model_fields", {name: field})
         assert all(part.description for part in parts.values())
+
+
+def test_a_terminal_reward_that_does_not_reach_back_is_said() -> None:
+    """0.95^58 is a twentieth; half of the longest answer has to see it."""
+    long = {"rollout.max_new_tokens": 256}
+    (said,) = recipe_warnings(with_overrides(Recipe(), long))
+    assert "with ppo.lam = 0.95 a reward at the end reaches 58 tokens back, of up to 256" in said
+    assert "set ppo.lam = 1, reward.placement = token, or ppo.advantage = rloo" in said
+    for keys in (
+        {"ppo.lam": 1.0},
+        {"reward.placement": "token"},
+        {"ppo.advantage": "rloo", "rollout.per_prompt": 2},
+        {"ppo.lam_length": 0.5},
+        {"rollout.max_new_tokens": 116},
+    ):
+        assert not recipe_warnings(with_overrides(Recipe(), {**long, **keys}))
+    assert recipe_warnings(with_overrides(Recipe(), {"rollout.max_new_tokens": 117}))
+    assert recipe_warnings(with_overrides(Recipe(), {**long, "ppo.lam": 1.0, "ppo.gamma": 0.95}))
+
+
+def test_no_shipped_recipe_warns() -> None:
+    assert {
+        path.stem: recipe_warnings(load_recipe(path)) for path in RECIPES if recipe_warnings(load_recipe(path))
+    } == {}
 
 
 # ---- identity

@@ -54,9 +54,10 @@ from srppo.training.reward import (
     reward_warnings,
 )
 from srppo.training.rollout import sample_step, to_batch
-from srppo.training.scores import Scores, score_log_ratio
+from srppo.training.scores import Scores, precision_gap, score_log_ratio
 
 ROLLOUTS_LOGGED = 16  # responses a step that are written down
+GAP_SHARE = 0.1  # of the reward's deviation, beyond which the error of bf16 is too large
 CRITIC_KNOWS = 0.1  # explained variance above which the critic says something
 ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first steps of a zero head wild
 
@@ -161,6 +162,10 @@ def train_ppo(
             learners, batch, updates=(done, config.minibatches), critic_only=step <= config.critic_warmup
         )
         row |= metrics | {"lr": config.lr * factor, "flops": state.counters["flops"]}
+        if step == 1 and (gap := precision_gap(sft_policy, base_policy, batch, scores)):
+            row["precision_gap"] = gap
+            tell = bench.console.warn if gap > GAP_SHARE * row["reward_std"] else bench.console.say
+            tell(precision_line(gap, row["reward_std"]))
         for warning in [*reward_warnings(row, recipe.reward.kind), *length_warnings(row, recipe)]:
             bench.console.warn(warning)
         log_rollouts(bench, step, chosen, generated.responses(), rewards.score_B)
@@ -348,6 +353,14 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: Scores) -> di
         "scale": rewards.scale,
         **reward_diagnostics(scores.log_ratio_BT, scores.base_logprobs_BT, rewards.score_B, mask_BT),
     }
+
+
+def precision_line(gap: float, deviation: float) -> str:
+    """What bf16 bodies cost the reward, beside what it has to tell apart."""
+    said = f"bf16 bodies move the reward of a response by {gap:.3g} nats; its deviation is {deviation:.3g}"
+    if gap > GAP_SHARE * deviation:
+        said += ": more than a tenth; set model.scoring = fp32"
+    return said
 
 
 def length_warnings(row: dict[str, Any], recipe: Recipe) -> list[str]:

@@ -21,6 +21,8 @@ from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import rows_that_fit, weight_bytes
 from srppo.training.batch import Generated, micro_batches
 
+GAP_ROWS = 16  # responses that are scored in both precisions
+
 
 class Scores(NamedTuple):
     """log pi_sft - log pi_base of responses, not rounded again, and its two terms; BT fp32, nats, 0 where masked."""
@@ -137,6 +139,24 @@ def score_log_ratio(
     for index, inputs in passes(batch, micro_tokens, sft_policy, base_policy):
         scores_3BT[:, index, : inputs[2]] = torch.stack(response_log_ratio(sft_policy, base_policy, *inputs))
     return Scores(*scores_3BT.unbind())
+
+
+def precision_gap(sft_policy: LanguageModel, base_policy: LanguageModel, batch: Generated, scores: Scores) -> float:
+    """How far the log-ratios of responses are from those of fp32 bodies: root mean square over the first GAP_ROWS
+    responses, nats a response. 0 where the bodies run in fp32."""
+    models = [model for model in (sft_policy, base_policy) if model.precision != "fp32"]
+    if not models:
+        return 0.0
+    part = batch.rows(slice(GAP_ROWS))
+    before = [model.precision for model in models]
+    try:
+        for model in models:
+            model.precision = "fp32"
+        exact = score_log_ratio(sft_policy, base_policy, part).log_ratio_BT.sum(dim=1)
+    finally:
+        for model, precision in zip(models, before, strict=True):
+            model.precision = precision
+    return float((exact - scores.log_ratio_BT[:GAP_ROWS].sum(dim=1)).double().square().mean().sqrt())
 
 
 @torch.no_grad()
