@@ -67,6 +67,9 @@ class ModelConfig(_Section):
         min_length=1,
         description="layers that get one, by the ends of their names; all-linear: every linear layer but the head",
     )
+    activation_checkpointing: bool = Field(
+        False, description="work out activations again in the backward pass: less memory, a third more work"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
     chat_template: str | None = Field(None, description="file with a chat template to use; none: the tokenizer's own")

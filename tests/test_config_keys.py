@@ -310,6 +310,17 @@ def test_micro_batches_change_memory_and_not_the_loss(
     assert_rows_agree(stage, *outcomes)
 
 
+@covers("model.activation_checkpointing")
+@pytest.mark.parametrize("adapters", ["none", "lora"])
+def test_recomputed_activations_change_no_figure(adapters: str, world: World, tmp_path: Path) -> None:
+    keys = {"model.adapters": adapters}
+    plain = run_world(world.recipe(keys), tmp_path / "plain")
+    again = run_world(world.recipe({**keys, "model.activation_checkpointing": True}), tmp_path / "again")
+    for kind in ("sft", "ppo"):
+        assert_rows_agree(kind, plain, again)
+        assert plain.stage(kind).name == again.stage(kind).name, "it is in no id"
+
+
 @covers("ppo.checkpoint_every")
 def test_checkpoint_every_changes_the_checkpoints_and_nothing_else(run: Runner) -> None:
     context = {**PPO_ONLY, "ppo.steps": 4, "eval.every": 0}

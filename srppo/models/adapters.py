@@ -65,6 +65,7 @@ class AdaptedModel(LanguageModel):
     def copy(self) -> AdaptedModel:
         other = AdaptedModel(self, self.settings)
         other.set_weights(self.weights())
+        other.recomputes = self.recomputes
         return other
 
     def trunk(self) -> AdaptedModel:

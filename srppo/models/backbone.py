@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -87,7 +89,23 @@ class Backbone:
             layer.enable_adapters(name is not None)
             if name is not None:
                 layer.set_adapter(name)
+        for key, weight in self.model.named_parameters():
+            if ".lora_" in key:  # PEFT froze all but the active: a role's gradient may still be on its way
+                weight.requires_grad_(True)
         self._active = name
+
+    @contextmanager
+    def _active_again(self, name: str | None) -> Iterator[None]:
+        before = self._active
+        self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """A context in which the role that is active now is active again, whichever is by then."""
+        return self._active_again(self._active)
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's weights by the names that PEFT's files have."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ class LanguageModel(nn.Module):
     """
 
     backbone: Backbone | None = None  # where adapters were put into the weights: then roles take turns
+    recomputes = False  # activations are worked out again in the backward pass
 
     def __init__(
         self,
@@ -83,6 +84,26 @@ class LanguageModel(nn.Module):
         """Make the backbone this role's, where several roles share one: each pass begins with it."""
         if self.backbone is not None:
             self.backbone.switch(None)
+
+    def recompute_activations(self) -> None:
+        """Keep of each layer its input alone, and work out the rest again in the backward pass: a third more work.
+
+        Raises ModelError for a model that transformers cannot do it with.
+        """
+        backbone = self.backbone
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            """While a layer is worked out again, the role that it was worked out for has its turn."""
+            return nullcontext(), nullcontext() if backbone is None else backbone.as_now()
+
+        try:
+            self.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        except ValueError as error:
+            raise ModelError(
+                f"{type(self.model).__name__} cannot recompute activations ({error}); leave out "
+                "model.activation_checkpointing"
+            ) from None
+        self.recomputes = True
 
     @contextmanager
     def unfolded(self) -> Iterator[None]:
@@ -244,6 +265,7 @@ class Body(nn.Module):
         self.model = copy.deepcopy(start.model.base_model)
         widen(self.model)
         self.precision, self.takes_positions, self.packs = start.precision, start.takes_positions, start.packs
+        self.recomputes = start.recomputes
 
     @property
     def decoder(self) -> Any:
@@ -277,6 +299,8 @@ def hidden_rows(
 ) -> Tensor:
     """Hidden states before each counted response token, ND: of packed rows where the model takes them."""
     mask_BT = attention_mask_BS[:, -response_width:]
+    if how.recomputes:  # which transformers does in training mode alone; dropout is off in any
+        body.train(torch.is_grad_enabled())
     if how.packs:
         packing = Packing.of(tokens_BS, attention_mask_BS)
         hidden_ND = body_hidden(body, packing.inputs(), how.precision)[0]

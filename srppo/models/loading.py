@@ -181,6 +181,8 @@ def to_train(start: LanguageModel, config: ModelConfig, seed: int = 0) -> Langua
     else:
         trained = start.merged() if isinstance(start, AdaptedModel) else start.copy()
     trained.precision = config.precision
+    if config.activation_checkpointing:
+        trained.recompute_activations()
     return trained
 
 

@@ -308,6 +308,8 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         "eval": {},
         "max_new_tokens": dump["rollout"]["max_new_tokens"],
     }
+    if recipe.model.scoring is not None:
+        settings["scoring"] = recipe.model.scoring
     if recipe.model.adapters != "none":
         settings["adapters"] = {k: v for k, v in dump["model"].items() if k == "adapters" or k.startswith("lora_")}
     if recipe.model.chat_template is not None:  # by its content, wherever it lies

@@ -157,6 +157,30 @@ def test_log_ratios_are_those_of_four_models_and_share_the_head() -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
+def test_a_layer_is_worked_out_again_for_the_role_that_it_was_worked_out_for() -> None:
+    """Between a policy's forward and its backward pass other roles may be read: the gradient is the policy's."""
+    found = []
+    for recomputes in (False, True):
+        frozen = make("llama", attention="sdpa")
+        sft, policy = role(frozen, 1), role(frozen, 2)
+        if recomputes:
+            policy.recompute_activations()
+        loss = policy.response_logprobs(*ragged()[:3]).sum()
+        calls: list[int] = []
+        hook = frozen.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        read = logprobs(sft), logprobs(frozen)  # before the backward pass, as on-policy distillation does
+        passes = len(calls)
+        loss.backward()
+        hook.remove()
+        assert len(calls) == passes + recomputes
+        assert torch.equal(logprobs(sft), read[0]) and torch.equal(logprobs(frozen), read[1])
+        found.append([weight.grad for weight in parameters(policy)])
+        assert all(weight.grad is None for weight in parameters(sft))
+    for plain, again in zip(*found, strict=True):
+        assert plain is not None and again is not None
+        torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
 # ---- files
 
 

@@ -139,6 +139,20 @@ MUTANTS = [
         "models/test_adapters.py::test_a_role_that_is_made_while_the_base_is_read_is_its_own",
     ),
     Mutant(
+        "adapters: layers are worked out again for whichever role is active",
+        "models/language_model.py",
+        "nullcontext() if backbone is None else backbone.as_now()",
+        "nullcontext()",
+        "models/test_adapters.py::test_a_layer_is_worked_out_again_for_the_role_that_it_was_worked_out_for",
+    ),
+    Mutant(
+        "adapters: another role's turn drops a gradient that is on its way",
+        "models/backbone.py",
+        "                weight.requires_grad_(True)\n",
+        "                pass\n",
+        "models/test_adapters.py::test_a_layer_is_worked_out_again_for_the_role_that_it_was_worked_out_for",
+    ),
+    Mutant(
         "adapters: A from the global random state",
         "models/backbone.py",
         "            torch.manual_seed(seed)\n",

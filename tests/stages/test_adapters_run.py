@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import quiet_console
 from transformers import AutoModelForCausalLM
 from worlds import World, make_world
@@ -47,6 +48,10 @@ def test_every_method_runs_over_one_backbone_and_keeps_only_what_trained(world: 
     assert all(stage.done for stage in done.values())
     now = {name.replace(".base_layer", ""): weight for name, weight in run.base.model.named_parameters()}
     assert all(torch.equal(now[name], weight) for name, weight in before.items()), "the base stands"
+    start = load_file(done["sft"].path / "model" / "adapter_model.safetensors")
+    for name in ("ppo", "distil", "self-distilled", "rejection-ft", "extrapolated", "ppo-chosen"):
+        own = load_file(done[name].path / "model" / "adapter_model.safetensors")
+        assert own.keys() == start.keys() and any(not torch.equal(own[key], start[key]) for key in own), name
     for name in ("sft", "ppo", "distil", "self-distilled", "extrapolated", "chosen-sft"):
         files = {path.name for path in (done[name].path / "model").iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "model.safetensors" not in files
