@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,23 @@ NAME = "srppo_packed"
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # what a model may ask of attention, and is not done here
 
 
+class Rows(Protocol):
+    """What the tokens of a pass are to each other."""
+
+    def attend(
+        self,
+        q_HND: Tensor,
+        k_HND: Tensor,
+        v_HND: Tensor,
+        scaling: float | None,
+        window: int | None,
+        layer: int | None = None,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of the rows, those of one length side by side; behind them, nothing."""
+    """Rows one behind the other: their lengths, those of one length side by side."""
 
     lengths: tuple[int, ...]
 
@@ -65,7 +79,7 @@ def attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    segments: Rows | None = None,
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srppo.models.language_model import LanguageModel, body_hidden
-from srppo.models.packed import Segments
+from srppo.models.packed import Rows, Segments
 
 LEAST = 16
 KEPT = 0.75  # the cache is made smaller when fewer than this share of its rows is still written
@@ -33,9 +33,9 @@ class Cache:
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
-        self.by_layer: dict[int, list[Tensor]] = {}
+        self.by_layer: dict[int | None, list[Tensor]] = {}
 
-    def put(self, layer: int, rows_N: Tensor, places_N: Tensor, *new_HND: Tensor, rows: int) -> list[Tensor]:
+    def put(self, layer: int | None, rows_N: Tensor, places_N: Tensor, *new_HND: Tensor, rows: int) -> list[Tensor]:
         """Store keys and values of N tokens, each in its row and place; all that are known.
 
         In the precision of the values: under autocast rotated keys are fp32, which attention would narrow anyway.
@@ -52,37 +52,42 @@ class Cache:
         self.by_layer = {layer: [x[rows_K] for x in each] for layer, each in self.by_layer.items()}
 
 
-class Reading(Segments):
-    """The prompts, whose keys and values are remembered; otherwise as any packed rows."""
+class Reading:
+    """The prompts: packed rows whose keys and values are remembered."""
 
-    def __init__(self, lengths: tuple[int, ...], cache: Cache) -> None:
-        super().__init__(lengths)
-        object.__setattr__(self, "cache", cache)
+    def __init__(self, lengths: Sequence[int], cache: Cache, device: torch.device) -> None:
+        self.segments, self.cache = Segments(tuple(lengths)), cache
         rows_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        object.__setattr__(self, "where", (rows_N, torch.cat([torch.arange(length) for length in lengths])))
+        self.rows_N = rows_N.to(device)
+        self.places_N = torch.cat([torch.arange(length) for length in lengths]).to(device)
 
     def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, *how: Any, layer: int | None = None) -> Tensor:
-        self.cache.put(layer, *self.where, k_HND, v_HND, rows=len(self.lengths))  # type: ignore[attr-defined]
-        return super().attend(q_HND, k_HND, v_HND, *how)
+        """As `Segments.attend`."""
+        self.cache.put(layer, self.rows_N, self.places_N, k_HND, v_HND, rows=len(self.segments.lengths))
+        return self.segments.attend(q_HND, k_HND, v_HND, *how)
 
 
-class Step(Segments):
+class Step:
     """One more token of each row, which sees all before it."""
 
     def __init__(self, lengths_B: Tensor, cache: Cache) -> None:
-        super().__init__(())
-        object.__setattr__(self, "cache", cache)
-        object.__setattr__(self, "lengths_B", lengths_B)
+        self.lengths_B, self.cache = lengths_B, cache
 
     def attend(
-        self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, scaling: Any, window: int | None, layer: int | None = None
+        self,
+        q_HND: Tensor,
+        k_HND: Tensor,
+        v_HND: Tensor,
+        scaling: float | None,
+        window: int | None,
+        layer: int | None = None,
     ) -> Tensor:
-        lengths_B: Tensor = self.lengths_B  # type: ignore[attr-defined]
-        rows = torch.arange(len(lengths_B))
-        known = self.cache.put(layer, rows, lengths_B, k_HND, v_HND, rows=len(rows))  # type: ignore[attr-defined]
-        longest = int(lengths_B.max()) + 1
+        """As `Segments.attend`."""
+        rows, device = len(self.lengths_B), self.lengths_B.device
+        known = self.cache.put(layer, torch.arange(rows, device=device), self.lengths_B, k_HND, v_HND, rows=rows)
+        longest = int(self.lengths_B.max()) + 1
         k_BHSD, v_BHSD = (x[:, :, :longest] for x in known)
-        back_BS = lengths_B[:, None] - torch.arange(longest)
+        back_BS = self.lengths_B[:, None] - torch.arange(longest, device=device)
         mask_BS = (back_BS >= 0) if window is None else (back_BS >= 0) & (back_BS < window)
         q_BHGD = q_HND.transpose(0, 1).unflatten(1, (k_BHSD.shape[1], -1))  # queries of one key head side by side
         out = F.scaled_dot_product_attention(q_BHGD, k_BHSD, v_BHSD, attn_mask=mask_BS[:, None, None], scale=scaling)
@@ -109,9 +114,10 @@ def write(
     lengths = [len(prompts[i]) for i in rows]
     cache = Cache(max(lengths) + max_new_tokens)
     with lm.unfolded():
-        hidden_ND = _hidden(lm, [token for i in rows for token in prompts[i]], Reading(tuple(lengths), cache), lengths)
-        last_BD = hidden_ND[torch.tensor(lengths, device=lm.device).cumsum(0) - 1]
+        reading = Reading(lengths, cache, lm.device)
+        tokens_N = torch.tensor([token for i in rows for token in prompts[i]], device=lm.device)
         lengths_B = torch.tensor(lengths, device=lm.device)
+        last_BD = _pass(lm, tokens_N, reading.places_N, reading)[lengths_B.cumsum(0) - 1]
         for step in range(max_new_tokens):
             tokens_B = draw(_logits(lm, last_BD), rows, step)
             fresh = [i for i in dict.fromkeys(rows) if not done[i]]
@@ -137,25 +143,20 @@ def write(
     return written
 
 
-def _hidden(lm: LanguageModel, tokens: list[int], segments: Segments, lengths: Sequence[int]) -> Tensor:
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return _pass(lm, torch.tensor(tokens, device=lm.device), positions.to(lm.device), segments)
-
-
 def _step(lm: LanguageModel, tokens_B: Tensor, lengths_B: Tensor, cache: Cache) -> Tensor:
     return _pass(lm, tokens_B, lengths_B, Step(lengths_B, cache))
 
 
-def _pass(lm: LanguageModel, tokens_N: Tensor, positions_N: Tensor, segments: Segments) -> Tensor:
+def _pass(lm: LanguageModel, tokens_N: Tensor, positions_N: Tensor, rows: Rows) -> Tensor:
     lm.activate()
     mask = torch.zeros((1, 1, 1, 1), device=tokens_N.device)
     inputs: dict[str, Any] = {"input_ids": tokens_N[None], "position_ids": positions_N[None], "attention_mask": mask}
-    return body_hidden(lm.model.base_model, inputs | {"segments": segments}, lm.precision)[0]
+    return body_hidden(lm.model.base_model, inputs | {"segments": rows}, lm.precision)[0]
 
 
 def _logits(lm: LanguageModel, hidden_BD: Tensor) -> Tensor:
-    """As the model's own head gives them, fp32."""
-    output = lm.model.get_output_embeddings()
-    logits_BV = output(hidden_BD.to(output.weight.dtype)).float()[:, : lm.vocab_size] * lm.head.logit_scale
+    """As the model's own head gives them in fp32, also over a body in bf16: what is sampled is what is scored."""
+    with torch.autocast(lm.device.type, enabled=False):
+        logits_BV = lm.model.get_output_embeddings()(hidden_BD.float())[:, : lm.vocab_size] * lm.head.logit_scale
     cap = lm.head.softcap
     return logits_BV if cap is None else cap * torch.tanh(logits_BV / cap)

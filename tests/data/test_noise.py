@@ -402,7 +402,7 @@ def test_stages_know_the_keys_that_concern_them() -> None:
     assert [same(kind, noise) for kind in ("sft", "longer-sft-1", "ppo")] == [False] * 3
     assert [same(kind, {"data.overlap_share": 0.5}) for kind in ("sft", "longer-sft-1", "ppo")] == [True, True, False]
     assert all(same(kind, {"data.noise": "near-miss"}) for kind in ("sft", "ppo"))  # at rate 0
-    assert not {"noise", "noise_rate", "overlap_share", "turns"} & stage_settings(Recipe(), "ppo")["data"].keys()
+    assert not {"noise", "noise_dev"} & stage_settings(Recipe(), "ppo")["data"].keys()
     assert not same("sft", {"data.turns": "all"})
 
 

@@ -68,6 +68,7 @@ def rows_of(lm: LanguageModel, tokens_BS: Tensor, mask_BS: Tensor) -> list[Tenso
 def test_no_row_reads_another(name: str) -> None:
     """Other tokens in one row change that row alone, to the bit; so does the order of rows not at all."""
     lm = make(name, attention="sdpa")
+    assert lm.packs
     tokens_BS, mask_BS, _, _ = ragged()
     before = rows_of(lm, tokens_BS, mask_BS)
     for changed in range(len(before)):

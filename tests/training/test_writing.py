@@ -114,6 +114,22 @@ def test_layers_are_unfolded_for_writing_and_put_back(
         assert written(role, temperature=None) != written(base, temperature=None)
 
 
+def test_logits_are_not_rounded_over_a_body_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn from is what the log-probs are taken of: the head's products stay fp32."""
+    lm = make("llama", precision="bf16", attention="sdpa")
+    seen: list[Tensor] = []
+    logits_of = writing._logits
+
+    def kept(model: LanguageModel, hidden_BD: Tensor) -> Tensor:
+        seen.append(logits_of(model, hidden_BD))
+        assert torch.equal(seen[-1], hidden_BD.float() @ model.model.lm_head.weight.T)
+        return seen[-1]
+
+    monkeypatch.setattr(writing, "_logits", kept)
+    written(lm, PROMPTS[:16])
+    assert seen[0].dtype == torch.float32 and (seen[0] == seen[0].bfloat16().float()).float().mean() < 0.2
+
+
 def test_draws_follow_the_distribution_and_its_restrictions() -> None:
     """4000 rows of one distribution: top-k and top-p leave what transformers leaves, after the temperature."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
