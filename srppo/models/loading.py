@@ -54,6 +54,12 @@ def resolve(spec: str) -> str:
     return spec
 
 
+def configured(spec: str) -> str:
+    """What holds a model's configuration: the folder or hub name, of a LoRA adapter its base. Raises ModelError."""
+    path = resolve(spec)
+    return resolve(str(adapter_settings(Path(path)).base_model_name_or_path)) if is_adapter(Path(path)) else path
+
+
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Within, loading and saving draw no bars, which would tear the live panel; then all is as it was."""
@@ -125,6 +131,8 @@ def check_weights(spec: str, config: ModelConfig) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise ModelError(f"model {spec!r} is damaged: {file.name}: {error}; copy it again") from None
+    if (under := configured(spec)) != str(folder):
+        check_weights(under, config)
 
 
 def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_size: int | None = None) -> LanguageModel:
@@ -210,12 +218,15 @@ def fingerprint(spec: str, config: ModelConfig) -> str:
     """sha256 over config and weights of a local model, or over the hub commit: what a stage's id knows a model by."""
     path = Path(resolve(spec))
     if path.is_dir():
+        under = configured(spec)
         patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer*.json", "chat_template.jinja")
         digest = hashlib.sha256()
         for file in sorted({file for pattern in patterns for file in path.glob(pattern)}):
             digest.update(f"{file.name}\0".encode())
             stat = file.stat()
             digest.update(_file_sha(file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        if under != str(path):  # an adapter is nothing without its base
+            digest.update(fingerprint(under, config).encode())
         return digest.hexdigest()
     with _one_line("model", spec):
         hub_config: Any = AutoConfig.from_pretrained(spec, trust_remote_code=config.trust_remote_code)
@@ -242,7 +253,7 @@ def _positions(config: Any) -> int:
 def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
     """(context length, generation config) as a model itself says, without its weights. Raises ModelError."""
     with _one_line("model", spec):
-        said: Any = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=config.trust_remote_code)
+        said: Any = AutoConfig.from_pretrained(configured(spec), trust_remote_code=config.trust_remote_code)
     try:
         return _positions(said.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
     except OSError:  # there is no such file
@@ -275,7 +286,7 @@ def import_model(spec: str) -> None:
     """Load the code of a local model, and what transformers builds once a process to read checkpoints: no weights."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    config = AutoConfig.from_pretrained(resolve(spec))
+    config = AutoConfig.from_pretrained(configured(spec))
     MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     get_checkpoint_conversion_mapping(config.model_type)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import quiet_console
 from transformers import AutoModelForCausalLM
 from worlds import World, make_world
@@ -18,9 +19,11 @@ from worlds import World, make_world
 from srppo.config import ModelConfig
 from srppo.console import Console
 from srppo.errors import Interrupted, ModelError, RecordError, UserError
+from srppo.evaluation.harness.model import HarnessModel
+from srppo.evaluation.meter import Meter
 from srppo.models.adapters import AdaptedModel
 from srppo.models.language_model import LanguageModel
-from srppo.models.loading import load_model
+from srppo.models.loading import check_weights, configured, declared, fingerprint, load_model, load_tokenizer
 from srppo.record.store import Run
 from srppo.stages.arms import stages_by_arm
 from srppo.stages.publish import export_arm
@@ -153,3 +156,41 @@ def test_export_gives_out_what_peft_and_transformers_load(world: World, tmp_path
     ):
         with pytest.raises(error, match=match):
             export(str(how.pop("out", "new")), **how)
+
+
+def test_an_adapter_is_known_with_its_base_and_checked_with_it(world: World, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    run = prepared(world, tmp_path / "run", "sft", model__base=str(base))
+    folder = run_stages(run)["sft"].path / "model"
+    config = ModelConfig(base=str(base))
+    before = fingerprint(str(folder), config)
+    assert declared(str(folder), config)[0] == declared(str(base), config)[0] and configured(str(folder)) == str(base)
+    check_weights(str(folder), config)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": weights["lm_head.weight"] + 1}, base / "model.safetensors", {"format": "pt"}
+    )
+    assert fingerprint(str(folder), config) != before
+    (base / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"is damaged: model\.safetensors"):
+        check_weights(str(folder), config)
+
+
+def test_lm_eval_measures_an_adapter(world: World, tmp_path: Path) -> None:
+    """The figures of the arm are those of its merged model."""
+    run_stages(prepared(world, tmp_path / "run"))
+    console = quiet_console()
+    keys = {"arm": None, "seed": None, "dtype": "fp32", "console": console}
+    merged = export_arm(tmp_path / "run", tmp_path / "merged", merged=True, **keys)  # type: ignore[arg-type]
+    adapter = export_arm(tmp_path / "run", tmp_path / "adapter", merged=False, **keys)  # type: ignore[arg-type]
+    found = []
+    for model in (merged, adapter):
+        lm = load_model(str(model), ModelConfig(base=world.base))
+        tokenizer = load_tokenizer(str(model), ModelConfig(base=world.base))
+        harness = HarnessModel(lambda lm=lm: lm, tokenizer, 100, seed=0, temperature=None, new_tokens=4, rows=3)  # type: ignore[misc]
+        harness.meter = Meter(console, "test", 2)
+        pairs = [(("", ""), [3, 5, 7], [9, 11]), (("", ""), [4], [8])]
+        found.append(harness._loglikelihood_tokens(pairs))  # type: ignore[arg-type]
+    for (one, same), (two, equal) in zip(*found, strict=True):
+        assert one == pytest.approx(two, abs=1e-4) and same == equal

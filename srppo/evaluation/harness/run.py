@@ -29,13 +29,13 @@ from srppo.evaluation.harness.targets import Target, find_targets
 from srppo.evaluation.harness.tasks import HarnessTask, load_tasks, wanted
 from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY, read_result, write_result
-from srppo.models.loading import check_weights, fingerprint, load_model, load_tokenizer, resolve
+from srppo.models.loading import check_weights, configured, fingerprint, load_model, load_tokenizer
 from srppo.record.arms import ArmsOf, stages_by_kind
 from srppo.record.files import write_atomic
 from srppo.record.folder import check_place
 from srppo.record.json import plain, read_json
 
-EPOCH = 2  # raised when the same request would get another response or score
+EPOCH = 3  # raised when the same request would get another response or score
 NAMED = 10  # reasons for prompts not scored that are printed; every prompt is in the file beside the result
 
 
@@ -132,7 +132,7 @@ class _Evaluation:
                 "tokenizer_config.json"
             )
         ensure_chat_template(tokenizer)
-        config = AutoConfig.from_pretrained(resolve(target.spec), trust_remote_code=target.config.trust_remote_code)
+        config = AutoConfig.from_pretrained(configured(target.spec), trust_remote_code=target.config.trust_remote_code)
         lm = HarnessModel(
             lambda: load_model(target.spec, target.config, device=self.device, vocab_size=len(tokenizer)),
             tokenizer,
