@@ -156,7 +156,10 @@ def _pass(lm: LanguageModel, tokens_N: Tensor, positions_N: Tensor, rows: Rows) 
 
 def _logits(lm: LanguageModel, hidden_BD: Tensor) -> Tensor:
     """As the model's own head gives them in fp32, also over a body in bf16: what is sampled is what is scored."""
+    (weight_VD, bias_V), scale = lm.head_rows(), lm.head.logit_scale
+    dtype = torch.promote_types(weight_VD.dtype, torch.float32)
     with torch.autocast(lm.device.type, enabled=False):
-        logits_BV = lm.model.get_output_embeddings()(hidden_BD.float())[:, : lm.vocab_size] * lm.head.logit_scale
+        logits_BV = F.linear(hidden_BD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
+    logits_BV = logits_BV if scale == 1 else logits_BV * scale
     cap = lm.head.softcap
     return logits_BV if cap is None else cap * torch.tanh(logits_BV / cap)
