@@ -453,10 +453,20 @@ def is_embedded(spec: str) -> bool:
     return spec == "embedded" or spec.startswith("embedded:")
 
 
+GONE = ("micro_batch",)  # rows of a pass, before passes went by tokens
+
+
 def build_recipe(tree: Mapping[str, Any]) -> Recipe:
-    """Validate a nested mapping; ConfigError in one line for the first problem."""
+    """Validate a nested mapping; ConfigError in one line for the first problem. Of records, keys that are gone and
+    decided nothing are passed over; in a file or on a command line they are unknown."""
+    known = {
+        name: {key: value for key, value in section.items() if key not in GONE}
+        if isinstance(section, Mapping)
+        else section
+        for name, section in tree.items()
+    }
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(known)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])

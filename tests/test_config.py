@@ -380,3 +380,10 @@ def test_the_word_none_is_the_choice_of_keys_that_have_it(key: str) -> None:
     assert {"data.noise", "reward.center"} <= set(CHOICES)
     for recipe in (load_recipe(None, [f"{key}=none"]), with_overrides(load_recipe(None), {key: None})):
         assert getattr(getattr(recipe, section), name) == "none"
+
+
+def test_a_key_that_is_gone_is_passed_over_in_a_record_and_unknown_in_a_recipe(tmp_path: Path) -> None:
+    tree = Recipe().model_dump(mode="json")
+    tree["sft"]["micro_batch"] = 8
+    assert build_recipe(tree) == Recipe()
+    assert "did you mean" in refusal(tmp_path, "[sft]\nmicro_batch = 8\n")

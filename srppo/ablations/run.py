@@ -111,9 +111,6 @@ def raise_if_lost(plan: Plan, ledger: Ledger) -> None:
 def work_command(folder: Path, launch: Launch, console: Console) -> None:
     """Join the sweep in a folder. Raises RecordError where there is none."""
     plan, ledger = load_sweep(folder)
-    epoch = ledger.run.spec.get("code_epoch")
-    if epoch != CODE_EPOCH:
-        raise RecordError(f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match")
     slots, gpus, device = places(plan.sweep, launch)
     check_data([next(iter(plan.tasks.values()))])  # a wrong folder here must not fail every stage
     timeout_s = launch.timeout_s or ledger.limits["timeout_s"]
@@ -122,10 +119,15 @@ def work_command(folder: Path, launch: Launch, console: Console) -> None:
 
 
 def load_sweep(folder: Path) -> tuple[Plan, Ledger]:
-    """A sweep's record. Raises RecordError for a folder that holds none."""
+    """A sweep's record. Raises RecordError for a folder that holds none, or one whose stages other code knows."""
     run = Run.load(folder)
     if not is_sweep(run.spec):
         raise RecordError(f"{folder} is the record of a single run, not of a sweep; `srppo report {folder}` reads it")
+    if (epoch := run.spec.get("code_epoch")) != CODE_EPOCH:
+        raise RecordError(
+            f"{folder} was begun by code of epoch {epoch}, this is {CODE_EPOCH}: results would not match, and its "
+            "stages have other ids; use the version of srppo that began it, which their env.json names"
+        )
     ledger, sweep = Ledger(run, TRIES), Sweep.from_spec(run.spec)
     return Plan(replace(sweep, recipe=with_overrides(sweep.recipe, ledger.limits["settings"]))), ledger
 

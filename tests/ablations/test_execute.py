@@ -104,3 +104,11 @@ def test_what_no_result_depends_on_reaches_workers_that_join_later(world: World,
     assert plan.tasks.keys() == Plan(sweeps[0]).tasks.keys()
     with pytest.raises(RecordError, match="made with other settings"):
         Run.open(tmp_path / "sweep", replace(sweeps[0], recipe=world.recipe({"ppo.lr": 0.2})).as_spec())
+
+
+def test_a_sweep_of_other_code_is_not_read_as_an_empty_one(tmp_path: Path) -> None:
+    """Its stages have other ids, so every cell would be waiting."""
+    folder = tmp_path / "sweep"
+    Run.open(folder, {"sweep": "kl", "code_epoch": 1})
+    with pytest.raises(RecordError, match=r"was begun by code of epoch 1, this is \d+: results would not match"):
+        load_sweep(folder)
