@@ -534,6 +534,7 @@ def canonical_json(value: Any) -> str:
 
 
 FREE: Mapping[str, Mapping[str, Any]] = {
+    "model": {"activation_checkpointing": False},
     "sft": {"micro_tokens": 4096},
     "ppo": {"micro_tokens": 4096, "checkpoint_every": 10},
 }

@@ -124,8 +124,9 @@ def _cpu_flags() -> str:
     return " ".join(flag for flag in CPU_FLAGS.split() if flag in named)
 
 
-def append_rows(rows: Sequence[Row], path: Path) -> None:
-    """Add rows to a JSONL file, on disk when this returns; a line cut off by a crash is closed first."""
+def append_rows(rows: Sequence[Any], path: Path) -> None:
+    """Add rows, of any dataclass, to a JSONL file, on disk when this returns; a line cut off by a crash is closed
+    first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
     with path.open("a+b") as file:

@@ -7,9 +7,8 @@ function of its first tokens, so that lengths are mixed whatever the model says.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,8 +25,8 @@ from rich.text import Text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srppo.bench.measure import gemm_gflops
-from srppo.bench.rows import machine
-from srppo.config import ModelConfig, Recipe, build_recipe
+from srppo.bench.rows import append_rows, machine
+from srppo.config import ModelConfig, Recipe, build_recipe, parse_override
 from srppo.console import Console, figure
 from srppo.errors import ConfigError
 from srppo.models.language_model import LanguageModel
@@ -64,6 +63,20 @@ PRESETS = {
 }
 
 
+COSTS = ("adapters", "lora_rank", "lora_alpha", "lora_targets", "precision", "scoring", "activation_checkpointing")
+"""Keys of `model` that a step's cost hangs on."""
+
+
+def model_settings(name: str | None, sets: Sequence[str]) -> ModelConfig:
+    """The model of a name (None: the preset's) under settings `model.key=value`. Raises ConfigError for other keys."""
+    keys = dict(map(parse_override, sets))
+    for key in keys:
+        if key.removeprefix("model.") not in COSTS:
+            raise ConfigError(f"{key} is said by the preset, or changes no cost; --set takes model.{', '.join(COSTS)}")
+    tree = {key.removeprefix("model."): value for key, value in keys.items()}
+    return build_recipe({"model": {**tree, "base": name or ""}}).model
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
     """One step of one preset. seconds, cpu_s: by phase; cpu: of this process, over its threads.
@@ -94,20 +107,26 @@ class StepRow:
 def run_step_bench(
     preset: str, console: Console, *, steps: int, model: ModelConfig, threads: int | None, device: str, out: Path
 ) -> list[StepRow]:
-    """Measure a preset: one step to warm up, then `steps`; print the table, append the rows. Raises ConfigError."""
+    """Measure a preset: one step to warm up, then `steps`; print the table, append the rows.
+
+    model: as `model_settings` makes it. Raises ConfigError for an unknown preset, or a file that cannot be written.
+    """
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}; the presets are {', '.join(PRESETS)}")
+    try:  # before minutes of measuring
+        append_rows([], out)
+    except OSError as error:
+        raise ConfigError(f"out is {str(out)!r}, which cannot be written: {error.strerror or error}") from None
     work, device = PRESETS[preset], pick_device(device)
     torch.set_num_threads(threads or torch.get_num_threads())
-    bench = _Bench(work, model if model.base != ModelConfig().base else model.model_copy(update={"base": ""}), device)
+    bench = _Bench(work, model, device)
     found = []
     for step in range(steps + 1):
         rate = gemm_gflops(device, "bfloat16" if model.precision == "bf16" else "float32")
         row = bench.step(preset, step, rate)
-        found += [row] if step else []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
+        if step:
+            append_rows([row], out)
+            found.append(row)
     console.print(_table(found))
     console.print(f"written: {out}")
     return found

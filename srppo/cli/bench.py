@@ -62,18 +62,13 @@ def step(
 ) -> None:
     """One PPO step by phase. Time, tokens a second, memory, share of the bare matrix rate of the same run.
 
-    --set takes keys of `model`: adapters, precision, scoring.
+    --set takes the keys of `model` that a step's cost hangs on: adapters, lora_*, precision, scoring,
+    activation_checkpointing.
     """
-    from srppo.bench.step import run_step_bench
-    from srppo.config import build_recipe, parse_override
+    from srppo.bench.step import model_settings, run_step_bench
     from srppo.console import Console
-    from srppo.errors import ConfigError
 
-    keys = dict(parse_override(each) for each in sets or [])
-    if wrong := [key for key in keys if not key.startswith("model.")]:
-        raise ConfigError(f"{wrong[0]} is no key of `model`; the preset says the rest")
-    config = build_recipe({"model": {key.removeprefix("model."): value for key, value in keys.items()}}).model
-    config = config.model_copy(update={"base": model}) if model else config
+    config = model_settings(model, sets or [])
     run_step_bench(preset, Console(), steps=steps, model=config, threads=threads, device=device, out=out)
 
 

@@ -23,6 +23,12 @@ from srppo.models.backbone import PREFIX, Backbone, peft
 from srppo.models.language_model import LanguageModel, plain
 from srppo.models.narrow import widen
 
+MORE_THAN_LORA = (
+    *("modules_to_save", "bias", "lora_bias", "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+    *("arrow_config", "velora_config", "monteclora_config", "kasa_config", "trainable_token_indices"),
+    *("target_parameters", "layer_replication"),
+)
+"""Settings of PEFT under which an adapter is more than B A alpha / rank beside a matrix."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -33,14 +39,7 @@ class AdaptedModel(LanguageModel):
     """
 
     def __init__(self, frozen: LanguageModel, settings: Any, seed: int = 0) -> None:
-        super().__init__(
-            frozen.model,
-            precision=frozen.precision,
-            kernels=frozen.kernels,
-            vocab_size=frozen.vocab_size,
-            head=frozen.head,
-            source=frozen.source,
-        )
+        super().__init__(frozen.model, like=frozen)
         if frozen.backbone is None:
             frozen.backbone = Backbone(frozen.model, frozen.source)
         self.backbone: Backbone = frozen.backbone
@@ -65,7 +64,6 @@ class AdaptedModel(LanguageModel):
     def copy(self) -> AdaptedModel:
         other = AdaptedModel(self, self.settings)
         other.set_weights(self.weights())
-        other.recomputes = self.recomputes
         return other
 
     def trunk(self) -> AdaptedModel:
@@ -78,21 +76,12 @@ class AdaptedModel(LanguageModel):
         added = {name: layer.get_delta_weight(self.adapter) for name, layer in layers.items()}
         other = copy.deepcopy(self.model)
         for name, delta in added.items():
-            plain = other.get_submodule(name).get_base_layer()
-            plain.weight.data = plain.weight.data.float() + delta
+            base = other.get_submodule(name).get_base_layer()
+            base.weight.data = base.weight.data.float() + delta
             parent, _, child = name.rpartition(".")
-            setattr(other.get_submodule(parent), child, plain)
+            setattr(other.get_submodule(parent), child, base)
         widen(other)
-        model = LanguageModel(
-            other,
-            precision=self.precision,
-            kernels=self.kernels,
-            vocab_size=self.vocab_size,
-            head=self.head,
-            source=self.source,
-        )
-        model.generation_config = self.generation_config
-        return model
+        return LanguageModel(other, like=self)
 
     @torch.no_grad()
     def set_weights(self, saved: Mapping[str, Tensor]) -> None:
@@ -155,10 +144,11 @@ def adapter_settings(folder: Path) -> Any:
     except Exception as error:  # of json, and PEFT's own
         raise ModelError(f"the adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
     kind = str(getattr(settings.peft_type, "value", settings.peft_type))
-    if kind != "LORA" or settings.modules_to_save or settings.bias != "none":
-        more = kind if kind != "LORA" else "modules_to_save" if settings.modules_to_save else f"bias = {settings.bias}"
+    more = [key for key in MORE_THAN_LORA if getattr(settings, key, None) not in (None, False, "none", [], {})]
+    if kind != "LORA" or more:
+        found = kind if kind != "LORA" else more[0]
         raise ModelError(
-            f"the adapter {folder} is or has {more}; plain LoRA adapters are understood: merge it into its base, and "
+            f"the adapter {folder} is or has {found}; plain LoRA adapters are understood: merge it into its base, and "
             "give the folder of the merged model"
         )
     return settings

@@ -45,6 +45,7 @@ class Backbone:
         self._made += 1
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         settings = copy.deepcopy(settings)
+        settings.lora_dropout = 0.0  # as everywhere; its layers would come in training mode
         if settings.target_modules == "all-linear":
             settings.target_modules = self.linear_names()
         # PEFT draws A from the global state, and warns of what is meant

@@ -44,10 +44,12 @@ class LanguageModel(nn.Module):
     """A causal LM with what the trainer needs of it: log-probs of responses under explicit positions and masks.
 
     vocab_size: ids that the tokenizer can make. A head may have more rows (padding, for speed); those are neither
-    sampled nor in any softmax. None: as many as the head has rows. head: as it was found before; None: it is looked for
-    and proved. source: where the weights came from.
+    sampled nor in any softmax. None: as many as the head has rows. source: where the weights came from. like: another
+    model of this architecture, whose settings and head are taken over; None: the head is looked for and proved.
     """
 
+    head: Head
+    packs: bool  # rows of many lengths go through it as one, without padding
     backbone: Backbone | None = None  # where adapters were put into the weights: then roles take turns
     recomputes = False  # activations are worked out again in the backward pass
 
@@ -58,11 +60,17 @@ class LanguageModel(nn.Module):
         precision: str = "fp32",
         kernels: Impl = "auto",
         vocab_size: int | None = None,
-        head: Head | None = None,
         source: str = "",
+        like: LanguageModel | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model  # generate() and from_pretrained are typed too narrowly for mypy
+        self._narrow: tuple[int, Tensor | None] | None = None
+        if like is not None:
+            for name in ("precision", "source", "generation_config", "kernels", "takes_positions", "vocab_size"):
+                setattr(self, name, getattr(like, name))
+            self.head, self.packs, self.recomputes = like.head, like.packs, like.recomputes
+            return
         self.precision, self.source = precision, source
         self.generation_config: Any = model.generation_config  # what it says of its stop tokens; ours decides the rest
         self.kernels: Impl = kernels
@@ -71,9 +79,8 @@ class LanguageModel(nn.Module):
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocab_size = rows if vocab_size is None else min(vocab_size, rows)
-        self.head = head or _find_head(self)
+        self.head = _find_head(self)
         self.packs = find_packing(model, self.takes_positions)
-        self._narrow: tuple[int, Tensor | None] | None = None
 
     @property
     def decoder(self) -> Any:
@@ -106,7 +113,7 @@ class LanguageModel(nn.Module):
         self.recomputes = True
 
     @contextmanager
-    def unfolded(self) -> Iterator[None]:
+    def merged_layers(self) -> Iterator[None]:
         """Within, plain fp32 layers stand for those that widen their weights or add an adapter in each pass: writing
         goes through all of them for every token. Only where the sum would be taken in fp32 anyway, on a CPU."""
         layers = self._plain_layers() if self.device.type == "cpu" and self.precision == "fp32" else {}

@@ -153,8 +153,8 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_siz
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
         )
-    keep_narrow(model)
     model.to(torch.device(device))
+    keep_narrow(model)
     precision = config.scoring or config.precision
     return LanguageModel(model, precision=precision, kernels=config.kernels, vocab_size=vocab_size, source=path)
 

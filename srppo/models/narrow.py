@@ -51,7 +51,7 @@ class _Widened(torch.autograd.Function):
         return grad @ weight.to(grad.dtype), None, None
 
 
-def keep_narrow(model: nn.Module) -> None:
+def keep_narrow(model: Any) -> None:
     """Freeze a model, and leave its 16-bit matrices and embeddings as they are where that saves enough; all else, and
     models below WORTH, become fp32."""
     model.requires_grad_(False)
@@ -77,10 +77,10 @@ def keep_narrow(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _runs(model: nn.Module) -> bool:
+def _runs(model: Any) -> bool:
     """Whether all weights are read by way of their layers: a product of two precisions raises."""
     try:
-        model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
+        model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), use_cache=False)
     except RuntimeError:
         return False
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,20 @@ NAME = "srppo_packed"
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # what a model may ask of attention, and is not done here
 
 
+class Asked(NamedTuple):
+    """What a layer asks of attention. scaling: of the scores, None: by the root of the width. window: how many tokens
+    one sees, itself counted, None: all before it. layer: its number."""
+
+    scaling: float | None = None
+    window: int | None = None
+    layer: int | None = None
+
+
 class Rows(Protocol):
     """What the tokens of a pass are to each other."""
 
-    def attend(
-        self,
-        q_HND: Tensor,
-        k_HND: Tensor,
-        v_HND: Tensor,
-        scaling: float | None,
-        window: int | None,
-        layer: int | None = None,
-    ) -> Tensor: ...
+    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
+        """Attention of N new tokens: (N, heads, value width), from queries, keys and values (heads, N, width)."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,9 @@ class Segments:
 
     lengths: tuple[int, ...]
 
-    def attend(
-        self,
-        q_HND: Tensor,
-        k_HND: Tensor,
-        v_HND: Tensor,
-        scaling: float | None,
-        window: int | None,
-        layer: int | None = None,
-    ) -> Tensor:
-        """Causal attention within each row: (N, heads, value width)."""
+    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
+        """Causal attention within each row."""
+        scaling, window, _ = asked
         runs = [(length, sum(1 for _ in same)) for length, same in groupby(self.lengths)]
         sizes = [length * count for length, count in runs]
         parts = []
@@ -87,10 +82,10 @@ def attention(
     if segments is None:
         more |= {"scaling": scaling, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    if asked := [name for name in _UNKNOWN if more.get(name) is not None]:
-        raise ValueError(f"packed attention knows nothing of {asked[0]}")
-    layer = getattr(module, "layer_idx", None)
-    return segments.attend(query[0], key[0], value[0], scaling, sliding_window, layer=layer)[None], None
+    if unknown := [name for name in _UNKNOWN if more.get(name) is not None]:
+        raise ValueError(f"packed attention knows nothing of {unknown[0]}")
+    asked = Asked(scaling, sliding_window, getattr(module, "layer_idx", None))
+    return segments.attend(query[0], key[0], value[0], asked)[None], None
 
 
 AttentionInterface.register(NAME, attention)
@@ -111,6 +106,7 @@ class Packing:
 
     @classmethod
     def of(cls, tokens_BS: Tensor, mask_BS: Tensor) -> Packing:
+        """mask_BS: True on real tokens, wherever in its row they stand."""
         lengths_B = mask_BS.sum(dim=1)
         order_B = lengths_B.argsort(stable=True)
         within_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)

@@ -35,6 +35,10 @@ def export_arm(
     source = Path(target.spec)
     if run.absolute() not in source.absolute().parents:
         raise UserError(f"{target.title} is {target.spec} itself: nothing was trained")
+    if dtype != "fp32" and not merged:
+        raise UserError(
+            f"--dtype {dtype} is of merged weights; add --merged, or leave it out: files are copied as they are"
+        )
     if merged and not is_adapter(source):
         raise UserError(f"{target.title} has all its weights already; leave out --merged")
     with placing(folder), no_bars():

@@ -24,10 +24,10 @@ from transformers import (
 from srppo.config import Recipe, derive_seed
 from srppo.data.order import scheduled
 from srppo.errors import OutOfMemory
+from srppo.models.generation import Draw, can_generate, generate_packed
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import is_out_of_memory, rows_that_fit
 from srppo.models.value_model import ValueModel
-from srppo.models.writing import Draw, write, writes
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.scores import passes
 
@@ -66,14 +66,14 @@ def generate(
     processor: makes, of the prompts' mask (BP), what turns logits into others for one batch; then the body runs in
     fp32, since it may blow up their rounding. until: which rows of those it is shown (responses so far) are done.
     settings: more of transformers' own. With either of processor and settings, or a model that cannot be packed,
-    transformers' generate() writes; otherwise `models.writing` does.
+    transformers' generate() writes; otherwise `models.generation` does.
     rows: at most so many at a time; None: as many as fit the memory beside the bytes `held` (`memory.rows_that_fit`).
     """
     longest = max(map(len, prompts))
     size = rows or rows_that_fit(model, longest + max_new_tokens, held=held)
     seeds = [derive_seed(seed, "row", i) for i in range(len(prompts))] if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    own = processor is None and not settings and writes(model)
+    own = processor is None and not settings and can_generate(model)
     written: list[list[int]] = [[] for _ in prompts]
     half = model.precision == "bf16" and processor is None
     with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
@@ -83,7 +83,7 @@ def generate(
             draw = drawing([seeds[i] for i in places], temperature, max_new_tokens, top_k=top_k, top_p=top_p)
             if own:
                 limits: dict[str, Any] = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "until": until}
-                found = write(model, chosen, draw, **limits)
+                found = generate_packed(model, chosen, draw, **limits)
             else:
                 config = GenerationConfig(
                     max_new_tokens=max_new_tokens,

@@ -11,7 +11,7 @@ import torch
 from worlds import make_world
 
 from srppo.bench import step
-from srppo.bench.step import PHASES, StepRow, Work, ending, run_step_bench
+from srppo.bench.step import PHASES, StepRow, Work, ending, model_settings, run_step_bench
 from srppo.config import ModelConfig
 from srppo.console import Console
 from srppo.errors import ConfigError
@@ -26,7 +26,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(out: Path, **model: object) -> tuple[list[StepRow], str]:
     text = io.StringIO()
-    config = ModelConfig().model_copy(update={"base": "", **model})
+    name = model.pop("base", None)
+    config = model_settings(name, [f"model.{key}={value}" for key, value in model.items()])  # type: ignore[arg-type]
     rows = run_step_bench(
         "small", Console(plain=True, file=text), steps=2, model=config, threads=1, device="cpu", out=out / "step.jsonl"
     )
@@ -55,6 +56,14 @@ def test_adapters_and_a_model_of_a_folder(tmp_path: Path) -> None:
     assert rows[0].model["adapters"] == "lora" and rows[0].model["vocabulary"] == 258
 
 
+@pytest.mark.parametrize("key", ["ppo.lr", "model.sft", "model.kernels"])
+def test_keys_that_would_do_nothing_are_refused(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{key} is said by the preset, or changes no cost; --set takes model.adapters"
+    ):
+        model_settings(None, [f"{key}=1"])
+
+
 def test_lengths_are_mixed_and_a_function_of_the_first_tokens() -> None:
     until = ending(2, 9)
     ends = []
@@ -64,6 +73,12 @@ def test_lengths_are_mixed_and_a_function_of_the_first_tokens() -> None:
             row.append(0)
         ends.append(len(row))
     assert {*ends} == {*range(2, 10)}
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "step.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"out is '.*step\.jsonl', which cannot be written"):
+        run(tmp_path)
 
 
 def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:

@@ -214,6 +214,17 @@ def test_peft_reads_what_is_saved_and_so_do_we(base_folder: Path, tmp_path: Path
     assert settings["base_model_name_or_path"] == str(base_folder) and settings["inference_mode"]
 
 
+def test_an_adapters_own_dropout_is_off(base_folder: Path, tmp_path: Path) -> None:
+    frozen, config = of_folder(base_folder, base_folder)
+    sft = role(frozen, 1)
+    (tmp_path / "sft").mkdir()
+    sft.save(tmp_path / "sft")
+    settings = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 0.5}))
+    again = load_over(str(tmp_path / "sft"), frozen, config)
+    assert torch.equal(logprobs(again), logprobs(sft)) and torch.equal(logprobs(again), logprobs(again))
+
+
 def test_adapters_that_do_not_fit_are_refused_in_one_line(base_folder: Path, tmp_path: Path) -> None:
     frozen, config = of_folder(base_folder, base_folder)
     sft = role(frozen, 1)
@@ -245,10 +256,11 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(base_folder: Path, tmp
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(ModelError, match="cannot be read"):
         load_adapter(folder, frozen)
-    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    settings.save_pretrained(str(folder))
-    with pytest.raises(ModelError, match="has modules_to_save; plain LoRA adapters are understood"):
-        load_adapter(folder, frozen)
+    for more in ({"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"bias": "all"}, {"lora_bias": True}):
+        settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **more)
+        settings.save_pretrained(str(folder))
+        with pytest.raises(ModelError, match=f"has {next(iter(more))}; plain LoRA adapters are understood"):
+            load_adapter(folder, frozen)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         load_adapter(folder, frozen)

@@ -8,7 +8,7 @@ from architectures import CONFIGS, EOS, VOCAB, make, ragged
 from torch import Tensor
 
 from srppo.models.language_model import LanguageModel
-from srppo.models.packed import NAME, Packing, Segments
+from srppo.models.packed import NAME, Asked, Packing, Segments
 from srppo.models.value_model import ValueModel
 
 PACKED = ("llama", "mistral window", "mixtral", "qwen2 tied", "qwen3 moe", "gemma3 text", "gemma3 nested", "phi bias")
@@ -99,13 +99,13 @@ def test_a_window_is_kept_where_a_row_is_longer() -> None:
     segments = Segments((7,))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 7, 8, generator=generator) for _ in range(3))
-    full, banded = (segments.attend(q, k, v, None, window) for window in (None, 4))
+    full, banded = (segments.attend(q, k, v, Asked(window=window)) for window in (None, 4))
     scores = (q @ k.transpose(1, 2)) / 8**0.5
     back = torch.arange(7)[:, None] - torch.arange(7)
     for found, seen in ((full, back >= 0), (banded, (back >= 0) & (back < 4))):
         expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
         torch.testing.assert_close(found.transpose(0, 1), expected)
-    assert torch.equal(segments.attend(q, k, v, None, 7), full)
+    assert torch.equal(segments.attend(q, k, v, Asked(window=7)), full)
 
 
 def test_what_is_not_known_is_refused() -> None:

@@ -151,6 +151,7 @@ def test_export_gives_out_what_peft_and_transformers_load(world: World, tmp_path
     for error, match, how in (
         (UserError, "no finished arm 'SRPO' with a model; it has base, SFT, SRPPO", {"arm": "SRPO"}),
         (UserError, "SRPPO has no seed 4; it has 0", {"seed": 4}),
+        (UserError, "--dtype bf16 is of merged weights; add --merged", {"dtype": "bf16"}),
         (UserError, "base, seed 0 is .* itself: nothing was trained", {"arm": "base"}),
         (RecordError, "is not empty; give --out a new folder", {"out": "merged"}),
     ):

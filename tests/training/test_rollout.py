@@ -253,7 +253,7 @@ def test_a_models_own_settings_change_no_response_and_are_put_back(
         raise RuntimeError("out of memory")
 
     shipped.model.generate = broken
-    monkeypatch.setattr(srppo.training.rollout, "write", broken)
+    monkeypatch.setattr(srppo.training.rollout, "generate_packed", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(shipped)
     assert shipped.model.generation_config is OWN_SETTINGS
@@ -353,7 +353,7 @@ def test_out_of_memory_while_writing_names_what_helps(error: Exception, monkeypa
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(srppo.training.rollout, "write", full)
+    monkeypatch.setattr(srppo.training.rollout, "generate_packed", full)
     advice = r"^generating ran out of memory \((CUDA|Def)[^\n]*\), .* lower rollout\.max_new_tokens or [^\n]*$"
     with pytest.raises(OutOfMemory, match=advice):
         sample(lm)

@@ -10,7 +10,7 @@ from architectures import EOS, VOCAB, make
 from torch import Tensor
 
 from srppo.config import ModelConfig, derive_seed
-from srppo.models import narrow, writing
+from srppo.models import generation, narrow
 from srppo.models.adapters import AdaptedModel, lora_settings
 from srppo.models.language_model import LanguageModel
 from srppo.models.loading import load_model
@@ -32,7 +32,7 @@ def written(lm: LanguageModel, prompts: Sequence[Sequence[int]] = PROMPTS, **how
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_those_of_transformers(name: str, temperature: float | None) -> None:
     lm = make(name, attention="sdpa")
-    assert writing.writes(lm)
+    assert generation.can_generate(lm)
     ours = written(lm, temperature=temperature)
     lm.packs = False
     assert ours == written(lm, temperature=temperature)
@@ -56,20 +56,20 @@ def test_a_row_has_the_same_tokens_in_any_batch() -> None:
 def test_rows_that_are_done_leave_and_no_fewer_than_the_least_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make("llama", attention="sdpa")
     sizes: list[int] = []
-    step = writing._step
+    step = generation._step
 
     def counted(lm: LanguageModel, tokens_B: Tensor, *rest: object) -> Tensor:
         sizes.append(len(tokens_B))
         return step(lm, tokens_B, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writing, "_step", counted)
+    monkeypatch.setattr(generation, "_step", counted)
     rows = written(lm)
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1] >= writing.LEAST
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1] >= generation.LEAST
     for now, size in enumerate(sizes, start=1):
         alive = sum(len(row) > now for row in rows)
-        assert size >= max(alive, writing.LEAST) >= writing.KEPT * size
+        assert size >= max(alive, generation.LEAST) >= generation.KEPT * size
     sizes.clear()
-    assert written(lm, PROMPTS[:2]) == rows[:2] and set(sizes) == {writing.LEAST}
+    assert written(lm, PROMPTS[:2]) == rows[:2] and set(sizes) == {generation.LEAST}
 
 
 def test_until_ends_rows_and_sees_only_those_that_are_written() -> None:
@@ -89,7 +89,7 @@ def test_until_ends_rows_and_sees_only_those_that_are_written() -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_layers_are_unfolded_for_writing_and_put_back(
+def test_layers_are_merged_for_generation_and_put_back(
     bf16: bool, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A role over narrow weights writes what its merged model writes; bf16 bodies are left as they are."""
@@ -101,13 +101,13 @@ def test_layers_are_unfolded_for_writing_and_put_back(
     for weight in role.weights().values():
         weight.data = 0.3 * torch.randn_like(weight)
     before = [type(module).__name__ for module in role.model.modules()]
-    with role.unfolded():
+    with role.merged_layers():
         within = [type(module).__name__ for module in role.model.modules()]
     assert [type(module).__name__ for module in role.model.modules()] == before
     assert ("NarrowLinear" in before) and ("NarrowLinear" in within) == bf16
     if not bf16:
         assert written(role) == written(role.merged()) != written(base)
-        with pytest.raises(RuntimeError, match="stopped"), role.unfolded():
+        with pytest.raises(RuntimeError, match="stopped"), role.merged_layers():
             raise RuntimeError("stopped")
         assert [type(module).__name__ for module in role.model.modules()] == before
     else:
@@ -118,7 +118,7 @@ def test_logits_are_not_rounded_over_a_body_in_bf16(monkeypatch: pytest.MonkeyPa
     """What is drawn from is what the log-probs are taken of: the head's products stay fp32."""
     lm = make("llama", precision="bf16", attention="sdpa")
     seen: list[Tensor] = []
-    logits_of = writing._logits
+    logits_of = generation._logits
 
     def kept(model: LanguageModel, hidden_BD: Tensor) -> Tensor:
         seen.append(logits_of(model, hidden_BD))
@@ -126,9 +126,26 @@ def test_logits_are_not_rounded_over_a_body_in_bf16(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(seen[-1].double(), exact, atol=1e-5, rtol=1e-5)
         return seen[-1]
 
-    monkeypatch.setattr(writing, "_logits", kept)
+    monkeypatch.setattr(generation, "_logits", kept)
     written(lm, PROMPTS[:16])
     assert seen[0].dtype == torch.float32 and (seen[0] == seen[0].bfloat16().float()).float().mean() < 0.2
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_keys_and_values_are_kept_in_the_precision_that_they_are_computed_in(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[generation.KvCache] = []
+
+    class Kept(generation.KvCache):
+        def __init__(self, positions: int) -> None:
+            super().__init__(positions)
+            made.append(self)
+
+    monkeypatch.setattr(generation, "KvCache", Kept)
+    written(make("llama", precision=precision, attention="sdpa"), PROMPTS[:16])
+    (cache,) = made
+    assert {x.dtype for each in cache.by_layer.values() for x in each} == {dtype} and len(cache.by_layer) == 2
 
 
 def test_draws_follow_the_distribution_and_its_restrictions() -> None:

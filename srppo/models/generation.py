@@ -1,4 +1,4 @@
-"""Token by token from packed rows: prompts of any lengths are read without padding, and rows that are done leave.
+"""Generation from packed rows: prompts of any lengths are read without padding, and rows that are done leave the batch.
 
 Of each row the keys and values lie in a cache of its own length. On a CPU no pass has fewer than LEAST rows: BLAS
 rounds smaller products otherwise, and a row's tokens would hang on how many others are still being written.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srppo.models.language_model import LanguageModel, body_hidden
-from srppo.models.packed import Rows, Segments
+from srppo.models.packed import Asked, Rows, Segments
 
 LEAST = 16
 KEPT = 0.75  # the cache is made smaller when fewer than this share of its rows is still written
@@ -23,12 +23,12 @@ Draw = Callable[[Tensor, list[int], int], Tensor]
 """(logits BV fp32, which rows they are of, how many tokens those have) -> next token of each, B."""
 
 
-def writes(lm: LanguageModel) -> bool:
-    """Whether a model's responses can be written here."""
+def can_generate(lm: LanguageModel) -> bool:
+    """Whether a model's responses can be generated here."""
     return lm.packs and lm.head.linear
 
 
-class Cache:
+class KvCache:
     """Keys and values of rows, by layer: (rows, heads, positions, width), made when the first come."""
 
     def __init__(self, positions: int) -> None:
@@ -52,37 +52,30 @@ class Cache:
         self.by_layer = {layer: [x[rows_K] for x in each] for layer, each in self.by_layer.items()}
 
 
-class Reading:
+class Prefill:
     """The prompts: packed rows whose keys and values are remembered."""
 
-    def __init__(self, lengths: Sequence[int], cache: Cache, device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], cache: KvCache, device: torch.device) -> None:
         self.segments, self.cache = Segments(tuple(lengths)), cache
         rows_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         self.rows_N = rows_N.to(device)
         self.places_N = torch.cat([torch.arange(length) for length in lengths]).to(device)
 
-    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, *how: Any, layer: int | None = None) -> Tensor:
-        """As `Segments.attend`."""
-        self.cache.put(layer, self.rows_N, self.places_N, k_HND, v_HND, rows=len(self.segments.lengths))
-        return self.segments.attend(q_HND, k_HND, v_HND, *how)
+    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
+        """As `Rows.attend`."""
+        self.cache.put(asked.layer, self.rows_N, self.places_N, k_HND, v_HND, rows=len(self.segments.lengths))
+        return self.segments.attend(q_HND, k_HND, v_HND, asked)
 
 
-class Step:
+class DecodeStep:
     """One more token of each row, which sees all before it."""
 
-    def __init__(self, lengths_B: Tensor, cache: Cache) -> None:
+    def __init__(self, lengths_B: Tensor, cache: KvCache) -> None:
         self.lengths_B, self.cache = lengths_B, cache
 
-    def attend(
-        self,
-        q_HND: Tensor,
-        k_HND: Tensor,
-        v_HND: Tensor,
-        scaling: float | None,
-        window: int | None,
-        layer: int | None = None,
-    ) -> Tensor:
-        """As `Segments.attend`."""
+    def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
+        """As `Rows.attend`."""
+        scaling, window, layer = asked
         rows, device = len(self.lengths_B), self.lengths_B.device
         known = self.cache.put(layer, torch.arange(rows, device=device), self.lengths_B, k_HND, v_HND, rows=rows)
         longest = int(self.lengths_B.max()) + 1
@@ -95,7 +88,7 @@ class Step:
 
 
 @torch.no_grad()
-def write(
+def generate_packed(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     draw: Draw,
@@ -104,20 +97,23 @@ def write(
     max_new_tokens: int,
     until: Callable[[list[list[int]]], list[bool]] | None = None,
 ) -> list[list[int]]:
-    """The response to each prompt, its stop token included. until: which of the rows that it is shown, responses so
-    far, are done for another reason."""
+    """The response to each prompt (token ids), its stop token included, of at most `max_new_tokens`.
+
+    draw: chooses the next tokens. until: which of the rows that it is shown, responses so far, are done for another
+    reason than a stop token.
+    """
     stops, least = {*stop_ids}, LEAST if lm.device.type == "cpu" else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows = order + order[-1:] * (least - len(order))  # who is written in each row of the cache
     written: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     lengths = [len(prompts[i]) for i in rows]
-    cache = Cache(max(lengths) + max_new_tokens)
-    with lm.unfolded():
-        reading = Reading(lengths, cache, lm.device)
+    cache = KvCache(max(lengths) + max_new_tokens)
+    with lm.merged_layers():
+        prefill = Prefill(lengths, cache, lm.device)
         tokens_N = torch.tensor([token for i in rows for token in prompts[i]], device=lm.device)
         lengths_B = torch.tensor(lengths, device=lm.device)
-        last_BD = _pass(lm, tokens_N, reading.places_N, reading)[lengths_B.cumsum(0) - 1]
+        last_BD = _pass(lm, tokens_N, prefill.places_N, prefill)[lengths_B.cumsum(0) - 1]
         for step in range(max_new_tokens):
             tokens_B = draw(_logits(lm, last_BD), rows, step)
             fresh = [i for i in dict.fromkeys(rows) if not done[i]]
@@ -143,8 +139,8 @@ def write(
     return written
 
 
-def _step(lm: LanguageModel, tokens_B: Tensor, lengths_B: Tensor, cache: Cache) -> Tensor:
-    return _pass(lm, tokens_B, lengths_B, Step(lengths_B, cache))
+def _step(lm: LanguageModel, tokens_B: Tensor, lengths_B: Tensor, cache: KvCache) -> Tensor:
+    return _pass(lm, tokens_B, lengths_B, DecodeStep(lengths_B, cache))
 
 
 def _pass(lm: LanguageModel, tokens_N: Tensor, positions_N: Tensor, rows: Rows) -> Tensor:
