@@ -153,6 +153,20 @@ MUTANTS = [
         "models/test_adapters.py::test_a_layer_is_worked_out_again_for_the_role_that_it_was_worked_out_for",
     ),
     Mutant(
+        "adapters: more than LoRA is taken for it",
+        "models/adapters.py",
+        'if kind != "LORA" or more:',
+        'if kind != "LORA":',
+        "models/test_adapters.py::test_adapters_that_do_not_fit_are_refused_in_one_line",
+    ),
+    Mutant(
+        "adapters: their dropout stays",
+        "models/backbone.py",
+        "        settings.lora_dropout = 0.0  # as everywhere; its layers would come in training mode\n",
+        "",
+        "models/test_adapters.py::test_an_adapters_own_dropout_is_off",
+    ),
+    Mutant(
         "adapters: A from the global random state",
         "models/backbone.py",
         "            torch.manual_seed(seed)\n",

@@ -476,6 +476,13 @@ MUTANTS = [
         "training/test_generation.py::test_tokens_are_those_of_transformers",
     ),
     Mutant(
+        "generation: keys and values in the precision of the keys",
+        "models/generation.py",
+        "new_HND[-1].new_zeros(size)",
+        "new_HND[0].new_zeros(size)",
+        "training/test_generation.py::test_keys_and_values_are_kept_in_the_precision_that_they_are_computed_in",
+    ),
+    Mutant(
         "generation: no window",
         "models/generation.py",
         "else (back_BS >= 0) & (back_BS < window)",
