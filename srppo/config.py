@@ -159,6 +159,7 @@ class DataConfig(_Section):
         return self
 
 
+_OPTIMIZER = "torch's, or those with 8bit moments of bitsandbytes, where it is installed"
 _MICRO = "tokens of a pass: prompts and answers in order of length; changes memory and rounding, not the loss"
 
 
@@ -168,10 +169,13 @@ class SftConfig(_Section):
         None, ge=1, description="optimizer steps instead of epochs, whatever the number of demonstrations; none: epochs"
     )
     batch: int = Field(8, ge=1, description="demonstrations an optimizer step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW)")
+    optimizer: Literal["adamw", "adafactor", "sgd", "adamw8bit", "paged-adamw8bit"] = Field(
+        "adamw", description=_OPTIMIZER
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
     warmup: float = Field(0.1, ge=0, le=1, description="share of steps with rising learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, as the optimizer has it")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     micro_tokens: int = Field(4096, ge=1, description=_MICRO)
 
@@ -181,6 +185,18 @@ class RolloutConfig(_Section):
     per_prompt: int = Field(1, ge=1, description="of which to each prompt; must divide the batch, and RLOO needs 2")
     max_new_tokens: int = Field(48, ge=1, description="length limit of a response, EOS included")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; rewards are always taken at 1")
+    server: str | None = Field(
+        None,
+        description="a server that samples, with the OpenAI completions API and token ids, such as vllm serve: "
+        "http://localhost:8000/v1; none: here",
+    )
+    server_timeout_s: float = Field(600.0, gt=0, description="seconds that the server has for one response")
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        description="a server's tokens count by policy's over server's probability, at most so much; read with a "
+        "server alone",
+    )
 
 
 class RewardConfig(_Section):
@@ -228,8 +244,11 @@ class PpoConfig(_Section):
     value_coef: float = Field(0.1, gt=0, description="weight of the critic's loss in a shared trunk")
     epochs: int = Field(2, ge=1, description="passes over each batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps a pass")
-    lr: float = Field(3e-4, gt=0, description="policy learning rate (Adam)")
-    value_lr: float = Field(5e-4, gt=0, description="critic learning rate (Adam)")
+    optimizer: Literal["adam", "adafactor", "sgd", "adam8bit", "paged-adam8bit"] = Field(
+        "adam", description=f"of policy, critic and distillation: {_OPTIMIZER}"
+    )
+    lr: float = Field(3e-4, gt=0, description="policy learning rate")
+    value_lr: float = Field(5e-4, gt=0, description="critic learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of both learning rates")
     warmup: float = Field(0.0, ge=0, le=1, description="share of steps with rising learning rate")
     gamma: float = Field(1.0, gt=0, le=1, description="discount; RLOO has none")
@@ -259,10 +278,10 @@ class PpoConfig(_Section):
 
 
 class DistilConfig(_Section):
-    """On-policy distillation; max_grad_norm, max_kl and what changes no result are those of `ppo`."""
+    """On-policy distillation; optimizer, max_grad_norm, max_kl and what changes no result are those of `ppo`."""
 
     steps: int = Field(20, ge=1, description="rollout batches of on-policy distillation, an optimizer step each")
-    lr: float = Field(1e-3, gt=0, description="its learning rate at the start (Adam), which falls linearly")
+    lr: float = Field(1e-3, gt=0, description="its learning rate at the start, which falls linearly")
 
 
 class MethodsConfig(_Section):
@@ -536,16 +555,18 @@ def canonical_json(value: Any) -> str:
 FREE: Mapping[str, Mapping[str, Any]] = {
     "model": {"activation_checkpointing": False},
     "sft": {"micro_tokens": 4096},
+    "rollout": {"server": "server", "server_timeout_s": 600.0},
     "ppo": {"micro_tokens": 4096, "checkpoint_every": 10},
 }
 """Keys that change memory, rounding and what a stop costs, and never what a run is: wherever recipes are compared or
-hashed they stand at these values, so that another micro-batch finds the finished stages and goes on with the others."""
+hashed they stand at these values (one that is none stays so), so that another micro-batch finds the finished stages and
+goes on with the others."""
 
 
 def decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's tree with the keys of FREE at one value each: equal for recipes that stand for one run."""
     return {
-        name: {**section, **{key: value for key, value in FREE.get(name, {}).items() if key in section}}
+        name: {**section, **{k: value for k, value in FREE.get(name, {}).items() if section.get(k) is not None}}
         if isinstance(section, Mapping)
         else section
         for name, section in tree.items()

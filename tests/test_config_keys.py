@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from worlds import PARTS, Outcome, World, run_world
 import srppo.models.language_model
 from srppo.config import Recipe, all_keys, canonical_json, derive_seed
 from srppo.console import Console
-from srppo.errors import ConfigError, ModelError
+from srppo.errors import ConfigError, ModelError, RunError
 from srppo.evaluation.development import Answer, verdict_of
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
 from srppo.stages.run import PreparedRun, prepare_run, run_stages
@@ -112,6 +113,8 @@ CASES = [
     Case("sft.warmup", 1.0, "sft"),
     Case("sft.weight_decay", 0.1, "sft"),
     Case("sft.max_grad_norm", 0.1, "sft"),
+    *(Case("sft.optimizer", name, "sft") for name in ("adafactor", "sgd")),
+    *ppo("ppo.optimizer", "adafactor", "sgd"),
     *ppo("model.scoring", "bf16"),
     *ppo("rollout.batch", 6),
     *ppo("rollout.per_prompt", 2),
@@ -238,6 +241,7 @@ def test_every_choice_of_a_key_is_tried() -> None:
             if key in ALONE:
                 continue
             tried = {case.value for case in CASES if case.key == key} | {options.default}
+            tried |= {name for name in get_args(options.annotation) if name.endswith("8bit")}  # tests of optimizers
             assert tried == set(get_args(options.annotation)), key
 
 
@@ -328,6 +332,13 @@ def test_checkpoint_every_changes_the_checkpoints_and_nothing_else(run: Runner) 
     found = [sorted(p.name for p in (o.stage("ppo") / "checkpoints").iterdir()) for o in (often, seldom)]
     assert found == [["step-3", "step-4"], ["step-4"]]
     assert often.digests == seldom.digests
+
+
+@covers("rollout.server", "rollout.server_timeout_s", "rollout.importance_cap")
+def test_a_server_that_is_named_is_asked(world: World, tmp_path: Path) -> None:
+    """That it says what is said here, in time, and by which weights, is shown in tests/training/test_server.py."""
+    with pytest.raises(RunError, match=re.escape("the server http://127.0.0.1:9/v1 cannot be reached")):
+        run_world(world.recipe({"rollout.server": "http://127.0.0.1:9/v1"}), tmp_path / "run")
 
 
 @covers("methods.alphas", "methods.samples", "methods.self_prompts", "methods.self_samples", "methods.self_epochs")

@@ -26,6 +26,7 @@ from srppo.stages.extrapolation import check_decodable
 from srppo.stages.resampling import check_ranks, check_resamples
 from srppo.training.ppo import train_ppo
 from srppo.training.reward import Written, reward_terms
+from srppo.training.rollout import LocalSampler
 from srppo.training.scores import Scores
 
 
@@ -45,7 +46,7 @@ def test_a_new_kind_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     policy = LanguageModel(copy.deepcopy(sft.model))
     recipe = tiny_recipe(reward={"kind": "frugal"}, rollout={"batch": 16}, ppo={"steps": 2, "epochs": 1})
     with Bench(tmp_path, recipe) as bench:
-        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
         rows = bench.stage.metrics()[1:]
     assert len(rows) == 2 and not torch.equal(policy.model.lm_head.weight, sft.model.lm_head.weight)
     for row in rows:

@@ -138,4 +138,5 @@ def ragged_batch() -> RolloutBatch:
     """Prompts of one token, responses of LENGTHS."""
     attention_mask_BS = torch.cat([torch.ones(4, 1, dtype=torch.bool), MASK_BT], dim=1)
     tokens_BS = torch.ones(4, 5, dtype=torch.int64)
-    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, ragged_logprobs(3), ragged_logprobs(5))
+    old_BT = ragged_logprobs(3)
+    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, old_BT, old_BT, ragged_logprobs(5))

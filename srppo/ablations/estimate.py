@@ -119,6 +119,7 @@ def _measure(recipe: Recipe, device: str) -> Pace:
     from srppo.stages.run import prepare_run
     from srppo.training.loop import Workbench
     from srppo.training.ppo import train_ppo
+    from srppo.training.rollout import LocalSampler
     from srppo.training.sft import train_sft
 
     quick = with_overrides(recipe, {"ppo.steps": STEPS, "eval.every": 0, "eval.curve": ()})
@@ -140,7 +141,7 @@ def _measure(recipe: Recipe, device: str) -> Pace:
                 else:
                     sft, prompts, stops = model.copy(), run.data.prompts, run.stops
                     own = with_overrides(quick, {"ppo.steps": steps})
-                    train_ppo(own, bench, model, sft, run.base, prompts, nothing, stop_ids=stops, pad_id=run.pad_id)
+                    train_ppo(own, bench, model, sft, run.base, prompts, nothing, LocalSampler(stops, run.pad_id))
             timings = [row["timing"] for row in stage.metrics() if row["step"] > 0]
             seconds[kind] = median(
                 sum(v for k, v in t.items() if k.endswith("_s") and k != "tokens_per_s") for t in timings[1:] or timings

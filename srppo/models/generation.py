@@ -19,8 +19,11 @@ from srppo.models.packed import Asked, Rows, Segments
 LEAST = 16
 KEPT = 0.75  # the cache is made smaller when fewer than this share of its rows is still written
 
-Draw = Callable[[Tensor, list[int], int], Tensor]
-"""(logits BV fp32, which rows they are of, how many tokens those have) -> next token of each, B."""
+Draw = Callable[[Tensor, list[int], int], tuple[Tensor, Tensor]]
+"""(logits BV fp32, which rows they are of, how many tokens those have) -> next token of each and its log-prob, B."""
+
+Written = tuple[list[int], list[float]]
+"""The token ids of a response, and the log-prob with which each was drawn."""
 
 
 def can_generate(lm: LanguageModel) -> bool:
@@ -96,7 +99,7 @@ def generate_packed(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     until: Callable[[list[list[int]]], list[bool]] | None = None,
-) -> list[list[int]]:
+) -> list[Written]:
     """The response to each prompt (token ids), its stop token included, of at most `max_new_tokens`.
 
     draw: chooses the next tokens. until: which of the rows that it is shown, responses so far, are done for another
@@ -105,7 +108,7 @@ def generate_packed(
     stops, least = {*stop_ids}, LEAST if lm.device.type == "cpu" else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rows = order + order[-1:] * (least - len(order))  # who is written in each row of the cache
-    written: list[list[int]] = [[] for _ in prompts]
+    written: list[Written] = [([], []) for _ in prompts]
     done = [False] * len(prompts)
     lengths = [len(prompts[i]) for i in rows]
     cache = KvCache(max(lengths) + max_new_tokens)
@@ -115,14 +118,16 @@ def generate_packed(
         lengths_B = torch.tensor(lengths, device=lm.device)
         last_BD = _pass(lm, tokens_N, prefill.places_N, prefill)[lengths_B.cumsum(0) - 1]
         for step in range(max_new_tokens):
-            tokens_B = draw(_logits(lm, last_BD), rows, step)
+            tokens_B, logprobs_B = draw(_logits(lm, last_BD), rows, step)
             fresh = [i for i in dict.fromkeys(rows) if not done[i]]
-            chosen = dict(zip(rows, tokens_B.tolist(), strict=True))
+            chosen = dict(zip(rows, zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True), strict=True))
             for i in fresh:
-                written[i].append(chosen[i])
-                done[i] = chosen[i] in stops
+                (ids, logprobs), (token, logprob) = written[i], chosen[i]
+                ids.append(token)
+                logprobs.append(logprob)
+                done[i] = token in stops
             if until is not None:
-                for i, over in zip(fresh, until([written[i] for i in fresh]), strict=True):
+                for i, over in zip(fresh, until([written[i][0] for i in fresh]), strict=True):
                     done[i] = done[i] or over
             left = [place for place, i in enumerate(rows) if not done[i]]
             if not left or step == max_new_tokens - 1:

@@ -29,7 +29,7 @@ SCORE = ("kind", "length_norm", "token_clip", "clip", "at_limit", "limit_penalty
 
 OBJECTIVE = ("kind", "token_clip", "anchor", "beta")
 """Keys of the reward that decide the optimum a token at a time."""
-SHARED = ("max_grad_norm", "max_kl")
+SHARED = ("optimizer", "max_grad_norm", "max_kl")
 """Keys of PPO by which on-policy distillation is trained too."""
 
 
@@ -76,7 +76,7 @@ _RUN, _POLICY, _EXTRA, _CHOOSE = (f"srppo.stages.{name}" for name in ("run", "po
 _SELF = "srppo.stages.self_training"
 _PPO = ("rollout", "reward", "ppo", "eval")
 _SELF_READS = (
-    *(f"sft.{key}" for key in ("batch", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
+    *(f"sft.{key}" for key in ("batch", "optimizer", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
     "methods.self_epochs",
     "eval",
 )
@@ -262,7 +262,11 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
 
 # ---- identity
 
-_ADDED: Mapping[str, Mapping[str, Any]] = {}
+_ADDED: Mapping[str, Mapping[str, Any]] = {
+    "sft": {"optimizer": "adamw"},
+    "rollout": {"server": None, "server_timeout_s": 600.0, "importance_cap": 2.0},
+    "ppo": {"optimizer": "adam"},
+}
 """Keys that came after this epoch's first stages, with the default under which they change nothing: there they stay
 out, so old ids hold."""
 _ELSEWHERE = {  # paths, and what PPO alone reads
@@ -294,6 +298,8 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         dump[section] = {k: v for k, v in dump[section].items() if k not in keys}
     if not recipe.data.noise_rate:
         dump["data"] = {k: v for k, v in dump["data"].items() if k not in ("noise", "noise_dev")}  # there is none
+    if recipe.rollout.server is None:
+        dump["rollout"].pop("importance_cap", None)
     if recipe.ppo.critic == "own":
         dump["ppo"].pop("value_coef", None)
     if recipe.ppo.advantage == "rloo":
@@ -318,7 +324,8 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
         settings["template_kwargs"] = dump["model"]["template_kwargs"]
     for read in kind.reads:
         section, _, key = read.partition(".")
-        settings[section] = {**settings.get(section, {}), key: dump[section][key]} if key else dump[section]
+        read_here = {key: dump[section][key]} if key in dump[section] else {}
+        settings[section] = {**settings.get(section, {}), **read_here} if key else dump[section]
     if "ppo" in kind.reads:
         settings |= {"every": recipe.eval.every} | ({"curve": [*recipe.eval.curve]} if recipe.eval.curve else {})
     return settings

@@ -24,7 +24,7 @@ from srppo.training.distil import train_distil
 from srppo.training.loop import Row, Session, Workbench
 from srppo.training.ppo import train_ppo
 from srppo.training.reward import rewards_before_kl
-from srppo.training.rollout import generate
+from srppo.training.rollout import LocalSampler, Sampler, generate
 from srppo.training.scores import full_kl, score_log_ratio
 
 
@@ -46,7 +46,8 @@ def distil_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
     """On-policy distillation of decode-time extrapolation, from the SFT model."""
     sft = _start(run, bench, done)
     policy = to_train(sft, run.recipe.model)
-    return finish(run, bench, policy, _train(train_distil, run, bench, policy, sft))
+    train = partial(train_distil, stop_ids=run.stops)
+    return finish(run, bench, policy, _train(train, run, bench, policy, sft))
 
 
 def _start(run: PreparedRun, bench: Workbench, done: Stages) -> LanguageModel:
@@ -57,8 +58,18 @@ def _start(run: PreparedRun, bench: Workbench, done: Stages) -> LanguageModel:
 def _train(
     train: Callable[..., Session], run: PreparedRun, bench: Workbench, policy: LanguageModel, sft: LanguageModel
 ) -> Session:
-    prompts, measured = run.data.prompts, run.development
-    return train(run.recipe, bench, policy, sft, run.base, prompts, measured, stop_ids=run.stops, pad_id=run.pad_id)
+    return train(run.recipe, bench, policy, sft, run.base, run.data.prompts, run.development, _sampler(run, bench))
+
+
+def _sampler(run: PreparedRun, bench: Workbench) -> Sampler:
+    """Who writes the rollouts: this process, or the server that the recipe names."""
+    rollout = run.recipe.rollout
+    if rollout.server is None:
+        return LocalSampler(run.stops, run.pad_id)
+    from srppo.training.server import ServerSampler
+
+    folder = bench.stage.path / "served"
+    return ServerSampler(rollout.server, folder, run.stops, run.pad_id, timeout_s=rollout.server_timeout_s)
 
 
 def curve_point(run: PreparedRun, bench: Workbench, policy: LanguageModel, sft: LanguageModel, step: int) -> Row:

@@ -40,6 +40,7 @@ from srppo.stages.arms import figures_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
 from srppo.training.batch import Generated
 from srppo.training.loop import Session, Workbench, load_weights
+from srppo.training.optimizers import check_optimizer
 from srppo.training.rollout import generate
 from srppo.training.sft import steps_within, train_sft
 from srppo.training.trackers import trackers
@@ -103,6 +104,8 @@ def prepare_run(
     trackers(track, "", Path(), {})  # an unknown or missing one is said now; none starts before it is used
     for warning in recipe_warnings(recipe):
         console.warn(warning)
+    for section in (recipe.sft, recipe.ppo):
+        check_optimizer(section.optimizer)
     recipe, kinds = resolved(recipe), tuple(in_order(kinds))
     check(kinds, recipe)
     tokenizer, base, given_sft = load_models(recipe.model, recipe.model.sft, device)

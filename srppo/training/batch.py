@@ -17,7 +17,12 @@ from srppo.data.types import EncodedDemonstration
 from srppo.models.flops import update_flops
 from srppo.models.language_model import LanguageModel
 
-_DTYPES = {"tokens_BS": torch.int64, "old_logprobs_BT": torch.float32, "old_values_BT": torch.float32}
+_DTYPES = {
+    "tokens_BS": torch.int64,
+    "sampled_logprobs_BT": torch.float32,
+    "old_logprobs_BT": torch.float32,
+    "old_values_BT": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,22 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class RolloutBatch(Generated):
+class Sampled(Generated):
+    """Responses as a sampler returns them.
+
+    sampled_logprobs_BT  float32, log-probs under the distribution that each token was drawn from (0 where greedy, at
+                         its temperature elsewhere), as the sampler itself worked them out; 0 where masked
+    """
+
+    sampled_logprobs_BT: Tensor
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Sampled):
     """Responses sampled from one policy, with what it and the critic said of them then.
 
-    old_logprobs_BT      float32, behaviour log-probs at the sampling temperature, 0 where masked
+    old_logprobs_BT      float32, the policy's log-probs at the sampling temperature by the path that is trained, 0
+                         where masked
     old_values_BT        float32, the critic's value of the state before each response token, 0 where masked
     """
 

@@ -42,9 +42,10 @@ from srppo.training.loop import (
     set_lr,
     trained_bytes,
 )
-from srppo.training.ppo import ADAM_EPS, log_rollouts, policy_session, stop_if_diverged
+from srppo.training.optimizers import EPS, make_optimizer
+from srppo.training.ppo import log_rollouts, policy_session, stop_if_diverged
 from srppo.training.reward import tokenwise_optimum
-from srppo.training.rollout import sample_step
+from srppo.training.rollout import Sampler, sample_step
 from srppo.training.scores import passes, response_reverse_kl
 
 
@@ -56,19 +57,19 @@ def train_distil(
     base_policy: LanguageModel,
     prompts: Sequence[Sequence[int]],
     development: Measure,
+    sampler: Sampler,
     *,
     stop_ids: Sequence[int],
-    pad_id: int,
 ) -> Session:
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session."""
     config, shared = recipe.distil, recipe.ppo
-    optimizer = torch.optim.Adam(parameters(policy), lr=config.lr, eps=ADAM_EPS)
+    optimizer = make_optimizer(shared.optimizer, parameters(policy), config.lr, eps=EPS)
     state = TrainState({"policy": policy}, {"policy": optimizer}, {"flops": 0})
     held = trained_bytes(policy) + weight_bytes(sft_policy, base_policy)
     session = policy_session(recipe, bench, state, policy, development, total=config.steps)
     for step in session.steps():
         watch = Stopwatch()
-        chosen, generated = sample_step(recipe, policy, prompts, step, stop_ids=stop_ids, pad_id=pad_id, held=held)
+        chosen, generated = sample_step(recipe, sampler, policy, prompts, step, held=held)
         watch.lap("generate_s")
         lr = config.lr * lr_factor("linear", 0.0, step, config.steps)
         set_lr(optimizer, lr)

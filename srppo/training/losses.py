@@ -83,6 +83,17 @@ def clipped_value_loss(
     return ValueLoss(loss, ((clipped_BT > plain_BT) & mask_BT).sum().detach() / count)
 
 
+def importance_weights(logprobs_BT: Tensor, sampled_logprobs_BT: Tensor, mask_BT: Tensor, *, cap: float) -> Tensor:
+    """min(pi(token) / mu(token), cap) where mu is who sampled, 1 where masked; BT.
+
+    Times the advantages they make samples of mu into an estimate under pi. Truncated, they are biased where mu is far
+    off and bounded in variance (Ionides 2008); for rollouts of another engine: Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training".
+    """
+    log_ratio_BT = (logprobs_BT - sampled_logprobs_BT).masked_fill(~mask_BT, 0.0)
+    return log_ratio_BT.clamp(max=MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
 def k1(logprobs_BT: Tensor, anchor_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """log pi - log anchor a token, 0 where masked: the unbiased estimator that goes into the reward."""
     return (logprobs_BT - anchor_logprobs_BT).masked_fill(~mask_BT, 0.0)

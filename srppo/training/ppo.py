@@ -43,8 +43,15 @@ from srppo.training.loop import (
     set_lr,
     trained_bytes,
 )
-from srppo.training.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_penalty
+from srppo.training.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    importance_weights,
+    kl_penalty,
+)
 from srppo.training.masked import masked_mean
+from srppo.training.optimizers import EPS, make_optimizer
 from srppo.training.reward import (
     Rewards,
     RunningStd,
@@ -53,13 +60,12 @@ from srppo.training.reward import (
     reward_diagnostics,
     reward_warnings,
 )
-from srppo.training.rollout import sample_step, to_batch
+from srppo.training.rollout import Sampler, sample_step, to_batch
 from srppo.training.scores import Scores, precision_gap, score_log_ratio
 
 ROLLOUTS_LOGGED = 16  # responses a step that are written down
 GAP_SHARE = 0.1  # of the reward's deviation, beyond which the error of bf16 is too large
 CRITIC_KNOWS = 0.1  # explained variance above which the critic says something
-ADAM_EPS = 1e-5  # as in summarize_from_feedback_details; 1e-8 makes the first steps of a zero head wild
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,11 @@ class Learners:
     def start(cls, policy: LanguageModel, config: PpoConfig) -> Learners:
         """The critic starts as a copy of the policy's body, which is the SFT model's, or on that itself, under a zero
         head."""
-        policy_optimizer = torch.optim.Adam(parameters(policy), lr=config.lr, eps=ADAM_EPS)
+        policy_optimizer = make_optimizer(config.optimizer, parameters(policy), config.lr, eps=EPS)
         if config.advantage == "rloo":
             return cls(policy, None, policy_optimizer, None)
         value = ValueModel(policy, shared=config.critic == "shared")
-        value_optimizer = torch.optim.Adam(parameters(value), lr=config.value_lr, eps=ADAM_EPS)
+        value_optimizer = make_optimizer(config.optimizer, parameters(value), config.value_lr, eps=EPS)
         return cls(policy, value, policy_optimizer, value_optimizer)
 
     def set_lr(self, config: PpoConfig, factor: float) -> None:
@@ -109,9 +115,8 @@ def train_ppo(
     base_policy: LanguageModel,
     prompts: Sequence[Sequence[int]],
     development: Measure,
+    sampler: Sampler,
     *,
-    stop_ids: Sequence[int],
-    pad_id: int,
     after_step: Callable[[int], Row] = lambda step: {},
 ) -> Session:
     """Train `policy` (it starts as the SFT model) in place; resumes by itself. Returns the finished session.
@@ -131,7 +136,7 @@ def train_ppo(
     for step in session.steps():
         watch = Stopwatch()
         # 1. Sample: prompts and random numbers are functions of the step alone.
-        chosen, generated = sample_step(recipe, policy, prompts, step, stop_ids=stop_ids, pad_id=pad_id, held=held)
+        chosen, generated = sample_step(recipe, sampler, policy, prompts, step, held=held)
         watch.lap("generate_s")
         # 2. Score, all by the same path as training.
         batch = to_batch(
@@ -225,6 +230,11 @@ def make_targets(recipe: Recipe, batch: RolloutBatch, rewards: Rewards, anchor_l
     if recipe.ppo.whiten:
         kl_scale /= float(whitening_std(advantages_BT, loss_mask_BT))
         advantages_BT = whiten(advantages_BT, loss_mask_BT)
+    if recipe.rollout.server is not None:
+        cap = recipe.rollout.importance_cap
+        advantages_BT = advantages_BT * importance_weights(
+            batch.old_logprobs_BT, batch.sampled_logprobs_BT, mask_BT, cap=cap
+        )
     return Targets(batch, loss_mask_BT, advantages_BT, returns_BT, anchor_logprobs_BT, kl_scale)
 
 
@@ -338,7 +348,8 @@ def optimizer_steps(learners: Learners, config: PpoConfig, step: int, *, trains_
 def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: Scores) -> dict[str, Any]:
     """What a batch of rollouts says before any update. KL: k1 over the sampled responses, nats a response.
 
-    The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token.
+    The entropy is its sampled estimate, the mean of -log pi over the sampled tokens, nats a token. sampler_gap: how far
+    the sampler's own log-probs of them are from those that training works with, the mean of the distance, nats a token.
     """
     mask_BT, lengths_B = batch.response_mask_BT, batch.lengths_B().float()
     return {
@@ -350,6 +361,7 @@ def rollout_metrics(batch: RolloutBatch, rewards: Rewards, scores: Scores) -> di
         "length": float(lengths_B.mean()),
         "ended": float(batch.ended_B.float().mean()),
         "entropy": float(-masked_mean(batch.old_logprobs_BT, mask_BT)),
+        "sampler_gap": float(masked_mean((batch.old_logprobs_BT - batch.sampled_logprobs_BT).abs(), mask_BT)),
         "scale": rewards.scale,
         **reward_diagnostics(scores.log_ratio_BT, scores.base_logprobs_BT, rewards.score_B, mask_BT),
     }

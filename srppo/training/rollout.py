@@ -1,4 +1,4 @@
-"""From prompts to a RolloutBatch: the one sampler, then log-probs and values by the path that is trained.
+"""From prompts to a RolloutBatch: sampling here, then log-probs and values by the path that is trained.
 
 `generate` writes everything: rollouts, answers to items, lm-eval's requests, and by a logits processor what two models
 write together (`stages.extrapolation`).
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +25,11 @@ from transformers import (
 from srppo.config import Recipe, derive_seed
 from srppo.data.order import scheduled
 from srppo.errors import OutOfMemory
-from srppo.models.generation import Draw, can_generate, generate_packed
+from srppo.models.generation import Draw, Written, can_generate, generate_packed
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import is_out_of_memory, rows_that_fit
 from srppo.models.value_model import ValueModel
-from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
+from srppo.training.batch import RolloutBatch, Sampled, left_pad, micro_slices
 from srppo.training.scores import passes
 
 Until = Callable[[list[list[int]]], list[bool]]
@@ -53,7 +54,7 @@ def generate(
     settings: Mapping[str, Any] | None = None,
     rows: int | None = None,
     held: int | None = None,
-) -> Generated:
+) -> Sampled:
     """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy at None.
 
     The model's own generation_config is overridden: no top-k, top-p or penalties but those asked for, or the sampled
@@ -71,10 +72,10 @@ def generate(
     """
     longest = max(map(len, prompts))
     size = rows or rows_that_fit(model, longest + max_new_tokens, held=held)
-    seeds = [derive_seed(seed, "row", i) for i in range(len(prompts))] if isinstance(seed, int) else seed
+    seeds = row_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     own = processor is None and not settings and can_generate(model)
-    written: list[list[int]] = [[] for _ in prompts]
+    written: list[Written] = [([], []) for _ in prompts]
     half = model.precision == "bf16" and processor is None
     with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         for part in micro_slices(len(prompts), size):
@@ -96,7 +97,7 @@ def generate(
                 found = _by_transformers(model, chosen, draw, config, processor, until)
             for i, response in zip(places, found, strict=True):
                 written[i] = response
-    return _generated(prompts, written, stop_ids, pad_id, model.device)
+    return sampled(prompts, written, stop_ids, pad_id, model.device)
 
 
 def _by_transformers(
@@ -106,13 +107,15 @@ def _by_transformers(
     config: GenerationConfig,
     processor: Callable[[Tensor], Processor] | None,
     until: Until | None,
-) -> list[list[int]]:
+) -> list[Written]:
     """The response to each prompt, up to its stop token, by transformers' generate()."""
     tokens_BP, mask_BP = (x.to(model.device) for x in left_pad(prompts, int(config.pad_token_id)))  # type: ignore[arg-type]
     width, everyone = tokens_BP.shape[1], list(range(len(prompts)))
+    logprobs_TB: list[Tensor] = []
 
     def drawn(tokens_BS: Tensor, logits_BV: Tensor) -> Tensor:
-        token_B = draw(logits_BV, everyone, tokens_BS.shape[1] - width)
+        token_B, logprob_B = draw(logits_BV, everyone, tokens_BS.shape[1] - width)
+        logprobs_TB.append(logprob_B)
         return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B[:, None], 0.0)
 
     processors: list[Any] = [lambda _, logits_BV: logits_BV[:, : model.vocab_size]]
@@ -126,8 +129,12 @@ def _by_transformers(
         stopping_criteria=StoppingCriteriaList([_Until(until, width)] if until else []),
     )
     stops: set[int] = {*config.eos_token_id}  # type: ignore[misc]
-    rows = tokens_BS[:, width:].tolist()
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
+    logprobs_BT = torch.stack(logprobs_TB, dim=1).tolist()
+    found = []
+    for row, logprobs in zip(tokens_BS[:, width:].tolist(), logprobs_BT, strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        found.append((row[:end], logprobs[:end]))
+    return found
 
 
 class _Until(StoppingCriteria):
@@ -140,31 +147,76 @@ class _Until(StoppingCriteria):
         return torch.tensor(self.until(input_ids[:, self.width :].tolist()), device=input_ids.device)
 
 
+class Sampler(Protocol):
+    """Who writes the responses that a policy is trained on: `LocalSampler`, or a server (`training.server`)."""
+
+    def sample(
+        self,
+        policy: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        held: int,
+    ) -> Sampled:
+        """One response of the policy as it is now to each prompt (token ids), from its whole distribution at a
+        temperature. seeds: one a row, so that a row has the same tokens in any batch. held: bytes of memory that
+        training holds."""
+
+
+@dataclass(frozen=True)
+class LocalSampler:
+    """Samples where the policy is."""
+
+    stop_ids: Sequence[int]
+    pad_id: int
+
+    def sample(
+        self,
+        policy: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        held: int,
+    ) -> Sampled:
+        """As `Sampler.sample`."""
+        return generate(
+            policy,
+            prompts,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seeds,
+            held=held,
+        )
+
+
 def sample_step(
     recipe: Recipe,
+    sampler: Sampler,
     policy: LanguageModel,
     prompts: Sequence[Sequence[int]],
     step: int,
     *,
-    stop_ids: Sequence[int],
-    pad_id: int,
     held: int,
-) -> tuple[list[Sequence[int]], Generated]:
+) -> tuple[list[Sequence[int]], Sampled]:
     """The prompts of a training step and the policy's responses: both are functions of (root seed, step) and the policy
     alone. held: bytes of memory that the training holds."""
     rollout = recipe.rollout
     places = scheduled(len(prompts), rollout.batch, step - 1, recipe.seed, per_prompt=rollout.per_prompt)
     chosen = [prompts[i] for i in places]
-    return chosen, generate(
-        policy,
-        chosen,
-        stop_ids=stop_ids,
-        pad_id=pad_id,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        seed=derive_seed(recipe.seed, "rollout", step),
-        held=held,
-    )
+    seeds = row_seeds(derive_seed(recipe.seed, "rollout", step), len(chosen))
+    limits: dict[str, Any] = {"max_new_tokens": rollout.max_new_tokens, "temperature": rollout.temperature}
+    return chosen, sampler.sample(policy, chosen, seeds, **limits, held=held)
+
+
+def row_seeds(seed: int, rows: int) -> list[int]:
+    """A seed for each row of a batch, made of the batch's own."""
+    return [derive_seed(seed, "row", i) for i in range(rows)]
 
 
 @contextmanager
@@ -199,42 +251,47 @@ def _taking_turns(model: LanguageModel, processor: Processor) -> Processor:
 
 def drawing(seeds: Sequence[int], temperature: float | None, steps: int, *, top_k: int = 0, top_p: float = 1.0) -> Draw:
     """How the next token is chosen: where the cumulative probability passes the row's own uniform number of the step,
-    or, at temperature None, the likeliest. Top-k and top-p as transformers has them: after the temperature."""
+    or, at temperature None, the likeliest. Top-k and top-p as transformers has them: after the temperature. The
+    log-prob is that of the distribution which was drawn from."""
     if temperature is None:
-        return lambda logits_BV, rows, step: logits_BV.argmax(dim=-1)
+        return lambda logits_BV, rows, step: (logits_BV.argmax(dim=-1), torch.zeros_like(logits_BV[:, 0]))
     warpers = [*([TopKLogitsWarper(top_k)] if top_k else []), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
     uniform_BT = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def draw(logits_BV: Tensor, rows: list[int], step: int) -> Tensor:
+    def draw(logits_BV: Tensor, rows: list[int], step: int) -> tuple[Tensor, Tensor]:
         scores_BV = logits_BV.float() / temperature
         for warper in warpers:
             scores_BV = warper(None, scores_BV)
-        cumulative_BV = scores_BV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        probs_BV = scores_BV.softmax(dim=-1)
+        cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
         number_B = uniform_BT[rows, step].double().to(logits_BV.device)
         found_B1 = torch.searchsorted(cumulative_BV, number_B[:, None] * cumulative_BV[:, -1:], right=True)
-        return found_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+        token_B1 = found_B1.clamp(max=logits_BV.shape[-1] - 1)
+        return token_B1[:, 0], probs_BV.gather(1, token_B1)[:, 0].log()
 
     return draw
 
 
-def _generated(
+def sampled(
     prompts: Sequence[Sequence[int]],
-    written: Sequence[Sequence[int]],
+    written: Sequence[Written],
     stop_ids: Sequence[int],
     pad_id: int,
     device: torch.device,
-) -> Generated:
+) -> Sampled:
     """Prompts with what was written after them."""
     tokens_BP, mask_BP = left_pad(prompts, pad_id)
-    response_BT, mask_BT = (x.flip(1) for x in left_pad([row[::-1] for row in written], pad_id))
-    ended_B = torch.tensor([row[-1] in stop_ids for row in written])
+    response_BT, mask_BT = (x.flip(1) for x in left_pad([row[::-1] for row, _ in written], pad_id))
+    logprobs_BT = torch.zeros(mask_BT.shape)
+    logprobs_BT[mask_BT] = torch.tensor([logprob for _, logprobs in written for logprob in logprobs])
+    ended_B = torch.tensor([row[-1] in stop_ids for row, _ in written])
     tokens_BS, mask_BS = torch.cat([tokens_BP, response_BT], dim=1), torch.cat([mask_BP, mask_BT], dim=1)
-    return Generated(*(x.to(device) for x in (tokens_BS, mask_BS, mask_BT, ended_B)))
+    return Sampled(*(x.to(device) for x in (tokens_BS, mask_BS, mask_BT, ended_B, logprobs_BT)))
 
 
 @torch.no_grad()
 def to_batch(
-    generated: Generated, policy: LanguageModel, value: ValueModel | None, *, micro_tokens: int, temperature: float
+    generated: Sampled, policy: LanguageModel, value: ValueModel | None, *, micro_tokens: int, temperature: float
 ) -> RolloutBatch:
     """Add behaviour log-probs (at the sampling temperature, by the same path as training) and values, 0 without a
     critic."""

@@ -176,6 +176,20 @@ def full_kl(
     return kl_B
 
 
+@torch.no_grad()
+def next_token_entropy(
+    policy: LanguageModel, batch: Generated, *, micro_tokens: int | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Entropy of the distribution that each response token is drawn from; BT fp32, nats, 0 where masked."""
+    entropy_BT = torch.zeros(batch.response_mask_BT.shape, device=batch.tokens_BS.device)
+    for index, inputs in passes(batch, micro_tokens, policy):
+        flat = response_reverse_kl(
+            policy, policy, policy, inputs, lambda own_NV, _: own_NV.new_zeros(own_NV.shape), temperature=temperature
+        )
+        entropy_BT[index, : inputs[2]] = -unflatten(flat.teacher_N, inputs[1][:, -inputs[2] :])
+    return entropy_BT
+
+
 def _rows_that_fit(batch: Generated, *models: LanguageModel) -> int:
     positions = batch.tokens_BS.shape[1]
     scored = 0 if all(model.head.linear for model in models) else len(models) * positions

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from srppo.config import Recipe, derive_seed
 from srppo.data.order import pass_order
 from srppo.data.types import EncodedDemonstration
@@ -23,6 +21,7 @@ from srppo.training.loop import (
     parameters,
     set_lr,
 )
+from srppo.training.optimizers import make_optimizer
 
 MEASURED = 5  # times that development items are measured where sft.steps counts steps, the last at the end
 
@@ -78,7 +77,7 @@ def train_sft(
     per_epoch = steps_per_epoch(len(rows), config.batch)
     by_recipe, total = total is None, total or config.steps or config.epochs * per_epoch
     measured = evenly(total, MEASURED) if config.steps else range(per_epoch, total + 1, per_epoch)
-    optimizer = torch.optim.AdamW(parameters(model), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(config.optimizer, parameters(model), config.lr, weight_decay=config.weight_decay)
     state = TrainState({"policy": model}, {"policy": optimizer}, {"flops": 0})
     session = Session(
         bench,

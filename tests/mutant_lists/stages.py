@@ -190,7 +190,7 @@ MUTANTS = [
     Mutant(
         "identity: what changes no result moves ids",
         "config.py",
-        "{key: value for key, value in FREE.get(name, {}).items() if key in section}",
+        "{k: value for k, value in FREE.get(name, {}).items() if section.get(k) is not None}",
         "{}",
         "stages/test_kinds.py::test_what_changes_no_result_is_in_no_id",
     ),

@@ -288,14 +288,14 @@ MUTANTS = [
     Mutant(
         "rollout: EOS excluded by transformers' way",
         "training/rollout.py",
-        "return [row[: next((i + 1 for",
-        "return [row[: next((i for",
+        "end = next((i + 1 for",
+        "end = next((i for",
         "training/test_generation.py::test_tokens_are_those_of_transformers",
     ),
     Mutant(
         "rollout: mask from token ids",
         "training/rollout.py",
-        "Generated(*(x.to(device) for x in (tokens_BS, mask_BS, mask_BT, ended_B)))",
+        "Sampled(*(x.to(device) for x in (tokens_BS, mask_BS, mask_BT, ended_B, logprobs_BT)))",
         "Generated(*(x.to(device) for x in (tokens_BS, torch.cat([mask_BP, response_BT != pad_id], dim=1), "
         "response_BT != pad_id, ended_B)))",
         "training/test_rollout.py::test_masks_come_from_lengths_whatever_the_padding",
@@ -527,8 +527,8 @@ MUTANTS = [
     Mutant(
         "ppo: the critic's head stands still",
         "training/ppo.py",
-        "torch.optim.Adam(parameters(value)",
-        "torch.optim.Adam(parameters(value.trunk)",
+        "make_optimizer(config.optimizer, parameters(value)",
+        "make_optimizer(config.optimizer, parameters(value.trunk)",
         "training/test_ppo.py::test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand",
     ),
     Mutant(

@@ -127,9 +127,39 @@ def test_what_changes_no_result_is_in_no_id() -> None:
     changed = with_overrides(Recipe(), free | {"model.activation_checkpointing": True})
     assert all(stage_settings(changed, kind) == stage_settings(Recipe(), kind) for kind in KINDS)
     assert recipe_id(changed) == recipe_id(Recipe()) != recipe_id(with_overrides(Recipe(), {"ppo.lr": 0.1}))
-    assert free_settings(changed) == free | {"model.activation_checkpointing": True}
+    said = {"rollout.server": None, "rollout.server_timeout_s": 600.0}
+    assert free_settings(changed) == free | said | {"model.activation_checkpointing": True}
     defaults = {f"{section}.{key}": value for section, keys in FREE.items() for key, value in keys.items()}
-    assert free_settings(Recipe()) == defaults, "or ids of the default recipe would have moved"
+    assert free_settings(Recipe()) == defaults | said, "or ids of the default recipe would have moved"
+
+
+def test_which_server_samples_is_in_no_id_and_that_one_does_is() -> None:
+    one, other = ({"rollout.server": f"http://{name}:8000/v1", "rollout.server_timeout_s": 9.0} for name in "ab")
+    here, there, elsewhere = (with_overrides(Recipe(), keys) for keys in ({}, one, other))
+    assert stage_settings(there, "ppo") == stage_settings(elsewhere, "ppo") != stage_settings(here, "ppo")
+    assert stage_settings(there, "sft") == stage_settings(here, "sft")
+    assert recipe_id(there) == recipe_id(elsewhere) != recipe_id(here)
+    capped = {"rollout.importance_cap": 1.5}
+    assert stage_settings(with_overrides(there, capped), "ppo") != stage_settings(there, "ppo")
+    assert stage_settings(with_overrides(here, capped), "ppo") == stage_settings(here, "ppo")
+
+
+def test_keys_that_came_later_left_the_ids_of_before() -> None:
+    """The settings by which the default recipe's stages of this epoch were first known."""
+    for kind in KINDS:
+        settings = stage_settings(Recipe(), kind)
+        for section, keys in (
+            ("sft", ["optimizer"]),
+            ("ppo", ["optimizer"]),
+            ("rollout", ["server", "importance_cap"]),
+        ):
+            assert not set(keys) & set(settings.get(section, {}))
+    for key, kinds in (
+        ("sft.optimizer", ("sft", "longer-sft-1", "rejection-ft")),
+        ("ppo.optimizer", ("ppo", "distil")),
+    ):
+        changed = with_overrides(Recipe(), {key: "sgd"})
+        assert all(stage_settings(changed, kind) != stage_settings(Recipe(), kind) for kind in kinds)
 
 
 def test_parents_come_first_and_once() -> None:

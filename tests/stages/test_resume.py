@@ -26,6 +26,7 @@ from srppo.errors import Interrupted
 from srppo.models.language_model import LanguageModel
 from srppo.record.store import Run, Stage
 from srppo.training.ppo import train_ppo
+from srppo.training.rollout import LocalSampler
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def test_ctrl_c_in_the_last_step_does_not_let_the_next_stage_begin(tmp_path: Pat
     _, policy = tiny.base_and_sft()
     with tiny.Bench(tmp_path, recipe) as bench:
         with pytest.raises(Interrupted, match="stopped at step 1 of 1"):
-            train_ppo(recipe, bench, policy, sft, base, tiny.PROMPTS, StopsAtOne(), stop_ids=[0], pad_id=0)
+            train_ppo(recipe, bench, policy, sft, base, tiny.PROMPTS, StopsAtOne(), LocalSampler([0], 0))
         assert bench.stage.checkpoint_steps() == [1]
 
 

@@ -36,7 +36,7 @@ from srppo.models.language_model import Head, LanguageModel
 from srppo.training.batch import Generated
 from srppo.training.distil import add_gradient, step_flops, train_distil
 from srppo.training.loop import Measure, Session
-from srppo.training.rollout import generate
+from srppo.training.rollout import LocalSampler, generate
 
 REWARDS = [
     {"beta": 0.5},
@@ -52,7 +52,15 @@ def distilled(recipe: Recipe, folder: Path, development: Measure | None = None) 
     policy = copy.deepcopy(sft)
     with Bench(folder, recipe) as bench:
         session = train_distil(
-            recipe, bench, policy, sft, base, PROMPTS, development or NoDevelopment(), stop_ids=[EOS], pad_id=EOS
+            recipe,
+            bench,
+            policy,
+            sft,
+            base,
+            PROMPTS,
+            development or NoDevelopment(),
+            LocalSampler([EOS], EOS),
+            stop_ids=[EOS],
         )
     return policy, session
 

@@ -157,7 +157,12 @@ def test_draws_follow_the_distribution_and_its_restrictions() -> None:
     def shares(**how: float) -> Tensor:
         temperature = how.pop("temperature", 1.0)
         draw = drawing(seeds, temperature, 3, **how)  # type: ignore[arg-type]
-        return draw(logits.expand(len(rows), -1), rows, 1).bincount(minlength=5) / len(rows)
+        tokens, logprobs = draw(logits.expand(len(rows), -1), rows, 1)
+        found = tokens.bincount(minlength=5) / len(rows)
+        for token in tokens.unique().tolist():  # each token's log-prob is one number, and its share is near
+            (share,) = logprobs[tokens == token].exp().unique()
+            torch.testing.assert_close(share, found[token], atol=4 * 0.5 / 4000**0.5, rtol=0)
+        return found
 
     for found, expected in (
         (shares(), logits.softmax(0)),

@@ -20,6 +20,7 @@ from srppo.training.advantage import gae, length_lambda
 from srppo.training.batch import RolloutBatch
 from srppo.training.ppo import length_warnings, make_targets, train_ppo
 from srppo.training.reward import RunningStd, centred, compute_rewards, mean_of_others
+from srppo.training.rollout import LocalSampler
 from srppo.training.scores import Scores
 
 LETTERS, LONGEST = (1, 2), 6
@@ -47,6 +48,7 @@ def every_response(per_prompt: int, at: str = "eos") -> tuple[RolloutBatch, Scor
         torch.cat([one_B1.bool(), mask_BT], dim=1),
         mask_BT,
         torch.tensor([row[-1] == EOS for row in rows]),
+        sft_BT,
         sft_BT,
         torch.zeros_like(sft_BT),
     )
@@ -186,7 +188,7 @@ def drift(folder: Path, center: str, seed: int) -> tuple[float, float]:
     )
     recipe = with_overrides(recipe, {"seed": seed})
     with Bench(folder, recipe) as bench:
-        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
         rows = [row for row in bench.stage.metrics() if "length" in row]
     assert rows[0]["reward"] > 0.9 * rows[0]["reward_std"] > 1
     return rows[-1]["length"] - rows[0]["length"], rows[-1]["ended"] - rows[0]["ended"]

@@ -41,6 +41,7 @@ from srppo.training.batch import Generated, left_pad
 from srppo.training.distil import train_distil
 from srppo.training.ppo import train_ppo
 from srppo.training.reward import rewards_before_kl
+from srppo.training.rollout import LocalSampler
 from srppo.training.scores import full_kl, score_log_ratio
 
 MAX_NATS, MAX_SHARE = 0.02, 0.05
@@ -123,7 +124,7 @@ def trained(
         ppo={**ppo, "advantage": advantage},
     )
     with Bench(folder, recipe) as bench:
-        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
     return policy
 
 
@@ -153,7 +154,7 @@ def test_four_roles_with_adapters_of_full_rank_reach_it(tmp_path: Path, monkeypa
     ppo = {"steps": 100, "epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0}
     recipe = tiny_recipe(reward={"beta": 0.5}, ppo=ppo)
     with Bench(tmp_path / "run", recipe) as bench:
-        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
     distance, begun = distances(policy.merged(), "sft", 0.5)
     print(f"adapters: KL(pi, pi*) {distance:.4f}, KL(pi_sft, pi*) {begun:.3f}")
     assert distance <= MAX_NATS and distance <= MAX_SHARE * begun
@@ -302,7 +303,9 @@ def test_on_policy_distillation_reaches_its_teacher(tmp_path: Path, reward: dict
     base, sft = base_and_sft()
     policy = copy.deepcopy(sft)
     with Bench(tmp_path / "run", recipe) as bench:
-        train_distil(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        train_distil(
+            recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS), stop_ids=[EOS]
+        )
         rows = bench.stage.metrics()
     far, start = [], []
     for prompt in PROMPTS:

@@ -42,7 +42,7 @@ from srppo.training.batch import RolloutBatch
 from srppo.training.loop import TrainState
 from srppo.training.ppo import Learners, Targets, make_targets, minibatch_update, minibatches, train_ppo, update
 from srppo.training.reward import Rewards, compute_rewards
-from srppo.training.rollout import generate, to_batch
+from srppo.training.rollout import LocalSampler, generate, to_batch
 from srppo.training.scores import Scores
 
 
@@ -100,7 +100,7 @@ def run_ppo(recipe: Recipe, folder: Path, development: Any = None) -> tuple[Lang
     policy = LanguageModel(copy.deepcopy(sft.model))
     with Bench(folder, recipe) as bench:
         session = train_ppo(
-            recipe, bench, policy, sft, base, PROMPTS, development or NoDevelopment(), stop_ids=[EOS], pad_id=EOS
+            recipe, bench, policy, sft, base, PROMPTS, development or NoDevelopment(), LocalSampler([EOS], EOS)
         )
     return policy, session
 
@@ -148,7 +148,7 @@ def test_every_weight_of_policy_and_critic_moves_and_the_frozen_models_stand(tmp
     before = [copy.deepcopy(lm.model.state_dict()) for lm in (base, sft)]
     policy = LanguageModel(copy.deepcopy(sft.model))
     with Bench(tmp_path, recipe) as bench:
-        session = train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        session = train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
     for lm, weights in zip((base, sft), before, strict=True):
         assert all(torch.equal(weight, weights[name]) for name, weight in lm.model.state_dict().items())
     for name, weight in policy.model.named_parameters():

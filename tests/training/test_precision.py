@@ -16,6 +16,7 @@ from srppo.console import Console
 from srppo.models.language_model import LanguageModel
 from srppo.training.batch import Generated
 from srppo.training.ppo import precision_line, train_ppo
+from srppo.training.rollout import LocalSampler
 from srppo.training.scores import precision_gap, score_log_ratio
 
 
@@ -54,7 +55,7 @@ def test_a_run_says_it_once(precision: str, tmp_path: Path) -> None:
         told: Any = copy.copy(work)
         object.__setattr__(told, "console", Console(plain=True, file=text))
         policy = LanguageModel(copy.deepcopy(sft.model))
-        train_ppo(recipe, told, policy, sft, base, PROMPTS, NoDevelopment(), stop_ids=[EOS], pad_id=EOS)
+        train_ppo(recipe, told, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
         rows = work.stage.metrics()
     assert ["precision_gap" in row for row in rows] == [False, precision == "bf16", False]
     assert text.getvalue().count("bf16 bodies move the reward of a response by") == (precision == "bf16")

@@ -18,7 +18,7 @@ from srppo.models.language_model import LanguageModel
 from srppo.models.value_model import ValueModel
 from srppo.training.advantage import rloo
 from srppo.training.ppo import Learners, step_flops, train_ppo
-from srppo.training.rollout import generate, to_batch
+from srppo.training.rollout import LocalSampler, generate, to_batch
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -81,7 +81,7 @@ def run_rloo(folder: Path, development: Any = None, **ppo: Any) -> tuple[Languag
     policy = LanguageModel(copy.deepcopy(sft.model))
     with Bench(folder, recipe) as bench:
         development = development or NoDevelopment()
-        session = train_ppo(recipe, bench, policy, sft, base, PROMPTS, development, stop_ids=[EOS], pad_id=EOS)
+        session = train_ppo(recipe, bench, policy, sft, base, PROMPTS, development, LocalSampler([EOS], EOS))
     return policy, session
 
 

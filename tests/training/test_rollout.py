@@ -22,7 +22,7 @@ from srppo.models.language_model import Head, LanguageModel
 from srppo.models.value_model import ValueModel
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.losses import PolicyLoss, clipped_policy_loss
-from srppo.training.rollout import generate, to_batch
+from srppo.training.rollout import LocalSampler, generate, to_batch
 from srppo.training.scores import score_logprobs
 
 VOCAB, EOS, LIMIT = 12, 0, 6
@@ -103,7 +103,7 @@ def test_in_train_ppo_old_and_new_agree_on_the_first_minibatch_of_each_step(
     base, sft = policy(0), policy(1)
     with tiny.Bench(tmp_path, recipe) as bench:
         srppo.training.ppo.train_ppo(
-            recipe, bench, policy(1), sft, base, PROMPTS[:5], tiny.NoDevelopment(), stop_ids=[EOS], pad_id=EOS
+            recipe, bench, policy(1), sft, base, PROMPTS[:5], tiny.NoDevelopment(), LocalSampler([EOS], EOS)
         )
     steps: list[list[tuple[int, float]]] = [[]]
     for each in seen:  # a step begins where old and new agree again

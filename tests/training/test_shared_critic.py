@@ -16,7 +16,7 @@ from srppo.models.value_model import ValueModel
 from srppo.training.loop import parameters
 from srppo.training.losses import clipped_policy_loss, clipped_value_loss
 from srppo.training.ppo import Learners, Targets, minibatch_update, step_flops, train_ppo
-from srppo.training.rollout import generate, to_batch
+from srppo.training.rollout import LocalSampler, generate, to_batch
 
 
 def setting(**ppo: object) -> tuple[Recipe, Learners, Targets]:
@@ -121,8 +121,7 @@ def test_a_run_holds_one_trunk_and_resumes(tmp_path: Path) -> None:
                         base,
                         PROMPTS,
                         NoDevelopment(),
-                        stop_ids=[EOS],
-                        pad_id=EOS,
+                        LocalSampler([EOS], EOS),
                         after_step=after,
                     )
                 except RuntimeError:

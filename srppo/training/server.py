@@ -1,0 +1,230 @@
+"""Rollouts by a server with the OpenAI completions API that takes and returns token ids, as vLLM documents it.
+
+    GET  /v1/models                                             which model it serves
+    POST /v1/completions            prompt: token ids           the response: token ids and their log-probs
+    POST /v1/load_lora_adapter      lora_name, lora_path        an adapter, before each step
+    POST /v1/unload_lora_adapter    lora_name                   the one before it
+    POST /collective_rpc            reload_weights, a folder    or whole weights; then POST /reset_prefix_cache
+
+The policy's weights go through a folder that the server can read. What the server computes is not quite what is
+trained: other kernels, another precision. The first batch is checked (the same model, the whole distribution), and what
+remains is corrected (`rollout.importance_cap`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ReadTimeoutError
+from urllib3.util import Retry
+
+from srppo.errors import RunError
+from srppo.models.adapters import AdaptedModel
+from srppo.models.generation import Written
+from srppo.models.language_model import LanguageModel
+from srppo.training.batch import Sampled
+from srppo.training.rollout import sampled
+from srppo.training.scores import next_token_entropy, score_logprobs
+
+AT_ONCE = 64  # requests; the server puts them into batches
+CONNECT_S = 10.0
+RETRIES = Retry(total=3, read=1, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
+FAR = 0.25  # nats a token between the server's log-probs and the policy's: not rounding, but another model
+UNLIKELY = 5.0  # standard errors between the surprisal of what was sampled and the entropy it was sampled from
+
+
+class ServerSampler:
+    """A `training.rollout.Sampler` over HTTP.
+
+    url: with its /v1. folder: where the policy's weights are written, which the server reads. timeout_s: for one
+    response. Raises RunError in one line; the run goes on from its last checkpoint.
+    """
+
+    def __init__(
+        self, url: str, folder: Path, stop_ids: Sequence[int], pad_id: int, *, timeout_s: float = 600.0
+    ) -> None:
+        self.url, self.folder, self.timeout_s = url.rstrip("/"), folder.absolute(), timeout_s
+        self.stop_ids, self.pad_id = stop_ids, pad_id
+        self.session = requests.Session()
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of every try
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=RETRIES, pool_maxsize=AT_ONCE))
+        self.served: str | None = None  # the name or folder of what is served
+        self.checked = False
+
+    def sample(
+        self,
+        policy: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float | None,
+        held: int = 0,
+    ) -> Sampled:
+        """As `Sampler.sample`; a temperature of None is greedy. The server sees to its own memory."""
+        model = self._serve(policy)
+        asked = {
+            "model": model,
+            "max_tokens": max_new_tokens,
+            "temperature": temperature or 0.0,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "stop_token_ids": list(self.stop_ids),
+            "skip_special_tokens": False,
+            # said although they are defaults: a server fills gaps from the model's own generation config
+            **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+            **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
+        }
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            written = list(pool.map(self._complete, repeat(asked), prompts, seeds))
+        if temperature is None:
+            written = [(ids, [0.0] * len(ids)) for ids, _ in written]
+        generated = sampled(prompts, written, self.stop_ids, self.pad_id, policy.device)
+        if temperature is not None and not self.checked:
+            check_sampling(policy, generated, temperature)
+            self.checked = True
+        return generated
+
+    def _serve(self, policy: LanguageModel) -> str:
+        """Have the server load the policy as it is now; the name to ask for it by."""
+        before = self.served
+        if isinstance(policy, AdaptedModel):
+            # A name of its own for each: a server that remembers prefixes remembers them by name.
+            self.served = f"policy-{_digest(policy)}"
+            if self.served == before:
+                return self.served
+            path = self._write(policy, self.served)
+            self._post("load_lora_adapter", {"lora_name": self.served, "lora_path": str(path)}, done="already")
+            if before is not None:
+                self._post("unload_lora_adapter", {"lora_name": before})
+                shutil.rmtree(self.folder / before)
+            return self.served
+        self.served = "weights-b" if before == "weights-a" else "weights-a"  # a server may take a known path for known
+        path = self._write(policy, self.served)
+        command = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        self._post("../collective_rpc", command)
+        self._post("../reset_prefix_cache", {})
+        if before is not None:
+            shutil.rmtree(self.folder / before)
+        models = self._ask("GET", "models").get("data") or [{}]
+        return str(models[0].get("id", ""))
+
+    def _write(self, policy: LanguageModel, name: str) -> Path:
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        policy.save(path)
+        return path
+
+    def _complete(self, asked: dict[str, Any], prompt: Sequence[int], seed: int) -> Written:
+        """One response, its stop token included, and the log-prob of each token."""
+        answer = self._post("completions", {**asked, "prompt": list(prompt), "seed": seed})
+        try:
+            (choice,) = answer["choices"]
+            ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            shown, reason = choice["prompt_token_ids"], choice["finish_reason"]
+        except (KeyError, TypeError, ValueError):
+            raise self._wrong(
+                "answers without token ids or log-probs; one that knows return_token_ids is needed (vLLM 0.10.2 or "
+                "newer)"
+            ) from None
+        if answer.get("model") != asked["model"]:
+            raise self._wrong(f"answers as model {answer.get('model')!r}, and {asked['model']!r} was asked")
+        if shown != list(prompt):
+            raise self._wrong("read other token ids than the prompt's; it must serve a model with this tokenizer")
+        if not ids or len(ids) != len(logprobs):
+            raise self._wrong(f"returned {len(ids or ())} tokens with {len(logprobs or ())} log-probs")
+        if not all(isinstance(x, int | float) and math.isfinite(x) and x < 1e-3 for x in logprobs):
+            raise self._wrong("returned log-probs that are none")
+        ended = ids[-1] in self.stop_ids
+        if any(token in self.stop_ids for token in ids[:-1]) or ended != (reason == "stop"):
+            raise self._wrong("does not end a response by the stop token that it returns; stop tokens must be returned")
+        if not ended and len(ids) != asked["max_tokens"]:
+            raise self._wrong(
+                f"ended a response after {len(ids)} of {asked['max_tokens']} tokens ({reason}); raise its length limit "
+                "(--max-model-len)"
+            )
+        return ids, logprobs
+
+    def _post(self, path: str, body: dict[str, Any], done: str | None = None) -> dict[str, Any]:
+        return self._ask("POST", path, body, done)
+
+    def _ask(self, method: str, path: str, body: Any = None, done: str | None = None) -> dict[str, Any]:
+        """The answer, an object; a refusal with the word `done` in it is one too."""
+        url = self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else f"{self.url}/{path}"
+        try:
+            answer = self.session.request(method, url, json=body, timeout=(CONNECT_S, self.timeout_s))
+        except requests.exceptions.RequestException as error:
+            # After retries the reason is wrapped: RequestException(MaxRetryError(reason=...)).
+            reason = getattr(error.args[0] if error.args else error, "reason", error)
+            if isinstance(reason, ReadTimeoutError | requests.exceptions.ReadTimeout):
+                raise self._wrong(
+                    f"did not answer {path} within {self.timeout_s:g} s; raise rollout.server_timeout_s, or look at it"
+                ) from None
+            what = type(reason).__name__
+            raise self._wrong(f"cannot be reached ({what} at {path}); start it and run the same command") from None
+        text = " ".join(answer.text.split())
+        if not answer.ok and not (done and done in text):
+            raise self._wrong(
+                f"refused {path} with {answer.status_code}: {text[:200]}{_hint(path, answer.status_code)}"
+            )
+        try:
+            found = answer.json()
+        except ValueError:
+            found = {}
+        return found if isinstance(found, dict) else {}
+
+    def _wrong(self, what: str) -> RunError:
+        return RunError(f"the server {self.url} {what}")
+
+
+def _hint(path: str, status: int) -> str:
+    if status not in (403, 404, 405):
+        return ""
+    if "lora" in path:
+        return "; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+    return "; start it with VLLM_SERVER_DEV_MODE=1, or train adapters (model.adapters = lora)" if "../" in path else ""
+
+
+def _digest(policy: AdaptedModel) -> str:
+    found = hashlib.sha256()
+    for name, weight in sorted(policy.weights().items()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def check_sampling(policy: LanguageModel, generated: Sampled, temperature: float) -> None:
+    """Raises RunError where a batch does not look like samples of the whole distribution of this policy.
+
+    The same model: the sampler's log-probs are near the policy's own. The whole distribution: the surprisal of a token,
+    -log pi, has the entropy of its distribution for a mean, whatever came before; what is cut off by top-k or top-p is
+    missing from the first and not from the second. Their differences are uncorrelated, so that their sum over the root
+    of the sum of their squares is near a standard normal.
+    """
+    mask_BT = generated.response_mask_BT
+    own_BT = score_logprobs(policy, generated, temperature=temperature)
+    gap = float((own_BT - generated.sampled_logprobs_BT)[mask_BT].abs().double().mean())
+    if gap > FAR:
+        raise RunError(
+            f"the server's log-probs are {gap:.2g} nats a token from the policy's: it serves other weights, or gives "
+            "log-probs before the temperature (start it with --logprobs-mode processed_logprobs)"
+        )
+    excess_N = (-own_BT - next_token_entropy(policy, generated, temperature=temperature))[mask_BT].double()
+    errors = float(excess_N.sum() / excess_N.square().sum().sqrt().clamp(min=1e-12))
+    if abs(errors) > UNLIKELY:
+        raise RunError(
+            f"the server does not sample from the whole distribution: what it says is {errors:+.1f} standard errors "
+            "from the entropy; it must not use top-k, top-p, penalties or a draft model that is not exact"
+        )
