@@ -184,7 +184,7 @@ def test_weights_that_are_not_loaded_are_noticed(
         both(policy, server, 1.0, seed=0)
         server.checked = False
         for weight in policy.weights().values():
-            weight.data -= 0.4
+            weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     with pytest.raises(RunError, match=r"nats a token from the policy's: it serves other weights"):
         both(policy, server, 1.0, seed=0)
 
