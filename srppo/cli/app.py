@@ -15,7 +15,7 @@ from typer import Option
 
 import srppo
 from srppo.cli import bench, data, measure, sweep, train
-from srppo.errors import SrppoError
+from srppo.errors import Diverged, Interrupted, RunError, SrppoError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, of which some versions of Typer carry a copy
 
@@ -94,7 +94,8 @@ def main() -> None:
     except SrppoError as error:
         if wanted["debug"]:
             raise
-        typer.echo(f"error: {error}", err=True)
+        if not train.PROCESS or (isinstance(error, RunError) and not isinstance(error, Diverged | Interrupted)):
+            typer.echo(f"error: {f'process {train.PROCESS}: ' if train.PROCESS else ''}{error}", err=True)
         code = error.exit_code
     except UsageError as error:
         say_usage(error)

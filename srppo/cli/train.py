@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from srppo.errors import Interrupted, RecordError, StorageError
 if TYPE_CHECKING:
     from srppo.config import Recipe as LoadedRecipe
 
+PROCESS = int(os.environ.get("RANK", 0))  # which of a launcher's this is; the first one speaks
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
 
@@ -134,7 +136,7 @@ def _run(
 
     name, several = Path(given or "embedded").stem, f"-{seeds}-seeds" if seeds > 1 else ""
     folder = out or Path("runs") / f"{name}-{recipe_id(recipe)}{several}"
-    console = Console(plain=plain or None)
+    console = Console(plain=plain or None, file=io.StringIO() if PROCESS else None)
     console.say(f"run folder: {folder}")
     check_place(folder)
     if is_embedded(recipe.model.base):  # so small that a second thread only costs: 1:50 minutes for the demo, not 3:16
@@ -143,10 +145,11 @@ def _run(
         from srppo.models.loading import pick_device
         from srppo.report.run import report_run
         from srppo.stages.run import prepare_run, run_stages  # torch comes with this
+        from srppo.training import parallel
 
     recipes = [with_overrides(recipe, {"seed": recipe.seed + i}) for i in range(seeds)]
     shared: dict[str, Any] = {"environment": environment(), "seeds": [one.seed for one in recipes]}
-    shared |= {"device": pick_device(device), "track": track or []}
+    shared |= {"device": parallel.start(pick_device(device)), "track": (track or []) if parallel.is_first() else []}
     for one in recipes:
         run = prepare_run(one, kinds, folder, console, **shared)
         try:
@@ -154,9 +157,11 @@ def _run(
         except (Interrupted, RecordError, StorageError):  # no stage's result says so, and nothing more can be written
             raise
         except Exception:
-            report_run(folder, console)
+            if parallel.is_first():
+                report_run(folder, console)
             raise
-    report_run(folder, console)
+    if parallel.is_first():
+        report_run(folder, console)
 
 
 @contextmanager

@@ -409,6 +409,31 @@ class Attempt:
         return storing(path, survives=survives)
 
 
+class OnlookerAttempt(Attempt):
+    """An attempt that another process of the same run makes, seen from here: it writes nothing."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.number, self.path = stage, 0, stage.path
+
+    def resumed(self, step: int) -> None:
+        pass
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: Iterable[int] = ()) -> Path:
+        return self.stage.path / "checkpoints" / f"step-{step}"
+
+    def commit(self, status: Status, figures: Mapping[str, Any], files: Iterable[Path] = ()) -> dict[str, Any]:
+        return {}
+
+    def check(self) -> None:
+        pass
+
+    def _replace(self, target: Path, write: Callable[[Path], None]) -> None:
+        pass
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        pass
+
+
 def _comparable(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**spec, "recipe": decisive(spec["recipe"])} if isinstance(spec.get("recipe"), Mapping) else dict(spec)
 

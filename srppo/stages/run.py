@@ -35,9 +35,10 @@ from srppo.models.loading import context_length, fingerprint, load_over, to_trai
 from srppo.models.memory import is_out_of_memory
 from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
-from srppo.record.store import Attempt, Run, Stage
+from srppo.record.store import Attempt, OnlookerAttempt, Run, Stage
 from srppo.stages.arms import figures_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
+from srppo.training import parallel
 from srppo.training.batch import Generated
 from srppo.training.loop import Session, Workbench, load_weights
 from srppo.training.optimizers import check_optimizer
@@ -108,6 +109,7 @@ def prepare_run(
         check_optimizer(section.optimizer)
     recipe, kinds = resolved(recipe), tuple(in_order(kinds))
     check(kinds, recipe)
+    parallel.check_rows(rollout__batch=recipe.rollout.batch, sft__batch=recipe.sft.batch)
     tokenizer, base, given_sft = load_models(recipe.model, recipe.model.sft, device)
     if ensure_chat_template(tokenizer):
         console.say("the tokenizer has no chat template; ours (`Q: ... A: ...`) is used and saved with the models")
@@ -213,10 +215,11 @@ def run_stages(
         kind = kind_of(name, run.recipe)
         stage = open_stage(run, kind, done)
         on_stage(name, stage)
-        if not _is_finished(run, kind, stage):
+        if not parallel.from_first(partial(_is_finished, run, kind, stage)):
             own = replace(run, recipe=kind.recipe(run.recipe))
             with at_work(own, kind, stage) as bench:
                 bench.attempt.commit("ok", kind.function()(own, bench, done), map(Path, kind.files))
+            parallel.wait()  # others read what the first has written
         done[name] = stage
     return done
 
@@ -260,7 +263,8 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
     are finished whatever happens. What is stopped on purpose, or cannot write any more, leaves no result."""
     name, folder = _title(kind, stage), run.record.path
     watching = trackers(run.track, f"{folder.name}-{stage.id}", stage.path, run.recipe.model_dump(mode="json"))
-    with stage.attempt(run.environment) as attempt, ExitStack() as closing:
+    with ExitStack() as closing:
+        attempt = _attempt(run, stage, closing)
         for tracker in watching:
             closing.callback(tracker.finish)
         attempt.log_event("settings", **free_settings(run.recipe))
@@ -283,6 +287,13 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
                 raise RunError(f"{name} ran out of memory ({reason}); {_what_helps(run, kind)}") from error
             attempt.commit("failed", {"reason": f"{type(error).__name__}: {reason}"})
             raise
+
+
+def _attempt(run: PreparedRun, stage: Stage, closing: ExitStack) -> Attempt:
+    """The attempt of this run, which the first of its processes makes."""
+    made: list[Attempt] = []
+    parallel.from_first(lambda: made.append(closing.enter_context(stage.attempt(run.environment))))
+    return made[0] if made else OnlookerAttempt(stage)
 
 
 def _what_helps(run: PreparedRun, kind: Kind) -> str:
@@ -370,8 +381,9 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
             raise RecordError(f"{reason}; it holds the kept step: {again}") from error
         load_weights(model, checkpoint / "policy.safetensors")
     figures |= measure(run, bench, model)
-    for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
-        write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
+    if parallel.is_first():
+        for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
+            write_atomic(bench.stage.path / f"{name}.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
     export(run, bench, model, figures)
     return figures
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from srppo.data.types import EncodedDemonstration
 from srppo.models.flops import update_flops
 from srppo.models.language_model import LanguageModel
+from srppo.training import parallel
 
 _DTYPES = {
     "tokens_BS": torch.int64,
@@ -162,10 +163,13 @@ def micro_slices(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def micro_batches(lengths_B: Tensor, tokens: int) -> Iterator[Tensor]:
+def micro_batches(lengths_B: Tensor, tokens: int, *, shared: bool = False) -> Iterator[Tensor]:
     """Indices of rows for one pass each, rows in order of length, longest first: as many as together are no more than
-    so many tokens, padding to the longest counted, and at least one. Within a pass they rise."""
+    so many tokens, padding to the longest counted, and at least one. Within a pass they rise.
+
+    shared: of several processes each has rows of its own."""
     order = lengths_B.argsort(descending=True, stable=True).tolist()
+    order = list(parallel.share(order)) if shared else order
     while order:
         rows = max(tokens // max(int(lengths_B[order[0]]), 1), 1)
         yield torch.tensor(sorted(order[:rows]))

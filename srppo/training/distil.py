@@ -29,6 +29,7 @@ from srppo.config import Recipe
 from srppo.models.flops import forward_flops, update_flops
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import weight_bytes
+from srppo.training import parallel
 from srppo.training.batch import Generated
 from srppo.training.loop import (
     Measure,
@@ -111,7 +112,8 @@ def add_gradient(
         (found.total / count).backward()
         for kl_BT, kl_N in zip(kl_3BT, found[1:], strict=True):
             kl_BT[part, : inputs[2]] = unflatten(kl_N, inputs[1][:, -inputs[2] :]).float()
-    return kl_3BT
+    parallel.add_up_gradients(parameters(policy))
+    return parallel.add_up(kl_3BT)
 
 
 def distil_metrics(generated: Generated, kl_3BT: Tensor) -> dict[str, float]:

@@ -26,6 +26,7 @@ from srppo.console import Console
 from srppo.errors import Diverged, Interrupted
 from srppo.models.language_model import LanguageModel
 from srppo.record.store import Attempt, Stage
+from srppo.training import parallel
 
 Row = dict[str, Any]
 
@@ -173,7 +174,7 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The steps that remain after the newest whole checkpoint; step 0, the start, is only measured."""
-        found = self.bench.attempt.resume(on_torn=self._torn)
+        found = parallel.from_first(lambda: self.bench.attempt.resume(on_torn=self._torn))
         if found:
             self.state.load(found[1])
             self.bench.console.say(f"{self.bench.name}: resumed from step {found[0]}")
@@ -185,7 +186,7 @@ class Session:
                 self._log({"step": 0, **row})
             for step in range(start + 1, self.total + 1):
                 yield step
-                if stopped.is_set():
+                if parallel.agreed(stopped.is_set()):
                     if step < self.total:  # the last one has been saved
                         self.checkpoint(step)
                     raise Interrupted(
@@ -221,7 +222,10 @@ class Session:
 
     def checkpoint(self, step: int) -> None:
         """Write the whole state; the two newest and the kept step stay on disk."""
+        for model in self.state.models.values():
+            parallel.check_weights(model.weights().values())
         self.bench.attempt.save_checkpoint(step, self.state.save, keep={self.state.counters["kept_step"]})
+        parallel.wait()
 
     def _measured(self) -> tuple[Row, float | None]:
         """A measurement; all that were made are counted, as training is."""

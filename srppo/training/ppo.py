@@ -28,6 +28,7 @@ from srppo.models.flops import forward_flops, update_flops
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import weight_bytes
 from srppo.models.value_model import ValueModel
+from srppo.training import parallel
 from srppo.training.advantage import gae, length_lambda, rloo, whiten, whitening_std
 from srppo.training.batch import RolloutBatch, micro_batches
 from srppo.training.loop import (
@@ -164,7 +165,11 @@ def train_ppo(
         metrics, done = update(recipe, learners, targets, step)
         watch.lap("update_s")
         state.counters["flops"] += step_flops(
-            learners, batch, updates=(done, config.minibatches), critic_only=step <= config.critic_warmup
+            learners,
+            batch,
+            updates=(done, config.minibatches),
+            critic_only=step <= config.critic_warmup,
+            trained_B=rewards.trained_B,
         )
         row |= metrics | {"lr": config.lr * factor, "flops": state.counters["flops"]}
         if step == 1 and (gap := precision_gap(sft_policy, base_policy, batch, scores)):
@@ -292,8 +297,9 @@ def minibatch_update(
     metrics: defaultdict[str, float] = defaultdict(float)
     if count == 0:
         return {}
+    indices = indices[targets.loss_mask_BT[indices].any(dim=1).cpu()]  # the others have no loss
     lengths_B = targets.batch.attention_mask_BS.sum(dim=1)
-    for part in micro_batches(lengths_B[indices], config.micro_tokens):
+    for part in micro_batches(lengths_B[indices], config.micro_tokens, shared=True):
         chosen = indices[part]
         rows = targets.batch.rows(chosen)
         width = rows.response_mask_BT.shape[1]
@@ -328,14 +334,18 @@ def minibatch_update(
             (loss + config.value_coef * critic.loss if one_trunk else critic.loss).backward()
             metrics["value_loss"] += float(critic.loss.detach())
             metrics["value_clip_share"] += float(critic.clip_share)
-    if moved_too_far(metrics, config):
-        return dict(metrics)
-    return dict(metrics) | optimizer_steps(learners, config, step, trains_policy=trains_policy)
+    found = parallel.add_up_numbers(dict(metrics))
+    if moved_too_far(found, config):
+        return found
+    return found | optimizer_steps(learners, config, step, trains_policy=trains_policy)
 
 
 def optimizer_steps(learners: Learners, config: PpoConfig, step: int, *, trains_policy: bool) -> dict[str, float]:
-    """Clip the gradients and step; the norms as they were before."""
+    """Add up the gradients of all processes, clip them and step; the norms as they were before."""
     norms = {}
+    for model in (learners.policy, learners.value):
+        if model is not None:
+            parallel.add_up_gradients(parameters(model))
     if learners.value is not None and learners.value_optimizer is not None:
         norms["value_grad_norm"] = clip_gradients(learners.value, config.max_grad_norm, step)
         learners.value_optimizer.step()
@@ -388,19 +398,28 @@ def length_warnings(row: dict[str, Any], recipe: Recipe) -> list[str]:
     ]
 
 
-def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, int], critic_only: bool) -> int:
+def step_flops(
+    learners: Learners,
+    batch: RolloutBatch,
+    *,
+    updates: tuple[int, int],
+    critic_only: bool,
+    trained_B: Tensor | None = None,
+) -> int:
     """Counted operations of one step: sampling, scoring by policy, SFT model, base and critic, and the updates.
 
-    updates: minibatches done, and how many make a pass.
+    updates: minibatches done, and how many make a pass. trained_B: which rollouts they go through; None: all.
     """
-    lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
-    policy = forward_flops(learners.policy, lengths_B, head_tokens)
-    trained = 0 if critic_only else update_flops(learners.policy, lengths_B, head_tokens)
-    value = 0
+    of_all = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
+    kept = slice(None) if trained_B is None else trained_B
+    of_trained = of_all[0][kept], int(batch.response_mask_BT[kept].sum())
+    trained = 0 if critic_only else update_flops(learners.policy, *of_trained)
+    policy, value = forward_flops(learners.policy, *of_all), 0
     if learners.value is not None:
-        value = forward_flops(learners.value, lengths_B, head_tokens)
-        trained += update_flops(learners.value, lengths_B, head_tokens)
-        trained += policy if critic_only and learners.value.shared else 0  # the trunk is read, and stands still
+        value = forward_flops(learners.value, *of_all)
+        trained += update_flops(learners.value, *of_trained)
+        if critic_only and learners.value.shared:  # the trunk is read, and stands still
+            trained += forward_flops(learners.policy, *of_trained)
     return 4 * policy + value + trained * updates[0] // updates[1]
 
 

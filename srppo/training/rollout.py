@@ -29,6 +29,7 @@ from srppo.models.generation import Draw, Written, can_generate, generate_packed
 from srppo.models.language_model import LanguageModel
 from srppo.models.memory import is_out_of_memory, rows_that_fit
 from srppo.models.value_model import ValueModel
+from srppo.training import parallel
 from srppo.training.batch import RolloutBatch, Sampled, left_pad, micro_slices
 from srppo.training.scores import passes
 
@@ -73,12 +74,12 @@ def generate(
     longest = max(map(len, prompts))
     size = rows or rows_that_fit(model, longest + max_new_tokens, held=held)
     seeds = row_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = parallel.share(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     own = processor is None and not settings and can_generate(model)
-    written: list[Written] = [([], []) for _ in prompts]
+    written: dict[int, Written] = {}
     half = model.precision == "bf16" and processor is None
     with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
-        for part in micro_slices(len(prompts), size):
+        for part in micro_slices(len(order), size):
             places = order[part]
             chosen = [prompts[i] for i in places]
             draw = drawing([seeds[i] for i in places], temperature, max_new_tokens, top_k=top_k, top_p=top_p)
@@ -97,7 +98,7 @@ def generate(
                 found = _by_transformers(model, chosen, draw, config, processor, until)
             for i, response in zip(places, found, strict=True):
                 written[i] = response
-    return sampled(prompts, written, stop_ids, pad_id, model.device)
+    return sampled(prompts, together(written), stop_ids, pad_id, model.device)
 
 
 def _by_transformers(
@@ -272,6 +273,12 @@ def drawing(seeds: Sequence[int], temperature: float | None, steps: int, *, top_
     return draw
 
 
+def together(written: Mapping[int, Written]) -> list[Written]:
+    """The responses of all processes, in order of their prompts."""
+    found = {place: response for each in parallel.gather(written) for place, response in each.items()}
+    return [found[place] for place in sorted(found)]
+
+
 def sampled(
     prompts: Sequence[Sequence[int]],
     written: Sequence[Written],
@@ -302,4 +309,6 @@ def to_batch(
         if value is not None:
             trunk_ND = seen_ND if value.shared else None
             values_BT[index, : inputs[2]] = value.response_values(*inputs, hidden_ND=trunk_ND)
+    parallel.add_up(logprobs_BT)
+    parallel.add_up(values_BT)
     return RolloutBatch(**vars(generated), old_logprobs_BT=logprobs_BT, old_values_BT=values_BT)

@@ -19,6 +19,7 @@ from srppo.kernels import (
 )
 from srppo.models.language_model import LanguageModel, unflatten
 from srppo.models.memory import rows_that_fit, weight_bytes
+from srppo.training import parallel
 from srppo.training.batch import Generated, micro_batches
 
 GAP_ROWS = 16  # responses that are scored in both precisions
@@ -47,7 +48,7 @@ def score_logprobs(
     logprobs_BT = torch.zeros(batch.response_mask_BT.shape, device=batch.tokens_BS.device)
     for index, inputs in passes(batch, micro_tokens, model):
         logprobs_BT[index, : inputs[2]] = model.response_logprobs(*inputs, temperature=temperature)
-    return logprobs_BT
+    return parallel.add_up(logprobs_BT)
 
 
 Inputs = tuple[Tensor, Tensor, int]
@@ -55,9 +56,11 @@ Inputs = tuple[Tensor, Tensor, int]
 
 
 def passes(batch: Generated, micro_tokens: int | None, *models: LanguageModel) -> Iterator[tuple[Tensor, Inputs]]:
-    """(indices of rows, what a model takes of them) by passes of at most so many tokens; None: as the memory has it."""
+    """(indices of rows, what a model takes of them) by passes of at most so many tokens; None: as the memory has it.
+
+    Of several processes each has rows of its own: what is made of them, 0 elsewhere, is to be added up."""
     tokens = micro_tokens or batch.tokens_BS.shape[1] * _rows_that_fit(batch, *models)
-    for index in micro_batches(batch.attention_mask_BS.sum(dim=1), tokens):
+    for index in micro_batches(batch.attention_mask_BS.sum(dim=1), tokens, shared=True):
         rows = batch.rows(index.to(batch.tokens_BS.device))
         yield index, (rows.tokens_BS, rows.attention_mask_BS, rows.response_mask_BT.shape[1])
 
@@ -138,7 +141,7 @@ def score_log_ratio(
     scores_3BT = torch.zeros((3, *batch.response_mask_BT.shape), device=batch.tokens_BS.device)
     for index, inputs in passes(batch, micro_tokens, sft_policy, base_policy):
         scores_3BT[:, index, : inputs[2]] = torch.stack(response_log_ratio(sft_policy, base_policy, *inputs))
-    return Scores(*scores_3BT.unbind())
+    return Scores(*parallel.add_up(scores_3BT).unbind())
 
 
 def precision_gap(sft_policy: LanguageModel, base_policy: LanguageModel, batch: Generated, scores: Scores) -> float:
@@ -173,7 +176,7 @@ def full_kl(
     for index, inputs in passes(batch, micro_tokens, policy, anchor):
         found = response_reverse_kl(policy, anchor, anchor, inputs, lambda anchor_NV, _: anchor_NV)
         kl_B[index] = unflatten(found.teacher_N, inputs[1][:, -inputs[2] :]).sum(dim=1)
-    return kl_B
+    return parallel.add_up(kl_B)
 
 
 @torch.no_grad()
@@ -187,7 +190,7 @@ def next_token_entropy(
             policy, policy, policy, inputs, lambda own_NV, _: own_NV.new_zeros(own_NV.shape), temperature=temperature
         )
         entropy_BT[index, : inputs[2]] = -unflatten(flat.teacher_N, inputs[1][:, -inputs[2] :])
-    return entropy_BT
+    return parallel.add_up(entropy_BT)
 
 
 def _rows_that_fit(batch: Generated, *models: LanguageModel) -> int:

@@ -32,8 +32,9 @@ from srppo.errors import RunError
 from srppo.models.adapters import AdaptedModel
 from srppo.models.generation import Written
 from srppo.models.language_model import LanguageModel
+from srppo.training import parallel
 from srppo.training.batch import Sampled
-from srppo.training.rollout import sampled
+from srppo.training.rollout import sampled, together
 from srppo.training.scores import next_token_entropy, score_logprobs
 
 AT_ONCE = 64  # requests; the server puts them into batches
@@ -73,7 +74,7 @@ class ServerSampler:
         held: int = 0,
     ) -> Sampled:
         """As `Sampler.sample`; a temperature of None is greedy. The server sees to its own memory."""
-        model = self._serve(policy)
+        model = parallel.from_first(lambda: self._serve(policy))
         asked = {
             "model": model,
             "max_tokens": max_new_tokens,
@@ -86,8 +87,11 @@ class ServerSampler:
             **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
         }
+        places = parallel.share(range(len(prompts)))
+        mine = [(prompts[i], seeds[i]) for i in places]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            written = list(pool.map(self._complete, repeat(asked), prompts, seeds))
+            said = pool.map(self._complete, repeat(asked), *zip(*mine, strict=True))
+            written = together(dict(zip(places, said, strict=True)))
         if temperature is None:
             written = [(ids, [0.0] * len(ids)) for ids, _ in written]
         generated = sampled(prompts, written, self.stop_ids, self.pad_id, policy.device)

@@ -9,6 +9,7 @@ from srppo.config import Recipe, derive_seed
 from srppo.data.order import pass_order
 from srppo.data.types import EncodedDemonstration
 from srppo.models.language_model import LanguageModel
+from srppo.training import parallel
 from srppo.training.batch import answer_nll_sum, extents, micro_batches, training_flops
 from srppo.training.loop import (
     Measure,
@@ -95,10 +96,12 @@ def train_sft(
         answer_tokens = sum(row.trained for row in batch)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for part in micro_batches(extents(batch)[0], config.micro_tokens):
+        for part in micro_batches(extents(batch)[0], config.micro_tokens, shared=True):
             nll, _ = answer_nll_sum(model, [batch[i] for i in part.tolist()], pad_id)
             (nll / answer_tokens).backward()
             loss += float(nll.detach()) / answer_tokens
+        parallel.add_up_gradients(parameters(model))
+        loss = parallel.add_up_numbers({"loss": loss})["loss"]
         grad_norm = clip_gradients(model, config.max_grad_norm, step)
         lr = config.lr * lr_factor(config.schedule, config.warmup, step, total)
         set_lr(optimizer, lr)

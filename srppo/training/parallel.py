@@ -1,0 +1,177 @@
+"""One run in several processes, which share the work of each pass and know the same of everything else.
+
+All processes go through the same code in step, with the same weights. Rows are divided where they are written, scored
+and trained on, and what came out is put together again: tokens, log-probs and values of all rows, and the sum of the
+gradients. So rewards, whitening, running deviation and metrics are of the whole batch in every process, by the code of
+one process. The first process alone writes the record.
+
+Without a launcher (torchrun, accelerate launch) there is one process, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from srppo.errors import ConfigError, RunError, SrppoError
+
+T = TypeVar("T")
+BUCKET = 1 << 24  # elements that are added up at once
+
+
+def start(device: str) -> str:
+    """Join the processes of a launcher, where there is one; the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        return "cpu" if device == "cpu" else str(state.device)
+    return device
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes the record and speaks."""
+    return rank() == 0
+
+
+def share(rows: Sequence[T]) -> Sequence[T]:
+    """This process's part of rows in order of length: every so-manieth, so that all have about the same work."""
+    return rows[rank() :: size()]
+
+
+def check_rows(**rows: int) -> None:
+    """Raises ConfigError where there are more processes than rows to divide, by the key that says their number."""
+    for key, count in rows.items():
+        if count < size():
+            raise ConfigError(
+                f"{size()} processes have only {count} rows to share in a pass ({key.replace('__', '.')}); start "
+                "fewer, or raise it"
+            )
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over processes, in place."""
+    if size() > 1:
+        with _others():
+            if dist.get_backend() == "nccl" and tensor.device.type == "cpu":  # it knows GPUs alone
+                there = tensor.cuda()
+                dist.all_reduce(there)
+                tensor.copy_(there)
+            else:
+                dist.all_reduce(tensor)
+    return tensor
+
+
+def add_up_numbers(numbers: dict[str, float]) -> dict[str, float]:
+    """Sums over processes of figures that all have by the same names, or some not at all (which is 0)."""
+    if size() == 1:
+        return numbers
+    names = sorted({name for each in gather(sorted(numbers)) for name in each})
+    sums = add_up(torch.tensor([numbers.get(name, 0.0) for name in names], dtype=torch.float64))
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def add_up_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """The sum of the gradients over processes, in place; one that a process lacks is 0 there."""
+    if size() == 1:
+        return
+    weights = list(weights)
+    has = add_up(torch.tensor([0.0 if weight.grad is None else 1.0 for weight in weights]))
+    for bucket in _buckets([weight for weight, count in zip(weights, has.tolist(), strict=True) if count]):
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
+        flat = add_up(torch.cat([grad.reshape(-1) for grad in grads]))
+        for weight, summed in zip(bucket, flat.split([weight.numel() for weight in bucket]), strict=True):
+            weight.grad = summed.view_as(weight).clone()
+
+
+def _buckets(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Weights of one type in groups of at most BUCKET elements, or one."""
+    bucket: list[nn.Parameter] = []
+    for weight in weights:
+        full = sum(each.numel() for each in bucket) + weight.numel() > BUCKET
+        if bucket and (full or weight.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(weight)
+    if bucket:
+        yield bucket
+
+
+def gather(value: T) -> list[T]:
+    """What each process has, in all of them."""
+    if size() == 1:
+        return [value]
+    found: list[Any] = [None] * size()
+    with _others():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What the first process finds, or raises, in all of them."""
+    if size() == 1:
+        return work()
+    said: list[Any] = [None, None]
+    if is_first():
+        try:
+            said[0] = work()
+        except SrppoError as error:
+            said[1] = error
+    with _others():
+        dist.broadcast_object_list(said)
+    if said[1] is not None:
+        raise said[1]
+    return said[0]  # type: ignore[no-any-return]
+
+
+def agreed(wanted: bool) -> bool:
+    """Whether any process wants to: all of them do then, at the same place."""
+    return wanted if size() == 1 else bool(add_up(torch.tensor(float(wanted))))
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if size() > 1:
+        with _others():
+            dist.barrier()
+
+
+def check_weights(weights: Iterable[Tensor]) -> None:
+    """Raises RunError where the processes' weights are no longer the same."""
+    if size() == 1:
+        return
+    found = gather(float(sum(weight.detach().double().abs().sum() for weight in weights)))
+    if max(found) != min(found):
+        raise RunError(
+            f"the processes have come apart: their weights add up to {', '.join(f'{x:.9g}' for x in found)}; please "
+            "report it, and resume from the last checkpoint"
+        )
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Raises RunError, in one line, where another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0][-120:]
+        raise RunError(
+            f"another process of this run has ended ({what}); what it said is above; the same command goes on from the "
+            "last checkpoint"
+        ) from error
