@@ -182,16 +182,29 @@ def run_step_bench(
 def _rival_step(rival: Rival, ours: StepRow, answers: Sequence[int]) -> RivalRow:
     """A rival's step next to ours, which had answers so long."""
     found: Found = rival.found
-    missing, took = None, {}
+    missing: str | None = None
+    took: dict[str, Any] = {}
     try:
         took = rival.step(answers, ours.tokens)
         for name, key in (("times_ours", "seconds"), ("times_ours_cpu", "cpu_s")):
             took[name] = sum(took[key].values()) / sum(getattr(ours, key).values())
     except RivalGone as gone:
         missing = str(gone)
-    same = {key: getattr(ours, key) for key in ("preset", "method", "work", "step", "threads", "machine")}
-    who = {"rival": found.name, "trainer": found.trainer, "versions": found.versions}
-    return RivalRow(date=_date(), load=_load(), missing=missing, **same, **who, **took)
+    return RivalRow(
+        date=_date(),
+        preset=ours.preset,
+        rival=found.name,
+        trainer=found.trainer,
+        method=ours.method,
+        versions=found.versions,
+        work=ours.work,
+        step=ours.step,
+        missing=missing,
+        threads=ours.threads,
+        load=_load(),
+        machine=ours.machine,
+        **took,
+    )
 
 
 class _Bench:
@@ -222,8 +235,8 @@ class _Bench:
             return load_model(name, config, device=self.device, vocab_size=len(load_tokenizer(name, config)))
         torch.manual_seed(0)
         with torch.device(self.device):
-            config, dtype = LlamaConfig(**self.work.shape.config()), getattr(torch, self.work.dtype)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            llama, dtype = LlamaConfig(**self.work.shape.config()), getattr(torch, self.work.dtype)
+            model: Any = AutoModelForCausalLM.from_config(llama, dtype=dtype)
         keep_narrow(model)
         return LanguageModel(model, precision=self.config.scoring or self.config.precision)
 

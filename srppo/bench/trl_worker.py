@@ -25,15 +25,19 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
+from typing import Any, TextIO
+
+Moment = tuple[float, float]
+"""Seconds of the clock, CPU seconds of this process over its threads."""
 
 PAD, END = 0, 1
 PPO = (1, 12)  # the release whose PPOTrainer is compared with
 GROUPS = (1, 16)  # the release from which GRPO and RLOO are
 
 
-def versions():
+def versions() -> dict[str, Any]:
     """What is installed here, and the trainers of it that this script knows how to run."""
-    found = {}
+    found: dict[str, str | None] = {}
     for name in ("trl", "torch", "transformers", "accelerate"):
         try:
             found[name] = version(name)
@@ -44,7 +48,7 @@ def versions():
     return {"versions": found, "trainers": trainers}
 
 
-def main():
+def main() -> None:
     """Build the trainer of the work that stands on the first line, and train as lines come."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not taken for an answer
@@ -52,12 +56,11 @@ def main():
     import torch
 
     torch.set_num_threads(work["threads"])
-    lengths, turns = Lengths(), Turns(work, answers)
-    turns.lengths = lengths
-    trainer = {"ppo": ppo_trainer, "grpo": group_trainer, "rloo": group_trainer}[work["trainer"]](work, turns)
-    lengths.watch(turns.policy, turns)
+    turns = Turns(work, answers)
+    policy, trainer = {"ppo": ppo_trainer, "grpo": group_trainer, "rloo": group_trainer}[work["trainer"]](work)
+    watch(policy, turns)
 
-    def before_forward(*_):
+    def before_forward(*_: Any) -> None:
         if torch.is_grad_enabled():  # scoring and generating run without
             turns.update_begins()
 
@@ -73,22 +76,26 @@ class Turns:
     gc_cpu_s: what Python's collector took of all that.
     """
 
-    def __init__(self, work, answers):
-        self.work, self.answers = work, answers
+    def __init__(self, work: dict[str, Any], answers: TextIO) -> None:
+        self.answers = answers
         gc.callbacks.append(self.collecting)
         self.updates = work["epochs"] * work["minibatches"] if work["trainer"] != "ppo" else 1
-        self.done, self.began = 0, None
+        self.done = 0
+        self.lengths: list[int] = []
+        self.began: Moment | None = None
+        self.updating: Moment | None = None
 
-    def callback(self):
+    def callback(self) -> Any:
+        """What tells a trainer of transformers to wait and to answer."""
         from transformers import TrainerCallback
 
         turns = self
 
         class Callback(TrainerCallback):
-            def on_train_begin(self, args, state, control, **_):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
                 turns.wait()
 
-            def on_step_end(self, args, state, control, **_):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
                 turns.done += 1
                 if turns.done % turns.updates == 0:
                     turns.answer()
@@ -96,89 +103,87 @@ class Turns:
 
         return Callback()
 
-    def wait(self):
+    def wait(self) -> None:
+        """Until a step is asked for; the process ends where none will be."""
         line = sys.stdin.readline()
         if not line:
             os._exit(0)  # trainers have no way out that does not train to the end or print a traceback
-        self.lengths.answers = json.loads(line)["answers"]
-        self.rollout, self.tokens, self.answer_tokens, self.updating = (0.0, 0.0), 0, 0, None
-        self.gc_cpu_s = 0.0
+        self.lengths = json.loads(line)["answers"]
+        self.rollout, self.gc_cpu_s, self.tokens, self.answer_tokens, self.updating = (0.0, 0.0), 0.0, 0, 0, None
         self.began = now()
 
-    def collecting(self, phase, _):
+    def collecting(self, phase: str, _: Any) -> None:
+        """Called by Python before and after each collection."""
         if phase == "start":
             self.collected = time.process_time()
         elif self.began is not None:
             self.gc_cpu_s += time.process_time() - self.collected
 
-    def update_begins(self):
+    def update_begins(self) -> None:
+        """Called before each pass with gradients; the first counts."""
         self.updating = self.updating or now()
 
-    def answer(self):
-        end = now()
-        both = []
+    def answer(self) -> None:
+        """Say what the step took."""
+        end, both = now(), []
+        assert self.began is not None and self.updating is not None
         for clock in range(2):
-            update = end[clock] - self.updating[clock]
-            rollout = self.rollout[clock]
-            both.append({"rollout": rollout, "score": end[clock] - self.began[clock] - rollout - update})
-            both[-1]["update"] = update
+            rollout, update = self.rollout[clock], end[clock] - self.updating[clock]
+            score = end[clock] - self.began[clock] - rollout - update
+            both.append({"rollout": rollout, "score": score, "update": update})
         row = {"seconds": both[0], "cpu_s": both[1], "gc_cpu_s": self.gc_cpu_s}
         row |= {"tokens": self.tokens, "answer_tokens": self.answer_tokens}
         row["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(row), file=self.answers)
 
 
-def now():
-    """(seconds of the clock, CPU seconds of this process over its threads)."""
+def now() -> Moment:
+    """This moment."""
     return time.perf_counter(), time.process_time()
 
 
-class Lengths:
-    """Ends each answer at its length, as a logits processor of the policy's generate()."""
+def watch(policy: Any, turns: Turns) -> None:
+    """Let `policy.generate` end each answer at its length, and time and count what it writes."""
+    import torch
+    from transformers import LogitsProcessorList
 
-    def __init__(self):
-        self.answers = []
+    generate = policy.generate
 
-    def watch(self, policy, turns):
-        """Let `policy.generate` end answers so, and count and time what it writes."""
-        import torch
-        from transformers import LogitsProcessorList
+    def counted(*args: Any, input_ids: Any, **kwargs: Any) -> Any:
+        began, width = now(), input_ids.shape[1]
+        lengths_B = torch.tensor(turns.lengths)
+        if len(lengths_B) != len(input_ids):
+            raise ValueError(f"{len(lengths_B)} lengths for {len(input_ids)} answers")
 
-        generate = policy.generate
+        def end(tokens_BS: Any, logits_BV: Any) -> Any:
+            due_B = lengths_B == tokens_BS.shape[1] + 1 - width
+            logits_BV[:, [PAD, END]] = -torch.inf
+            if due_B.any():
+                logits_BV[due_B] = -torch.inf
+                logits_BV[due_B, END] = 0.0
+            return logits_BV
 
-        def counted(*args, input_ids, **kwargs):
-            began, width = now(), input_ids.shape[1]
-            lengths_B = torch.tensor(self.answers)
-            if len(lengths_B) != len(input_ids):
-                raise ValueError(f"{len(lengths_B)} lengths for {len(input_ids)} answers")
+        written = generate(*args, input_ids=input_ids, logits_processor=LogitsProcessorList([end]), **kwargs)
+        answer_tokens = int((getattr(written, "sequences", written)[:, width:] != PAD).sum())
+        turns.tokens += int(kwargs["attention_mask"].sum()) + answer_tokens
+        turns.answer_tokens += answer_tokens
+        wall, cpu = now()
+        turns.rollout = turns.rollout[0] + wall - began[0], turns.rollout[1] + cpu - began[1]
+        return written
 
-            def end(tokens_BS, logits_BV):
-                due_B = lengths_B == tokens_BS.shape[1] + 1 - width
-                logits_BV[:, [PAD, END]] = -torch.inf
-                if due_B.any():
-                    logits_BV[due_B] = -torch.inf
-                    logits_BV[due_B, END] = 0.0
-                return logits_BV
-
-            written = generate(*args, input_ids=input_ids, logits_processor=LogitsProcessorList([end]), **kwargs)
-            tokens_BS = getattr(written, "sequences", written)
-            turns.tokens += int(kwargs["attention_mask"].sum() + (tokens_BS[:, width:] != PAD).sum())
-            turns.answer_tokens += int((tokens_BS[:, width:] != PAD).sum())
-            turns.rollout = tuple(so_far + b - a for so_far, a, b in zip(turns.rollout, began, now(), strict=True))
-            return written
-
-        policy.generate = counted
+    policy.generate = counted
 
 
 # Models and what trainers want beside them
 
 
-def models(work):
+def models(work: dict[str, Any]) -> tuple[Any, Any]:
     """The base and the SFT model, which lies in the folder `sft` too; random where no model is named."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    base: Any
     if work["model"] is None:
         base = LlamaForCausalLM(LlamaConfig(**work["config"]))
     else:
@@ -193,14 +198,14 @@ def models(work):
     return base.requires_grad_(False).eval(), sft.requires_grad_(False).eval()
 
 
-def loaded(kind, **more):
+def loaded(kind: Any, **more: Any) -> Any:
     """A trainable model that begins as the SFT model does."""
     import torch
 
     return kind.from_pretrained("sft", dtype=torch.float32, **more)
 
 
-def tokenizer(vocabulary):
+def tokenizer(vocabulary: int) -> Any:
     """Words `<0> <1> ...`, so that text is token ids."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -213,20 +218,18 @@ def tokenizer(vocabulary):
     )
 
 
-def arguments(work, **more):
+def arguments(work: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What every trainer is told."""
-    rows = work["rollouts"] // work["minibatches"]
-    same = dict(
-        output_dir="out", use_cpu=True, bf16=False, gradient_checkpointing=False, per_device_train_batch_size=rows
-    )
-    same |= dict(learning_rate=1e-5, lr_scheduler_type="constant", report_to="none", save_strategy="no")
-    return same | dict(disable_tqdm=True, temperature=1.0) | more
+    same: dict[str, Any] = {"output_dir": "out", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    same |= {"per_device_train_batch_size": work["rollouts"] // work["minibatches"], "temperature": 1.0}
+    same |= {"learning_rate": 1e-5, "lr_scheduler_type": "constant"}
+    return same | {"report_to": "none", "save_strategy": "no", "disable_tqdm": True} | more
 
 
-def log_ratio(sft, base, tokens_BS, mask_BS, width):
+def log_ratio(sft: Any, base: Any, tokens_BS: Any, mask_BS: Any, width: int) -> Any:
     """log pi_sft - log pi_base of the last `width` tokens of each row, BT."""
 
-    def logprobs(model):
+    def logprobs(model: Any) -> Any:
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": tokens_BS, "attention_mask": mask_BS.long(), "position_ids": positions_BS}
         logits_BTV = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
@@ -239,8 +242,8 @@ def log_ratio(sft, base, tokens_BS, mask_BS, width):
 # PPOTrainer of TRL 1.12
 
 
-def ppo_trainer(work, turns):
-    """PPO with a critic of the SFT model's body, and the log-ratio as a reward model."""
+def ppo_trainer(work: dict[str, Any]) -> tuple[Any, Any]:
+    """Policy and trainer: PPO with a critic of the SFT model's body, and the log-ratio as a reward model."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -250,7 +253,7 @@ def ppo_trainer(work, turns):
     context = max(map(len, work["prompts"]))  # the width that a batch of all prompts is padded to
 
     class Body(torch.nn.Module):
-        def forward(self, input_ids, attention_mask, **_):
+        def forward(self, input_ids: Any, attention_mask: Any, **_: Any) -> Any:
             ratio_BT = log_ratio(sft, base, input_ids, attention_mask, input_ids.shape[1] - context)
             so_far_BS = torch.nn.functional.pad(ratio_BT.cumsum(1), (context, 0))
             return SimpleNamespace(hidden_states=(so_far_BS.unsqueeze(-1),))
@@ -260,11 +263,11 @@ def ppo_trainer(work, turns):
 
         base_model_prefix = "body"
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.body, self.score = Body(), torch.nn.Identity()
 
-    turns.policy = loaded(AutoModelForCausalLM)
+    policy = loaded(AutoModelForCausalLM)
     config = PPOConfig(
         **arguments(work),
         gradient_accumulation_steps=work["minibatches"],
@@ -275,22 +278,23 @@ def ppo_trainer(work, turns):
         stop_token_id=END,
         num_sample_generations=0,
     )
-    return PPOTrainer(
+    trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer(base.config.vocab_size),
-        model=turns.policy,
+        model=policy,
         ref_model=sft,
         reward_model=Reward(),
         value_model=loaded(AutoModelForSequenceClassification, num_labels=1),
         train_dataset=Dataset.from_dict({"input_ids": work["prompts"]}),
     )
+    return policy, trainer
 
 
 # GRPOTrainer and RLOOTrainer from TRL 1.16 on
 
 
-def group_trainer(work, turns):
-    """GRPO or RLOO with several answers to each prompt, and the log-ratio as a reward function."""
+def group_trainer(work: dict[str, Any]) -> tuple[Any, Any]:
+    """Policy and trainer: GRPO or RLOO with several answers to each prompt, and the log-ratio as a reward function."""
     import torch
     import trl
     from datasets import Dataset
@@ -301,7 +305,7 @@ def group_trainer(work, turns):
     words, kind = tokenizer(base.config.vocab_size), work["trainer"].upper()
 
     @torch.no_grad()
-    def reward(prompts, completions, completion_ids, **_):
+    def reward(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
         asked = [torch.tensor(ids) for ids in words(prompts)["input_ids"]]
         said = [torch.tensor(ids) for ids in completion_ids]
         sides = [(asked, "left"), (said, "right")]
@@ -312,7 +316,7 @@ def group_trainer(work, turns):
         width = max(map(len, said))
         return log_ratio(sft, base, tokens_BS, torch.cat(masks, 1).bool(), width).sum(1).tolist()
 
-    turns.policy = loaded(AutoModelForCausalLM)
+    policy = loaded(AutoModelForCausalLM)
     config = getattr(trl, f"{kind}Config")(
         **arguments(work),
         steps_per_generation=work["minibatches"],
@@ -324,13 +328,14 @@ def group_trainer(work, turns):
         logging_strategy="no",
     )
     prompts = [" ".join(f"<{token}>" for token in prompt) for prompt in work["prompts"][:: work["per_prompt"]]]
-    return getattr(trl, f"{kind}Trainer")(
-        model=turns.policy,
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=policy,
         reward_funcs=reward,
         args=config,
         processing_class=words,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
     )
+    return policy, trainer
 
 
 if __name__ == "__main__":

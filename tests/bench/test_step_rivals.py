@@ -234,8 +234,7 @@ def test_answers_end_where_they_are_told_to_and_are_counted(monkeypatch: pytest.
         policy.lm_head.weight[[trl_worker.PAD, trl_worker.END]] *= 0
         policy.lm_head.weight[2:] *= 1e-3  # neither of the two would stay away by itself
     turns = trl_worker.Turns({"trainer": "ppo", "epochs": 1, "minibatches": 1}, io.StringIO())
-    turns.lengths = lengths = trl_worker.Lengths()
-    lengths.watch(policy, turns)
+    trl_worker.watch(policy, turns)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"answers": [1, 6, 4]}) + "\n"))
     turns.wait()
     config = GenerationConfig(max_new_tokens=6, do_sample=True)
