@@ -37,8 +37,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            f"{cpu['cpu']} ({cpu['cpu_flags']}), {first['threads']} thread, fp32, torch {cpu['torch']}, commit {commit}, "
-            f"{first['date'][:10]}; "
+            f"{cpu['cpu']} ({cpu['cpu_flags']}), {first['threads']} thread, fp32, "
+            f"torch {cpu['torch']}, commit {commit}, {first['date'][:10]}; "
             f"{steps} steps each in turn, medians, in brackets 20% and 80% quantiles; load {min(loads):.1f} to "
             f"{max(loads):.1f}.",
         ]
