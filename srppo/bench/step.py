@@ -1,4 +1,5 @@
-"""`srppo bench step`: one PPO step by phase, beside the bare rate of matrix products measured in the same run.
+"""`srppo bench step`: one PPO step by phase, beside the bare rate of matrix products measured in the same run, and
+beside TRL's trainers in environments of their own.
 
 A step is what `train_ppo` does between two measurements: rollout, scoring (old log-probs, values, both frozen models,
 reward, advantages) and update. Weights and prompts are random unless a model is named; how long an answer becomes is a
@@ -7,43 +8,64 @@ function of its first tokens, so that lengths are mixed whatever the model says.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich import box
-from rich.console import Group
-from rich.constrain import Constrain
-from rich.table import Table
-from rich.text import Text
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from srppo.bench.measure import gemm_gflops
 from srppo.bench.rows import append_rows, machine
+from srppo.bench.step_rivals import OURS, Found, Rival, RivalGone, find_rivals
+from srppo.bench.step_rows import RivalRow, StepRow, rival_table, step_table
 from srppo.config import ModelConfig, Recipe, build_recipe, parse_override
-from srppo.console import Console, figure
+from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.models.language_model import LanguageModel
-from srppo.models.loading import load_model, load_tokenizer, pick_device, to_train
+from srppo.models.loading import load_model, load_tokenizer, pick_device, resolve, to_train
+from srppo.models.narrow import keep_narrow
 from srppo.training.ppo import Learners, make_targets, step_flops, update
 from srppo.training.reward import RunningStd, compute_rewards
 from srppo.training.rollout import generate, to_batch
 from srppo.training.scores import score_log_ratio
 
-PHASES = ("rollout", "score", "update")
+PER_PROMPT = 2  # answers to each prompt, without a critic
+
+
+class Shape(NamedTuple):
+    """Sizes of a Llama. kv_heads: None: as many as heads. tied: the head's weight is the embedding's."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    vocabulary: int
+    kv_heads: int | None = None
+    tied: bool = False
+
+    def config(self) -> dict[str, Any]:
+        """As LlamaConfig takes it."""
+        sizes = {"hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers}
+        sizes |= {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads or self.heads}
+        sizes |= {"vocab_size": self.vocabulary, "max_position_embeddings": 1024}
+        return sizes | {"tie_word_embeddings": self.tied}
+
+
+SMALL = Shape(128, 512, 4, 4, 512)
 
 
 @dataclass(frozen=True)
 class Work:
     """What one step does. Lengths are in tokens; of answers, the length limit is the longest.
 
-    model: a folder or hub name, None: a random Llama of `shape` (hidden, inner, layers, heads, vocabulary).
+    model: a folder or hub name, None: a random Llama of `shape`, its weights made on the device in `dtype`. settings:
+    of the recipe, as `--set` takes them.
     """
 
     prompts: tuple[int, int]
@@ -52,89 +74,145 @@ class Work:
     epochs: int
     minibatches: int
     micro_tokens: int
-    shape: tuple[int, int, int, int, int] = (128, 512, 4, 4, 512)
+    shape: Shape = SMALL
     model: str | None = None
+    dtype: str = "float32"
+    settings: tuple[str, ...] = ()
 
 
+_LORA = ("model.adapters=lora", "model.precision=bf16")
 PRESETS = {
     "tiny": Work((16, 16), (32, 32), 32, 4, 1, 4096),
     "mixed": Work((5, 60), (4, 48), 96, 2, 2, 4096),
     "smollm2": Work((20, 300), (8, 128), 32, 2, 2, 2048, model="HuggingFaceTB/SmolLM2-135M"),
+    # The sizes of Qwen2.5 0.5B and 7B.
+    "gpu-0.5b": Work(
+        (20, 300), (8, 128), 256, 2, 4, 16384, Shape(896, 4864, 24, 14, 151936, 2, True), None, "bfloat16", _LORA
+    ),
+    "gpu-7b": Work(
+        (20, 300), (8, 128), 256, 2, 4, 8192, Shape(3584, 18944, 28, 28, 152064, 4), None, "bfloat16", _LORA
+    ),
 }
-
-
 COSTS = ("adapters", "lora_rank", "lora_alpha", "lora_targets", "precision", "scoring", "activation_checkpointing")
 """Keys of `model` that a step's cost hangs on."""
 
 
-def model_settings(name: str | None, sets: Sequence[str]) -> ModelConfig:
-    """The model of a name (None: the preset's) under settings `model.key=value`. Raises ConfigError for other keys."""
+def model_settings(preset: str, name: str | None, sets: Sequence[str]) -> ModelConfig:
+    """The model of a name (None: the preset's) under the preset's settings and then `model.key=value`.
+
+    Raises ConfigError for an unknown preset, and for other keys.
+    """
     keys = dict(map(parse_override, sets))
     for key in keys:
         if key.removeprefix("model.") not in COSTS:
             raise ConfigError(f"{key} is said by the preset, or changes no cost; --set takes model.{', '.join(COSTS)}")
+    keys = dict(map(parse_override, _work(preset).settings)) | keys
     tree = {key.removeprefix("model."): value for key, value in keys.items()}
     return build_recipe({"model": {**tree, "base": name or ""}}).model
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRow:
-    """One step of one preset. seconds, cpu_s: by phase; cpu: of this process, over its threads.
-
-    tokens: of prompts and answers, without padding. flops: counted operations (`models.flops`), of which `share` is the
-    part of the bare rate that was reached: flops over seconds over gemm_gflops. peak_bytes: of the process on a CPU, of
-    the device on a GPU.
-    """
-
-    date: str
-    preset: str
-    work: dict[str, Any]
-    model: dict[str, Any]
-    step: int
-    seconds: dict[str, float]
-    cpu_s: dict[str, float]
-    tokens: int
-    answer_tokens: int
-    padded_tokens: int
-    flops: int
-    gemm_gflops: float
-    share: float
-    peak_bytes: int
-    threads: int
-    machine: dict[str, Any]
+def _work(preset: str) -> Work:
+    if preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[preset]
 
 
 def run_step_bench(
-    preset: str, console: Console, *, steps: int, model: ModelConfig, threads: int | None, device: str, out: Path
+    preset: str,
+    console: Console,
+    *,
+    steps: int,
+    model: ModelConfig,
+    threads: int | None,
+    device: str,
+    out: Path,
+    rivals: Sequence[str] = (),
 ) -> list[StepRow]:
-    """Measure a preset: one step to warm up, then `steps`; print the table, append the rows.
+    """Measure a preset: one step to warm up, then `steps`; print the tables, append the rows.
 
-    model: as `model_settings` makes it. Raises ConfigError for an unknown preset, or a file that cannot be written.
+    model: as `model_settings` makes it. rivals: Pythons of environments with TRL, whose trainers take turns with our
+    step of the same method; one that fails drops out. Raises ConfigError for an unknown preset, rivals that are none or
+    cannot do this work, or a file that cannot be written.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"preset is {preset!r}; the presets are {', '.join(PRESETS)}")
+    work, device = _work(preset), pick_device(device)
     try:  # before minutes of measuring
         append_rows([], out)
     except OSError as error:
         raise ConfigError(f"out is {str(out)!r}, which cannot be written: {error.strerror or error}") from None
-    work, device = PRESETS[preset], pick_device(device)
+    if rivals and (device != "cpu" or (model.adapters, model.precision, model.scoring) != ("none", "fp32", None)):
+        raise ConfigError(
+            "TRL is run with whole models in fp32 on a CPU: leave out --rival-python, or adapters, precision, scoring "
+            "and other devices"
+        )
     torch.set_num_threads(threads or torch.get_num_threads())
-    bench = _Bench(work, model, device)
-    found = []
-    for step in range(steps + 1):
-        rate = gemm_gflops(device, "bfloat16" if model.precision == "bf16" else "float32")
-        row = bench.step(preset, step, rate)
-        if step:
-            append_rows([row], out)
-            found.append(row)
-    console.print(_table(found))
+    found = find_rivals(rivals)
+    benches = {}
+    for method in dict.fromkeys(OURS[each.trainer] for each in found) if found else ("ppo",):
+        benches[method] = _Bench(work, model, device, method)
+    ours: list[StepRow] = []
+    theirs: list[RivalRow] = []
+    with ExitStack() as stack:
+        running: list[Rival] = []
+        for each in found:
+            running.append(Rival(each, benches[OURS[each.trainer]].for_rivals(steps + 1)))
+            stack.callback(running[-1].close)
+        for step in range(steps + 1):
+            for method, bench in benches.items():
+                rate = gemm_gflops(device, "bfloat16" if model.precision == "bf16" else "float32")
+                row, answers = bench.step(preset, step, rate)
+                beside = []
+                for rival in [each for each in running if OURS[each.found.trainer] == method]:
+                    beside.append(_rival_step(rival, row, answers))
+                    if beside[-1].missing:
+                        running.remove(rival)
+                if step:
+                    ours.append(row)
+                    append_rows([row], out)
+                kept = beside if step else [each for each in beside if each.missing]
+                theirs += kept
+                append_rows(kept, out)
+    for method in benches:
+        console.print(step_table([row for row in ours if row.method == method]))
+    if found:
+        console.print(rival_table(ours, theirs))
     console.print(f"written: {out}")
-    return found
+    return ours
+
+
+def _rival_step(rival: Rival, ours: StepRow, answers: Sequence[int]) -> RivalRow:
+    """A rival's step next to ours, which had answers so long."""
+    found: Found = rival.found
+    missing: str | None = None
+    took: dict[str, Any] = {}
+    try:
+        took = rival.step(answers, ours.tokens)
+        for name, key in (("times_ours", "seconds"), ("times_ours_cpu", "cpu_s")):
+            took[name] = sum(took[key].values()) / sum(getattr(ours, key).values())
+    except RivalGone as gone:
+        missing = str(gone)
+    return RivalRow(
+        date=_date(),
+        preset=ours.preset,
+        rival=found.name,
+        trainer=found.trainer,
+        method=ours.method,
+        versions=found.versions,
+        work=ours.work,
+        step=ours.step,
+        missing=missing,
+        threads=ours.threads,
+        load=_load(),
+        machine=ours.machine,
+        **took,
+    )
 
 
 class _Bench:
-    def __init__(self, work: Work, config: ModelConfig, device: str) -> None:
-        self.work, self.config, self.device = work, config, device
+    """Our models and prompts of a preset under one method."""
+
+    def __init__(self, work: Work, config: ModelConfig, device: str, method: str) -> None:
+        self.work, self.config, self.device, self.method = work, config, device, method
+        self.per_prompt = PER_PROMPT if method == "rloo" else 1
         self.base = self._model()
         sft = to_train(self.base, config)
         generator = torch.Generator().manual_seed(1)
@@ -144,32 +222,45 @@ class _Bench:
         self.recipe = self._recipe()
         self.learners, self.running = Learners.start(self.policy, self.recipe.ppo), RunningStd()
         low, high = work.prompts
-        lengths = torch.randint(low, high + 1, (work.rollouts,), generator=generator).tolist()
-        self.prompts = [torch.randint(1, self.base.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+        lengths = torch.randint(low, high + 1, (work.rollouts // self.per_prompt,), generator=generator).tolist()
+        prompts = [torch.randint(1, self.base.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+        self.prompts = [prompt for prompt in prompts for _ in range(self.per_prompt)]
+
+    def _name(self) -> str | None:
+        return self.config.base or self.work.model
 
     def _model(self) -> LanguageModel:
-        name = self.config.base or self.work.model
-        if name is not None:
+        if (name := self._name()) is not None:
             config = self.config.model_copy(update={"base": name})
             return load_model(name, config, device=self.device, vocab_size=len(load_tokenizer(name, config)))
-        hidden, inner, layers, heads, vocabulary = self.work.shape
         torch.manual_seed(0)
-        shape: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-        shape |= {"num_attention_heads": heads, "vocab_size": vocabulary, "tie_word_embeddings": False}
-        model: Any = LlamaForCausalLM(LlamaConfig(max_position_embeddings=1024, **shape))
-        return LanguageModel(model.to(self.device), precision=self.config.precision)
+        with torch.device(self.device):
+            llama, dtype = LlamaConfig(**self.work.shape.config()), getattr(torch, self.work.dtype)
+            model: Any = AutoModelForCausalLM.from_config(llama, dtype=dtype)
+        keep_narrow(model)
+        return LanguageModel(model, precision=self.config.scoring or self.config.precision)
+
+    def for_rivals(self, steps: int) -> dict[str, Any]:
+        """The same work in words that `trl_worker` takes; all of it but which trainer."""
+        name, work = self._name(), self.work
+        if name is not None and (folder := Path(resolve(name))).is_dir():
+            name = str(folder.absolute())
+        told = {key: getattr(work, key) for key in ("rollouts", "epochs", "minibatches")}
+        told |= {"model": name, "config": work.shape.config(), "longest": work.answers[1], "prompts": self.prompts}
+        return told | {"per_prompt": self.per_prompt, "threads": torch.get_num_threads(), "steps": steps}
 
     def _recipe(self) -> Recipe:
         work = self.work
         return build_recipe(
             {
-                "rollout": {"batch": work.rollouts, "max_new_tokens": work.answers[1]},
+                "rollout": {"batch": work.rollouts, "max_new_tokens": work.answers[1], "per_prompt": self.per_prompt},
                 "ppo": {"epochs": work.epochs, "minibatches": work.minibatches, "micro_tokens": work.micro_tokens}
-                | {"lr": 1e-5, "value_lr": 1e-5},
+                | {"lr": 1e-5, "value_lr": 1e-5, "advantage": "rloo" if self.method == "rloo" else "gae"},
             }
         )
 
-    def step(self, preset: str, step: int, rate: float) -> StepRow:
+    def step(self, preset: str, step: int, rate: float) -> tuple[StepRow, list[int]]:
+        """One step, and how long its answers became."""
         recipe, learners, micro = self.recipe, self.learners, self.work.micro_tokens
         clock = _Clock(self.device)
         with clock("rollout"):
@@ -185,15 +276,16 @@ class _Bench:
         with clock("score"):
             batch = to_batch(generated, self.policy, learners.value, micro_tokens=micro, temperature=1.0)
             scores = score_log_ratio(self.sft, self.base, batch, micro_tokens=micro)
-            rewards = compute_rewards(recipe.reward, scores, batch, self.running, step, per_prompt=1)
+            rewards = compute_rewards(recipe.reward, scores, batch, self.running, step, per_prompt=self.per_prompt)
             targets = make_targets(recipe, batch, rewards, scores.anchor_BT(recipe.reward.anchor))
         with clock("update"):
             _, done = update(recipe, learners, targets, step + 1)
         flops = step_flops(learners, batch, updates=(done, recipe.ppo.minibatches), critic_only=False)
         body = self.base.config
-        return StepRow(
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        row = StepRow(
+            date=_date(),
             preset=preset,
+            method=self.method,
             work=asdict(self.work),
             model={"hidden": body.hidden_size, "layers": body.num_hidden_layers, "vocabulary": self.base.vocab_size}
             | {key: getattr(self.config, key) for key in ("precision", "scoring", "adapters")},
@@ -208,8 +300,10 @@ class _Bench:
             share=flops / sum(clock.seconds.values()) / rate / 1e9,
             peak_bytes=peak_bytes(self.device),
             threads=torch.get_num_threads(),
+            load=_load(),
             machine=machine("cuda" if self.device.startswith("cuda") else "cpu"),
         )
+        return row, batch.lengths_B().tolist()
 
 
 def ending(low: int, high: int) -> Callable[[list[list[int]]], list[bool]]:
@@ -251,28 +345,12 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _table(rows: list[StepRow]) -> Group:
-    first = rows[0]
-    title = (
-        f"PPO step, {first.preset}: {first.work['rollouts']} rollouts, {first.tokens} tokens, {first.threads} threads"
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title, "bold"), title_justify="left")
-    for name in ("", "s", "CPU s", "tokens/s", "of the step"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    whole = median(sum(row.seconds.values()) for row in rows)
-    for phase in PHASES:
-        seconds, cpu_s = (median(getattr(row, key)[phase] for row in rows) for key in ("seconds", "cpu_s"))
-        tokens = median(row.answer_tokens if phase == "rollout" else row.tokens for row in rows)
-        table.add_row(phase, figure(seconds), figure(cpu_s), figure(tokens / seconds), f"{seconds / whole:.0%}")
-    tokens = median(row.tokens for row in rows)
-    cpu_s = median(sum(row.cpu_s.values()) for row in rows)
-    table.add_row("step", figure(whole), figure(cpu_s), figure(tokens / whole), "100%", style="bold")
-    share, peak = median(row.share for row in rows), max(row.peak_bytes for row in rows)
-    rate = median(row.gemm_gflops for row in rows)
-    padded = median(row.padded_tokens for row in rows)
-    note = (
-        f"{share:.0%} of the bare matrix rate ({rate:.0f} GF/s) on {tokens:.0f} real tokens; peak memory "
-        f"{peak / 1e9:.2f} GB; padded to one width it would be {padded / tokens:.2f} times the tokens. Rollout: answer "
-        "tokens a second."
-    )
-    return Group(table, Constrain(Text(note, "dim"), 80))
+def _date() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):  # a system without it
+        return None

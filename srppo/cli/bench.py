@@ -1,4 +1,4 @@
-"""The benchmarks: the kernels beside their rivals, and what their compiler makes of them."""
+"""The benchmarks: kernels and step beside their rivals, and what the kernels' compiler makes of them."""
 
 from __future__ import annotations
 
@@ -51,25 +51,31 @@ def kernel(
 
 
 def step(
-    preset: Annotated[str, Option(help="tiny, mixed (random weights), smollm2.")] = "tiny",
+    preset: Annotated[str, Option(help="tiny, mixed (random weights), smollm2, gpu-0.5b, gpu-7b (LoRA).")] = "tiny",
     model: Annotated[str | None, Option(metavar="MODEL", help="A model instead of the preset's.")] = None,
     sets: Sets = None,
     steps: Annotated[int, Option(min=1, help="Steps measured, after one to warm up.")] = 3,
     threads: Annotated[int | None, Option(help="CPU threads.")] = None,
     device: Device = "auto",
+    rivals: Annotated[
+        list[str] | None,
+        Option("--rival-python", metavar="PYTHON", help="Of an environment with TRL 1.12 or 1.16 (repeatable)."),
+    ] = None,
     out: Annotated[Path, Option(metavar="FILE.jsonl", help="Rows are appended.")] = Path("runs/bench-step/step.jsonl"),
     debug: Debug = False,
 ) -> None:
     """One PPO step by phase. Time, tokens a second, memory, share of the bare matrix rate of the same run.
 
     --set takes the keys of `model` that a step's cost hangs on: adapters, lora_*, precision, scoring,
-    activation_checkpointing.
+    activation_checkpointing. TRL's trainers take turns with ours on the same work: PPO of 1.12, GRPO and RLOO of 1.16.
     """
     from srppo.bench.step import model_settings, run_step_bench
     from srppo.console import Console
 
-    config = model_settings(model, sets or [])
-    run_step_bench(preset, Console(), steps=steps, model=config, threads=threads, device=device, out=out)
+    config = model_settings(preset, model, sets or [])
+    run_step_bench(
+        preset, Console(), steps=steps, model=config, threads=threads, device=device, out=out, rivals=rivals or ()
+    )
 
 
 def compile_report(

@@ -11,7 +11,8 @@ import torch
 from worlds import make_world
 
 from srppo.bench import step
-from srppo.bench.step import PHASES, StepRow, Work, ending, model_settings, run_step_bench
+from srppo.bench.step import Shape, Work, ending, model_settings, run_step_bench
+from srppo.bench.step_rows import PHASES, StepRow
 from srppo.config import ModelConfig
 from srppo.console import Console
 from srppo.errors import ConfigError
@@ -20,14 +21,14 @@ from srppo.errors import ConfigError
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    work = Work((2, 9), (2, 7), 12, 2, 2, 64, shape=(16, 24, 1, 2, 40))
+    work = Work((2, 9), (2, 7), 12, 2, 2, 64, shape=Shape(16, 24, 1, 2, 40))
     monkeypatch.setitem(step.PRESETS, "small", work)
 
 
 def run(out: Path, **model: object) -> tuple[list[StepRow], str]:
     text = io.StringIO()
     name = model.pop("base", None)
-    config = model_settings(name, [f"model.{key}={value}" for key, value in model.items()])  # type: ignore[arg-type]
+    config = model_settings("small", name, [f"model.{key}={value}" for key, value in model.items()])  # type: ignore[arg-type]
     rows = run_step_bench(
         "small", Console(plain=True, file=text), steps=2, model=config, threads=1, device="cpu", out=out / "step.jsonl"
     )
@@ -61,7 +62,7 @@ def test_keys_that_would_do_nothing_are_refused(key: str) -> None:
     with pytest.raises(
         ConfigError, match=f"{key} is said by the preset, or changes no cost; --set takes model.adapters"
     ):
-        model_settings(None, [f"{key}=1"])
+        model_settings("small", None, [f"{key}=1"])
 
 
 def test_lengths_are_mixed_and_a_function_of_the_first_tokens() -> None:
@@ -82,7 +83,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_p
 
 
 def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="preset is 'huge'; the presets are tiny, mixed, smollm2"):
+    with pytest.raises(ConfigError, match="preset is 'huge'; the presets are tiny, mixed, smollm2, gpu"):
         run_step_bench(
             "huge", Console(plain=True), steps=1, model=ModelConfig(), threads=1, device="cpu", out=tmp_path / "x"
         )
