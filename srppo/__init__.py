@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from srppo.errors import Diverged as Diverged
     from srppo.errors import Interrupted as Interrupted
     from srppo.errors import ModelError as ModelError
+    from srppo.errors import OtherEnded as OtherEnded
     from srppo.errors import OutOfMemory as OutOfMemory
     from srppo.errors import RecordError as RecordError
     from srppo.errors import RunError as RunError
@@ -31,18 +32,20 @@ if TYPE_CHECKING:
     from srppo.training.advantage import gae as gae
     from srppo.training.ppo import train_ppo as train_ppo
     from srppo.training.reward import coherent_reward as coherent_reward
+    from srppo.training.rollout import LocalSampler as LocalSampler
     from srppo.training.sft import train_sft as train_sft
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "config": "load_recipe",
-    "errors": "ConfigError DataError Diverged Interrupted ModelError OutOfMemory RecordError RunError SrppoError "
-    "StorageError UserError",
+    "errors": "ConfigError DataError Diverged Interrupted ModelError OtherEnded OutOfMemory RecordError RunError "
+    "SrppoError StorageError UserError",
     "kernels": "linear_logprob linear_logprob_diff logprob_diff",
     "training.advantage": "gae",
     "training.ppo": "train_ppo",
     "training.reward": "coherent_reward",
+    "training.rollout": "LocalSampler",
     "training.sft": "train_sft",
 }
 _HOME = {name: f"srppo.{module}" for module, names in _HOMES.items() for name in names.split()}

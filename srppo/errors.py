@@ -10,6 +10,7 @@ SrppoError                  exit code 1
     ├── Diverged            non-finite loss, or KL beyond its limit; the last good checkpoint is kept
     ├── OutOfMemory         the device's memory did not suffice; the last checkpoint survives
     ├── StorageError        the disk is full or refuses to write; the last checkpoint survives
+    ├── OtherEnded          another process of the run has ended; the last checkpoint survives
     └── Interrupted         stopped by Ctrl-C or SIGTERM after saving (exit code 130); the same command resumes
 """
 
@@ -56,6 +57,10 @@ class OutOfMemory(RunError):
 
 class StorageError(RunError):
     """Writing failed (disk full, quota, read-only); what was committed before is whole."""
+
+
+class OtherEnded(RunError):
+    """Another process of the same run has ended, and says itself why; what was saved before is whole."""
 
 
 class Interrupted(RunError):

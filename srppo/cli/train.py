@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from srppo.cli.options import Debug, Device, Keys, Plain, Recipe, RunFolder, Sets, TrainingSeed
-from srppo.errors import Interrupted, RecordError, StorageError
+from srppo.errors import Interrupted, OtherEnded, RecordError, StorageError
 
 if TYPE_CHECKING:
     from srppo.config import Recipe as LoadedRecipe
@@ -154,7 +154,12 @@ def _run(
         run = prepare_run(one, kinds, folder, console, **shared)
         try:
             run_stages(run)
-        except (Interrupted, RecordError, StorageError):  # no stage's result says so, and nothing more can be written
+        except (
+            Interrupted,
+            OtherEnded,
+            RecordError,
+            StorageError,
+        ):  # no stage's result says so, and nothing more can be written
             raise
         except Exception:
             if parallel.is_first():

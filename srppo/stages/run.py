@@ -26,7 +26,16 @@ from srppo.config import Recipe, canonical_json, derive_seed, free_settings, rec
 from srppo.console import Console
 from srppo.data.chat import ensure_chat_template, stop_ids
 from srppo.data.prepare import PreparedData, prepare
-from srppo.errors import ConfigError, Diverged, Interrupted, OutOfMemory, RecordError, RunError, StorageError
+from srppo.errors import (
+    ConfigError,
+    Diverged,
+    Interrupted,
+    OtherEnded,
+    OutOfMemory,
+    RecordError,
+    RunError,
+    StorageError,
+)
 from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_items, answer_nll
 from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
@@ -270,7 +279,7 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
         attempt.log_event("settings", **free_settings(run.recipe))
         try:
             yield Workbench(stage, attempt, run.tokenizer, run.console, name, watching)
-        except (Interrupted, RecordError, StorageError):
+        except (Interrupted, OtherEnded, RecordError, StorageError):
             raise
         except Diverged as error:
             survivor = stage.latest_checkpoint()

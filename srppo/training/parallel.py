@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from srppo.errors import ConfigError, RunError, SrppoError
+from srppo.errors import ConfigError, OtherEnded, RunError, SrppoError
 
 T = TypeVar("T")
 BUCKET = 1 << 24  # elements that are added up at once
@@ -166,12 +166,12 @@ def check_weights(weights: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Raises RunError, in one line, where another process is gone."""
+    """Raises OtherEnded, in one line, where another process is gone."""
     try:
         yield
     except RuntimeError as error:
         what = str(error).partition("\n")[0][-120:]
-        raise RunError(
+        raise OtherEnded(
             f"another process of this run has ended ({what}); what it said is above; the same command goes on from the "
             "last checkpoint"
         ) from error

@@ -97,7 +97,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_line_and_any_number_goes_o
     recipe = world.recipe_file(tmp_path / "recipe.toml", settings)
     process = launch(recipe, tmp_path / "run")
     deadline = time.monotonic() + PATIENCE_S
-    while not any(int(path.name[5:]) >= 3 for path in (tmp_path / "run").glob("stages/*/checkpoints/step-[0-9]*")):
+    while not any(int(path.name[5:]) >= 5 for path in (tmp_path / "run").glob("stages/*/checkpoints/step-[0-9]*")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
