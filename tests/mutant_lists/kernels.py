@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "twin: bf16 products where torch takes them for large ones only",
         "kernels/cpu.py",
-        "_bf16_products(head) and depth > STEP)",
-        "_bf16_products(head))",
+        "_in_tiles(head) and depth > STEP)",
+        "_in_tiles(head))",
         "kernels/test_cpu.py::test_products_in_bf16_are_of_a_size_that_torch_multiplies_so",
     ),
     Mutant(
