@@ -94,7 +94,7 @@ MUTANTS = [
         "kernels/native.cpp",
         "in_place() ? weight.stride : row_bytes(depth) / element();",
         "weight.stride;",
-        "kernels/test_native.py::test_bf16_products_are_exact_with_fp32_sums",
+        "kernels/test_native.py::test_where_there_is_a_compiler_they_are_built_and_pass_their_check",
     ),
     Mutant(
         "kernels: an odd width is multiplied in pairs",
