@@ -4,8 +4,10 @@ The twin serves machines without a C++ compiler, other devices and fp64. Neither
 pass holds a tile and a panel of weights a thread (1 MiB; beyond 16 threads less, at least 0.5 MiB for 16-bit weights),
 the twin a chunk of the vocabulary.
 
-Accuracy. Every product and sum is fp32 (bf16 weights on a CPU with AMX: exact bf16 products, fp32 sums). RMS error of
-the difference against fp64, hidden width 1024, vocabulary 32000: 1e-6 nats in each mode (`srppo bench kernel`).
+Accuracy. Every product and sum is fp32. bf16 tensors are multiplied as they are where the CPU is faster at it
+(`native.faster_bf16`): products are exact, sums fp32, and numbers below 1e-38 count as 0; elsewhere, and where D is
+odd, they are widened. RMS error of the difference against fp64, hidden width 1024, vocabulary 32000: 1e-6 nats in each
+mode (`srppo bench kernel`).
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def forward(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
         None if bias_V is None else bias_V.float().contiguous(),
         tokens_N.contiguous(),
         _numbers(transform),
-        _bf16_products(head) and hidden_ND.shape[1] % 2 == 0,
+        _is_bf16(head) and native.load().bf16 and hidden_ND.shape[1] % 2 == 0,
         _threads(2 * hidden_ND.numel() * len(weight_VD)),
     )
     return RowStats(*out_3N)
@@ -146,7 +148,7 @@ def _wave_stats(head: Head, tokens_N: Tensor, transform: Transform) -> RowStats:
     z_buffer = wide_ND.new_empty(len(wide_ND) * min(CHUNK, len(head.weight_VD) + STEP))
     weight_buffer = wide_ND.new_empty(CHUNK * depth if head.weight_VD.dtype != dtype else 0)
     # torch leaves products of up to 16 x 16 x 16 in fp32: deeper than that, all chunks and rows are of one kind.
-    with torch.no_grad(), fp32_products(bf16_inside=_bf16_products(head) and depth > STEP):
+    with torch.no_grad(), fp32_products(bf16_inside=_in_tiles(head) and depth > STEP):
         for start, weight_CD in zip(range(0, len(head.weight_VD), CHUNK), head.weight_VD.split(CHUNK), strict=True):
             count = len(weight_CD)
             if weight_CD.dtype != dtype:
@@ -195,7 +197,10 @@ def _threads(operations: float) -> int:
     return torch.get_num_threads() if operations > ONE_THREAD_FLOPS else 1
 
 
-def _bf16_products(head: Head) -> bool:
-    """Whether the tensors are bf16 already and this CPU multiplies bf16 faster than fp32."""
-    both = head.hidden_ND.dtype == head.weight_VD.dtype == torch.bfloat16
-    return both and head.hidden_ND.device.type == "cpu" and native.has_bf16_tiles()
+def _is_bf16(head: Head) -> bool:
+    return head.hidden_ND.dtype == head.weight_VD.dtype == torch.bfloat16
+
+
+def _in_tiles(head: Head) -> bool:
+    """Whether torch is to multiply in bf16: the tensors hold nothing else, and this CPU has AMX."""
+    return _is_bf16(head) and head.hidden_ND.device.type == "cpu" and native.has_bf16_tiles()

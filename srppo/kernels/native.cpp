@@ -1,10 +1,11 @@
 // The log-prob kernels for CPUs, built by native.py at first use. One pass over the vocabulary, no logits matrix.
 //
 // From hidden states the logits are computed transposed, a tile of 128 vocabulary entries x 32 rows at a time:
-// weight[128, D] @ hidden.T[D, 32]. So the weight, the large operand, is read in place and once (only 16-bit weights are
-// widened, a panel at a time), the hidden states, the small one, are packed once, and the running maximum and sum of a
-// row live in a vector lane of their own: no horizontal reduction, and no row's bits depend on its neighbours. The tile
-// is multiplied by oneDNN's microkernel inside torch and reduced while it lies in the cache.
+// weight[128, D] @ hidden.T[D, 32]. So the weight, the large operand, is read once (in place for few rows; for more a
+// panel at a time is copied, and widened unless it is multiplied as bf16), the hidden states, the small one, are packed
+// once, and the running maximum and sum of a row live in a vector lane of their own: no horizontal reduction, and no
+// row's bits depend on its neighbours. The tile is multiplied by oneDNN's microkernel inside torch and reduced while it
+// lies in the cache.
 //
 // Bits depend on neither N nor the number of threads: the vocabulary is cut into segments of fixed size, each by one
 // thread, combined in order.
@@ -40,6 +41,8 @@ constexpr int K_BLOCK = 1024;  // hidden dimensions of a panel
 constexpr int SUM_DEPTH = 256; // products in one chain of additions: chains of 1024 would err twice as much
 constexpr int64_t PANEL_BYTES = 1 << 20;   // weights that stay in the second-level cache while all rows pass by
 constexpr int64_t PANELS_BYTES = 16 << 20; // of all threads together: with many of them panels are lower
+constexpr int64_t LINE_BYTES = 64;         // after each row of a copied panel: rows powers of two apart share few sets
+constexpr int64_t FEW_ROWS = 128;          // of hidden states, for which copying a panel takes longer than it saves
 constexpr int64_t PACKED_BYTES = 8 << 20;  // hidden states packed at once
 constexpr int64_t MOST_ROWS = 2048;        // so that partial sums take at most 5 MiB at a vocabulary of 150k
 constexpr int64_t DEEP_ROWS = 512;         // rows at once where D > K_BLOCK: their tiles must stay in the cache too
@@ -233,7 +236,7 @@ struct Pass {
     int64_t blocks() const { return (rows + LANES - 1) / LANES; }
     int64_t segments() const { return (vocabulary + SEGMENT - 1) / SEGMENT; }
     int64_t element() const { return pairs ? 2 : 4; }
-    bool in_place() const { return pairs || weight.dtype == FP32; }
+    bool in_place() const { return (pairs || weight.dtype == FP32) && rows <= FEW_ROWS; }
     bool deep() const { return D > K_BLOCK; }  // then tiles of all rows wait for the next part of the weights
     int workers() const { return int(std::min<int64_t>(threads, segments())); }
     // Whole tiles, always: how a row's terms are grouped, and so its bits, must not depend on the number of threads.
@@ -241,14 +244,16 @@ struct Pass {
         const int64_t bytes = std::min(PANEL_BYTES, PANELS_BYTES / workers());
         return std::clamp<int64_t>(bytes / (std::min<int64_t>(D, K_BLOCK) * element()) / TILE * TILE, TILE, SEGMENT);
     }
+    int64_t row_bytes(int64_t depth) const { return depth * element() + LINE_BYTES; }  // of a copied panel
     int64_t rows_of(int64_t block) const { return std::min<int64_t>(LANES, rows - block * LANES); }
 
     struct Workspace {  // of one thread
-        Buffer<float> tiles, wide;
+        Buffer<float> tiles;
+        Buffer<char> weights;
         std::unique_ptr<Online[]> states;
         explicit Workspace(const Pass& pass)
             : tiles((pass.deep() ? pass.blocks() * pass.panel_entries() : TILE) * LANES),
-              wide(pass.in_place() ? 1 : pass.panel_entries() * (std::min<int64_t>(pass.D, K_BLOCK) + WIDTH)),
+              weights(pass.in_place() ? 1 : pass.panel_entries() * pass.row_bytes(std::min<int64_t>(pass.D, K_BLOCK))),
               states(new Online[pass.blocks() * VECTORS]) {}
     };
 
@@ -287,17 +292,24 @@ struct Pass {
         }
     }
 
+    void copy_row(const char* source, int64_t depth, char* out) const {
+        if (pairs)
+            std::memcpy(out, source, depth * element());
+        else
+            widen_row(Dtype(weight.dtype), source, 0, depth, reinterpret_cast<float*>(out));
+    }
+
     // All rows pass by some entries of the vocabulary.
     void panel(int64_t v, int64_t entries, const char* packed, Workspace& work) const {
         const int64_t width = weight.dtype == FP32 ? 4 : 2;
         for (int64_t k = 0; k < D; k += K_BLOCK) {
             const int64_t depth = std::min<int64_t>(K_BLOCK, D - k);
-            const int64_t stride = in_place() ? weight.stride : depth + WIDTH;
+            const int64_t stride = in_place() ? weight.stride : row_bytes(depth) / element();
             const char* weights = static_cast<const char*>(weight.data) + (v * weight.stride + k) * width;
             if (!in_place()) {
                 for (int64_t i = 0; i < entries; i++)
-                    widen_row(Dtype(weight.dtype), weights, i * weight.stride, depth, work.wide + i * stride);
-                weights = reinterpret_cast<const char*>(work.wide.data);
+                    copy_row(weights + i * weight.stride * width, depth, work.weights + i * row_bytes(depth));
+                weights = work.weights;
             }
             for (int64_t b = 0; b < blocks(); b++)
                 for (int64_t t = 0; t < entries; t += TILE) {

@@ -210,7 +210,7 @@ class LanguageModel(nn.Module):
         """(weight VD, bias V) to score with: where the body runs in bf16, the weight too if that rounds none of it.
 
         So it is with a checkpoint in bf16, and then products are of 16-bit matrices with fp32 sums: exact, and at the
-        speed of AMX or of a GPU's matrix units. The copy is made anew after the weight has changed.
+        speed of a GPU's or CPU's bf16 instructions. The copy is made anew after the weight has changed.
         """
         weight_VD, bias_V = self.head_rows()
         if self.precision != "bf16":

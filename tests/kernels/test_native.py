@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: how they are built, kept, checked and done without; and the mode for CPUs with AMX."""
+"""The compiled CPU kernels: how they are built, kept, checked and done without; and how they multiply bf16."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BF16, check_one, make_head, make_tokens
+import torch.nn.functional as F
+from kernel_cases import BF16, FP16, FP32, INF, NAN, Head, check_one, make_head, make_tokens
 from torch import Tensor
 
-from srppo.kernels import native
+from srppo.kernels import Transform, cpu, native
 
 SCRIPT = """
 import torch
@@ -22,9 +24,11 @@ g = torch.Generator().manual_seed(0)
 a, b = (torch.randn(5, 12, generator=g) for _ in range(2))
 v, w = (torch.randn(70, 12, generator=g) for _ in range(2))
 t = torch.tensor([0, 69, 3, 4, 64])
-x = linear_logprob_diff(a, v, b, w, t)
-y = linear_logprob_diff(a.double(), v.double(), b.double(), w.double(), t, impl="reference")
-print(float((x - y).abs().max()) < 1e-5, native.load().note, sep="|")
+def error(dtype):
+    inputs = [x.to(dtype) for x in (a, v, b, w)]
+    return linear_logprob_diff(*inputs, t) - linear_logprob_diff(*(x.double() for x in inputs), t, impl="reference")
+right = all(float(error(dtype).abs().max()) < 1e-5 for dtype in (torch.float32, torch.bfloat16))
+print(right, native.load().note, sep="|")
 """
 
 
@@ -45,6 +49,10 @@ def builds(cache: Path) -> list[Path]:
 
 
 needs_compiler = pytest.mark.skipif(native.load().library is None, reason=native.load().note)
+needs_dot_products = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported() or bool({"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & os.environ.keys()),
+    reason="this CPU has no bf16 products, or oneDNN may not use them",
+)
 
 
 def test_where_there_is_a_compiler_they_are_built_and_pass_their_check() -> None:
@@ -135,26 +143,107 @@ def test_a_build_with_wrong_results_is_not_used(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.SOURCE.write_text(text.replace("all(0.693359375f)", "all(0.69f)"))
     assert native.SOURCE.read_text() != text
-    assert native.load.__wrapped__() == (None, "the compiled kernels disagree with torch on this machine")
+    assert native.load.__wrapped__() == (None, "the compiled kernels disagree with torch on this machine", False)
+
+
+# bf16
+
+
+@pytest.mark.parametrize(
+    ("tiles", "dot_products", "vendor", "expected"),
+    [
+        (True, True, "GenuineIntel", "AMX"),
+        (False, True, "AuthenticAMD", "AVX512-BF16"),
+        (False, True, "GenuineIntel", None),
+        (False, False, "AuthenticAMD", None),
+    ],
+)
+def test_bf16_is_multiplied_as_it_is_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tiles: bool, dot_products: bool, vendor: str, expected: str | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot_products)
+    monkeypatch.setattr(native, "_processor", lambda: f"vendor_id : {vendor}")
+    assert native.faster_bf16() == expected
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_only_bf16_tensors_of_even_width_are_multiplied_as_such(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    """Any other takes the pass that widens: fp16, fp32, two dtypes, and a width that makes no pairs."""
+    asked: list[bool] = []
+
+    def fake(library: object, hidden_ND: Tensor, *arguments: Any) -> Tensor:
+        asked.append(arguments[-2])
+        return torch.zeros(3, len(hidden_ND))
+
+    monkeypatch.setattr(native, "load", lambda: native.Native(object(), "", faster))  # type: ignore[arg-type]
+    monkeypatch.setattr(native, "linear_stats", fake)
+    for width, pair in ((4, (BF16, BF16)), (5, (BF16, BF16)), (4, (BF16, FP32)), (4, (FP32, BF16)), (4, (FP16, FP16))):
+        cpu.forward(make_head(3, width, 7, pair), make_tokens(3, 7), Transform())
+    assert asked == [faster, False, False, False, False]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("D", "vocabulary"), [(2, 5), (64, 1000), (250, 4099), (1026, 513), (2050, 300)])
-def test_bf16_products_are_exact_with_fp32_sums(D: int, vocabulary: int) -> None:
-    """The mode that CPUs with AMX use; AVX-512 runs it too, slowly. Its error is that of fp32, and rows stand alone."""
-    if not torch.cpu._is_avx512_bf16_supported() or {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & os.environ.keys():
-        pytest.skip("this CPU has no bf16 products, or oneDNN may not use them")
-    head, tokens_N = make_head(70, D, vocabulary, (BF16, BF16))._replace(bias_V=None), make_tokens(70, vocabulary)
+def test_bf16_is_widened_where_onednn_is_kept_from_the_instructions() -> None:
+    right, note = in_process(ONEDNN_MAX_CPU_ISA="AVX2")
+    assert right == "True" and note.endswith("; bf16 products: widened to fp32")
+
+
+@needs_compiler
+@needs_dot_products
+def test_wrong_bf16_products_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "faster_bf16", lambda: "AVX512-BF16")
+    right = native.load.__wrapped__()
+    assert right.bf16 and right.note.endswith("; bf16 products: AVX512-BF16")
+    text = native.SOURCE.read_text()
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.SOURCE.write_text(text.replace("+ k % 2] = source[k]", "+ 1 - k % 2] = source[k]"))
+    assert native.SOURCE.read_text() != text
+    wrong = native.load.__wrapped__()
+    assert wrong.library is not None and not wrong.bf16 and wrong.note.endswith("; bf16 products: widened to fp32")
+
+
+def logprobs(head: Head, tokens_N: Tensor, pairs: bool, scale: float = 1.0, cap: float = 0.0, t: float = 1.0) -> Tensor:
     library = native.load().library
     assert library is not None
+    bias_V = None if head.bias_V is None else head.bias_V.float()
+    out_3N = native.linear_stats(library, *head[:2], bias_V, tokens_N, (scale, cap, 1 / t), pairs, 1)
+    return out_3N[0] - out_3N[2]
 
-    def logprobs(rows: slice, pairs: bool) -> Tensor:
-        arguments = (head.hidden_ND[rows], head.weight_VD, None, tokens_N[rows], (1.0, 0.0, 1.0))
-        out_3N = native.linear_stats(library, *arguments, pairs, 1)
-        return out_3N[0] - out_3N[2]
 
-    for pairs in (False, True):
-        whole_N = logprobs(slice(0, 70), pairs)
-        check_one(whole_N, head, tokens_N)
-        for count in (1, 2, 7, 15, 16, 17, 33):
-            assert torch.equal(logprobs(slice(0, count), pairs), whole_N[:count])
+@needs_compiler
+@needs_dot_products
+@pytest.mark.parametrize("pairs", [False, True], ids=["widened", "as it is"])
+@pytest.mark.parametrize(("D", "vocabulary"), [(2, 5), (64, 1000), (250, 4099), (1000, 515), (1026, 513), (2050, 300)])
+def test_bf16_products_are_exact_with_fp32_sums(D: int, vocabulary: int, pairs: bool) -> None:
+    """The error is that of fp32, and rows stand alone: by number, by place, whether panels are copied or not."""
+    rows = 200
+    head, tokens_N = make_head(rows, D, vocabulary, (BF16, BF16)), make_tokens(rows, vocabulary)
+    whole_N = logprobs(head, tokens_N, pairs)
+    check_one(whole_N, head, tokens_N)
+    for first, count in ((0, 1), (0, 2), (0, 7), (40, 15), (0, 16), (3, 17), (0, 33), (60, 128), (1, 129)):
+        part = slice(first, first + count)
+        alone = head._replace(hidden_ND=head.hidden_ND[part])
+        assert torch.equal(logprobs(alone, tokens_N[part], pairs), whole_N[part])
+    unaligned_VD = F.pad(head.weight_VD, (1, 2))[:, 1:-2]  # rows begin at any multiple of two bytes
+    for part in (slice(0, 20), slice(None)):
+        moved = head._replace(hidden_ND=head.hidden_ND[part], weight_VD=unaligned_VD)
+        assert torch.equal(logprobs(moved, tokens_N[part], pairs), whole_N[part])
+    check_one(
+        logprobs(head, tokens_N, pairs, 0.5, 4.0, 0.7), head, tokens_N, logit_scale=0.5, softcap=4.0, temperature=0.7
+    )
+
+
+@needs_compiler
+@needs_dot_products
+def test_infinities_and_nans_are_the_same_in_both_products() -> None:
+    head, tokens_N = make_head(150, 36, 300, (BF16, BF16)), make_tokens(150, 300)
+    clean = [logprobs(head, tokens_N, pairs) for pairs in (False, True)]
+    head.hidden_ND[3, 35], head.hidden_ND[77], head.hidden_ND[149, 0] = NAN, INF, -INF
+    good_N = torch.ones(150, dtype=torch.bool)
+    good_N[[3, 77, 149]] = False
+    for before_N, after_N in zip(clean, [logprobs(head, tokens_N, pairs) for pairs in (False, True)], strict=True):
+        assert torch.equal(after_N[good_N], before_N[good_N]) and after_N[~good_N].isnan().all()
+    head.weight_VD[299, 1] = NAN
+    assert all(logprobs(head, tokens_N, pairs).isnan().all() for pairs in (False, True))
