@@ -70,6 +70,11 @@ class ModelConfig(_Section):
     activation_checkpointing: bool = Field(
         False, description="work out activations again in the backward pass: less memory, a third more work"
     )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="full: each process of a run holds a part of all weights, gradients and optimizer states (FSDP2); "
+        "one process holds all of them in either case",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
     chat_template: str | None = Field(None, description="file with a chat template to use; none: the tokenizer's own")
@@ -553,7 +558,7 @@ def canonical_json(value: Any) -> str:
 
 
 FREE: Mapping[str, Mapping[str, Any]] = {
-    "model": {"activation_checkpointing": False},
+    "model": {"activation_checkpointing": False, "sharding": "none"},
     "sft": {"micro_tokens": 4096},
     "rollout": {"server": "server", "server_timeout_s": 600.0},
     "ppo": {"micro_tokens": 4096, "checkpoint_every": 10},

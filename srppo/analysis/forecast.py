@@ -202,7 +202,7 @@ class PpoArm:
         yield kept, "kept", policy
         for step in self.stage.checkpoint_steps():
             if step != kept:
-                load_weights(policy, self.stage.checkpoint(step) / "policy.safetensors")
+                load_weights(policy, self.stage.checkpoint(step))
                 yield step, "last" if step == last else "", policy
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class AdaptedModel(LanguageModel):
         if frozen.backbone is None:
             frozen.backbone = Backbone(frozen.model, frozen.source)
         self.backbone: Backbone = frozen.backbone
+        self.shards = frozen.shards
         self.settings = settings
         self.adapter = self.backbone.add(settings, seed)
         weakref.finalize(self, self.backbone.remove, self.adapter).atexit = False
@@ -74,6 +76,11 @@ class AdaptedModel(LanguageModel):
         """A model of its own, in fp32, with the adapter added to its weights."""
         layers = {name: layer for name, layer in self.model.named_modules() if layer in set(self.backbone.layers)}
         added = {name: layer.get_delta_weight(self.adapter) for name, layer in layers.items()}
+        if self.shards is not None:
+            model = self.shards.whole_copy()
+            for name, delta in added.items():
+                model.get_submodule(name).weight.data += delta
+            return self._own(model)
         other = copy.deepcopy(self.model)
         for name, delta in added.items():
             base = other.get_submodule(name).get_base_layer()
@@ -97,6 +104,9 @@ class AdaptedModel(LanguageModel):
             )
         for name, weight in own.items():
             weight.copy_(saved[name])
+
+    def gathered_to_save(self) -> AbstractContextManager[None]:
+        return nullcontext()  # adapters are whole in each process
 
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT does: `AutoPeftModelForCausalLM.from_pretrained` reads it, and vLLM."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from srppo.errors import ModelError
@@ -24,6 +25,7 @@ from srppo.models import packed
 from srppo.models.backbone import Backbone
 from srppo.models.narrow import NarrowLinear, widen
 from srppo.models.packed import Packing
+from srppo.models.sharding import Shards, spread, whole
 
 LOGIT_TOLERANCE = 2.0**-13
 """Largest difference between two ways to the same logits in the load check, as a share of the largest logit. It lies
@@ -52,6 +54,7 @@ class LanguageModel(nn.Module):
     packs: bool  # rows of many lengths go through it as one, without padding
     backbone: Backbone | None = None  # where adapters were put into the weights: then roles take turns
     recomputes = False  # activations are worked out again in the backward pass
+    shards: Shards | None = None  # where the weights are spread over processes
 
     def __init__(
         self,
@@ -103,8 +106,10 @@ class LanguageModel(nn.Module):
             """While a layer is worked out again, the role that it was worked out for has its turn."""
             return nullcontext(), nullcontext() if backbone is None else backbone.as_now()
 
+        bare = [] if self.shards is None else [self.shards.plain]  # of which a trunk is made
         try:
-            self.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+            for model in (self.model, *bare):
+                model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         except ValueError as error:
             raise ModelError(
                 f"{type(self.model).__name__} cannot recompute activations ({error}); leave out "
@@ -136,16 +141,38 @@ class LanguageModel(nn.Module):
         """What training changes, by name: parameters and buffers, tied ones once."""
         return own_tensors(self.model)
 
+    def shard(self) -> None:
+        """Spread the weights over the processes of the run: this one keeps its part. So it is with copies and trunks."""
+        self.shards = Shards(self.model)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within, the weights are whole in each process, which writing needs. All processes must enter."""
+        return nullcontext() if self.shards is None else self.shards.gathered()
+
+    def gathered_to_save(self) -> AbstractContextManager[None]:
+        """Within, one process alone may `save`. All processes must enter."""
+        return self.gathered()
+
     def save(self, folder: Path) -> None:
         """Write weights, configuration and generation config into a folder for `from_pretrained`."""
         self.model.generation_config = self.generation_config
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=None if self.shards is None else self.shards.tensors())
 
     def copy(self) -> LanguageModel:
         """The same model with fp32 weights of its own, to be trained; at a fifth of the cost of loading it again."""
+        if self.shards is not None:
+            return self._own(self.shards.whole_copy())
         other = copy.deepcopy(self)
         widen(other.model)
         other._narrow = None  # known by the count of changes to a weight, which starts anew in a copy
+        return other
+
+    def _own(self, model: Any) -> LanguageModel:
+        """Another model of transformers under these settings, whose weights are trained, and spread as these are."""
+        widen(model)
+        other = LanguageModel(model, like=self)
+        if self.shards is not None:
+            other.shard()
         return other
 
     def trunk(self) -> Trunk:
@@ -201,9 +228,10 @@ class LanguageModel(nn.Module):
     def head_rows(self) -> tuple[Tensor, Tensor | None]:
         """(weight VD, bias V) of the first `vocab_size` rows: views, or the tensors themselves where that is all."""
         output = self.model.get_output_embeddings()
-        if self.vocab_size == len(output.weight):
-            return output.weight, output.bias
-        return output.weight[: self.vocab_size], None if output.bias is None else output.bias[: self.vocab_size]
+        weight_VD, bias_V = whole(output.weight), None if output.bias is None else whole(output.bias)
+        if self.vocab_size == len(weight_VD):
+            return weight_VD, bias_V
+        return weight_VD[: self.vocab_size], None if bias_V is None else bias_V[: self.vocab_size]
 
     @torch.no_grad()
     def frozen_head(self) -> tuple[Tensor, Tensor | None]:
@@ -215,13 +243,15 @@ class LanguageModel(nn.Module):
         weight_VD, bias_V = self.head_rows()
         if self.precision != "bf16":
             return weight_VD, bias_V
-        version = weight_VD._version  # which views share
-        if self._narrow is None or self._narrow[0] != version:
+        known, version = self._narrow, weight_VD._version  # which views share
+        if known is None or known[0] != version:
             narrow_VD = weight_VD.bfloat16()
             pairs = zip(narrow_VD.split(4096), weight_VD.split(4096), strict=True)
             exact = all(torch.equal(narrow.float(), wide) for narrow, wide in pairs)
-            self._narrow = version, narrow_VD if exact else None
-        return weight_VD if self._narrow[1] is None else self._narrow[1], bias_V
+            known = version, narrow_VD if exact else None
+            if self.shards is None:  # or the whole of what is spread would stay
+                self._narrow = known
+        return weight_VD if known[1] is None else known[1], bias_V
 
     def hidden_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """Hidden states before each counted response token, ND; bf16 under autocast."""
@@ -231,11 +261,17 @@ class LanguageModel(nn.Module):
     def logit_rows(self, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int) -> Tensor:
         """The model's own logits there, NV; in fp32 throughout, since it would round them under autocast."""
         self.activate()
-        logits_BSV = self.model(**self._inputs(tokens_BS, attention_mask_BS), use_cache=False).logits
+        if not len(tokens_BS):
+            return self._logits(*_one_token(tokens_BS))[0, :0, : self.vocab_size]
+        logits_BSV = self._logits(tokens_BS, attention_mask_BS)
         return logits_BSV[:, -response_width - 1 : -1, : self.vocab_size][attention_mask_BS[:, -response_width:]]
 
-    def _inputs(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
-        return model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
+    def _logits(self, tokens_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        inputs = model_inputs(tokens_BS, attention_mask_BS, self.takes_positions)
+        weights = {} if self.shards is None else self.shards.head_of_body()
+        said: Any = functional_call(self.model, weights, (), {**inputs, "use_cache": False}, tie_weights=False)
+        logits_BSV: Tensor = said.logits
+        return logits_BSV
 
 
 def plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -269,8 +305,11 @@ class Body(nn.Module):
 
     def __init__(self, start: LanguageModel) -> None:
         super().__init__()
-        self.model = copy.deepcopy(start.model.base_model)
+        shards = start.shards
+        self.model = copy.deepcopy(start.model.base_model) if shards is None else shards.whole_copy().base_model
         widen(self.model)
+        if shards is not None:
+            spread(self.model)
         self.precision, self.takes_positions, self.packs = start.precision, start.takes_positions, start.packs
         self.recomputes = start.recomputes
 
@@ -304,16 +343,27 @@ def model_inputs(tokens_BS: Tensor, attention_mask_BS: Tensor, takes_positions: 
 def hidden_rows(
     how: LanguageModel | Body, body: nn.Module, tokens_BS: Tensor, attention_mask_BS: Tensor, response_width: int
 ) -> Tensor:
-    """Hidden states before each counted response token, ND: of packed rows where the model takes them."""
+    """Hidden states before each counted response token, ND: of packed rows where the model takes them.
+
+    Without rows the body still runs, on one token, and none of what it says is asked for: where weights are spread
+    over processes, other processes have rows and need this one's part."""
     mask_BT = attention_mask_BS[:, -response_width:]
     if how.recomputes:  # which transformers does in training mode alone; dropout is off in any
         body.train(torch.is_grad_enabled())
+    if not len(tokens_BS):
+        inputs = model_inputs(*_one_token(tokens_BS), how.takes_positions)
+        return body_hidden(body, inputs, how.precision)[0, :0]
     if how.packs:
         packing = Packing.of(tokens_BS, attention_mask_BS)
         hidden_ND = body_hidden(body, packing.inputs(), how.precision)[0]
         return hidden_ND[packing.place_BS[:, -response_width - 1 : -1][mask_BT]]
     inputs = model_inputs(tokens_BS, attention_mask_BS, how.takes_positions)
     return body_hidden(body, inputs, how.precision)[:, -response_width - 1 : -1][mask_BT]
+
+
+def _one_token(tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """A row of one token, and its mask."""
+    return tokens_BS.new_zeros((1, 1)), tokens_BS.new_ones((1, 1), dtype=torch.bool)
 
 
 def body_hidden(body: nn.Module, inputs: dict[str, Tensor], precision: str) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
@@ -156,7 +157,10 @@ def load_model(spec: str, config: ModelConfig, *, device: str = "cpu", vocab_siz
     model.to(torch.device(device))
     keep_narrow(model)
     precision = config.scoring or config.precision
-    return LanguageModel(model, precision=precision, kernels=config.kernels, vocab_size=vocab_size, source=path)
+    made = LanguageModel(model, precision=precision, kernels=config.kernels, vocab_size=vocab_size, source=path)
+    if config.sharding == "full" and dist.is_initialized() and dist.get_world_size() > 1:
+        made.shard()
+    return made
 
 
 def load_over(spec: str, base: LanguageModel, config: ModelConfig, *, vocab_size: int | None = None) -> LanguageModel:

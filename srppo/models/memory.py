@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from srppo.models.language_model import LanguageModel
 
@@ -33,7 +34,8 @@ def rows_that_fit(model: LanguageModel, positions: int, *, scored: int = 1, held
     cache = 2 * config.num_hidden_layers * heads * size * 4 * positions
     work = 4 * positions * (8 * config.hidden_size + 2 * getattr(config, "intermediate_size", 4 * config.hidden_size))
     row = 2 * cache + work + 16 * scored * config.vocab_size  # generate() copies the cache
-    left = total_bytes(model.device) - (weight_bytes(model) if held is None else held)
+    held = (weight_bytes(model) if held is None else held) + gathered_bytes(model)
+    left = total_bytes(model.device) - held
     return _power_of_two(int(max(left, 0) * SHARE) // row)
 
 
@@ -49,9 +51,21 @@ def _power_of_two(number: int) -> int:
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """Bytes of the models' weights; what several share counts once."""
+    """Bytes of the models' weights in this process; what several share counts once."""
     weights = {id(weight): weight for model in models for weight in model.parameters()}
-    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+    return sum(map(bytes_here, weights.values()))
+
+
+def bytes_here(weight: Tensor) -> int:
+    """Of a weight, or of this process's part of it: the same in all processes, rounded up."""
+    count = -(-weight.numel() // weight.device_mesh.size()) if isinstance(weight, DTensor) else weight.numel()
+    return count * weight.element_size()
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes that weights which are spread over processes take while they are gathered."""
+    spread = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+    return sum(weight.numel() * weight.element_size() for weight in spread)
 
 
 def total_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from srppo.errors import ModelError
 from srppo.models.language_model import LanguageModel, Trunk, has_body, unflatten
+from srppo.models.sharding import is_spread, spread
 
 
 class ValueModel(nn.Module):
@@ -28,6 +29,8 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(policy.model.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        if is_spread(policy.weights().values()):
+            spread(self.head)
 
     def weights(self) -> dict[str, Tensor]:
         """What is the critic's own, by name."""

@@ -190,4 +190,5 @@ def generate_decoded(
     **how: Any,
 ) -> Generated:
     """Responses by decode-time extrapolation; `how` as `rollout.generate` takes it."""
-    return generate(sft, prompts, stop_ids=stop_ids, processor=partial(Towards, base, config, stop_ids), **how)
+    with base.gathered():
+        return generate(sft, prompts, stop_ids=stop_ids, processor=partial(Towards, base, config, stop_ids), **how)

@@ -388,7 +388,7 @@ def finish(run: PreparedRun, bench: Workbench, model: LanguageModel, session: Se
             reason = str(error).partition(";")[0]
             again = f"remove {bench.stage.path} to train that stage again"
             raise RecordError(f"{reason}; it holds the kept step: {again}") from error
-        load_weights(model, checkpoint / "policy.safetensors")
+        load_weights(model, checkpoint)
     figures |= measure(run, bench, model)
     if parallel.is_first():
         for name, rows in (("metrics", bench.stage.metrics()), ("rollouts", bench.stage.rollouts())):
@@ -401,7 +401,8 @@ def export(run: PreparedRun, bench: Workbench, model: LanguageModel, figures: Fi
     """Publish a model, with a card that tells its figures, in the stage's folder `model`."""
     card = model_card(run.recipe, bench.name, figures)
     write = partial(export_model, model=model, tokenizer=run.tokenizer, stop_ids=run.stops, card=card)
-    bench.attempt.publish("model", write)
+    with model.gathered_to_save():
+        bench.attempt.publish("model", write)
 
 
 def measure(run: PreparedRun, bench: Workbench, model: LanguageModel, which: str = "kept") -> Figures:

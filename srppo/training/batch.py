@@ -81,9 +81,9 @@ class Generated:
     def rows(self, index: Tensor | slice) -> Self:
         """The rows at `index`, columns cut to what these rows need (padding changes no result, only time)."""
         part = {field.name: getattr(self, field.name)[index] for field in fields(self)}
-        response = max(int(part["response_mask_BT"].sum(dim=1).max()), 1)
         width = self.prompt_width
-        prompt = int(part["attention_mask_BS"][:, :width].sum(dim=1).max())
+        response = _most(part["response_mask_BT"].sum(dim=1))
+        prompt = _most(part["attention_mask_BS"][:, :width].sum(dim=1))
         kept = {"S": slice(width - prompt, width + response), "T": slice(response)}
         return type(self)(**{name: x[:, kept[name[-1]]] if name[-1] in kept else x for name, x in part.items()})
 
@@ -112,9 +112,14 @@ class RolloutBatch(Sampled):
     old_values_BT: Tensor
 
 
+def _most(count_B: Tensor) -> int:
+    """The largest count, at least 1."""
+    return max([1, *count_B.tolist()])
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens_BP int64, mask_BP bool): real tokens to the right; the mask comes from lengths, so pad may equal EOS."""
-    width = max(len(row) for row in rows)
+    width = max((len(row) for row in rows), default=1)
     tokens_BP = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask_BP = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -167,9 +172,20 @@ def micro_batches(lengths_B: Tensor, tokens: int, *, shared: bool = False) -> It
     """Indices of rows for one pass each, rows in order of length, longest first: as many as together are no more than
     so many tokens, padding to the longest counted, and at least one. Within a pass they rise.
 
-    shared: of several processes each has rows of its own."""
+    shared: of several processes each has rows of its own, and all make as many passes: some of them without rows, at
+    the end."""
     order = lengths_B.argsort(descending=True, stable=True).tolist()
-    order = list(parallel.share(order)) if shared else order
+    if not shared:
+        yield from _cut(order, lengths_B, tokens)
+        return
+    plans = [list(_cut(each, lengths_B, tokens)) for each in parallel.shares(order)]
+    own = plans[parallel.rank()]
+    yield from own
+    for _ in range(max(map(len, plans)) - len(own)):
+        yield torch.tensor([], dtype=torch.int64)
+
+
+def _cut(order: Sequence[int], lengths_B: Tensor, tokens: int) -> Iterator[Tensor]:
     while order:
         rows = max(tokens // max(int(lengths_B[order[0]]), 1), 1)
         yield torch.tensor(sorted(order[:rows]))

@@ -25,8 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from srppo.console import Console
 from srppo.errors import Diverged, Interrupted
 from srppo.models.language_model import LanguageModel
+from srppo.models.memory import bytes_here
+from srppo.models.sharding import is_spread, part_of, whole
 from srppo.record.store import Attempt, Stage
 from srppo.training import parallel
+from srppo.training.shards import SHARDS, load_optimizer, load_shards, save_shards, without_shards
 
 Row = dict[str, Any]
 
@@ -54,12 +57,16 @@ def parameters(model: Trained) -> list[nn.Parameter]:
 def trained_bytes(*models: Trained | None) -> int:
     """Of memory, that training holds: weights, gradients and two moments."""
     weights = {id(weight): weight for model in models if model is not None for weight in parameters(model)}
-    return 4 * sum(weight.numel() * weight.element_size() for weight in weights.values())
+    return 4 * sum(map(bytes_here, weights.values()))
 
 
 class TrainState:
     """Everything a checkpoint holds, by name: models (safetensors, what training changes of them); optimizers, counters
-    and `others` that have a state_dict as they have (trainer.pt). None: left out."""
+    and `others` that have a state_dict as they have (trainer.pt). None: left out.
+
+    Of weights that are spread over processes each writes its part, and of what their optimizers keep (`shards`). Either
+    form is read by any number of processes, with weights spread or not.
+    """
 
     def __init__(
         self,
@@ -72,35 +79,64 @@ class TrainState:
         self.optimizers = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
         self.counters, self.others = counters, others
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether weights are spread over processes."""
+        return any(is_spread(model.weights().values()) for model in self.models.values())
+
     def save(self, folder: Path) -> None:
-        """Write into an empty folder."""
-        for name, model in self.models.items():
-            tensors = {key: weight.detach().contiguous() for key, weight in model.weights().items()}
-            save_file(tensors, folder / f"{name}.safetensors")
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        """Write into an empty folder. Where weights are spread the other processes `join_save` meanwhile."""
+        if self.is_spread:
+            self._save_shards(folder)
+            optimizers = {name: without_shards(optimizer) for name, optimizer in self.optimizers.items()}
+        else:
+            for name, model in self.models.items():
+                tensors = {key: weight.detach().contiguous() for key, weight in model.weights().items()}
+                save_file(tensors, folder / f"{name}.safetensors")
+            optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         counters = {**self.counters, **{name: other.state_dict() for name, other in self.others.items()}}
         # The random state is saved although nothing here draws from it: a model with sampling in its forward would.
         state = {"optimizers": optimizers, "counters": counters, "torch_rng": torch.get_rng_state()}
         torch.save(state, folder / "trainer.pt")
 
+    def join_save(self) -> None:
+        """Write this process's part where the first one has its own, if there are parts."""
+        if self.is_spread:
+            self._save_shards()
+
+    def _save_shards(self, folder: Path | None = None) -> None:
+        """folder: the first process's, which it tells the others."""
+        place = parallel.from_first(lambda: folder)
+        assert place is not None
+        each = [named_weights(model, name) for name, model in self.models.items()]
+        save_shards(place, {name: weight for weights in each for name, weight in weights.items()}, self.optimizers)
+
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, in place."""
         for name, model in self.models.items():
-            load_weights(model, folder / f"{name}.safetensors")
+            load_weights(model, folder, name)
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_optimizer(optimizer, state["optimizers"][name], folder, name)
         for name, other in self.others.items():
             other.load_state_dict(state["counters"].pop(name))
         self.counters.update(state["counters"])
         torch.set_rng_state(state["torch_rng"])
 
 
-def load_weights(model: Trained, file: Path) -> None:
-    """Copy saved weights into a model of the same architecture."""
-    saved = load_file(file)
-    for name, tensor in model.weights().items():
-        tensor.data.copy_(saved[name])
+def load_weights(model: Trained, folder: Path, name: str = "policy") -> None:
+    """Copy the weights that a checkpoint has under a name into a model of the same architecture."""
+    if (folder / SHARDS).is_dir():
+        load_shards(folder, named_weights(model, name))
+        return
+    saved = load_file(folder / f"{name}.safetensors")
+    for key, tensor in model.weights().items():
+        tensor.data.copy_(part_of(saved[key], tensor.data))
+
+
+def named_weights(model: Trained, name: str) -> dict[str, Tensor]:
+    """A model's weights as a checkpoint in parts knows them."""
+    return {f"{name}.{key}": weight.detach() for key, weight in model.weights().items()}
 
 
 def lr_factor(schedule: str, warmup: float, step: int, total: int) -> float:
@@ -122,7 +158,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def clip_gradients(model: Trained, max_norm: float, step: int) -> float:
     """Clip the global gradient norm and return it as it was; Diverged when it is not finite."""
-    norm = float(nn.utils.clip_grad_norm_(parameters(model), max_norm))
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters(model), max_norm)))
     if not math.isfinite(norm):
         raise Diverged(
             f"step {step}: the gradient norm is {norm}; lower the learning rate, or clip the reward's tokens"
@@ -225,6 +261,8 @@ class Session:
         for model in self.state.models.values():
             parallel.check_weights(model.weights().values())
         self.bench.attempt.save_checkpoint(step, self.state.save, keep={self.state.counters["kept_step"]})
+        if not parallel.is_first():
+            self.state.join_save()
         parallel.wait()
 
     def _measured(self) -> tuple[Row, float | None]:

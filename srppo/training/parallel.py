@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from srppo.errors import ConfigError, OtherEnded, RunError, SrppoError
 
@@ -50,9 +51,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def shares(rows: Sequence[T]) -> list[Sequence[T]]:
+    """Each process's part of rows in order of length: every so-manieth, so that all have about the same work."""
+    return [rows[first :: size()] for first in range(size())]
+
+
 def share(rows: Sequence[T]) -> Sequence[T]:
-    """This process's part of rows in order of length: every so-manieth, so that all have about the same work."""
-    return rows[rank() :: size()]
+    """This process's part of them."""
+    return shares(rows)[rank()]
 
 
 def check_rows(**rows: int) -> None:
@@ -68,7 +74,7 @@ def check_rows(**rows: int) -> None:
 def add_up(tensor: Tensor) -> Tensor:
     """The sum over processes, in place."""
     if size() > 1:
-        with _others():
+        with others():
             if dist.get_backend() == "nccl" and tensor.device.type == "cpu":  # it knows GPUs alone
                 there = tensor.cuda()
                 dist.all_reduce(there)
@@ -88,10 +94,11 @@ def add_up_numbers(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def add_up_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """The sum of the gradients over processes, in place; one that a process lacks is 0 there."""
+    """The sum of the gradients over processes, in place; one that a process lacks is 0 there. Those of weights that are
+    spread over processes are sums already."""
     if size() == 1:
         return
-    weights = list(weights)
+    weights = [weight for weight in weights if not isinstance(weight, DTensor)]
     has = add_up(torch.tensor([0.0 if weight.grad is None else 1.0 for weight in weights]))
     for bucket in _buckets([weight for weight, count in zip(weights, has.tolist(), strict=True) if count]):
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
@@ -118,7 +125,7 @@ def gather(value: T) -> list[T]:
     if size() == 1:
         return [value]
     found: list[Any] = [None] * size()
-    with _others():
+    with others():
         dist.all_gather_object(found, value)
     return found
 
@@ -133,7 +140,7 @@ def from_first(work: Callable[[], T]) -> T:
             said[0] = work()
         except SrppoError as error:
             said[1] = error
-    with _others():
+    with others():
         dist.broadcast_object_list(said)
     if said[1] is not None:
         raise said[1]
@@ -148,15 +155,17 @@ def agreed(wanted: bool) -> bool:
 def wait() -> None:
     """Until all processes are here."""
     if size() > 1:
-        with _others():
+        with others():
             dist.barrier()
 
 
 def check_weights(weights: Iterable[Tensor]) -> None:
-    """Raises RunError where the processes' weights are no longer the same."""
+    """Raises RunError where the processes' weights are no longer the same. Of those that are spread over processes there
+    is one copy."""
     if size() == 1:
         return
-    found = gather(float(sum(weight.detach().double().abs().sum() for weight in weights)))
+    own = [weight.detach() for weight in weights if not isinstance(weight, DTensor)]
+    found = gather(float(sum(weight.double().abs().sum() for weight in own)))
     if max(found) != min(found):
         raise RunError(
             f"the processes have come apart: their weights add up to {', '.join(f'{x:.9g}' for x in found)}; please "
@@ -165,7 +174,7 @@ def check_weights(weights: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def _others() -> Iterator[None]:
+def others() -> Iterator[None]:
     """Raises OtherEnded, in one line, where another process is gone."""
     try:
         yield

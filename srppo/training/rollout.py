@@ -78,7 +78,7 @@ def generate(
     own = processor is None and not settings and can_generate(model)
     written: dict[int, Written] = {}
     half = model.precision == "bf16" and processor is None
-    with _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
+    with model.gathered(), _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         for part in micro_slices(len(order), size):
             places = order[part]
             chosen = [prompts[i] for i in places]
@@ -128,6 +128,7 @@ def _by_transformers(
         generation_config=config,
         logits_processor=LogitsProcessorList([*processors, drawn]),
         stopping_criteria=StoppingCriteriaList([_Until(until, width)] if until else []),
+        synced_gpus=False,  # weights that are spread over processes are gathered
     )
     stops: set[int] = {*config.eos_token_id}  # type: ignore[misc]
     logprobs_BT = torch.stack(logprobs_TB, dim=1).tolist()

@@ -74,7 +74,8 @@ class ServerSampler:
         held: int = 0,
     ) -> Sampled:
         """As `Sampler.sample`; a temperature of None is greedy. The server sees to its own memory."""
-        model = parallel.from_first(lambda: self._serve(policy))
+        with policy.gathered_to_save():
+            model = parallel.from_first(lambda: self._serve(policy))
         asked = {
             "model": model,
             "max_tokens": max_new_tokens,
