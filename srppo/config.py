@@ -384,12 +384,23 @@ class Recipe(_Section):
             )
         if self.ppo.advantage == "rloo":
             self._fits_rloo()
+        if self.model.sharding == "full" and self.model.adapters == "none":
+            self._fits_sharding()
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError(
                 f"data.max_prompt_tokens ({self.data.max_prompt_tokens}) must be below data.max_tokens "
                 f"({self.data.max_tokens}), or no answer fits"
             )
         return self
+
+    def _fits_sharding(self) -> None:
+        for section in ("sft", "ppo"):
+            if (name := getattr(self, section).optimizer) not in ("adam", "adamw", "sgd"):
+                raise ValueError(
+                    f"{section}.optimizer = {name} keeps what cannot be divided over processes: with "
+                    "model.sharding = full take adamw (in sft), adam (in ppo) or sgd, or train adapters "
+                    "(model.adapters = lora)"
+                )
 
     def _fits_rloo(self) -> None:
         if self.rollout.per_prompt < 2:

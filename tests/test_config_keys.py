@@ -325,6 +325,13 @@ def test_recomputed_activations_change_no_figure(adapters: str, world: World, tm
         assert plain.stage(kind).name == again.stage(kind).name, "it is in no id"
 
 
+@covers("model.sharding")
+def test_sharding_changes_nothing_in_one_process(run: Runner) -> None:
+    """What it changes in several is shown in tests/training/test_sharding.py."""
+    plain, spread = run(PPO_ONLY), run({**PPO_ONLY, "model.sharding": "full"})
+    assert plain.digests == spread.digests and plain.stage("ppo").name == spread.stage("ppo").name
+
+
 @covers("ppo.checkpoint_every")
 def test_checkpoint_every_changes_the_checkpoints_and_nothing_else(run: Runner) -> None:
     context = {**PPO_ONLY, "ppo.steps": 4, "eval.every": 0}

@@ -179,8 +179,18 @@ def others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what = str(error).partition("\n")[0][-120:]
-        raise OtherEnded(
-            f"another process of this run has ended ({what}); what it said is above; the same command goes on from the "
-            "last checkpoint"
-        ) from error
+        raise other_ended(error) from error
+
+
+def is_end_of_other(error: Exception) -> bool:
+    """Whether it is what torch raises, in the midst of anything, where another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def other_ended(error: Exception) -> OtherEnded:
+    """In one line, what such an error means."""
+    what = str(error).partition("\n")[0][-120:]
+    return OtherEnded(
+        f"another process of this run has ended ({what}); what it said is above; the same command goes on from the "
+        "last checkpoint"
+    )

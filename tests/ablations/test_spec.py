@@ -404,6 +404,7 @@ CHANGES: dict[str, set[str]] = {
     "ppo.value_coef": set(),
     "model.lora_": set(),
     "model.activation_checkpointing": set(),
+    "model.sharding": set(),
     "sft.micro_tokens": set(),
     "ppo.micro_tokens": set(),
     "ppo.checkpoint_every": set(),

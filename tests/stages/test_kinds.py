@@ -124,11 +124,12 @@ def test_what_rloo_does_not_read_is_not_in_its_id() -> None:
 def test_what_changes_no_result_is_in_no_id() -> None:
     """Micro-batches move rounding and checkpoints what a stop costs: finished stages are found under other ones."""
     free = {"sft.micro_tokens": 2, "ppo.micro_tokens": 12, "ppo.checkpoint_every": 3}
-    changed = with_overrides(Recipe(), free | {"model.activation_checkpointing": True})
+    model = {"model.activation_checkpointing": True, "model.sharding": "full"}
+    changed = with_overrides(Recipe(), free | model)
     assert all(stage_settings(changed, kind) == stage_settings(Recipe(), kind) for kind in KINDS)
     assert recipe_id(changed) == recipe_id(Recipe()) != recipe_id(with_overrides(Recipe(), {"ppo.lr": 0.1}))
     said = {"rollout.server": None, "rollout.server_timeout_s": 600.0}
-    assert free_settings(changed) == free | said | {"model.activation_checkpointing": True}
+    assert free_settings(changed) == free | said | model
     defaults = {f"{section}.{key}": value for section, keys in FREE.items() for key, value in keys.items()}
     assert free_settings(Recipe()) == defaults | said, "or ids of the default recipe would have moved"
 
