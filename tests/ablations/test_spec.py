@@ -422,6 +422,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "model.kernels": [{"model.kernels": "reference"}],
     "model.scoring": [{"model.scoring": "bf16"}],
     "model.adapters": [{"model.adapters": "lora"}],
+    "model.sharding": [{"model.sharding": "full"}],
     "model.lora_targets": [{"model.lora_targets": ["q_proj"]}],
     "ppo.critic": [{"ppo.critic": "shared"}],
     "model.trust_remote_code": [{"model.trust_remote_code": True}],
