@@ -32,7 +32,7 @@ def save_shards(folder: Path, weights: Mapping[str, Tensor], optimizers: Mapping
 
 def load_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read tensors, by name, in place: whole ones, or this process's parts."""
-    dcp.load(dict(tensors), checkpoint_id=folder / SHARDS)
+    dcp.load(dict(tensors), checkpoint_id=folder / SHARDS, no_dist=parallel.size() == 1)
 
 
 def without_shards(optimizer: Optimizer) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def assert_alike(one: Path, two: Path, *kinds: str, tolerance: float = 1e-3) -> 
     [
         {},
         {"model.adapters": "lora", "ppo.critic": "shared", "reward.at_limit": "drop"},
+        {"model.adapters": "lora", "model.sharding": "full"},
         {
             "ppo.advantage": "rloo",
             "rollout.per_prompt": 4,

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import sharded
 import torch
+import worlds
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from srppo.config import build_recipe
+from srppo.errors import ConfigError
+from srppo.record.json import read_lines
+from srppo.record.store import Run
+from srppo.training import parallel
 
 PATIENCE_S = 600
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -38,11 +48,11 @@ def make_models(folder: Path) -> None:
         LlamaForCausalLM(config).to(dtype).save_pretrained(folder / name)
 
 
-def launch(folder: Path, processes: int) -> list[dict[str, Any]]:
+def launch(what: str, folder: Path, processes: int) -> list[dict[str, Any]]:
     """What each of several processes finds."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     ran = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder)],
+        [*launcher, str(SCRIPT), what, str(folder)],
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -57,3 +67,156 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("sharding")
     make_models(made)
     return made
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Any:
+    """What one process finds, with whole weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("srppo.models.narrow.WORTH", 0)
+        return sharded.find(folder)
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, alone: Any) -> list[dict[str, Any]]:
+    """What each of two finds, of which the second has fewer rows."""
+    return launch("find", folder, 2)
+
+
+def assert_same(found: Any, expected: Any, *, tolerance: float = 1e-4) -> None:
+    """Numbers within what the order of a sum moves, after a division by the root of a square; all else equal."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same(found[key], expected[key], tolerance=tolerance)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other, tolerance=tolerance)
+    elif isinstance(expected, torch.Tensor | float):
+        torch.testing.assert_close(
+            torch.as_tensor(found), torch.as_tensor(expected), rtol=tolerance, atol=tolerance / 10
+        )
+    else:
+        assert found == expected
+
+
+MEMORY = ("frozen", "trained", "adam_bytes", "reckoned")
+
+
+@pytest.mark.parametrize("case", sharded.CASES)
+def test_what_is_learned_is_what_one_process_learns(case: str, alone: Any, together: list[dict[str, Any]]) -> None:
+    """Loss, gradients, two steps of Adam, a copy, the base, answers of unequal lengths; in both processes."""
+    expected = {name: x for name, x in alone[case].items() if name not in MEMORY}
+    for each in together:
+        assert_same({name: x for name, x in each[case].items() if name not in MEMORY}, expected)
+
+
+@pytest.mark.parametrize("case", ["untied, own", "untied, shared", "adapters, own", "adapters, shared"])
+def test_critics_learn_what_they_learn_in_one_process(case: str, alone: Any, together: list[dict[str, Any]]) -> None:
+    for each in together:
+        assert_same(each[case], alone[case])
+
+
+@pytest.mark.parametrize("case", ["untied, compared", "adapters, compared"])
+def test_two_models_at_once(case: str, alone: Any, together: list[dict[str, Any]]) -> None:
+    """Scores, a step of distillation, weight extrapolation, decoding by two models, an adapter merged into its base."""
+    for each in together:
+        assert_same(each[case], alone[case])
+
+
+@pytest.mark.parametrize("case", sharded.CASES)
+def test_each_process_holds_half(case: str, alone: Any, together: list[dict[str, Any]]) -> None:
+    """Of what is frozen, what is trained and what Adam keeps of it; adapters, which are small, are whole."""
+    whole = alone[case]
+    for each in together:
+        found = each[case]
+        names = ("frozen",) if case == "adapters" else ("frozen", "trained", "adam_bytes")
+        for name in names:
+            assert 0.48 < found[name] / whole[name] < 0.52, name
+        if case == "adapters":
+            assert found["trained"] == whole["trained"]
+        assert found["reckoned"] < 0.95 * whole["reckoned"]
+    assert len({each[case]["reckoned"] for each in together}) == 1, "or batches would be of two sizes"
+
+
+@pytest.mark.parametrize("case", ["untied", "tied", "bf16"])
+def test_exports_load_and_are_those_of_one_process(
+    case: str, folder: Path, alone: Any, together: list[dict[str, Any]]
+) -> None:
+    one, two = (AutoModelForCausalLM.from_pretrained(folder / f"{case}-of-{count}") for count in (1, 2))
+    assert_same(dict(two.named_parameters()), dict(one.named_parameters()))
+    names = [sorted(path.name for path in (folder / f"{case}-of-{count}").iterdir()) for count in (1, 2)]
+    assert names[0] == names[1]
+    config = [(folder / f"{case}-of-{count}" / "config.json").read_text() for count in (1, 2)]
+    assert config[0] == config[1]
+
+
+def test_checkpoints_go_on_in_any_number_of_processes(
+    folder: Path, alone: Any, together: list[dict[str, Any]]
+) -> None:
+    """Saved by one and by two, each gone on from by one, two and three: Adam's moments, its count of steps, counters."""
+    expected = alone["saved-by-1"]
+    assert [float(each["step"]) for each in expected["adam"]] == [3.0] * len(expected["adam"])
+    assert expected["counters"] == {"steps": 3}
+    assert (folder / "saved-by-2" / "shards").is_dir() and not (folder / "saved-by-1" / "shards").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("srppo.models.narrow.WORTH", 0)
+        found = [sharded.resume(folder), *together, *launch("resume", folder, 3)]
+    for each in found:
+        for name in ("saved-by-1", "saved-by-2"):
+            assert_same(each[name], expected)
+
+
+# ---- a whole run
+
+
+def test_a_killed_run_goes_on_in_one_process_from_what_two_have_saved(tmp_path: Path) -> None:
+    """SFT and PPO with a critic of its own, to the figures of a run that was not stopped, in one process throughout."""
+    (tmp_path / "world").mkdir()
+    world = worlds.make_world(tmp_path / "world")
+    settings = {"ppo.steps": 12, "ppo.checkpoint_every": 1, "eval.every": 0, "model.sharding": "full"}
+    settings |= {"ppo.minibatches": 2, "rollout.batch": 7, "ppo.micro_tokens": 40}
+    settings |= {"ppo.lr": 1e-3, "ppo.value_lr": 5e-3}  # slow, since rounding grows with every step
+    recipe = world.recipe_file(tmp_path / "recipe.toml", settings)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "srppo", "train", str(recipe), "--out", str(tmp_path / "run"), "--device", "cpu", "--plain"]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*launcher, *command], env={**os.environ, **ENVIRONMENT}, **pipes)
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(int(path.name[5:]) >= 4 for path in (tmp_path / "run").glob("stages/*/checkpoints/step-[0-9]*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (second,) = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+    second.send_signal(signal.SIGKILL)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    (line,) = [line for line in told.splitlines() if line.startswith("error:")]
+    assert "another process of this run has ended" in line and "/srppo/" not in told
+
+    (stage,) = [each for each in Run.load(tmp_path / "run").stages() if each.identity["kind"] == "ppo"]
+    found = stage.latest_checkpoint()
+    assert found is not None and (found[1] / "shards" / ".metadata").is_file() and stage.result() is None
+    resumed = worlds.run_world(world.recipe(settings), tmp_path / "run")
+    whole = worlds.run_world(world.recipe({**settings, "model.sharding": "none"}), tmp_path / "whole")
+    starts = [row["start"] for row in read_lines(stage.attempts()[-1] / "events.jsonl") if row["event"] == "training"]
+    assert starts == [found[0]]
+    for kind in ("sft", "ppo"):
+        ours, theirs = resumed.metrics(kind), whole.metrics(kind)
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for row, twin in zip(ours, theirs, strict=True):
+            row, twin = ({k: v for k, v in each.items() if k != "timing"} for each in (row, twin))
+            assert row == pytest.approx(twin, rel=1e-2, abs=1e-3)
+
+
+def test_an_end_within_a_pass_is_told_from_mistakes() -> None:
+    gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert parallel.is_end_of_other(gloo) and parallel.is_end_of_other(torch.distributed.DistBackendError("NCCL"))
+    assert not parallel.is_end_of_other(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert "(" + str(gloo) + ")" in str(parallel.other_ended(gloo))
+
+
+def test_optimizers_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.optimizer = adafactor keeps what cannot be divided over processes"):
+        build_recipe({"model": {"sharding": "full"}, "ppo": {"optimizer": "adafactor"}})
+    build_recipe({"model": {"sharding": "full", "adapters": "lora"}, "ppo": {"optimizer": "adafactor"}})

@@ -1,6 +1,6 @@
 """What tests/training/test_sharding.py runs in one process, and in several by a launcher, to compare.
 
-    python -m torch.distributed.run --standalone --nproc_per_node N tests/training/sharded.py FOLDER
+    python -m torch.distributed.run --standalone --nproc_per_node N tests/sharded.py find|resume FOLDER
 
 FOLDER holds the models of CASES; what each process finds is written to FOLDER/found-<rank>.pt.
 """
@@ -14,20 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import srppo.models.narrow
-from srppo.config import build_recipe
+from srppo.config import ModelConfig, PpoConfig, Recipe, build_recipe
 from srppo.data.types import EncodedDemonstration
+from srppo.models.adapters import AdaptedModel
 from srppo.models.language_model import Head, LanguageModel
 from srppo.models.loading import load_model, to_train
-from srppo.models.memory import bytes_here
+from srppo.models.memory import weight_bytes
 from srppo.models.sharding import whole
 from srppo.models.value_model import ValueModel
+from srppo.stages.extrapolation import extrapolate, generate_decoded
 from srppo.training import parallel
-from srppo.training.batch import answer_nll_sum, collate, extents, micro_batches
+from srppo.training.batch import Generated, answer_nll_sum, collate, extents, micro_batches
+from srppo.training.distil import add_gradient
 from srppo.training.loop import TrainState, clip_gradients, parameters
 from srppo.training.optimizers import make_optimizer
 from srppo.training.rollout import generate
+from srppo.training.scores import score_log_ratio
 
 ROWS = [EncodedDemonstration(tuple(range(3, 3 + n)), 2) for n in (4, 9, 5)]
 """Three demonstrations: of two processes the second has one, of four the last has none."""
@@ -43,11 +48,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 NLL = Callable[[list[EncodedDemonstration]], Tensor]
 
 
+def config_of(folder: Path, case: str) -> ModelConfig:
+    name, keys = CASES[case]
+    return build_recipe({"model": {"base": str(folder / name), "sharding": "full", **keys}}).model
+
+
 def models(folder: Path, case: str) -> tuple[LanguageModel, LanguageModel]:
     """(base, what is trained): spread over the processes, where there are several."""
-    name, keys = CASES[case]
-    config = build_recipe({"model": {"base": str(folder / name), "sharding": "full", **keys}}).model
-    base = load_model(str(folder / name), config)
+    config = config_of(folder, case)
+    base = load_model(config.base, config)
     if case == "logits":
         base.head = Head(linear=False)
     return base, to_train(base, config)
@@ -71,12 +80,19 @@ def tensors(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
     return {name: whole(x).clone() for name, x in found.items() if x is not None}
 
 
+def bytes_of_part(weight: Tensor) -> int:
+    """In the memory of this process: of all that its part is a view of."""
+    part = weight.to_local() if isinstance(weight, DTensor) else weight
+    return part.untyped_storage().nbytes()
+
+
 def learn(folder: Path, case: str) -> dict[str, Any]:
     """Loss, gradients and their norm, the weights after two steps of Adam, and what is written with them."""
     base, model = models(folder, case)
-    whole_bytes = sum(weight.numel() * weight.element_size() for weight in model.model.parameters())
-    here = sum(map(bytes_here, model.model.parameters()))
-    found: dict[str, Any] = {"share": here / whole_bytes}
+    frozen = [weight for name, weight in base.model.named_parameters() if ".lora_" not in name]
+    held = {"frozen": frozen, "trained": parameters(model)}
+    found: dict[str, Any] = {name: sum(map(bytes_of_part, weights)) for name, weights in held.items()}
+    found["reckoned"] = weight_bytes(base)
     nll: NLL = lambda rows: answer_nll_sum(model, rows, 0)[0]  # noqa: E731
     found["loss"] = accumulate(nll, model)
     found["gradients"] = tensors(model, gradients=True)
@@ -86,6 +102,8 @@ def learn(folder: Path, case: str) -> dict[str, Any]:
     optimizer.zero_grad()
     accumulate(nll, model)
     optimizer.step()
+    kept = [value for each in optimizer.state.values() for value in each.values() if value.dim()]
+    found["adam_bytes"] = sum(map(bytes_of_part, kept))
     found["weights"] = tensors(model)
     found["copy"] = tensors(model.copy())
     with torch.no_grad():
@@ -120,6 +138,29 @@ def criticise(folder: Path, case: str, shared: bool) -> dict[str, Any]:
             weight.grad = None
     found: dict[str, Any] = {"loss": accumulate(loss, *trained)}
     found["gradients"] = [tensors(model, gradients=True) for model in trained]
+    return found
+
+
+def compare(folder: Path, case: str) -> dict[str, Any]:
+    """What is done with two or three models at once: scores, distillation, extrapolated weights and decoding."""
+    base, sft = models(folder, case)
+    for weight in sft.weights().values():
+        weight.data.mul_(1.1)
+    policy = to_train(sft, config_of(folder, case))
+    tokens_BS, mask_BS, width = collate(ROWS, 0)
+    batch = Generated(tokens_BS, mask_BS, mask_BS[:, -width:], torch.ones(len(ROWS), dtype=torch.bool))
+    recipe = Recipe(ppo=PpoConfig(micro_tokens=PASS))
+    found: dict[str, Any] = {"scores": list(score_log_ratio(sft, base, batch, micro_tokens=PASS))}
+    found["kl"] = add_gradient(recipe, policy, sft, base, batch, stop_ids=[1])
+    found["gradients"] = tensors(policy, gradients=True)
+    with torch.no_grad():
+        extrapolate(policy, sft, base, 0.5)
+    found["extrapolated"] = tensors(policy)
+    decode = {"stop_ids": [1], "pad_id": 0, "max_new_tokens": 4, "seed": 0}
+    prompts = [row.ids[:3] for row in ROWS]
+    found["decoded"] = generate_decoded(sft, prompts, base=base, config=recipe.reward, **decode).responses()
+    if isinstance(sft, AdaptedModel):
+        found["merged"] = tensors(sft.merged())
     return found
 
 
@@ -163,18 +204,24 @@ def step(state: TrainState) -> None:
 
 def find(folder: Path) -> dict[str, Any]:
     """All of the above, and every checkpoint that lies in the folder gone on from."""
-    srppo.models.narrow.WORTH = 0  # narrow weights are kept however few they are
     found: dict[str, Any] = {case: learn(folder, case) for case in CASES}
     for case in ("untied", "adapters"):
         for shared in (False, True):
             found[f"{case}, {'shared' if shared else 'own'}"] = criticise(folder, case, shared)
+    for case in ("untied", "adapters"):
+        found[f"{case}, compared"] = compare(folder, case)
     checkpoint(folder)
-    for path in sorted(folder.glob("saved-by-*")):
-        found[path.name] = go_on(folder, path.name)
-    return found
+    return found | resume(folder)
+
+
+def resume(folder: Path) -> dict[str, Any]:
+    """Every checkpoint that lies in the folder gone on from."""
+    return {path.name: go_on(folder, path.name) for path in sorted(folder.glob("saved-by-*"))}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parallel.start("cpu")
-    torch.save(find(Path(sys.argv[1])), Path(sys.argv[1]) / f"found-{parallel.rank()}.pt")
+    srppo.models.narrow.WORTH = 0  # narrow weights are kept however few they are
+    what, where = {"find": find, "resume": resume}[sys.argv[1]], Path(sys.argv[2])
+    torch.save(what(where), where / f"found-{parallel.rank()}.pt")
