@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -18,9 +19,11 @@ import worlds
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from srppo.config import build_recipe
+from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.record.json import read_lines
 from srppo.record.store import Run
+from srppo.stages.run import prepare_run, run_stages
 from srppo.training import parallel
 
 PATIENCE_S = 600
@@ -197,12 +200,14 @@ def test_a_killed_run_goes_on_in_one_process_from_what_two_have_saved(tmp_path: 
     (stage,) = [each for each in Run.load(tmp_path / "run").stages() if each.identity["kind"] == "ppo"]
     found = stage.latest_checkpoint()
     assert found is not None and (found[1] / "shards" / ".metadata").is_file() and stage.result() is None
-    resumed = worlds.run_world(world.recipe(settings), tmp_path / "run")
-    whole = worlds.run_world(world.recipe({**settings, "model.sharding": "none"}), tmp_path / "whole")
+    console = Console(plain=True, file=io.StringIO())
+    resumed = run_stages(prepare_run(world.recipe(settings), ["base", "ppo"], tmp_path / "run", console))
+    settings["model.sharding"] = "none"
+    whole = run_stages(prepare_run(world.recipe(settings), ["base", "ppo"], tmp_path / "whole", console))
     starts = [row["start"] for row in read_lines(stage.attempts()[-1] / "events.jsonl") if row["event"] == "training"]
     assert starts == [found[0]]
     for kind in ("sft", "ppo"):
-        ours, theirs = resumed.metrics(kind), whole.metrics(kind)
+        ours, theirs = resumed[kind].metrics(), whole[kind].metrics()
         assert [row["step"] for row in ours] == [row["step"] for row in theirs]
         for row, twin in zip(ours, theirs, strict=True):
             row, twin = ({k: v for k, v in each.items() if k != "timing"} for each in (row, twin))
