@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         return own_tensors(self.model)
 
     def shard(self) -> None:
-        """Spread the weights over the processes of the run: this one keeps its part. So it is with copies and trunks."""
+        """Spread the weights over the processes of the run: this one keeps its part. So do copies and trunks."""
         self.shards = Shards(self.model)
 
     def gathered(self) -> AbstractContextManager[None]:

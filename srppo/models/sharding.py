@@ -27,8 +27,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor that all processes have, the part that this one has of another; the tensor itself where that is whole.
-    """
+    """The part of a tensor that this process has of another; the tensor itself where that one is whole."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -82,8 +81,7 @@ class Shards:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def head_of_body(self) -> dict[str, Tensor]:
-        """The head's weight by its name where it is the body's, which has let it go when the model's own head is asked.
-        """
+        """The head's weight by name, where it is the body's: that has let it go when the model's own head runs."""
         if not self._tied or self._is_whole:
             return {}
         head = self.model.get_output_embeddings()

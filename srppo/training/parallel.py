@@ -160,8 +160,7 @@ def wait() -> None:
 
 
 def check_weights(weights: Iterable[Tensor]) -> None:
-    """Raises RunError where the processes' weights are no longer the same. Of those that are spread over processes there
-    is one copy."""
+    """Raises RunError where the processes' weights are no longer the same. Of spread ones there is one copy."""
     if size() == 1:
         return
     own = [weight.detach() for weight in weights if not isinstance(weight, DTensor)]

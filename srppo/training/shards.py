@@ -1,5 +1,5 @@
-"""The part of a checkpoint that processes write together, each its own part: weights that are spread over them, and what
-optimizers keep of these. By torch.distributed.checkpoint, which any number of processes reads, spread or not.
+"""The part of a checkpoint that processes write together, each its own part: weights that are spread over them, and
+what optimizers keep of these. By torch.distributed.checkpoint, which any number of processes reads, spread or not.
 """
 
 from __future__ import annotations

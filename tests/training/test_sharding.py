@@ -155,10 +155,8 @@ def test_exports_load_and_are_those_of_one_process(
     assert config[0] == config[1]
 
 
-def test_checkpoints_go_on_in_any_number_of_processes(
-    folder: Path, alone: Any, together: list[dict[str, Any]]
-) -> None:
-    """Saved by one and by two, each gone on from by one, two and three: Adam's moments, its count of steps, counters."""
+def test_checkpoints_go_on_in_any_number_of_processes(folder: Path, alone: Any, together: list[dict[str, Any]]) -> None:
+    """Saved by one and by two, gone on from by one, two and three: Adam's moments, its count of steps, counters."""
     expected = alone["saved-by-1"]
     assert [float(each["step"]) for each in expected["adam"]] == [3.0] * len(expected["adam"])
     assert expected["counters"] == {"steps": 3}
