@@ -639,7 +639,7 @@ MUTANTS = [
     Mutant(
         "loop: Ctrl-C in a last step is swallowed",
         "training/loop.py",
-        "                if stopped.is_set():\n",
+        "                if parallel.agreed(stopped.is_set()):\n",
         "                if stopped.is_set() and step < self.total:\n",
         "stages/test_resume.py::test_ctrl_c_in_the_last_step_does_not_let_the_next_stage_begin",
     ),
@@ -716,8 +716,8 @@ MUTANTS = [
     Mutant(
         "rloo: critic counted",
         "training/ppo.py",
-        "    value = 0\n",
-        "    value = policy\n",
+        "forward_flops(learners.policy, *of_all), 0",
+        "forward_flops(learners.policy, *of_all), 1",
         "training/test_rloo.py::test_rloo_counts_no_critic",
     ),
     Mutant(
