@@ -35,6 +35,15 @@ def start(device: str) -> str:
     return device
 
 
+def leave() -> None:
+    """Out of the group, where this process goes on to other work."""
+    if dist.is_initialized():
+        from accelerate import PartialState
+
+        dist.destroy_process_group()
+        PartialState._reset_state()
+
+
 def size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -788,14 +788,14 @@ MUTANTS = [
         "training/parallel.py",
         "return rows[rank() :: size()]",
         "return rows",
-        "training/test_parallel.py::test_two_processes_give_the_figures_of_one",
+        "training/test_parallel.py::test_two_processes_give_the_figures_of_one[keys2]",
     ),
     Mutant(
         "parallel: gradients stay where they are",
         "training/parallel.py",
         "weight.grad = summed.view_as(weight).clone()",
         "pass",
-        "training/test_parallel.py::test_two_processes_give_the_figures_of_one",
+        "training/test_parallel.py::test_two_processes_give_the_figures_of_one[keys2]",
     ),
     Mutant(
         "parallel: one process's stop is its own",
@@ -809,7 +809,7 @@ MUTANTS = [
         "stages/run.py",
         "return made[0] if made else OnlookerAttempt(stage)",
         "return made[0] if made else closing.enter_context(stage.attempt(run.environment))",
-        "training/test_parallel.py::test_two_processes_give_the_figures_of_one",
+        "training/test_parallel.py::test_two_processes_give_the_figures_of_one[keys2]",
     ),
     Mutant(
         "update: rollouts without a loss go through it",
@@ -837,7 +837,7 @@ MUTANTS = [
         "training/server.py",
         '"prompt": list(prompt), "seed": seed}',
         '"prompt": list(prompt), "seed": 0}',
-        "training/test_server.py::test_the_server_says_what_is_said_here",
+        "training/test_server.py::test_the_server_says_what_is_said_here[False]",
     ),
     Mutant(
         "server: the weights of the first step serve for all",
@@ -845,14 +845,14 @@ MUTANTS = [
         '        self.served = "weights-b" if before == "weights-a" else "weights-a"',
         '        if before:\n            return str(self._ask("GET", "models")["data"][0]["id"])\n'
         '        self.served = "weights-b" if before == "weights-a" else "weights-a"',
-        "training/test_server.py::test_the_server_says_what_is_said_here",
+        "training/test_server.py::test_the_server_says_what_is_said_here[False]",
     ),
     Mutant(
         "server: other token ids pass",
         "training/server.py",
         "if shown != list(prompt):",
         "if False:",
-        "training/test_server.py::test_what_a_server_does_wrong_is_one_line",
+        "training/test_server.py::test_what_a_server_does_wrong_is_one_line[other-prompt-read other token ids than the prompt's]",
     ),
     Mutant(
         "server: another model passes",
