@@ -141,23 +141,21 @@ def test_a_server_that_dies_ends_the_run_with_a_line_and_another_takes_it_up(
     assert steps == pytest.approx({row["step"]: row["reward"] for row in whole if row["step"]}, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("hangs", r"did not answer completions within 1 s; raise rollout.server_timeout_s"),
-        ("no-ids", r"without token ids or log-probs; one that knows return_token_ids is needed"),
-        ("other-prompt", r"read other token ids than the prompt's"),
-        ("other-model", r"answers as model 'another', and 'policy-\w+' was asked"),
-        ("cut", r"ended a response after \d of 6 tokens \(length\); raise its length limit"),
-        ("no-stop", r"does not end a response by the stop token"),
-        ("no-lora", r"refused load_lora_adapter with 404: .*; start it with --enable-lora and VLLM_ALLOW_RUNTIME"),
-    ],
-)
-def test_what_a_server_does_wrong_is_one_line(
-    world: worlds.World, start: Start, tmp_path: Path, fault: str, said: str
-) -> None:
+WRONG = {
+    "hangs": r"did not answer completions within 1 s; raise rollout.server_timeout_s",
+    "no-ids": r"without token ids or log-probs; one that knows return_token_ids is needed",
+    "other-prompt": r"read other token ids than the prompt's",
+    "other-model": r"answers as model 'another', and 'policy-\w+' was asked",
+    "cut": r"ended a response after \d of 6 tokens \(length\); raise its length limit",
+    "no-stop": r"does not end a response by the stop token",
+    "no-lora": r"refused load_lora_adapter with 404: .*; start it with --enable-lora and VLLM_ALLOW_RUNTIME",
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_a_server_does_wrong_is_one_line(world: worlds.World, start: Start, tmp_path: Path, fault: str) -> None:
     server = sampler(start(world.base, fault), tmp_path, timeout_s=1 if fault == "hangs" else PATIENCE_S)
-    with pytest.raises(RunError, match=said) as caught:
+    with pytest.raises(RunError, match=WRONG[fault]) as caught:
         both(byte_model(world, adapters=True), server, 1.0, seed=0)
     assert "\n" not in str(caught.value)
 
