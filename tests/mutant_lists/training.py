@@ -471,8 +471,8 @@ MUTANTS = [
     Mutant(
         "generation: a token sees what is not there yet",
         "models/generation.py",
-        "mask_BS = (back_BS >= 0) if window is None",
-        "mask_BS = (back_BS > -9) if window is None",
+        "seen_BS = (self.back_BS >= 0) if window is None",
+        "seen_BS = (self.back_BS > -9) if window is None",
         "training/test_generation.py::test_tokens_are_those_of_transformers",
     ),
     Mutant(
@@ -485,8 +485,8 @@ MUTANTS = [
     Mutant(
         "generation: no window",
         "models/generation.py",
-        "else (back_BS >= 0) & (back_BS < window)",
-        "else (back_BS >= 0)",
+        "else (self.back_BS >= 0) & (self.back_BS < window)",
+        "else (self.back_BS >= 0)",
         "training/test_generation.py::test_tokens_are_those_of_transformers",
     ),
     Mutant(
