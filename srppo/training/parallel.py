@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from srppo.errors import ConfigError, OtherEnded, RunError, SrppoError
+from srppo.models.memory import is_out_of_memory
 
 T = TypeVar("T")
 BUCKET = 1 << 24  # elements that are added up at once
+TIMEOUT = timedelta(hours=2)  # for the slowest of the others: one may be asking a server, or writing a model
 
 
 def start(device: str) -> str:
@@ -30,7 +33,9 @@ def start(device: str) -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or a dead process shows somewhere later
+        with _others():
+            state = PartialState(cpu=device == "cpu", timeout=TIMEOUT)
         return "cpu" if device == "cpu" else str(state.device)
     return device
 
@@ -60,7 +65,7 @@ def is_first() -> bool:
 
 
 def share(rows: Sequence[T]) -> Sequence[T]:
-    """This process's part of rows in order of length: every so-manieth, so that all have about the same work."""
+    """This process's part of rows in order of length: one of each group of `size()`, so that all have like work."""
     return rows[rank() :: size()]
 
 
@@ -106,7 +111,8 @@ def add_up_gradients(weights: Iterable[nn.Parameter]) -> None:
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
         flat = add_up(torch.cat([grad.reshape(-1) for grad in grads]))
         for weight, summed in zip(bucket, flat.split([weight.numel() for weight in bucket]), strict=True):
-            weight.grad = summed.view_as(weight).clone()
+            summed = summed.view_as(weight)
+            weight.grad = summed.clone() if weight.grad is None else weight.grad.copy_(summed)
 
 
 def _buckets(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -179,8 +185,9 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what = str(error).partition("\n")[0][-120:]
+        if is_out_of_memory(error):
+            raise
         raise OtherEnded(
-            f"another process of this run has ended ({what}); what it said is above; the same command goes on from the "
-            "last checkpoint"
+            "another process of this run has ended, or does not answer; what it said is above; the same command goes "
+            "on from the last checkpoint"
         ) from error

@@ -793,7 +793,7 @@ MUTANTS = [
     Mutant(
         "parallel: gradients stay where they are",
         "training/parallel.py",
-        "weight.grad = summed.view_as(weight).clone()",
+        "weight.grad = summed.clone() if weight.grad is None else weight.grad.copy_(summed)",
         "pass",
         "training/test_parallel.py::test_two_processes_give_the_figures_of_one[keys2]",
     ),
@@ -857,14 +857,21 @@ MUTANTS = [
     Mutant(
         "server: another model passes",
         "training/server.py",
-        "if gap > FAR:",
+        "if first is None and gap > FAR:",
         "if False:",
-        "training/test_server.py::test_weights_that_are_not_loaded_are_noticed",
+        "training/test_server.py::test_weights_that_are_not_loaded_are_noticed[False]",
+    ),
+    Mutant(
+        "server: weights of before pass",
+        "training/server.py",
+        "if first is not None and gap > max(NEAR, GROWN * first):",
+        "if False:",
+        "training/test_server.py::test_weights_that_are_not_loaded_are_noticed[True]",
     ),
     Mutant(
         "server: samples that are cut pass",
         "training/server.py",
-        "if abs(errors) > UNLIKELY:",
+        "if abs(z) > UNLIKELY and abs(float(excess_N.mean())) > TELLING:",
         "if False:",
         "training/test_server.py::test_samples_of_the_whole_distribution_pass_and_cut_ones_do_not",
     ),
