@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -198,10 +199,17 @@ class RolloutConfig(_Section):
     server_timeout_s: float = Field(600.0, gt=0, description="seconds that the server has for one response")
     importance_cap: float = Field(
         2.0,
-        gt=0,
+        ge=1,
         description="a server's tokens count by policy's over server's probability, at most so much; read with a "
         "server alone",
     )
+
+    @field_validator("server")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?/v1/?", value):
+            raise ValueError(f"{value!r} is no address of this API; give it whole, such as http://localhost:8000/v1")
+        return value
 
 
 class RewardConfig(_Section):
@@ -579,14 +587,28 @@ hashed they stand at these values (one that is none stays so), so that another m
 goes on with the others."""
 
 
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "model": {"sharding": "none"},
+    "sft": {"optimizer": "adamw"},
+    "rollout": {"server": None, "server_timeout_s": 600.0, "importance_cap": 2.0},
+    "ppo": {"optimizer": "adam"},
+}
+"""Keys that came after this epoch's first runs, with the default under which they change nothing: there they are left
+out wherever recipes are compared or hashed, so ids, folders and registered plans of before hold."""
+
+
 def decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's tree with the keys of FREE at one value each: equal for recipes that stand for one run."""
-    return {
-        name: {**section, **{k: value for k, value in FREE.get(name, {}).items() if section.get(k) is not None}}
-        if isinstance(section, Mapping)
-        else section
-        for name, section in tree.items()
-    }
+    """A recipe's tree with the keys of FREE at one value each, without those of ADDED at their defaults: equal for
+    recipes that stand for one run."""
+    found: dict[str, Any] = {}
+    for name, section in tree.items():
+        if not isinstance(section, Mapping):
+            found[name] = section
+            continue
+        free = {k: value for k, value in FREE.get(name, {}).items() if section.get(k) is not None}
+        added = ADDED.get(name, {})
+        found[name] = {k: v for k, v in {**section, **free}.items() if k not in added or v != added[k]}
+    return found
 
 
 def free_settings(recipe: Recipe) -> dict[str, Any]:

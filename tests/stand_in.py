@@ -30,6 +30,9 @@ FAULTS = (
     "cut",  # answers end before the limit
     "no-stop",  # the stop token is left out
     "no-lora",  # started without --enable-lora
+    "forgets",  # an adapter that is to be unloaded is gone already
+    "raw",  # log-probs before the temperature
+    "foreign",  # a token beyond the tokenizer's
 )
 
 
@@ -67,16 +70,18 @@ class Served:
             **wanted,
         )
         (ids,), logprobs = found.responses(), found.sampled_logprobs_BT[0].tolist()
-        if self.fault == "top-p":  # as raw log-probs are: of the whole distribution
+        if self.fault in ("top-p", "raw"):  # as raw log-probs are: of the whole distribution
             from srppo.training.scores import score_logprobs
 
             logprobs = score_logprobs(model, found)[0].tolist()
         ended = bool(found.ended_B[0])
         kept = ids[:-1] if ended and self.fault == "no-stop" else ids
+        kept = [*kept[:-1], 10**6] if self.fault == "foreign" else kept
         choice: dict[str, Any] = {
             "index": 0,
             "text": self.tokenizer.decode(kept),
-            "finish_reason": "stop" if ended else "length",
+            # as vLLM had it before 0.11.2: the limit is looked at before the stop token
+            "finish_reason": "length" if len(ids) == asked["max_tokens"] else "stop",
             "logprobs": {"token_logprobs": logprobs[: len(kept)], "tokens": [str(i) for i in kept]},
         }
         if asked.get("return_token_ids") and self.fault != "no-ids":
@@ -109,7 +114,9 @@ class Served:
             self.adapters[asked["lora_name"]] = known or load_adapter(Path(asked["lora_path"]), self.base)
             return 200, {}
         if path == "/v1/unload_lora_adapter":
-            self.adapters.pop(asked["lora_name"], None)
+            found = self.adapters.pop(asked["lora_name"], None)
+            if self.fault == "forgets" or found is None:
+                return 404, {"error": {"message": f"The lora adapter '{asked['lora_name']}' cannot be found."}}
             return 200, {}
         if path == "/collective_rpc":
             if self.fault != "stale":

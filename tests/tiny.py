@@ -139,4 +139,4 @@ def ragged_batch() -> RolloutBatch:
     attention_mask_BS = torch.cat([torch.ones(4, 1, dtype=torch.bool), MASK_BT], dim=1)
     tokens_BS = torch.ones(4, 5, dtype=torch.int64)
     old_BT = ragged_logprobs(3)
-    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, old_BT, old_BT, ragged_logprobs(5))
+    return RolloutBatch(tokens_BS, attention_mask_BS, MASK_BT, ENDED_B, old_BT.clone(), old_BT, ragged_logprobs(5))

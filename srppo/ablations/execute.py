@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from srppo.kernels.native import compiler_version
 from srppo.models.loading import fingerprint, import_model, resolve
 from srppo.record.store import Stage
 from srppo.stages.run import prepare_run, run_stages
+from srppo.training import parallel
 
 
 def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None) -> None:
     """Run the task's stage to its commit, or find it committed. Raises what the stage raises."""
-    console = console or Console(plain=True)
+    device = parallel.start(device)
+    console = console or Console(plain=True, file=None if parallel.is_first() else io.StringIO())
     run = prepare_run(task.recipe, [task.kind], ledger.run, console, device=device, environment=environment())
 
     def link(kind: str, stage: Stage) -> None:
-        if kind == task.kind:  # its parents have tasks of their own
+        if kind == task.kind and parallel.is_first():  # its parents have tasks of their own
             ledger.link(task, stage)
 
     run_stages(run, on_stage=link)

@@ -278,7 +278,7 @@ def _apart(work: bytes, pipe: Connection, parent: int) -> None:
         signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # nothing is running yet
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     os.setsid()  # Ctrl-C on the terminal is for the caller, who passes it on
-    _die_with(parent)
+    die_with(parent)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         Worker(**pickle.loads(work), on_event=pipe.send).run()
@@ -291,7 +291,7 @@ def _child(task: Task, ledger: Ledger, execute: Execute, log: Path, parent: int,
     code = 1
     try:
         os.setsid()
-        _die_with(parent)
+        die_with(parent)
         for number in STOPS:
             signal.signal(number, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
@@ -328,7 +328,7 @@ def try_task(task: Task, ledger: Ledger, execute: Execute) -> int:
     return 0
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its worker dies (Linux); elsewhere its lease stays alive until it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

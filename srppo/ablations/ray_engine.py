@@ -49,16 +49,18 @@ def run_ray(
     timeout_s: float | None,
     console: Console,
     slots: int | None = None,
+    processes: int = 1,
 ) -> None:
     """Run what is left on the cluster at RAY_ADDRESS or on this machine; where there is none, on one started for it.
 
-    slots: stages at once, None for as many as the cluster can run. Raises ConfigError where no node could run one,
+    slots: stages at once, None for as many as the cluster can run. processes: of a stage, for which one node has the
+    room. Raises ConfigError where no node could run one,
     RecordError naming a node that does not see the record, and what `Worker.run` raises.
     """
     run = replace(ledger.run, path=ledger.run.path.absolute())  # a node's processes have another working directory
     ledger = Ledger(run, ledger.tries)
     with _cluster(run.path / "ray.log", console) as log:
-        needs = _needs(device)
+        needs = _needs(device, processes)
         room = _room(needs)
         if not room:
             wanted = ", ".join(f"{count} {name}" for name, count in needs.items())
@@ -279,12 +281,12 @@ def _environment() -> dict[str, Any]:
     return {"env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
 
 
-def _needs(device: str) -> dict[str, float]:
-    """What a stage takes of a node: a GPU, or its threads' cores as far as there is a node that has them."""
+def _needs(device: str, processes: int) -> dict[str, float]:
+    """What a stage takes of a node: GPUs, or its threads' cores as far as there is a node that has them."""
     if device == "cuda":
-        return {"CPU": 1, "GPU": 1}
+        return {"CPU": processes, "GPU": processes}
     most = max((node["Resources"].get("CPU", 0) for node in _nodes()), default=0)
-    return {"CPU": max(min(int(os.environ.get("OMP_NUM_THREADS", "1")), most), 1)}
+    return {"CPU": max(min(processes * int(os.environ.get("OMP_NUM_THREADS", "1")), most), 1)}
 
 
 def _room(needs: Mapping[str, float]) -> int:

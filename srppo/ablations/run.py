@@ -12,6 +12,7 @@ from pathlib import Path
 
 from srppo.ablations.estimate import Estimate, check_data, estimate
 from srppo.ablations.ledger import Ledger
+from srppo.ablations.local import Execute
 from srppo.ablations.options import build_sweep
 from srppo.ablations.plan import Plan
 from srppo.ablations.progress import LiveTable, Watch, counts
@@ -31,13 +32,15 @@ SLACK, LEAST_TIMEOUT_S = 10, 600.0  # a stage hangs when it takes ten times as l
 
 @dataclass(frozen=True)
 class Launch:
-    """How a sweep is run; none of it changes a result."""
+    """How a sweep is run; none of it changes a result. processes: of each stage, on one machine, each with a device of
+    its own."""
 
     engine: str = "local"
     slots: int | None = None
     timeout_s: float | None = None
     retry: bool = False
     device: str = "auto"
+    processes: int = 1
 
 
 def ablate_command(
@@ -74,16 +77,34 @@ def ablate_command(
     if launch.engine == "slurm":
         from srppo.ablations.slurm import write_sbatch
 
-        write_sbatch(plan, ledger, found, slots=slots, device=launch.device, timeout_s=timeout_s, console=console)
+        write_sbatch(
+            plan,
+            ledger,
+            found,
+            slots=slots,
+            device=launch.device,
+            processes=launch.processes,
+            timeout_s=timeout_s,
+            console=console,
+        )
         return None
     if launch.engine == "ray":
         from srppo.ablations.execute import execute  # torch comes with this
         from srppo.ablations.ray_engine import run_ray
 
-        run = partial(execute, device=device)
-        run_ray(plan, ledger, run, slots=launch.slots, device=device, timeout_s=timeout_s, console=console)
+        run = _in_processes(partial(execute, device=device), launch.processes)
+        run_ray(
+            plan,
+            ledger,
+            run,
+            slots=launch.slots,
+            device=device,
+            processes=launch.processes,
+            timeout_s=timeout_s,
+            console=console,
+        )
     else:
-        work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
+        work(plan, ledger, launch, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     return folder
 
 
@@ -114,7 +135,7 @@ def work_command(folder: Path, launch: Launch, console: Console) -> None:
     slots, gpus, device = places(plan.sweep, launch)
     check_data([next(iter(plan.tasks.values()))])  # a wrong folder here must not fail every stage
     timeout_s = launch.timeout_s or ledger.limits["timeout_s"]
-    work(plan, ledger, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
+    work(plan, ledger, launch, slots=slots, gpus=gpus, device=device, timeout_s=timeout_s, console=console)
     raise_if_lost(plan, ledger)
 
 
@@ -135,6 +156,7 @@ def load_sweep(folder: Path) -> tuple[Plan, Ledger]:
 def work(
     plan: Plan,
     ledger: Ledger,
+    launch: Launch,
     *,
     slots: int,
     gpus: tuple[str, ...],
@@ -150,7 +172,7 @@ def work(
     worker = Worker(
         plan.tasks,
         ledger,
-        partial(execute, device=device),
+        _in_processes(partial(execute, device=device), launch.processes),
         before=make_ready,
         slots=slots,
         timeout_s=timeout_s,
@@ -164,6 +186,15 @@ def work(
     console.say(table.summary())
 
 
+def _in_processes(execute: Execute, processes: int) -> Execute:
+    """How a stage is run, in one process or in several."""
+    if processes == 1:
+        return execute
+    from srppo.ablations.together import execute_together
+
+    return partial(execute_together, execute=execute, processes=processes)
+
+
 def forgive(plan: Plan, ledger: Ledger, console: Console) -> None:
     """Let what was given up be tried again. What diverged would diverge again."""
     for task in plan.tasks.values():
@@ -173,7 +204,7 @@ def forgive(plan: Plan, ledger: Ledger, console: Console) -> None:
 
 
 def places(sweep: Sweep, launch: Launch) -> tuple[int, tuple[str, ...], str]:
-    """(stages at once, the GPU of each, device), without a CUDA context in this process."""
+    """(stages at once, the GPUs of each, device), without a CUDA context in this process."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", launch.device):
         raise ConfigError(f"device {launch.device!r} is unknown; give cpu, cuda, cuda:1, mps, or auto")
     embedded = all(is_embedded(sweep.recipe_of(cell, sweep.seeds[0]).model.base) for cell in sweep.cells())
@@ -184,15 +215,19 @@ def places(sweep: Sweep, launch: Launch) -> tuple[int, tuple[str, ...], str]:
         gpus = gpus[int(launch.device.partition(":")[2]) :][:1]
     if launch.device.startswith("cuda") and not gpus and launch.engine == "local":
         raise ConfigError(f"device {launch.device!r} cannot be used here: no GPU is visible; try --device cpu")
-    slots = launch.slots or (len(gpus) or (cores if embedded else 1))
+    each = launch.processes
+    if gpus and len(gpus) < each and launch.engine == "local":
+        raise ConfigError(f"{each} processes a stage want as many GPUs, and {len(gpus)} are visible; lower --processes")
+    slots = launch.slots or (max(len(gpus) // each, 1) if gpus else max(cores // each, 1) if embedded else 1)
     # What torch and its kin read when they are imported; children inherit it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(1 if embedded else max(cores // slots, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(1 if embedded else max(cores // (slots * each), 1)))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if launch.device.startswith("cuda") and not gpus:
         return slots, (), "cuda"  # of nodes elsewhere
     if gpus:
-        return slots, tuple(gpus[i % len(gpus)] for i in range(slots)), "cuda"
+        groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)] or [",".join(gpus)]
+        return slots, tuple(groups[i % len(groups)] for i in range(slots)), "cuda"
     return slots, (), "mps" if launch.device == "mps" else "cpu"
 
 

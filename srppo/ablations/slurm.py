@@ -36,7 +36,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
-{gpu}#SBATCH --gres=gpu:1
+{gpu}#SBATCH --gres=gpu:{processes}
 # Your site may want more; take one # away:
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
@@ -54,6 +54,7 @@ def write_sbatch(
     *,
     slots: int,
     device: str,
+    processes: int = 1,
     timeout_s: float | None,
     console: Console,
 ) -> None:
@@ -72,7 +73,9 @@ def write_sbatch(
     folder = ledger.run.path.absolute()
     script = folder / "sbatch.sh"
     workers = min(slots, len(left))
-    text = sbatch_script(folder, left, found.seconds, workers=workers, device=device, timeout_s=timeout_s)
+    text = sbatch_script(
+        folder, left, found.seconds, workers=workers, device=device, processes=processes, timeout_s=timeout_s
+    )
     with storing(script):
         (folder / "slurm").mkdir(exist_ok=True)
         write_atomic(script, text)
@@ -98,6 +101,7 @@ def sbatch_script(
     *,
     workers: int,
     device: str,
+    processes: int = 1,
     timeout_s: float | None,
 ) -> str:
     """The script for a sweep's absolute folder. seconds: what each task takes, by key."""
@@ -108,12 +112,14 @@ def sbatch_script(
     gpu = device.startswith("cuda") or (device == "auto" and not embedded)
     command = [sys.executable, "-m", "srppo", "worker", str(folder), "--plain", "--slots", "1", "--device", device]
     command += ["--timeout", f"{timeout_s:.0f}"] if timeout_s else []
+    command += ["--processes", str(processes)] if processes > 1 else []
     # Read alike by the shell and by sbatch, whose own quotes differ from the shell's; % is sbatch's.
     logs = re.sub(r"([^\w@%+=:,./-])", r"\\\1", str(folder / "slurm").replace("%", "%%"))
     return SCRIPT.format(
         job=re.sub(r"[^A-Za-z0-9._-]", "_", f"srppo-{folder.name}"),
         workers=workers,
-        cores=1 if embedded else 4,
+        cores=processes * (1 if embedded else 4),
+        processes=processes,
         limit=_limit(left, seconds, workers),
         log=f"{logs}/%A-%a.txt",
         gpu="" if gpu else "#",

@@ -15,7 +15,7 @@ from typer import Option
 
 import srppo
 from srppo.cli import bench, data, measure, sweep, train
-from srppo.errors import Diverged, Interrupted, RunError, SrppoError
+from srppo.errors import Diverged, Interrupted, OtherEnded, RunError, SrppoError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, of which some versions of Typer carry a copy
 
@@ -89,13 +89,15 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False, prog_name="srppo", obj=wanted) or 0  # an exit comes back as its code
-        if code == 130:  # Ctrl-C outside of the training loop, as Typer reports it
+        if code == 130 and not train.PROCESS:  # Ctrl-C outside of the training loop, as Typer reports it
             typer.echo(train.INTERRUPTED, err=True)
     except SrppoError as error:
         if wanted["debug"]:
             raise
         if not train.PROCESS or (isinstance(error, RunError) and not isinstance(error, Diverged | Interrupted)):
             typer.echo(f"error: {f'process {train.PROCESS}: ' if train.PROCESS else ''}{error}", err=True)
+        if train.PROCESS and not isinstance(error, OtherEnded):
+            train.let_the_first_speak()
         code = error.exit_code
     except UsageError as error:
         say_usage(error)

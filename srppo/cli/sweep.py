@@ -10,6 +10,7 @@ from typer import Argument, Option
 from srppo.cli.options import Debug, Device, Plain, Recipe, RunFolder, Sets
 
 Slots = Annotated[int | None, Option(min=1, help="Stages at once. (default: cores, or GPUs)")]
+Processes = Annotated[int, Option(min=1, help="Processes of a stage, each with a core or GPU of its own.")]
 Timeout = Annotated[float | None, Option(min=1, help="Seconds a stage may take. (default: ten times the estimate)")]
 
 TURNS = "embedded:xs,embedded:xs-1,embedded:xs-2"  # three pretrainings
@@ -63,6 +64,7 @@ def ablate(
     quick: Annotated[bool, Option("--quick", help="A look within ten minutes on two cores.")] = False,
     engine: Annotated[str, Option(help="local, ray, or slurm.")] = "local",
     slots: Slots = None,
+    processes: Processes = 1,
     timeout: Timeout = None,
     retry: Annotated[bool, Option("--retry", help="Try again what was given up.")] = False,
     plan: Annotated[
@@ -97,7 +99,7 @@ def ablate(
         margin=margin,
         bases=bases,
     )
-    launch = Launch(engine=engine, slots=slots, timeout_s=timeout, retry=retry, device=device)
+    launch = Launch(engine, slots=slots, timeout_s=timeout, retry=retry, device=device, processes=processes)
     folder = ablate_command(name, options, out, launch, console, plan_only=plan)
     if folder is not None:
         from srppo.report.sweep import report_sweep
@@ -109,6 +111,7 @@ def ablate(
 def worker(
     folder: Annotated[Path, Argument(metavar="DIR", help="A sweep's folder, also on a shared disk.")],
     slots: Slots = None,
+    processes: Processes = 1,
     timeout: Timeout = None,
     device: Device = "auto",
     plain: Plain = False,
@@ -118,4 +121,5 @@ def worker(
     from srppo.ablations.run import Launch, work_command
     from srppo.console import Console
 
-    work_command(folder, Launch(slots=slots, timeout_s=timeout, device=device), Console(plain=plain or None))
+    launch = Launch(slots=slots, timeout_s=timeout, device=device, processes=processes)
+    work_command(folder, launch, Console(plain=plain or None))

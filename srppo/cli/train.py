@@ -6,7 +6,7 @@ import io
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,9 @@ from srppo.errors import Interrupted, OtherEnded, RecordError, StorageError
 if TYPE_CHECKING:
     from srppo.config import Recipe as LoadedRecipe
 
-PROCESS = int(os.environ.get("RANK", 0))  # which of a launcher's this is; the first one speaks
+PROCESS = int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+"""Which of a launcher's processes this is; the first one speaks."""
+SPEAK_S = 30.0  # that the others give it to do so
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
 
@@ -167,6 +169,20 @@ def _run(
             raise
     if parallel.is_first():
         report_run(folder, console)
+
+
+def let_the_first_speak() -> None:
+    """A launcher stops all when one ends, and the first may still be writing what all have found to be wrong."""
+    import time
+
+    import psutil
+
+    deadline = time.monotonic() + SPEAK_S
+    with suppress(psutil.Error):
+        siblings = psutil.Process(os.getppid()).children()
+        (first,) = [each for each in siblings if each.environ().get("RANK") == "0"]
+        while first.is_running() and first.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 @contextmanager

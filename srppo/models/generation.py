@@ -75,18 +75,22 @@ class DecodeStep:
 
     def __init__(self, lengths_B: Tensor, cache: KvCache) -> None:
         self.lengths_B, self.cache = lengths_B, cache
+        # What all layers share; the longest is asked for once a step, since a GPU is waited for.
+        self.longest = int(lengths_B.max()) + 1
+        self.rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        self.back_BS = lengths_B[:, None] - torch.arange(self.longest, device=lengths_B.device)
+        self.masks: dict[int | None, Tensor] = {}
 
     def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
         """As `Rows.attend`."""
         scaling, window, layer = asked
-        rows, device = len(self.lengths_B), self.lengths_B.device
-        known = self.cache.put(layer, torch.arange(rows, device=device), self.lengths_B, k_HND, v_HND, rows=rows)
-        longest = int(self.lengths_B.max()) + 1
-        k_BHSD, v_BHSD = (x[:, :, :longest] for x in known)
-        back_BS = self.lengths_B[:, None] - torch.arange(longest, device=device)
-        mask_BS = (back_BS >= 0) if window is None else (back_BS >= 0) & (back_BS < window)
+        known = self.cache.put(layer, self.rows_B, self.lengths_B, k_HND, v_HND, rows=len(self.rows_B))
+        k_BHSD, v_BHSD = (x[:, :, : self.longest] for x in known)
+        if window not in self.masks:
+            seen_BS = (self.back_BS >= 0) if window is None else (self.back_BS >= 0) & (self.back_BS < window)
+            self.masks[window] = seen_BS[:, None, None]
         q_BHGD = q_HND.transpose(0, 1).unflatten(1, (k_BHSD.shape[1], -1))  # queries of one key head side by side
-        out = F.scaled_dot_product_attention(q_BHGD, k_BHSD, v_BHSD, attn_mask=mask_BS[:, None, None], scale=scaling)
+        out = F.scaled_dot_product_attention(q_BHGD, k_BHSD, v_BHSD, attn_mask=self.masks[window], scale=scaling)
         return out.flatten(1, 2)
 
 

@@ -41,18 +41,20 @@ def is_spread(tensors: Iterable[Tensor]) -> bool:
 def spread(module: nn.Module) -> None:
     """Leave each process its part of a module's weights; layers, which are what lists of modules hold, are gathered one
     by one, the rest together."""
+    mesh = _mesh(next(module.parameters()).device.type, dist.group.WORLD)
     inner: list[nn.Module] = []
     for each in module.modules():
         if isinstance(each, nn.ModuleList) and not any(each in layer.modules() for layer in inner):
             inner += each
     for each in (*inner, module):
-        sharded = fully_shard(each, mesh=_mesh(next(module.parameters()).device.type), reshard_after_forward=True)
+        sharded = fully_shard(each, mesh=mesh, reshard_after_forward=True)
         sharded.set_gradient_divide_factor(1.0)  # losses are divided by counts of the whole batch already
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-@lru_cache
-def _mesh(device: str) -> DeviceMesh:
+@lru_cache(maxsize=1)
+def _mesh(device: str, group: Any) -> DeviceMesh:
+    """All processes of a group that is the default one, which may be another after this one has been left."""
     return init_device_mesh(device, (dist.get_world_size(),))
 
 

@@ -262,13 +262,6 @@ def check(names: Iterable[str], recipe: Recipe) -> None:
 
 # ---- identity
 
-_ADDED: Mapping[str, Mapping[str, Any]] = {
-    "sft": {"optimizer": "adamw"},
-    "rollout": {"server": None, "server_timeout_s": 600.0, "importance_cap": 2.0},
-    "ppo": {"optimizer": "adam"},
-}
-"""Keys that came after this epoch's first stages, with the default under which they change nothing: there they stay
-out, so old ids hold."""
 _ELSEWHERE = {  # paths, and what PPO alone reads
     "data": ("demonstrations", "prompts"),
     "eval": ("every", "items", "curve"),
@@ -292,13 +285,11 @@ def stage_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     kind = KINDS[name]
     recipe = kind.recipe(recipe)
     dump = decisive(recipe.model_dump(mode="json"))
-    for section, defaults in _ADDED.items():
-        dump[section] = {k: v for k, v in dump[section].items() if k not in defaults or v != defaults[k]}
     for section, keys in _ELSEWHERE.items():
         dump[section] = {k: v for k, v in dump[section].items() if k not in keys}
     if not recipe.data.noise_rate:
         dump["data"] = {k: v for k, v in dump["data"].items() if k not in ("noise", "noise_dev")}  # there is none
-    if recipe.rollout.server is None:
+    if recipe.rollout.server is None or name == "distil":  # whose samples are constants
         dump["rollout"].pop("importance_cap", None)
     if recipe.ppo.critic == "own":
         dump["ppo"].pop("value_coef", None)

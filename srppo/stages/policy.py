@@ -7,6 +7,7 @@ A curve chooses nothing: the kept step is development items' choice, whatever te
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ from srppo.training.ppo import train_ppo
 from srppo.training.reward import rewards_before_kl
 from srppo.training.rollout import LocalSampler, Sampler, generate
 from srppo.training.scores import full_kl, score_log_ratio
+
+SERVED = "served"  # of a stage's folder: the weights that a server reads
 
 
 def ppo_stage(run: PreparedRun, bench: Workbench, done: Stages) -> Figures:
@@ -58,7 +61,10 @@ def _start(run: PreparedRun, bench: Workbench, done: Stages) -> LanguageModel:
 def _train(
     train: Callable[..., Session], run: PreparedRun, bench: Workbench, policy: LanguageModel, sft: LanguageModel
 ) -> Session:
-    return train(run.recipe, bench, policy, sft, run.base, run.data.prompts, run.development, _sampler(run, bench))
+    sampler = _sampler(run, bench)
+    session = train(run.recipe, bench, policy, sft, run.base, run.data.prompts, run.development, sampler)
+    shutil.rmtree(bench.stage.path / SERVED, ignore_errors=True)
+    return session
 
 
 def _sampler(run: PreparedRun, bench: Workbench) -> Sampler:
@@ -68,7 +74,7 @@ def _sampler(run: PreparedRun, bench: Workbench) -> Sampler:
         return LocalSampler(run.stops, run.pad_id)
     from srppo.training.server import ServerSampler
 
-    folder = bench.stage.path / "served"
+    folder = bench.stage.path / SERVED
     return ServerSampler(rollout.server, folder, run.stops, run.pad_id, timeout_s=rollout.server_timeout_s)
 
 

@@ -291,7 +291,7 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
             raise
         except Exception as error:
             if parallel.is_end_of_other(error):  # within a pass, which gathers weights
-                raise parallel.other_ended(error) from error
+                raise parallel.other_ended() from error
             reason = str(error).partition("\n")[0] or type(error).__name__
             if is_out_of_memory(error):
                 attempt.commit("oom", {"reason": f"out of memory ({reason})"})

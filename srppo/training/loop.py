@@ -267,7 +267,7 @@ class Session:
 
     def _measured(self) -> tuple[Row, float | None]:
         """A measurement; all that were made are counted, as training is."""
-        row, score = self.measure()
+        row, score = parallel.gather(self.measure())[0]  # the first's: bits decide which step is kept
         self.state.counters["selection_flops"] += row.get("selection_flops", 0)
         return {**row, "selection_flops": self.state.counters["selection_flops"]}, score
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from srppo.errors import ConfigError, OtherEnded, RunError, SrppoError
+from srppo.models.memory import is_out_of_memory
 
 T = TypeVar("T")
 BUCKET = 1 << 24  # elements that are added up at once
+TIMEOUT = timedelta(hours=2)  # for the slowest of the others: one may be asking a server, or writing a model
 
 
 def start(device: str) -> str:
@@ -31,9 +34,20 @@ def start(device: str) -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or a dead process shows somewhere later
+        with others():
+            state = PartialState(cpu=device == "cpu", timeout=TIMEOUT)
         return "cpu" if device == "cpu" else str(state.device)
     return device
+
+
+def leave() -> None:
+    """Out of the group, where this process goes on to other work."""
+    if dist.is_initialized():
+        from accelerate import PartialState
+
+        dist.destroy_process_group()
+        PartialState._reset_state()
 
 
 def size() -> int:
@@ -52,7 +66,7 @@ def is_first() -> bool:
 
 
 def shares(rows: Sequence[T]) -> list[Sequence[T]]:
-    """Each process's part of rows in order of length: every so-manieth, so that all have about the same work."""
+    """Each process's part of rows in order of length: one of each group of `size()`, so that all have like work."""
     return [rows[first :: size()] for first in range(size())]
 
 
@@ -104,7 +118,8 @@ def add_up_gradients(weights: Iterable[nn.Parameter]) -> None:
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
         flat = add_up(torch.cat([grad.reshape(-1) for grad in grads]))
         for weight, summed in zip(bucket, flat.split([weight.numel() for weight in bucket]), strict=True):
-            weight.grad = summed.view_as(weight).clone()
+            summed = summed.view_as(weight)
+            weight.grad = summed.clone() if weight.grad is None else weight.grad.copy_(summed)
 
 
 def _buckets(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -178,7 +193,9 @@ def others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise other_ended(error) from error
+        if is_out_of_memory(error):
+            raise
+        raise other_ended() from error
 
 
 def is_end_of_other(error: Exception) -> bool:
@@ -186,10 +203,9 @@ def is_end_of_other(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def other_ended(error: Exception) -> OtherEnded:
+def other_ended() -> OtherEnded:
     """In one line, what such an error means."""
-    what = str(error).partition("\n")[0][-120:]
     return OtherEnded(
-        f"another process of this run has ended ({what}); what it said is above; the same command goes on from the "
-        "last checkpoint"
+        "another process of this run has ended, or does not answer; what it said is above; the same command goes on "
+        "from the last checkpoint"
     )

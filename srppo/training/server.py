@@ -19,19 +19,20 @@ import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ReadTimeoutError
+from urllib3.exceptions import ReadTimeoutError, ResponseError
 from urllib3.util import Retry
 
 from srppo.errors import RunError
 from srppo.models.adapters import AdaptedModel
 from srppo.models.generation import Written
 from srppo.models.language_model import LanguageModel
+from srppo.record.files import storing
 from srppo.training import parallel
 from srppo.training.batch import Sampled
 from srppo.training.rollout import sampled, together
@@ -39,9 +40,12 @@ from srppo.training.scores import next_token_entropy, score_logprobs
 
 AT_ONCE = 64  # requests; the server puts them into batches
 CONNECT_S = 10.0
-RETRIES = Retry(total=3, read=1, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
+RETRIES = Retry(total=3, read=0, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
 FAR = 0.25  # nats a token between the server's log-probs and the policy's: not rounding, but another model
-UNLIKELY = 5.0  # standard errors between the surprisal of what was sampled and the entropy it was sampled from
+NEAR = 0.05  # that they may always be apart, and GROWN times what they were at first
+GROWN = 4.0
+UNLIKELY = 5.0  # standard errors between the surprisal of what was sampled and the entropy it was sampled from,
+TELLING = 0.02  # and nats a token: an honest server in 16 bits may be a little off
 
 
 class ServerSampler:
@@ -61,7 +65,7 @@ class ServerSampler:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=RETRIES, pool_maxsize=AT_ONCE))
         self.served: str | None = None  # the name or folder of what is served
-        self.checked = False
+        self.first_gap: float | None = None
 
     def sample(
         self,
@@ -89,37 +93,45 @@ class ServerSampler:
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
         }
         places = parallel.share(range(len(prompts)))
-        mine = [(prompts[i], seeds[i]) for i in places]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            said = pool.map(self._complete, repeat(asked), *zip(*mine, strict=True))
-            written = together(dict(zip(places, said, strict=True)))
+        ask = partial(self._complete, asked, policy.vocab_size)
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            said = list(pool.map(ask, [prompts[i] for i in places], [seeds[i] for i in places]))
+        finally:  # without waiting for those that were asked, where one has failed or the user stops
+            pool.shutdown(wait=False, cancel_futures=True)
+        written = together(dict(zip(places, said, strict=True)))
         if temperature is None:
             written = [(ids, [0.0] * len(ids)) for ids, _ in written]
         generated = sampled(prompts, written, self.stop_ids, self.pad_id, policy.device)
-        if temperature is not None and not self.checked:
-            check_sampling(policy, generated, temperature)
-            self.checked = True
+        if temperature is not None:
+            gap = check_model(policy, generated, temperature, self.first_gap)
+            if self.first_gap is None:
+                check_whole(policy, generated, temperature)
+                self.first_gap = gap
         return generated
 
     def _serve(self, policy: LanguageModel) -> str:
         """Have the server load the policy as it is now; the name to ask for it by."""
         before = self.served
+        if before is None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of an attempt before
         if isinstance(policy, AdaptedModel):
             # A name of its own for each: a server that remembers prefixes remembers them by name.
             self.served = f"policy-{_digest(policy)}"
             if self.served == before:
                 return self.served
             path = self._write(policy, self.served)
-            self._post("load_lora_adapter", {"lora_name": self.served, "lora_path": str(path)}, done="already")
-            if before is not None:
-                self._post("unload_lora_adapter", {"lora_name": before})
+            if before is not None:  # first, since there may be room for one; one that is gone already is no harm
+                self._post("unload_lora_adapter", {"lora_name": before}, done="")
                 shutil.rmtree(self.folder / before)
+            self._post("load_lora_adapter", {"lora_name": self.served, "lora_path": str(path)}, done="already")
             return self.served
         self.served = "weights-b" if before == "weights-a" else "weights-a"  # a server may take a known path for known
         path = self._write(policy, self.served)
         command = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
         self._post("../collective_rpc", command)
-        self._post("../reset_prefix_cache", {})
+        if self._post("../reset_prefix_cache", {}).get("success") is False:
+            raise self._wrong("does not forget the prefixes that other weights have read (/reset_prefix_cache)")
         if before is not None:
             shutil.rmtree(self.folder / before)
         models = self._ask("GET", "models").get("data") or [{}]
@@ -127,12 +139,12 @@ class ServerSampler:
 
     def _write(self, policy: LanguageModel, name: str) -> Path:
         path = self.folder / name
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        policy.save(path)
+        with storing(path):
+            path.mkdir(parents=True)
+            policy.save(path)
         return path
 
-    def _complete(self, asked: dict[str, Any], prompt: Sequence[int], seed: int) -> Written:
+    def _complete(self, asked: dict[str, Any], vocab_size: int, prompt: Sequence[int], seed: int) -> Written:
         """One response, its stop token included, and the log-prob of each token."""
         answer = self._post("completions", {**asked, "prompt": list(prompt), "seed": seed})
         try:
@@ -147,13 +159,15 @@ class ServerSampler:
         if answer.get("model") != asked["model"]:
             raise self._wrong(f"answers as model {answer.get('model')!r}, and {asked['model']!r} was asked")
         if shown != list(prompt):
-            raise self._wrong("read other token ids than the prompt's; it must serve a model with this tokenizer")
+            raise self._wrong("read other token ids than the prompt's")
         if not ids or len(ids) != len(logprobs):
             raise self._wrong(f"returned {len(ids or ())} tokens with {len(logprobs or ())} log-probs")
         if not all(isinstance(x, int | float) and math.isfinite(x) and x < 1e-3 for x in logprobs):
             raise self._wrong("returned log-probs that are none")
-        ended = ids[-1] in self.stop_ids
-        if any(token in self.stop_ids for token in ids[:-1]) or ended != (reason == "stop"):
+        if not all(isinstance(x, int) and 0 <= x < vocab_size for x in ids):
+            raise self._wrong(f"returned token ids beyond the tokenizer's {vocab_size}")
+        ended = ids[-1] in self.stop_ids  # at the length limit some say "length" all the same
+        if any(token in self.stop_ids for token in ids[:-1]) or (reason == "stop" and not ended):
             raise self._wrong("does not end a response by the stop token that it returns; stop tokens must be returned")
         if not ended and len(ids) != asked["max_tokens"]:
             raise self._wrong(
@@ -166,7 +180,7 @@ class ServerSampler:
         return self._ask("POST", path, body, done)
 
     def _ask(self, method: str, path: str, body: Any = None, done: str | None = None) -> dict[str, Any]:
-        """The answer, an object; a refusal with the word `done` in it is one too."""
+        """The answer, an object; a refusal with the text `done` in it is one too."""
         url = self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else f"{self.url}/{path}"
         try:
             answer = self.session.request(method, url, json=body, timeout=(CONNECT_S, self.timeout_s))
@@ -177,10 +191,12 @@ class ServerSampler:
                 raise self._wrong(
                     f"did not answer {path} within {self.timeout_s:g} s; raise rollout.server_timeout_s, or look at it"
                 ) from None
+            if isinstance(reason, ResponseError):
+                raise self._wrong(f"refuses {path} again and again ({reason}); look at it") from None
             what = type(reason).__name__
             raise self._wrong(f"cannot be reached ({what} at {path}); start it and run the same command") from None
         text = " ".join(answer.text.split())
-        if not answer.ok and not (done and done in text):
+        if not answer.ok and (done is None or done not in text):
             raise self._wrong(
                 f"refused {path} with {answer.status_code}: {text[:200]}{_hint(path, answer.status_code)}"
             )
@@ -210,26 +226,49 @@ def _digest(policy: AdaptedModel) -> str:
     return found.hexdigest()[:16]
 
 
-def check_sampling(policy: LanguageModel, generated: Sampled, temperature: float) -> None:
-    """Raises RunError where a batch does not look like samples of the whole distribution of this policy.
+def check_model(policy: LanguageModel, generated: Sampled, temperature: float, first: float | None) -> float:
+    """Mean distance of the sampler's log-probs from the policy's own, nats a token; `first`: what it was at first.
 
-    The same model: the sampler's log-probs are near the policy's own. The whole distribution: the surprisal of a token,
-    -log pi, has the entropy of its distribution for a mean, whatever came before; what is cut off by top-k or top-p is
-    missing from the first and not from the second. Their differences are uncorrelated, so that their sum over the root
-    of the sum of their squares is near a standard normal.
+    Raises RunError where it is too large for rounding: another model, weights of before, or log-probs before the
+    temperature.
     """
-    mask_BT = generated.response_mask_BT
-    own_BT = score_logprobs(policy, generated, temperature=temperature)
-    gap = float((own_BT - generated.sampled_logprobs_BT)[mask_BT].abs().double().mean())
-    if gap > FAR:
+    mask_BT, theirs_BT = generated.response_mask_BT, generated.sampled_logprobs_BT
+
+    def distance(at: float) -> float:
+        return float((score_logprobs(policy, generated, temperature=at) - theirs_BT)[mask_BT].abs().double().mean())
+
+    gap = distance(temperature)
+    if temperature != 1 and gap > NEAR and distance(1.0) < gap:
         raise RunError(
-            f"the server's log-probs are {gap:.2g} nats a token from the policy's: it serves other weights, or gives "
-            "log-probs before the temperature (start it with --logprobs-mode processed_logprobs)"
+            "the server gives log-probs before the temperature; start it with --logprobs-mode processed_logprobs, or "
+            "set rollout.temperature=1"
         )
-    excess_N = (-own_BT - next_token_entropy(policy, generated, temperature=temperature))[mask_BT].double()
-    errors = float(excess_N.sum() / excess_N.square().sum().sqrt().clamp(min=1e-12))
-    if abs(errors) > UNLIKELY:
+    if first is None and gap > FAR:
         raise RunError(
-            f"the server does not sample from the whole distribution: what it says is {errors:+.1f} standard errors "
-            "from the entropy; it must not use top-k, top-p, penalties or a draft model that is not exact"
+            f"the server's log-probs are {gap:.2g} nats a token from the policy's: it serves other weights, or another "
+            "model"
+        )
+    if first is not None and gap > max(NEAR, GROWN * first):
+        raise RunError(
+            f"the server's log-probs are {gap:.2g} nats a token from the policy's, and were {first:.2g} at first: it "
+            "does not load the weights that it is given, or another run gives it others"
+        )
+    return gap
+
+
+def check_whole(policy: LanguageModel, generated: Sampled, temperature: float) -> None:
+    """Raises RunError where a batch does not look like samples of the whole distribution.
+
+    The surprisal of a token, -log pi, has the entropy of its distribution for a mean, whatever came before; what is cut
+    off by top-k or top-p is missing from the first and not from the second. Their differences are uncorrelated, so that
+    their sum over the root of the sum of their squares is near a standard normal.
+    """
+    own_BT = score_logprobs(policy, generated, temperature=temperature)
+    entropy_BT = next_token_entropy(policy, generated, temperature=temperature)
+    excess_N = (-own_BT - entropy_BT)[generated.response_mask_BT].double()
+    z = float(excess_N.sum() / excess_N.square().sum().sqrt().clamp(min=1e-12))
+    if abs(z) > UNLIKELY and abs(float(excess_N.mean())) > TELLING:
+        raise RunError(
+            f"the server does not sample from the whole distribution: what it says is {z:+.1f} standard errors from "
+            "the entropy; it must not use top-k, top-p, penalties or a draft model that is not exact"
         )

@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant(
         "sweep: a worker outlives its driver",
         "ablations/local.py",
-        "    _die_with(parent)\n    os.environ",
+        "    die_with(parent)\n    os.environ",
         "    os.environ",
         "ablations/test_local.py::test_a_worker_apart_dies_with_its_caller_and_so_do_its_stages",
     ),

@@ -225,7 +225,7 @@ MUTANTS = [
     Mutant(
         "run: a stop leaves a result",
         "stages/run.py",
-        "except (Interrupted, RecordError, StorageError):",
+        "except (Interrupted, OtherEnded, RecordError, StorageError):",
         "except (RecordError, StorageError):",
         "stages/test_run.py::test_however_a_stage_ends_its_result_says_so_and_its_trackers_are_finished",
     ),
@@ -324,8 +324,8 @@ MUTANTS = [
     Mutant(
         "train: only what diverged is reported",
         "cli/train.py",
-        "        except Exception:\n            report_run(folder, console)\n",
-        "        except ZeroDivisionError:\n            report_run(folder, console)\n",
+        "        except Exception:\n            if parallel.is_first():\n",
+        "        except ZeroDivisionError:\n            if parallel.is_first():\n",
         "cli/test_app.py::test_a_run_whose_stage_fails_is_reported_with_the_reason",
     ),
 ]

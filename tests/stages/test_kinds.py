@@ -16,7 +16,7 @@ from srppo.ablations.analysis import analyse
 from srppo.ablations.execute import execute
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan
-from srppo.config import FREE, Recipe, RewardConfig, free_settings, recipe_id, with_overrides
+from srppo.config import ADDED, FREE, Recipe, RewardConfig, decisive, free_settings, recipe_id, with_overrides
 from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.record.store import Run
@@ -155,6 +155,12 @@ def test_keys_that_came_later_left_the_ids_of_before() -> None:
             ("rollout", ["server", "importance_cap"]),
         ):
             assert not set(keys) & set(settings.get(section, {}))
+    tree = Recipe().model_dump(mode="json")
+    before = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
+    for section, keys in ADDED.items():
+        for key in keys:
+            del before[section][key]
+    assert decisive(tree) == decisive(before), "or folders and registered plans of before would be refused"
     for key, kinds in (
         ("sft.optimizer", ("sft", "longer-sft-1", "rejection-ft")),
         ("ppo.optimizer", ("ppo", "distil")),

@@ -295,6 +295,40 @@ def test_a_minibatch_of_which_nothing_is_trained_is_in_no_mean() -> None:
         assert number == pytest.approx(sum(each[name] for each in some) / len(some), rel=1e-6), name
 
 
+def test_rollouts_that_are_left_out_of_the_loss_go_through_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures are those with them, of which all that is masked is 0; the passes are of the others alone."""
+    learners, targets = a_minibatch()
+    targets.loss_mask_BT[3:7] = False
+    seen: list[int] = []
+    forward = LanguageModel.response_logprobs
+
+    def watched(self: LanguageModel, tokens_BS: Tensor, *rest: Any, **more: Any) -> Tensor:
+        seen.append(len(tokens_BS))
+        return forward(self, tokens_BS, *rest, **more)
+
+    monkeypatch.setattr(LanguageModel, "response_logprobs", watched)
+    rows = torch.arange(12)
+    all_of_them = minibatch_update(small_step(), learners, targets, rows, step=1)
+    assert sum(seen) == 12 - 5, "rows 2 to 6 have no loss"
+    trained = minibatch_update(small_step(), learners, targets, rows[targets.loss_mask_BT.any(dim=1)], step=1)
+    assert all_of_them == trained
+
+
+def test_what_a_server_sampled_counts_by_its_importance() -> None:
+    """Advantages, whitened, times min(policy / server, cap); here they are as they were."""
+    batch = ragged_batch()
+    torch.manual_seed(0)
+    batch.sampled_logprobs_BT.copy_(batch.old_logprobs_BT + 0.5 * torch.randn(4, 4) * MASK_BT)
+    rewards = Rewards(ragged_logprobs(6), torch.zeros(4), torch.ones(4, dtype=torch.bool), 1.0)
+    plain = make_targets(tiny_recipe(), batch, rewards, ragged_logprobs(1))
+    server = tiny_recipe(rollout={"server": "http://localhost:8000/v1", "importance_cap": 1.2})
+    weighted = make_targets(server, batch, rewards, ragged_logprobs(1))
+    weight_BT = (batch.old_logprobs_BT - batch.sampled_logprobs_BT).exp().clamp(max=1.2)
+    assert (weight_BT[MASK_BT] == 1.2).any() and (weight_BT[MASK_BT] < 1).any()
+    torch.testing.assert_close(weighted.advantages_BT, plain.advantages_BT * weight_BT)
+    torch.testing.assert_close(weighted.returns_BT, plain.returns_BT)
+
+
 def test_while_the_critic_warms_up_nothing_is_said_of_the_policy() -> None:
     learners, targets = a_minibatch()
     metrics, _ = update(small_step(critic_warmup=3), learners, targets, step=1)

@@ -216,7 +216,6 @@ def test_an_end_within_a_pass_is_told_from_mistakes() -> None:
     gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     assert parallel.is_end_of_other(gloo) and parallel.is_end_of_other(torch.distributed.DistBackendError("NCCL"))
     assert not parallel.is_end_of_other(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert "(" + str(gloo) + ")" in str(parallel.other_ended(gloo))
 
 
 def test_optimizers_that_cannot_be_divided_are_refused() -> None:
