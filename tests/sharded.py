@@ -159,6 +159,7 @@ def compare(folder: Path, case: str) -> dict[str, Any]:
     decode = {"stop_ids": [1], "pad_id": 0, "max_new_tokens": 4, "seed": 0}
     prompts = [row.ids[:3] for row in ROWS]
     found["decoded"] = generate_decoded(sft, prompts, base=base, config=recipe.reward, **decode).responses()
+    assert parallel.size() == 1 or base._narrow is None, "the whole head stays in memory"
     if isinstance(sft, AdaptedModel):
         found["merged"] = tensors(sft.merged())
     return found
@@ -208,7 +209,7 @@ def find(folder: Path) -> dict[str, Any]:
     for case in ("untied", "adapters"):
         for shared in (False, True):
             found[f"{case}, {'shared' if shared else 'own'}"] = criticise(folder, case, shared)
-    for case in ("untied", "adapters"):
+    for case in ("untied", "bf16", "adapters"):
         found[f"{case}, compared"] = compare(folder, case)
     checkpoint(folder)
     return found | resume(folder)

@@ -889,4 +889,32 @@ MUTANTS = [
         "",
         "stages/test_kinds.py::test_which_server_samples_is_in_no_id_and_that_one_does_is",
     ),
+    Mutant(
+        "sharding: fewer passes than the others",
+        "training/batch.py",
+        "range(max(map(len, plans)) - len(own))",
+        "range(0)",
+        "training/test_sharding.py::test_all_processes_make_as_many_passes_and_each_row_has_one",
+    ),
+    Mutant(
+        "sharding: sums are added up again",
+        "training/parallel.py",
+        "    weights = [weight for weight in weights if not isinstance(weight, DTensor)]\n",
+        "    weights = list(weights)\n",
+        "training/test_sharding.py::test_what_is_learned_is_what_one_process_learns[untied]",
+    ),
+    Mutant(
+        "shards: Adam starts anew",
+        "training/shards.py",
+        "    if missing:\n",
+        "    if False:\n",
+        "training/test_sharding.py::test_checkpoints_go_on_in_any_number_of_processes",
+    ),
+    Mutant(
+        "shards: whole moments for parts of weights",
+        "training/shards.py",
+        "each[key] = part_of(value, weights[i].detach())",
+        "each[key] = value",
+        "training/test_sharding.py::test_checkpoints_go_on_in_any_number_of_processes",
+    ),
 ]

@@ -25,6 +25,7 @@ from srppo.record.json import read_lines
 from srppo.record.store import Run
 from srppo.stages.run import prepare_run, run_stages
 from srppo.training import parallel
+from srppo.training.batch import micro_batches
 
 PATIENCE_S = 600
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -121,7 +122,7 @@ def test_critics_learn_what_they_learn_in_one_process(case: str, alone: Any, tog
         assert_same(each[case], alone[case])
 
 
-@pytest.mark.parametrize("case", ["untied, compared", "adapters, compared"])
+@pytest.mark.parametrize("case", ["untied, compared", "bf16, compared", "adapters, compared"])
 def test_two_models_at_once(case: str, alone: Any, together: list[dict[str, Any]]) -> None:
     """Scores, a step of distillation, weight extrapolation, decoding by two models, an adapter merged into its base."""
     for each in together:
@@ -167,6 +168,24 @@ def test_checkpoints_go_on_in_any_number_of_processes(folder: Path, alone: Any, 
     for each in found:
         for name in ("saved-by-1", "saved-by-2"):
             assert_same(each[name], expected)
+
+
+# ---- in this process
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_all_processes_make_as_many_passes_and_each_row_has_one(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths_B = torch.tensor([9, 30, 7, 8])
+    monkeypatch.setattr(parallel, "size", lambda: processes)
+    plans = []
+    for rank in range(processes):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        plans.append([index.tolist() for index in micro_batches(lengths_B, 9, shared=True)])
+    assert len({len(plan) for plan in plans}) == 1
+    assert sorted(row for plan in plans for index in plan for row in index) == [0, 1, 2, 3]
+    assert all(plan[0] for plan in plans[:4]) and not any(plan[0] for plan in plans[4:])
 
 
 # ---- a whole run
