@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "head: rows of padding in the softmax",
         "models/language_model.py",
-        "return output.weight[: self.vocab_size], None",
-        "return output.weight, None",
+        "return weight_VD[: self.vocab_size], None",
+        "return weight_VD, None",
         "models/test_language_model.py::test_ids_beyond_the_tokenizer_are_in_no_softmax",
     ),
     Mutant(

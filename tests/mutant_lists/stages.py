@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         "run: the last step is exported for the kept",
         "stages/run.py",
-        'load_weights(model, checkpoint / "policy.safetensors")',
+        "load_weights(model, checkpoint)",
         "pass",
         "training/test_ppo.py::test_the_kept_step_is_measured_and_exported",
     ),
