@@ -48,6 +48,7 @@ class Served:
         self.base = load_model(path, self.config, vocab_size=len(self.tokenizer))
         self.path, self.fault = path, fault
         self.adapters: dict[str, Any] = {}
+        self.first: Any = None
         self.lock = threading.Lock()
         self.calls = 0
         self.heard: set[str] = set()
@@ -81,7 +82,9 @@ class Served:
             "index": 0,
             "text": self.tokenizer.decode(kept),
             # as vLLM had it before 0.11.2: the limit is looked at before the stop token
-            "finish_reason": "length" if len(ids) == asked["max_tokens"] else "stop",
+            "finish_reason": "stop"
+            if ended and (len(ids) < asked["max_tokens"] or self.fault == "no-stop")
+            else "length",
             "logprobs": {"token_logprobs": logprobs[: len(kept)], "tokens": [str(i) for i in kept]},
         }
         if asked.get("return_token_ids") and self.fault != "no-ids":
@@ -110,8 +113,10 @@ class Served:
                 return 404, {"detail": "Not Found"}
             if asked["lora_name"] in self.adapters:
                 return 400, {"error": {"message": f"The lora adapter '{asked['lora_name']}' has already been loaded."}}
-            known = next(iter(self.adapters.values()), None) if self.fault == "stale" else None
-            self.adapters[asked["lora_name"]] = known or load_adapter(Path(asked["lora_path"]), self.base)
+            found = self.first if self.fault == "stale" else None
+            found = found or load_adapter(Path(asked["lora_path"]), self.base)
+            self.first = self.first or found
+            self.adapters[asked["lora_name"]] = found
             return 200, {}
         if path == "/v1/unload_lora_adapter":
             found = self.adapters.pop(asked["lora_name"], None)

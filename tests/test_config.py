@@ -280,7 +280,7 @@ def test_with_overrides_refuses_and_validates() -> None:
 
 def test_all_keys_are_in_recipe_order_and_each_is_described() -> None:
     keys = all_keys()
-    assert keys[0] == "seed" and len(keys) == len(set(keys)) and len(keys) <= 91
+    assert keys[0] == "seed" and len(keys) == len(set(keys)) and len(keys) <= 97
     assert keys.index("model.base") < keys.index("data.size") < keys.index("sft.lr") < keys.index("ppo.lr")
     for name, field in Recipe.model_fields.items():
         section = field.annotation

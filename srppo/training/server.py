@@ -160,15 +160,15 @@ class ServerSampler:
             raise self._wrong(f"answers as model {answer.get('model')!r}, and {asked['model']!r} was asked")
         if shown != list(prompt):
             raise self._wrong("read other token ids than the prompt's")
+        ended = bool(ids) and ids[-1] in self.stop_ids  # at the length limit some say "length" all the same
+        if any(token in self.stop_ids for token in ids[:-1]) or (reason == "stop" and not ended):
+            raise self._wrong("does not end a response by the stop token that it returns; stop tokens must be returned")
         if not ids or len(ids) != len(logprobs):
             raise self._wrong(f"returned {len(ids or ())} tokens with {len(logprobs or ())} log-probs")
         if not all(isinstance(x, int | float) and math.isfinite(x) and x < 1e-3 for x in logprobs):
             raise self._wrong("returned log-probs that are none")
         if not all(isinstance(x, int) and 0 <= x < vocab_size for x in ids):
             raise self._wrong(f"returned token ids beyond the tokenizer's {vocab_size}")
-        ended = ids[-1] in self.stop_ids  # at the length limit some say "length" all the same
-        if any(token in self.stop_ids for token in ids[:-1]) or (reason == "stop" and not ended):
-            raise self._wrong("does not end a response by the stop token that it returns; stop tokens must be returned")
         if not ended and len(ids) != asked["max_tokens"]:
             raise self._wrong(
                 f"ended a response after {len(ids)} of {asked['max_tokens']} tokens ({reason}); raise its length limit "
