@@ -55,9 +55,10 @@ def make_models(folder: Path) -> None:
 def launch(what: str, folder: Path, processes: int) -> list[dict[str, Any]]:
     """What each of several processes finds."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    this_tree = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [*launcher, str(SCRIPT), what, str(folder)],
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": this_tree},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
