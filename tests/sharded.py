@@ -138,6 +138,8 @@ def criticise(folder: Path, case: str, shared: bool) -> dict[str, Any]:
             weight.grad = None
     found: dict[str, Any] = {"loss": accumulate(loss, *trained)}
     found["gradients"] = [tensors(model, gradients=True) for model in trained]
+    layers = value.trunk.decoder.layers
+    found["recomputed"] = [layer.gradient_checkpointing for layer in layers]
     return found
 
 
@@ -206,7 +208,7 @@ def step(state: TrainState) -> None:
 def find(folder: Path) -> dict[str, Any]:
     """All of the above, and every checkpoint that lies in the folder gone on from."""
     found: dict[str, Any] = {case: learn(folder, case) for case in CASES}
-    for case in ("untied", "adapters"):
+    for case in ("untied", "recomputed", "adapters"):
         for shared in (False, True):
             found[f"{case}, {'shared' if shared else 'own'}"] = criticise(folder, case, shared)
     for case in ("untied", "bf16", "adapters"):

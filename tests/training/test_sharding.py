@@ -117,10 +117,13 @@ def test_what_is_learned_is_what_one_process_learns(case: str, alone: Any, toget
         assert_same({name: x for name, x in each[case].items() if name not in MEMORY}, expected)
 
 
-@pytest.mark.parametrize("case", ["untied, own", "untied, shared", "adapters, own", "adapters, shared"])
+@pytest.mark.parametrize(
+    "case", [f"{case}, {critic}" for case in ("untied", "recomputed", "adapters") for critic in ("own", "shared")]
+)
 def test_critics_learn_what_they_learn_in_one_process(case: str, alone: Any, together: list[dict[str, Any]]) -> None:
     for each in together:
         assert_same(each[case], alone[case])
+        assert each[case]["recomputed"] == [case.startswith("recomputed")] * 2
 
 
 @pytest.mark.parametrize("case", ["untied, compared", "bf16, compared", "adapters, compared"])
