@@ -382,6 +382,13 @@ def step_flops(learners: Learners, batch: RolloutBatch, *, updates: tuple[int, i
     updates: minibatches done, and how many make a pass.
     """
     lengths_B, head_tokens = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
+    return rollout_flops(learners, lengths_B, head_tokens, updates=updates, critic_only=critic_only)
+
+
+def rollout_flops(
+    learners: Learners, lengths_B: Tensor, head_tokens: int, *, updates: tuple[int, int], critic_only: bool
+) -> int:
+    """As `step_flops`, of rollouts of so many tokens, `head_tokens` of which are answered ones."""
     policy = forward_flops(learners.policy, lengths_B, head_tokens)
     trained = 0 if critic_only else update_flops(learners.policy, lengths_B, head_tokens)
     value = 0
