@@ -69,7 +69,8 @@ class ModelConfig(_Section):
         description="layers that get one, by the ends of their names; all-linear: every linear layer but the head",
     )
     activation_checkpointing: bool = Field(
-        False, description="work out activations again in the backward pass: less memory, a third more work"
+        False,
+        description="work out activations again in the backward pass: less memory, a third more work, on a CPU more",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
     allow_pickle: bool = Field(False, description="load weights that are not safetensors")
