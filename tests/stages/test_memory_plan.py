@@ -144,6 +144,7 @@ def test_parts_are_those_of_the_real_run(tmp_path: Path) -> None:
         response_mask_BT=torch.ones((rows, new), dtype=torch.bool),
         ended_B=torch.zeros(rows, dtype=torch.bool),
         old_logprobs_BT=torch.zeros((rows, new)),
+        sampled_logprobs_BT=torch.zeros((rows, new)),
         old_values_BT=torch.zeros((rows, new)),
     )
     passes = (recipe.ppo.epochs * recipe.ppo.minibatches, recipe.ppo.minibatches)
