@@ -69,7 +69,8 @@ class ModelConfig(_Section):
         description="layers that get one, by the ends of their names; all-linear: every linear layer but the head",
     )
     activation_checkpointing: bool = Field(
-        False, description="work out activations again in the backward pass: less memory, a third more work"
+        False,
+        description="work out activations again in the backward pass: less memory, a third more work, on a CPU more",
     )
     sharding: Literal["none", "full"] = Field(
         "none",

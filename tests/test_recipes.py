@@ -1,15 +1,18 @@
-"""recipes/*.toml: the hub recipe runs dry, on random weights of its architecture made small and on local rows."""
+"""recipes/*.toml: each hub recipe runs dry, on random weights of its architecture made small and on local rows."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from srppo.config import load_recipe
+from srppo.config import load_recipe, recipe_warnings
 from srppo.console import Console
 from srppo.stages.run import prepare_run, run_stages
 from srppo.world import base_path
@@ -19,8 +22,6 @@ ROOT = Path(__file__).parent.parent
 
 def small_smollm2(folder: Path) -> None:
     """SmolLM2-135M's architecture (Llama, grouped-query attention, tied embeddings, rope theta 1e5), made small."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(base_path("xs"))
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -42,25 +43,67 @@ def small_smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
+SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 112, "num_hidden_layers": 2}
+SMALL: dict[str, Callable[..., Any]] = {
+    "mistral-7b": lambda **ids: MistralConfig(
+        **SHAPE, **ids, num_attention_heads=8, num_key_value_heads=2, sliding_window=16, tie_word_embeddings=False
+    ),
+    "llama3-8b": lambda **ids: LlamaConfig(
+        **SHAPE,
+        **ids,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+    ),
+    "qwen2.5-0.5b": lambda **ids: Qwen2Config(
+        **SHAPE, **ids, num_attention_heads=8, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+}
+"""Each recipe's architecture: heads, head sizes and ties as in its config.json, made small."""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_recipes_with_adapters_run_dry(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    small_smollm2(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(base_path("xs"))
+    torch.manual_seed(0)
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    AutoModelForCausalLM.from_config(SMALL[name](**ids)).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.toml", shrunk(tmp_path))
+    assert recipe.model.adapters == "lora" and recipe.model.precision == "bf16" and recipe.ppo.lam == 1
+    assert recipe.data.overlap == "minimum" and recipe_warnings(recipe) == []
+    console = Console(plain=True, file=io.StringIO())
+    stages = run_stages(prepare_run(recipe, ["ppo"], tmp_path / "run", console))
+    figures = {kind: (stage.result() or {})["figures"] for kind, stage in stages.items()}
+    assert figures["ppo"]["kept_step"] == 2
+    assert (stages["ppo"].path / "model" / "adapter_model.safetensors").is_file()
+
+
+def shrunk(folder: Path) -> list[str]:
+    """Overrides that run a recipe on few local rows and the model of a folder."""
     words = ["red", "blue", "green", "cat", "dog", "fox", "sun", "moon", "star"]
     chats = [
         {"messages": [{"role": "user", "content": f"say {a} {b}"}, {"role": "assistant", "content": f"{a} {b}"}]}
         for a in words
         for b in words
     ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"repeat {w} twice"}) for w in words))
-    shrink = [
-        f"model.base={tmp_path / 'model'}",
-        f"data.demonstrations={tmp_path / 'chats.jsonl'}",
-        f"data.prompts={tmp_path / 'prompts.jsonl'}",
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"repeat {w} twice"}) for w in words))
+    return [
+        f"model.base={folder / 'model'}",
+        f"data.demonstrations={folder / 'chats.jsonl'}",
+        f"data.prompts={folder / 'prompts.jsonl'}",
         *("data.size=40", "data.prompts_size=8", "data.held_out=0.1", "sft.epochs=1", "sft.batch=16"),
         *("rollout.batch=8", "rollout.max_new_tokens=6", "ppo.steps=2", "ppo.critic_warmup=1", "eval.every=1"),
     ]
-    recipe = load_recipe(ROOT / "recipes" / "smollm2-135m.toml", shrink)
+
+
+def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    small_smollm2(tmp_path / "model")
+    recipe = load_recipe(ROOT / "recipes" / "smollm2-135m.toml", shrunk(tmp_path))
     assert recipe.model.precision == "bf16" and recipe.data.overlap == "minimum" and recipe.reward.token_clip == 5.0
     console = Console(plain=True, file=io.StringIO())
     run = prepare_run(recipe, ["base", "ppo", "chosen-sft"], tmp_path / "run", console)

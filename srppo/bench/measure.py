@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from srppo.models.heap import give_back
 
 MIN_ROUNDS = 3
 FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU; what triton.testing.do_bench clears
@@ -111,7 +112,7 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    _give_back()
+    give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before_bytes = _status("VmRSS")
@@ -161,11 +162,3 @@ def _status(key: str) -> int:
         if name == key:
             return int(value.split()[0]) * 1024
     raise KeyError(key)
-
-
-def _give_back() -> None:
-    """Freed heap memory goes back to the system; else a call that reuses it would seem to need none."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
-        return

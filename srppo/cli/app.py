@@ -14,7 +14,7 @@ import typer
 from typer import Option
 
 import srppo
-from srppo.cli import bench, data, measure, sweep, train
+from srppo.cli import bench, data, measure, plan, sweep, train
 from srppo.errors import Diverged, Interrupted, OtherEnded, RunError, SrppoError
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, of which some versions of Typer carry a copy
@@ -62,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": train.demo,
     "sft": train.sft,
     "train": train.train,
+    "plan": plan.plan,
     "export": train.export,
     "data": data.data,
     "env": env,

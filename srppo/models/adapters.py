@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,19 @@ class AdaptedModel(LanguageModel):
     def weights(self) -> dict[str, Tensor]:
         return dict(self.backbone.weights(self.adapter))
 
-    def _plain_layers(self) -> dict[str, nn.Module]:
+    def _plain_layers(self) -> dict[str, Callable[[], nn.Module]]:
         found = super()._plain_layers()
         ours = {id(layer) for layer in self.backbone.layers}
         for name, layer in self.model.named_modules():
-            if id(layer) in ours and isinstance(base := layer.get_base_layer(), nn.Linear):
-                found[name] = plain(base.weight.float() + layer.get_delta_weight(self.adapter), base.bias)
+            if id(layer) in ours and isinstance(layer.get_base_layer(), nn.Linear):
+                found[name] = partial(self._summed, layer)
         return found
+
+    def _summed(self, layer: Any) -> nn.Module:
+        base = layer.get_base_layer()
+        weight = base.weight.to(torch.float32, copy=True)  # before what is let go again: the heap keeps its holes
+        weight += layer.get_delta_weight(self.adapter)
+        return plain(weight, base.bias)
 
     def copy(self) -> AdaptedModel:
         other = AdaptedModel(self, self.settings)

@@ -52,7 +52,8 @@ class KvCache:
 
     def keep(self, rows_K: Tensor) -> None:
         """Let all other rows go."""
-        self.by_layer = {layer: [x[rows_K] for x in each] for layer, each in self.by_layer.items()}
+        for layer, each in self.by_layer.items():  # one by one: never all of them twice
+            self.by_layer[layer] = [x[rows_K] for x in each]
 
 
 class Prefill:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from srppo.errors import ModelError
 from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
 from srppo.models import packed
 from srppo.models.backbone import Backbone
+from srppo.models.heap import give_back, large_mapped, map_large
 from srppo.models.narrow import NarrowLinear, widen
 from srppo.models.packed import Packing
 from srppo.models.sharding import Shards, spread, whole
@@ -96,7 +98,8 @@ class LanguageModel(nn.Module):
             self.backbone.switch(None)
 
     def recompute_activations(self) -> None:
-        """Keep of each layer its input alone, and work out the rest again in the backward pass: a third more work.
+        """Keep of each layer its input alone, and work out the rest again in the backward pass: a third more work. On a
+        CPU the heap, too, is told to keep nothing, or it would hold in holes what the layers do not.
 
         Raises ModelError for a model that transformers cannot do it with.
         """
@@ -115,24 +118,38 @@ class LanguageModel(nn.Module):
                 f"{type(self.model).__name__} cannot recompute activations ({error}); leave out "
                 "model.activation_checkpointing"
             ) from None
+        if self.device.type == "cpu":
+            map_large()
         self.recomputes = True
 
     @contextmanager
     def merged_layers(self) -> Iterator[None]:
         """Within, plain fp32 layers stand for those that widen their weights or add an adapter in each pass: writing
-        goes through all of them for every token. Only where the sum would be taken in fp32 anyway, on a CPU."""
-        layers = self._plain_layers() if self.device.type == "cpu" and self.precision == "fp32" else {}
-        before = {name: self.model.get_submodule(name) for name in layers}
-        _put(self.model, layers)
+        goes through all of them for every token. Only where the sum would be taken in fp32 anyway, on a CPU, and where
+        time comes before memory: activations are not recomputed.
+
+        They are as large as the model in fp32, so they neither come on top of what training has freed, nor stay in the
+        heap beside what it takes next.
+        """
+        wanted = self.device.type == "cpu" and self.precision == "fp32" and not self.recomputes
+        makers = self._plain_layers() if wanted else {}
+        if not makers:
+            yield
+            return
+        give_back()
+        before = {name: self.model.get_submodule(name) for name in makers}
+        with large_mapped():
+            _put(self.model, {name: make() for name, make in makers.items()})
         try:
             yield
         finally:
             _put(self.model, before)
+            give_back()
 
-    def _plain_layers(self) -> dict[str, nn.Module]:
-        """By the names of the layers for which they stand."""
+    def _plain_layers(self) -> dict[str, Callable[[], nn.Module]]:
+        """What makes each, by the names of the layers for which they stand."""
         return {
-            name: plain(layer.weight.float(), layer.bias)
+            name: partial(_widened, layer)
             for name, layer in self.model.named_modules()
             if isinstance(layer, NarrowLinear) and not name.endswith(".base_layer")
         }
@@ -272,6 +289,10 @@ class LanguageModel(nn.Module):
         said: Any = functional_call(self.model, weights, (), {**inputs, "use_cache": False}, tie_weights=False)
         logits_BSV: Tensor = said.logits
         return logits_BSV
+
+
+def _widened(layer: nn.Linear) -> nn.Linear:
+    return plain(layer.weight.float(), layer.bias)
 
 
 def plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:

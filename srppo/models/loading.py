@@ -254,10 +254,15 @@ def _positions(config: Any) -> int:
     return int(next(filter(None, named), 1 << 20))
 
 
+def architecture(spec: str, config: ModelConfig) -> Any:
+    """A model's configuration: of its files, config.json alone is read or fetched. Raises ModelError."""
+    with _one_line("model", spec):
+        return AutoConfig.from_pretrained(configured(spec), trust_remote_code=config.trust_remote_code)
+
+
 def declared(spec: str, config: ModelConfig) -> tuple[int, GenerationConfig]:
     """(context length, generation config) as a model itself says, without its weights. Raises ModelError."""
-    with _one_line("model", spec):
-        said: Any = AutoConfig.from_pretrained(configured(spec), trust_remote_code=config.trust_remote_code)
+    said = architecture(spec, config)
     try:
         return _positions(said.get_text_config()), GenerationConfig.from_pretrained(resolve(spec))
     except OSError:  # there is no such file

@@ -7,7 +7,7 @@ therefore a function of model, request and machine alone, never of the memory th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,29 @@ SHARE = 0.25  # of what the weights leave of the whole memory: well below what f
 T = TypeVar("T")
 
 
-def rows_that_fit(model: LanguageModel, positions: int, *, scored: int = 1, held: int | None = None) -> int:
+def rows_that_fit(
+    model: LanguageModel, positions: int, *, scored: int = 1, held: int | None = None, total: int | None = None
+) -> int:
     """Rows of `positions` tokens, `scored` of them with logits, for a quarter of the memory; a power of two, 1 or more.
 
-    held: bytes that the memory holds besides, None: the model's weights.
+    held: bytes that the memory holds besides, None: the model's weights. total: bytes of memory, None: of the device.
     """
     config = model.config
+    cache = 4 * cache_numbers(config) * positions
+    work = 4 * positions * (8 * config.hidden_size + 2 * getattr(config, "intermediate_size", 4 * config.hidden_size))
+    row = 2 * cache + work + 16 * scored * config.vocab_size  # generate() copies the cache
+    total = total_bytes(model.device) if total is None else total
+    held = (weight_bytes(model) if held is None else held) + gathered_bytes(model)
+    left = total - held
+    return _power_of_two(int(max(left, 0) * SHARE) // row)
+
+
+def cache_numbers(config: Any) -> int:
+    """Numbers of the keys and values of one position, in all layers."""
     queries = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or queries
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    cache = 2 * config.num_hidden_layers * heads * size * 4 * positions
-    work = 4 * positions * (8 * config.hidden_size + 2 * getattr(config, "intermediate_size", 4 * config.hidden_size))
-    row = 2 * cache + work + 16 * scored * config.vocab_size  # generate() copies the cache
-    held = (weight_bytes(model) if held is None else held) + gathered_bytes(model)
-    left = total_bytes(model.device) - held
-    return _power_of_two(int(max(left, 0) * SHARE) // row)
+    return int(2 * config.num_hidden_layers * heads * size)
 
 
 def batch_size(model: LanguageModel, positions: int, *, scored: int = 1) -> int:

@@ -71,7 +71,7 @@ def keep_narrow(model: Any) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in kept and tensor.is_floating_point():
             tensor.data = tensor.data.float()
-    if kept and not _runs(model):
+    if kept and model.device.type != "meta" and not _runs(model):  # without data nothing runs
         widen(model)
         model.requires_grad_(False)
 

@@ -10,6 +10,7 @@ What each kind of stage is stands in `kinds`; the functions that run the trained
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,14 +40,16 @@ from srppo.errors import (
 from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_items, answer_nll
 from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
+from srppo.models.heap import give_back
 from srppo.models.language_model import LanguageModel
 from srppo.models.loading import context_length, fingerprint, load_over, to_train
-from srppo.models.memory import is_out_of_memory
+from srppo.models.memory import is_out_of_memory, total_bytes
 from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
 from srppo.record.store import Attempt, OnlookerAttempt, Run, Stage
 from srppo.stages.arms import figures_of
 from srppo.stages.kinds import KINDS, Kind, check, in_order, kind_of, stage_settings
+from srppo.stages.memory_plan import least_bytes
 from srppo.training import parallel
 from srppo.training.batch import Generated
 from srppo.training.loop import Session, Workbench, load_weights
@@ -128,6 +131,11 @@ def prepare_run(
                 f"the head of {type(model.model).__name__} is not linear, or does more than scale and softcap: whole "
                 "logits are built, which costs memory; results are the same"
             )
+    if (least := least_bytes(recipe, base, kinds)) > (total := total_bytes(base.device)):
+        console.warn(
+            f"weights, gradients and moments alone take {least / 1e9:.1f} GB, and {device} has {total / 1e9:.1f} GB: "
+            "this will not fit; srppo plan says what to change"
+        )
     stops = stop_ids(tokenizer, (given_sft or base).generation_config)
     limit = recipe.rollout.max_new_tokens
     sample = partial(sample_texts, base, tokenizer, stops, limit)
@@ -229,6 +237,8 @@ def run_stages(
             with at_work(own, kind, stage) as bench:
                 bench.attempt.commit("ok", kind.function()(own, bench, done), map(Path, kind.files))
             parallel.wait()  # others read what the first has written
+            gc.collect()  # models and optimizers that know each other go before the next stage's come
+            give_back()
         done[name] = stage
     return done
 

@@ -413,8 +413,20 @@ def step_flops(
     of_all = batch.attention_mask_BS.sum(dim=1), int(batch.response_mask_BT.sum())
     kept = slice(None) if trained_B is None else trained_B
     of_trained = of_all[0][kept], int(batch.response_mask_BT[kept].sum())
-    trained = 0 if critic_only else update_flops(learners.policy, *of_trained)
+    return rollout_flops(learners, of_all, of_trained, updates=updates, critic_only=critic_only)
+
+
+def rollout_flops(
+    learners: Learners,
+    of_all: tuple[Tensor, int],
+    of_trained: tuple[Tensor, int],
+    *,
+    updates: tuple[int, int],
+    critic_only: bool,
+) -> int:
+    """As `step_flops`, of rollouts by their (lengths B, response tokens): all of them, and those that are trained."""
     policy, value = forward_flops(learners.policy, *of_all), 0
+    trained = 0 if critic_only else update_flops(learners.policy, *of_trained)
     if learners.value is not None:
         value = forward_flops(learners.value, *of_all)
         trained += update_flops(learners.value, *of_trained)

@@ -328,4 +328,25 @@ MUTANTS = [
         "        except ZeroDivisionError:\n            if parallel.is_first():\n",
         "cli/test_app.py::test_a_run_whose_stage_fails_is_reported_with_the_reason",
     ),
+    Mutant(
+        "plan: one moment",
+        "stages/memory_plan.py",
+        '"optimizer": 2 * gradients',
+        '"optimizer": gradients',
+        "stages/test_memory_plan.py::test_parts_are_those_of_the_real_run",
+    ),
+    Mutant(
+        "plan: the first pass is the largest",
+        "stages/memory_plan.py",
+        "most = max(passes, key=lambda rows: sum(total for _, total in rows))",
+        "most = passes[0]",
+        "stages/test_memory_plan.py::test_a_pass_is_the_largest_that_training_cuts",
+    ),
+    Mutant(
+        "plan: whatever it takes fits",
+        "stages/memory_plan.py",
+        "return self.peak[2] <= self.memory",
+        "return True",
+        "stages/test_memory_plan.py::test_a_recipe_that_cannot_fit_is_told_what_to_change",
+    ),
 ]
