@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blocks import ROOT, write_block
+from PIL import Image
 
 from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.run import load_sweep
@@ -21,7 +22,7 @@ from srppo.report.history import environment_of
 from srppo.report.sweep import stages_of
 from srppo.report.sweep_words import answer, forecast_sentence, spent_line, trend_lines
 
-COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png", "differences.png")
+COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png")
 MOST_NAMES = 10
 CURVES = ("matched.csv", "curves.csv", "curves.png")
 
@@ -33,7 +34,11 @@ def copy_results(folder: Path, name: str, stages: Mapping[str, Stage]) -> None:
     shutil.copy(folder / "sweep.json", target / "sweep.json")
     for file in (*COPIED, *CURVES):
         made = folder / "report" / file
-        if made.exists() and made.read_bytes():  # without an ordered axis there are no trends
+        if not made.exists() or not made.read_bytes():  # without an ordered axis there are no trends
+            continue
+        if made.suffix == ".png":  # a fifth of the bytes, for a repository
+            Image.open(made).convert("RGB").quantize(64).save(target / file, optimize=True)
+        else:
             shutil.copy(made, target / file)
     found = [each for stage in stages.values() if (each := environment_of(stage))]
     commits = sorted({str(each.get("commit")) for each in found})
