@@ -58,7 +58,8 @@ class ServerSampler:
     def __init__(
         self, url: str, folder: Path, stop_ids: Sequence[int], pad_id: int, *, timeout_s: float = 600.0
     ) -> None:
-        self.url, self.folder, self.timeout_s = url.rstrip("/"), folder.absolute(), timeout_s
+        self.url, self.root = url, url.rstrip("/").removesuffix("/v1")
+        self.folder, self.timeout_s = folder.absolute(), timeout_s
         self.stop_ids, self.pad_id = stop_ids, pad_id
         self.session = requests.Session()
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of every try
@@ -122,19 +123,19 @@ class ServerSampler:
                 return self.served
             path = self._write(policy, self.served)
             if before is not None:  # first, since there may be room for one; one that is gone already is no harm
-                self._post("unload_lora_adapter", {"lora_name": before}, done="")
+                self._post("v1/unload_lora_adapter", {"lora_name": before}, done="")
                 shutil.rmtree(self.folder / before)
-            self._post("load_lora_adapter", {"lora_name": self.served, "lora_path": str(path)}, done="already")
+            self._post("v1/load_lora_adapter", {"lora_name": self.served, "lora_path": str(path)}, done="already")
             return self.served
         self.served = "weights-b" if before == "weights-a" else "weights-a"  # a server may take a known path for known
         path = self._write(policy, self.served)
         command = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-        self._post("../collective_rpc", command)
-        if self._post("../reset_prefix_cache", {}).get("success") is False:
+        self._post("collective_rpc", command)
+        if self._post("reset_prefix_cache", {}).get("success") is False:
             raise self._wrong("does not forget the prefixes that other weights have read (/reset_prefix_cache)")
         if before is not None:
             shutil.rmtree(self.folder / before)
-        models = self._ask("GET", "models").get("data") or [{}]
+        models = self._ask("GET", "v1/models").get("data") or [{}]
         return str(models[0].get("id", ""))
 
     def _write(self, policy: LanguageModel, name: str) -> Path:
@@ -146,7 +147,7 @@ class ServerSampler:
 
     def _complete(self, asked: dict[str, Any], vocab_size: int, prompt: Sequence[int], seed: int) -> Written:
         """One response, its stop token included, and the log-prob of each token."""
-        answer = self._post("completions", {**asked, "prompt": list(prompt), "seed": seed})
+        answer = self._post("v1/completions", {**asked, "prompt": list(prompt), "seed": seed})
         try:
             (choice,) = answer["choices"]
             ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
@@ -181,9 +182,8 @@ class ServerSampler:
 
     def _ask(self, method: str, path: str, body: Any = None, done: str | None = None) -> dict[str, Any]:
         """The answer, an object; a refusal with the text `done` in it is one too."""
-        url = self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else f"{self.url}/{path}"
         try:
-            answer = self.session.request(method, url, json=body, timeout=(CONNECT_S, self.timeout_s))
+            answer = self.session.request(method, f"{self.root}/{path}", json=body, timeout=(CONNECT_S, self.timeout_s))
         except requests.exceptions.RequestException as error:
             # After retries the reason is wrapped: RequestException(MaxRetryError(reason=...)).
             reason = getattr(error.args[0] if error.args else error, "reason", error)
@@ -215,7 +215,8 @@ def _hint(path: str, status: int) -> str:
         return ""
     if "lora" in path:
         return "; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-    return "; start it with VLLM_SERVER_DEV_MODE=1, or train adapters (model.adapters = lora)" if "../" in path else ""
+    dev = not path.startswith("v1/")
+    return "; start it with VLLM_SERVER_DEV_MODE=1, or train adapters (model.adapters = lora)" if dev else ""
 
 
 def _digest(policy: AdaptedModel) -> str:

@@ -843,7 +843,7 @@ MUTANTS = [
         "server: the weights of the first step serve for all",
         "training/server.py",
         '        self.served = "weights-b" if before == "weights-a" else "weights-a"',
-        '        if before:\n            return str(self._ask("GET", "models")["data"][0]["id"])\n'
+        '        if before:\n            return str(self._ask("GET", "v1/models")["data"][0]["id"])\n'
         '        self.served = "weights-b" if before == "weights-a" else "weights-a"',
         "training/test_server.py::test_the_server_says_what_is_said_here[False]",
     ),

@@ -132,7 +132,9 @@ def test_a_server_that_dies_ends_the_run_with_a_line_and_another_takes_it_up(
     world: worlds.World, start: Start, tmp_path: Path
 ) -> None:
     keys = {"ppo.steps": 4, "ppo.checkpoint_every": 1, "eval.every": 0, "model.adapters": "lora"}
-    with pytest.raises(RunError, match=r"cannot be reached \(\w+ at completions\); start it and run the same command"):
+    with pytest.raises(
+        RunError, match=r"cannot be reached \(\w+ at v1/completions\); start it and run the same command"
+    ):
         run(world.recipe({**keys, "rollout.server": start(world.base, "dies")}), tmp_path / "run", "ppo")
     again = run(world.recipe({**keys, "rollout.server": start(world.base)}), tmp_path / "run", "ppo")
     whole = run(world.recipe({**keys, "rollout.server": start(world.base)}), tmp_path / "whole", "ppo")
@@ -142,7 +144,7 @@ def test_a_server_that_dies_ends_the_run_with_a_line_and_another_takes_it_up(
 
 
 WRONG = {
-    "hangs": r"did not answer completions within 1 s; raise rollout.server_timeout_s",
+    "hangs": r"did not answer v1/completions within 1 s; raise rollout.server_timeout_s",
     "no-ids": r"without token ids or log-probs; one that knows return_token_ids is needed",
     "other-prompt": r"read other token ids than the prompt's",
     "other-model": r"answers as model 'another', and 'policy-\w+' was asked",
@@ -150,7 +152,7 @@ WRONG = {
     "no-stop": r"does not end a response by the stop token",
     "foreign": r"returned token ids beyond the tokenizer's 258",
     "raw": r"gives log-probs before the temperature; start it with --logprobs-mode processed_logprobs",
-    "no-lora": r"refused load_lora_adapter with 404: .*; start it with --enable-lora and VLLM_ALLOW_RUNTIME",
+    "no-lora": r"refused v1/load_lora_adapter with 404: .*; start it with --enable-lora and VLLM_ALLOW_RUNTIME",
 }
 
 
