@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -105,11 +106,14 @@ def measure_pace(recipe: Recipe, device: str) -> Pace:
 
 
 def _answer(pipe: Connection, recipe: Recipe, device: str) -> None:
+    found: Pace | Exception
     try:
-        pipe.send(_measure(recipe, device))
+        found = _measure(recipe, device)
     except BaseException as error:
         text = str(error).partition("\n")[0] or type(error).__name__
-        pipe.send(UserError(text) if isinstance(error, UserError) else RunError(text))
+        found = UserError(text) if isinstance(error, UserError) else RunError(text)
+    with suppress(BrokenPipeError):  # nobody waits any more
+        pipe.send(found)
 
 
 def _measure(recipe: Recipe, device: str) -> Pace:
