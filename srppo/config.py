@@ -44,7 +44,8 @@ _TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "con
 class ModelConfig(_Section):
     base: str = Field(
         "embedded:xs",
-        description="base model: a folder, a hub name, or embedded:xs|s|l (right answers shorter than talk) or "
+        description="base model: a folder, a hub name, a GGUF file, smollm2-135m-instruct (of a package), or "
+        "embedded:xs|s|l (right answers shorter than talk) or "
         "embedded:long-xs (longer); xs-1, xs-2, long-xs-1 and long-xs-2 are further pretrainings",
     )
     sft: str | None = Field(None, description="an SFT model to start PPO from; none: train one")

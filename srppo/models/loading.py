@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +36,26 @@ from srppo.data.hub import offline_when_unreachable
 from srppo.data.prepare import PreparedData, asks_base, prepare
 from srppo.errors import ConfigError, ModelError
 from srppo.models.adapters import AdaptedModel, adapter_settings, is_adapter, load_adapter, lora_settings
+from srppo.models.gguf import NAMED, dequantized, gguf_file, identity
 from srppo.models.language_model import LanguageModel
 from srppo.models.narrow import keep_narrow
+from srppo.record.files import checksum
 
 
 def resolve(spec: str) -> str:
-    """A model spec to what from_pretrained takes: `embedded:xs` to its folder; folders and hub names as they are."""
+    """A model spec to what from_pretrained takes: `embedded:xs`, GGUF files and names of packaged ones to a folder;
+    folders and hub names as they are."""
     if is_embedded(spec):
         from srppo.world import base_path
 
         return str(base_path(spec.partition(":")[2] or "xs"))
+    if file := gguf_file(spec):
+        with no_bars():
+            return str(dequantized(file))
     if not Path(spec).exists() and (spec.count("/") != 1 or spec.startswith((".", "/", "~"))):
         raise ModelError(
-            f"model {spec!r} is neither a folder here nor a hub name; give a folder with config.json, org/name, or "
-            "embedded:xs|s|l|long-xs"
+            f"model {spec!r} is neither a folder here nor a hub name; give a folder with config.json, a GGUF file, "
+            f"org/name, embedded:xs|s|l|long-xs, or {', '.join(NAMED)}"
         )
     return spec
 
@@ -219,7 +224,10 @@ def load_tokenizer(spec: str, config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(spec: str, config: ModelConfig) -> str:
-    """sha256 over config and weights of a local model, or over the hub commit: what a stage's id knows a model by."""
+    """sha256 over config and weights of a local model, that of a GGUF file, or the hub commit: what a stage's id knows
+    a model by."""
+    if file := gguf_file(spec):
+        return identity(file)
     path = Path(resolve(spec))
     if path.is_dir():
         under = configured(spec)
@@ -227,21 +235,13 @@ def fingerprint(spec: str, config: ModelConfig) -> str:
         digest = hashlib.sha256()
         for file in sorted({file for pattern in patterns for file in path.glob(pattern)}):
             digest.update(f"{file.name}\0".encode())
-            stat = file.stat()
-            digest.update(_file_sha(file, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+            digest.update(bytes.fromhex(checksum(file)))  # which is known: the seeds of a run share models
         if under != str(path):  # an adapter is nothing without its base
             digest.update(fingerprint(under, config).encode())
         return digest.hexdigest()
     with _one_line("model", spec):
         hub_config: Any = AutoConfig.from_pretrained(spec, trust_remote_code=config.trust_remote_code)
     return f"{spec}@{getattr(hub_config, '_commit_hash', None)}"
-
-
-@lru_cache(maxsize=1024)
-def _file_sha(file: Path, *stamp: int) -> bytes:
-    """Read once a process while nothing of its stamp (inode, size, times) changes: the seeds of a run share models."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def context_length(model: LanguageModel) -> int:

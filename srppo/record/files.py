@@ -20,6 +20,7 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from srppo.config import canonical_json
@@ -142,6 +143,17 @@ def describe(path: Path) -> dict[str, str | int]:
     """Checksum and size of a file."""
     with open(path, "rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": os.fstat(file.fileno()).st_size}
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, read once a process while nothing of its stamp (inode, size, times) changes."""
+    stat = path.stat()
+    return _checksum(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _checksum(path: Path, *stamp: int) -> str:
+    return str(describe(path)["sha256"])
 
 
 def discard(folder: Path) -> None:

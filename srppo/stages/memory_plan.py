@@ -20,6 +20,7 @@ from srppo.models.blueprint import META, blueprint, over
 from srppo.models.flops import update_flops
 from srppo.models.footprint import read_bytes, train_bytes, write_bytes
 from srppo.models.generation import LEAST
+from srppo.models.gguf import NAMED
 from srppo.models.heap import ruled
 from srppo.models.language_model import LanguageModel
 from srppo.models.loading import prepare_alone, resolve, to_train
@@ -134,7 +135,7 @@ def lengths_of(recipe: Recipe, prompt_tokens: int | None = None) -> Lengths:
     """Counted where all data and the tokenizer are local files, unless a length is given; else assumed."""
     recipe = resolved(recipe)
     names = [*recipe.data.demonstrations, *recipe.data.prompts, recipe.model.base]
-    if prompt_tokens is None and all(is_embedded(name) or Path(name).exists() for name in names):
+    if prompt_tokens is None and all(is_embedded(name) or name in NAMED or Path(name).exists() for name in names):
         try:
             return counted_lengths(recipe)
         except UserError:  # a folder with config.json alone

@@ -6,6 +6,34 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "gguf: quantized weights are kept in fp16",
+        "models/gguf.py",
+        "else torch.bfloat16",
+        "else torch.float16",
+        "models/test_gguf.py::test_the_weights_are_the_files",
+    ),
+    Mutant(
+        "gguf: a damaged copy is taken",
+        "models/gguf.py",
+        "if damage(folder) is not None:",
+        "if not folder.exists():",
+        "models/test_gguf.py::test_it_is_made_once_and_again_where_it_is_damaged",
+    ),
+    Mutant(
+        "gguf: known by its path",
+        "models/gguf.py",
+        'return f"{checksum(file)}-{RULE}"',
+        'return f"{file}-{RULE}".encode().hex()',
+        "models/test_gguf.py::test_it_is_made_once_and_again_where_it_is_damaged",
+    ),
+    Mutant(
+        "gguf: nobody waits for the other process",
+        "models/gguf.py",
+        'with FileLock(cache / f".{folder.name}.lock"):',
+        "if True:",
+        "models/test_gguf.py::test_processes_that_begin_at_once_make_one_folder",
+    ),
+    Mutant(
         "models: no position ids",
         "models/language_model.py",
         "    if takes_positions:\n",

@@ -21,8 +21,9 @@ import srppo.stages.run
 from srppo.config import Recipe, with_overrides
 from srppo.console import Console
 from srppo.errors import ConfigError, Diverged, Interrupted, RecordError, RunError
-from srppo.models.loading import _file_sha, fingerprint, load_model
+from srppo.models.loading import fingerprint, load_model
 from srppo.record.arms import problem_of
+from srppo.record.files import _checksum
 from srppo.record.json import read_json, read_lines
 from srppo.record.store import Run, Stage
 from srppo.stages.arms import compute_of, figures_of, stages_by_arm
@@ -326,7 +327,7 @@ def test_every_tracker_gets_the_recipe_of_its_own_seed(world: World, tmp_path: P
 def test_a_given_model_is_read_once_for_all_seeds_and_never_stale(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _file_sha.cache_clear()
+    _checksum.cache_clear()
     read: list[str] = []
     plain = srppo.models.loading.hashlib.file_digest
 
