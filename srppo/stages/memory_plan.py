@@ -34,8 +34,8 @@ from srppo.training.sft import steps_per_epoch
 HEAP = {"none": 0.5, "lora": 1.1}
 """Of what a pass with gradients holds, that glibc's heap takes besides, by model.adapters, which make small tensors.
 Fitted to the runs of docs/models.md."""
-RECOMPUTED_HEAP = 0.2
-"""The same where activations are recomputed, and the heap is told to keep small blocks alone."""
+MAPPED_HEAP = 0.2
+"""The same where activations are recomputed or weights spread, and the heap is told to keep small blocks alone."""
 LIBRARIES = 50_000_000
 """Bytes that a process on a CPU grows by as it begins to compute: tokenizer, compiled kernels, BLAS; by measurement."""
 WORTH = 0.99  # of the peak, below which a change is worth a line
@@ -233,7 +233,8 @@ def plan(recipe: Recipe, lengths: Lengths, memory: int, device: str, processes: 
     on_cpu = not device.startswith("cuda")
     heap = 0.0
     if on_cpu and ruled():
-        heap = RECOMPUTED_HEAP if recipe.model.activation_checkpointing else HEAP[recipe.model.adapters]
+        mapped = recipe.model.activation_checkpointing or division.spread
+        heap = MAPPED_HEAP if mapped else HEAP[recipe.model.adapters]
     stages = [_ppo_stage(recipe, roles, lengths, division, memory, on_cpu, heap)]
     if roles.trained is not None:
         stages.insert(0, _sft_stage(recipe, roles, lengths, division, on_cpu, heap))
