@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,7 +16,6 @@ from srppo.models.sharding import layers_of
 from srppo.models.value_model import ValueModel
 from srppo.training.loop import Trained
 from srppo.training.parallel import BUCKET
-
 
 ADAPTER = ".lora_"  # in the names of weights that stay whole
 
@@ -50,9 +49,16 @@ class Division:
         """Of weights, each once."""
         return self._bytes(pair for model in models for pair in model.named_parameters())
 
-    def gradient_bytes(self, *models: Trained | None) -> int:
-        """Of the gradients of what is trained."""
+    def trained_bytes(self, *models: Trained | None) -> int:
+        """Of what is trained, each once."""
         return self._bytes(pair for model in models if model is not None for pair in _trained(model))
+
+    def gradient_bytes(self, *models: Trained | None) -> int:
+        """Of the gradients of what is trained. A tied head's comes before that of the embeddings, which is added to it:
+        the memory that the latter came in stays, since gradients of the same group lie there."""
+        tied = [model for model in models if isinstance(model, LanguageModel) and self.trains_spread(model)]
+        heads = (model.model.get_output_embeddings().weight for model in tied if _is_tied(model.model))
+        return self.trained_bytes(*models) + sum(self._here("", weight) for weight in heads)
 
     def largest_bytes(self, model: Trained) -> int:
         """Of the largest weight that is trained."""
@@ -110,6 +116,10 @@ class Division:
 
     def _is_spread(self, name: str) -> bool:
         return self.spread and ADAPTER not in name
+
+
+def _is_tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _trunk(model: LanguageModel | ValueModel) -> LanguageModel | Trunk:

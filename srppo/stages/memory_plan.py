@@ -307,15 +307,13 @@ def _ppo_stage(
     answered = [(prompt, prompt + new) for prompt in lengths.prompts]
     minibatch = -(-recipe.rollout.batch // config.minibatches)
     limit = lengths.limits[0] + new if lengths.limits[0] else 0
-    rows, scored, passes = largest_pass(
-        answered, minibatch, config.micro_tokens, limit, processes=division.processes
-    )
+    rows, scored, passes = largest_pass(answered, minibatch, config.micro_tokens, limit, processes=division.processes)
     learning = [model for model in (policy, value) if model is not None]
     standing = _standing(division, [roles.base, roles.sft], learning, on_cpu)
     # Writing: as many rows at once as the memory takes, the longest prompts last.
     longest = lengths.longest_prompt
     gathered = {"gathered": division.gathered_bytes(policy)} if division.spread else {}
-    held = 4 * division.gradient_bytes(*learning) + division.weight_bytes(roles.sft, roles.base)
+    held = 4 * division.trained_bytes(*learning) + division.weight_bytes(roles.sft, roles.base)
     fit = rows_that_fit(policy, longest + new, held=held + sum(gathered.values()), total=memory)
     written = min(fit, division.rows(recipe.rollout.batch))
     written = max(written, LEAST) if on_cpu else written
@@ -350,9 +348,7 @@ def _ppo_stage(
         )
     )
     flops = {
-        critic_only: rollout_flops(
-            learners, of_all, of_trained, updates=(config.epochs, 1), critic_only=critic_only
-        )
+        critic_only: rollout_flops(learners, of_all, of_trained, updates=(config.epochs, 1), critic_only=critic_only)
         for critic_only in (True, False)
     }
     return StagePlan(
@@ -375,7 +371,8 @@ def _standing(division: Division, frozen: Sequence[LanguageModel], learning: Seq
     """What a stage holds throughout. With adapters, the roles share the weights below them."""
     gradients = division.gradient_bytes(*learning)
     weights = division.weight_bytes(*frozen, *learning)
-    parts = {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients}
+    moments = 2 * division.trained_bytes(*learning)
+    parts = {"weights": weights, "gradients": gradients, "optimizer": moments}
     return parts | _libraries(on_cpu)
 
 
@@ -386,8 +383,8 @@ def _libraries(on_cpu: bool) -> Parts:
 def _start(roles: Roles, division: Division, on_cpu: bool) -> dict[str, Parts]:
     """Before weights are spread they are whole: of the base that is loaded, then of the fp32 copy that is trained."""
     loaded = division.gathered_bytes(roles.base)
-    if isinstance(roles.trained, AdaptedModel):
-        return {"start": {"weights": 0, "gathered": loaded} | _libraries(on_cpu)}
+    if roles.trained is None or isinstance(roles.trained, AdaptedModel):
+        return {"start": {"gathered": loaded} | _libraries(on_cpu)}
     copied = division.gathered_bytes(roles.trained)
     return {"start": {"weights": division.weight_bytes(roles.base), "gathered": copied} | _libraries(on_cpu)}
 
@@ -452,7 +449,7 @@ def _stepping(division: Division, model: Any, on_cpu: bool) -> int:
     """Adam's own: two numbers for each of the largest weight; on a GPU one for each of all, which are stepped at once,
     unless they are spread."""
     one_by_one = on_cpu or division.trains_spread(model)
-    return 2 * division.largest_bytes(model) if one_by_one else division.gradient_bytes(model)
+    return 2 * division.largest_bytes(model) if one_by_one else division.trained_bytes(model)
 
 
 def _activations(held: tuple[int, int], heap: float) -> Parts:
@@ -463,7 +460,7 @@ def _activations(held: tuple[int, int], heap: float) -> Parts:
 
 def _checkpoint(*models: Any) -> int:
     """Weights, and two moments of what is trained."""
-    return sum(_saved(model) for model in models) + 2 * Division().gradient_bytes(*models)
+    return sum(_saved(model) for model in models) + 2 * Division().trained_bytes(*models)
 
 
 def _saved(model: Trained) -> int:
@@ -523,7 +520,10 @@ class Advice:
 
 def advise(planned: MemoryPlan) -> Advice:
     """What each change would take, and which of them together fit: found by planning again."""
-    known = {" ".join(f"{key}={_word(value)}" for key, value in c.keys.items()): c for c in changes(planned.recipe, planned.processes)}
+    known = {
+        " ".join(f"{key}={_word(value)}" for key, value in c.keys.items()): c
+        for c in changes(planned.recipe, planned.processes)
+    }
     peaks = {}
     for name, change in known.items():
         try:

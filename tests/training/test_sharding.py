@@ -158,12 +158,12 @@ def test_a_plan_says_to_the_byte_what_each_process_holds(
     monkeypatch.setattr("srppo.models.narrow.WORTH", 0)
     base, model = sharded.models(folder, case)
     planned, adapters = Division(2, spread=True), 0 if case != "adapters" else trained_bytes(model) // 4
-    for each in together:
-        gradients = planned.gradient_bytes(model)
+    trained = planned.trained_bytes(model)
+    for each in (every[case] for every in together):
         assert planned.weight_bytes(base) - adapters == each["frozen"]
-        assert gradients == each["trained"] == each["gradient_bytes"]
-        assert each["adam_bytes"] <= 2 * gradients
-    assert together[0]["adam_bytes"] == 2 * gradients
+        assert trained == each["trained"] and each["adam_bytes"] <= 2 * trained
+        assert planned.gradient_bytes(model) == each["gradient_bytes"]
+    assert together[0][case]["adam_bytes"] == 2 * trained
 
 
 @pytest.mark.parametrize("case", ["untied", "tied", "bf16"])
