@@ -86,6 +86,12 @@ def bytes_of_part(weight: Tensor) -> int:
     return part.untyped_storage().nbytes()
 
 
+def gradient_storages(model: Any) -> dict[int, int]:
+    """Bytes of each piece of this process's memory in which gradients lie: FSDP2 has those of a layer in one."""
+    grads = [x.grad.to_local() if isinstance(x.grad, DTensor) else x.grad for x in parameters(model)]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in grads}
+
+
 def learn(folder: Path, case: str) -> dict[str, Any]:
     """Loss, gradients and their norm, the weights after two steps of Adam, and what is written with them."""
     base, model = models(folder, case)
@@ -96,6 +102,7 @@ def learn(folder: Path, case: str) -> dict[str, Any]:
     nll: NLL = lambda rows: answer_nll_sum(model, rows, 0)[0]  # noqa: E731
     found["loss"] = accumulate(nll, model)
     found["gradients"] = tensors(model, gradients=True)
+    found["gradient_bytes"] = sum(gradient_storages(model).values())
     found["norm"] = clip_gradients(model, 0.1, 1)
     optimizer = make_optimizer("adamw", parameters(model), 0.01)
     optimizer.step()

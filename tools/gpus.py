@@ -1,4 +1,5 @@
-"""Which recipe fits one GPU: `python tools/gpus.py` writes the table of docs/models.md, as `srppo plan` has it.
+"""Which recipe fits one GPU, and how many whole models need: `python tools/gpus.py` writes the tables of
+docs/models.md, as `srppo plan` has it.
 
 The models are fetched by their hub names (config.json alone), or read from `--configs DIR`, which has a folder for each
 recipe by its name.
@@ -23,6 +24,9 @@ CHOICES = {
     ],
 }
 SIZES = (24, 48, 80)
+WHOLE = ["model.adapters=none", "model.sharding=full", "model.activation_checkpointing=true"]
+SEVERAL = {"`ppo.critic=own`": ["ppo.critic=own"], "`ppo.critic=shared`": ["ppo.critic=shared"]}
+PROCESSES = (4, 8)
 
 
 def table(configs: Path | None) -> str:
@@ -42,7 +46,30 @@ def table(configs: Path | None) -> str:
     return "\n".join(lines)
 
 
+def several_table(configs: Path | None) -> str:
+    """A row a model and critic, all of whose weights are trained and spread: GB of the peak in each of so many
+    processes, in bold where it fits 80 GB."""
+    heads = " | ".join(f"most in | {count} GPUs of 80 GB" for count in PROCESSES)
+    lines = [f"| recipe | | {heads} |", f"|---|---|{'---|---|' * len(PROCESSES)}"]
+    for name in RECIPES[:2]:
+        for words, sets in SEVERAL.items():
+            base = [] if configs is None else [f"model.base={configs / name}"]
+            recipe = load_recipe(ROOT / "recipes" / f"{name}.toml", [*base, *WHOLE, *sets])
+            cells = []
+            for count in PROCESSES:
+                found = plan(recipe, lengths_of(recipe), 80 * 10**9, "cuda", count)
+                stage, phase, most = found.peak
+                cells += [f"{stage} {phase}", f"**{most / 1e9:.1f}**" if found.fits else f"no: {most / 1e9:.1f}"]
+            lines.append(f"| `{name}` | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--configs", type=Path)
-    write_block("docs/models.md", "python tools/gpus.py", table(parser.parse_args().configs))
+    parser.add_argument("--several", action="store_true", help="the table of several GPUs")
+    options = parser.parse_args()
+    if options.several:
+        write_block("docs/models.md", "python tools/gpus.py --several", several_table(options.configs))
+    else:
+        write_block("docs/models.md", "python tools/gpus.py", table(options.configs))

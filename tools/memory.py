@@ -2,8 +2,9 @@
 results/plan-memory.jsonl, and writes the table of docs/models.md.
 
 Each case is a run of its own in a process of its own, SFT and PPO on a random Llama and random words. Measured is the
-most resident memory of a stage above that of the idle process with all modules loaded. `--model PATH` takes a model, a
-file of demonstrations and one of prompts instead; its rows are appended under the name given with `--as`.
+most resident memory of a stage above that of the idle process with all modules loaded; where a case has several
+processes, of the first, which has the longest rows. `--model PATH` takes a model, a file of demonstrations and one of
+prompts instead; its rows are appended under the name given with `--as`.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ CASES: dict[str, list[str]] = {
     "LoRA": ["model.adapters=lora"],
     "LoRA, recomputed": ["model.adapters=lora", "model.activation_checkpointing=true"],
     "LoRA, RLOO": ["model.adapters=lora", "ppo.advantage=rloo", "rollout.per_prompt=2"],
+    "2 processes, whole": [],
+    "2 processes, whole, sharded": ["model.sharding=full"],
+    "2 processes, LoRA": ["model.adapters=lora"],
+    "2 processes, LoRA, sharded": ["model.adapters=lora", "model.sharding=full"],
 }
+"""Keys of each; a number of processes begins a name."""
 COMMON = ["data.held_out=0", "data.size=16", "data.prompts_size=16", "sft.lr=1e-5", "sft.steps=2", "sft.batch=8"]
 COMMON += ["sft.micro_tokens=512", "rollout.batch=8", "rollout.max_new_tokens=32", "ppo.lr=1e-6", "ppo.value_lr=1e-6"]
 COMMON += ["ppo.steps=2", "ppo.epochs=1", "ppo.minibatches=1", "ppo.micro_tokens=512", "eval.keep=last"]
 MEASURE = """
-import json, sys, tempfile
+import json, shutil, sys, tempfile
 from pathlib import Path
 import peft, psutil, torch
 torch.set_num_threads(1)
@@ -45,24 +51,36 @@ from srppo.config import load_recipe
 from srppo.console import Console
 from srppo.stages.memory_plan import lengths_of, plan
 from srppo.stages.run import prepare_run, run_stages
+from srppo.training import loop, parallel
 def bytes_of(key):
     found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(found.split()[1]) * 1024
 recipe, idle, peaks = load_recipe(None, sys.argv[1:]), bytes_of("VmRSS"), {}
-def next_stage(name):
-    if peaks:
-        peaks[[*peaks][-1]] = bytes_of("VmHWM") - idle
-    peaks[name] = 0
+def note(phase):
+    if stages:
+        found = peaks[stages[-1]]
+        found[phase] = max(found.get(phase, 0), bytes_of("VmHWM") - idle)
     Path("/proc/self/clear_refs").write_text("5")
-with tempfile.TemporaryDirectory() as folder:
-    run = prepare_run(recipe, ["ppo"], Path(folder), Console(quiet=True))
-    run_stages(run, on_stage=lambda name, stage: next_stage(name))
-    next_stage("end")
-del peaks["end"]
-planned = plan(recipe, lengths_of(recipe), psutil.virtual_memory().total, "cpu")
-rows = [{"stage": s.name, "phase": s.peak[0], "planned": s.peak[1], "measured": peaks[s.name.lower()],
-         "phases": s.phases, "passes": s.passes, "idle": idle} for s in planned.stages]
-print(json.dumps(rows))
+def next_stage(name):
+    note("end")
+    stages.append(name)
+    peaks[name] = {}
+def lap(watch, name):
+    note(name.removesuffix("_s"))
+    lapped(watch, name)
+stages, lapped, loop.Stopwatch.lap = [], loop.Stopwatch.lap, lap
+parallel.start("cpu")
+folder = parallel.from_first(tempfile.mkdtemp)
+run = prepare_run(recipe, ["ppo"], Path(folder), Console(quiet=True))
+run_stages(run, on_stage=lambda name, stage: next_stage(name))
+next_stage("end")
+planned = plan(recipe, lengths_of(recipe), psutil.virtual_memory().total, "cpu", parallel.size())
+rows = [{"stage": s.name, "phase": s.peak[0], "planned": s.peak[1], "measured": max(peaks[s.name.lower()].values()),
+         "measured_until": peaks[s.name.lower()], "phases": s.phases, "passes": s.passes, "idle": idle,
+         "processes": parallel.size()} for s in planned.stages]
+if parallel.is_first():
+    shutil.rmtree(folder)
+    print(json.dumps(rows))
 """
 
 
@@ -93,7 +111,11 @@ def measure(name: str, case: str, sets: list[str]) -> None:
 
     from srppo.bench.rows import machine
 
-    done = subprocess.run([sys.executable, "-c", MEASURE, *sets], capture_output=True, text=True)
+    command, count = [sys.executable, "-c", MEASURE, *sets], case.partition(" processes")[0]
+    if count != case:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count, "--no-python"]
+        command = [sys.executable, "-m", *launcher, *command]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{case}: {done.stderr[-2000:]}")
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": name, "case": case}

@@ -23,6 +23,9 @@ def plan(
     rate: Annotated[
         float | None, Option(min=0.001, metavar="GFLOPS", help="Of bare matrix products. (default: measured here)")
     ] = None,
+    processes: Annotated[
+        int, Option(min=1, metavar="N", help="That a launcher starts (torchrun --nproc_per_node N): the plan of one.")
+    ] = 1,
     prompt_tokens: Annotated[
         int | None,
         Option(min=1, help="Tokens of a prompt. (default: counted in local data, else half of data.max_prompt_tokens)"),
@@ -53,13 +56,15 @@ def plan(
         raise ConfigError(f"device {device!r} is not here, so its memory is not known: give --memory GB")
     name = device if absent else pick_device(device)
     total = total_bytes(torch.device(name)) if memory is None else round(memory * 1e9)
-    planned = plan_recipe(loaded, lengths_of(loaded, prompt_tokens), total, name)
+    planned = plan_recipe(loaded, lengths_of(loaded, prompt_tokens), total, name, processes)
     if rate is None and not absent:
         from srppo.bench.measure import gemm_gflops
 
         kind = "cuda" if name.startswith("cuda") else "cpu"
         rate = gemm_gflops(kind, "bfloat16" if loaded.model.precision == "bf16" else "float32")
         source = "measured here"
+        if kind == "cpu" and processes > 1:
+            rate, source = rate / processes, f"measured here, shared by {processes} processes"
     else:
         source = "as given"
     console = Console()

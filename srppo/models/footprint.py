@@ -37,7 +37,7 @@ Mark = Callable[[str], None]
 def read_bytes(role: LanguageModel, lengths: Sequence[int], scored: int) -> int:
     """The most that one pass without gradients holds beside the weights: rows of `lengths` tokens, `scored` of which go
     through the head."""
-    return _extrapolated(role, lambda _: _read(role, lengths, scored))
+    return max(_extrapolated(role, lambda _: _read(role, lengths, scored)).values())
 
 
 def write_bytes(role: LanguageModel, lengths: Sequence[int], max_new_tokens: int, *, on_cpu: bool) -> int:
@@ -46,7 +46,7 @@ def write_bytes(role: LanguageModel, lengths: Sequence[int], max_new_tokens: int
     are drawn from."""
     cache = KvCache(max(lengths) + max_new_tokens)
     prefill = Prefill(lengths, cache, torch.device("cpu"))
-    return _extrapolated(role, lambda mark: _write(role, prefill, cache, len(lengths), mark, on_cpu))
+    return max(_extrapolated(role, lambda mark: _write(role, prefill, cache, len(lengths), mark, on_cpu)).values())
 
 
 def train_bytes(
@@ -58,6 +58,14 @@ def train_bytes(
     gradients: those of earlier passes are there, and counted elsewhere; else they appear here. A critic on the policy's
     trunk: both heads in one pass; policy False: the policy stands still.
     """
+    return max(train_peaks(role, lengths, scored, gradients=gradients, policy=policy).values())
+
+
+def train_peaks(
+    role: LanguageModel | ValueModel, lengths: Sequence[int], scored: int, *, gradients: bool, policy: bool = True
+) -> dict[str, int]:
+    """The same by stretch: "" the forward pass, `head` up to the end of the last layer's backward pass, `layer N` that
+    of the layer, of which `layer 0` ends with the embeddings."""
     return _extrapolated(role, lambda mark: _train(role, lengths, scored, policy, mark), gradients=gradients)
 
 
@@ -173,14 +181,16 @@ class _Follower(TorchDispatchMode):
             self.stretch, self.peaks[stretch] = stretch, self.now
 
 
-def _extrapolated(role: LanguageModel | ValueModel, run: Callable[[Mark], None], *, gradients: bool = False) -> int:
-    """The most bytes at once, of the stretches that a pass has whatever the number of layers."""
+def _extrapolated(
+    role: LanguageModel | ValueModel, run: Callable[[Mark], None], *, gradients: bool = False
+) -> dict[str, int]:
+    """The most bytes at once, of each stretch that a pass has whatever the number of layers."""
     stack = _stack(role)
     if stack is None or len(stack.layers) <= max(FOLLOWED):
-        return max(_followed(role, run, None, gradients).values())
+        return _followed(role, run, None, gradients)
     fewer, more = (_followed(role, run, count, gradients) for count in FOLLOWED)
     steps = len(stack.layers) - FOLLOWED[0]
-    return max(fewer[name] + (more[name] - fewer[name]) * steps for name in fewer.keys() & more.keys())
+    return {name: fewer[name] + (more[name] - fewer[name]) * steps for name in fewer if name in more}
 
 
 class _Stack(NamedTuple):

@@ -159,7 +159,11 @@ class LanguageModel(nn.Module):
         return own_tensors(self.model)
 
     def shard(self) -> None:
-        """Spread the weights over the processes of the run: this one keeps its part. So do copies and trunks."""
+        """Spread the weights over the processes of the run: this one keeps its part. So do copies and trunks.
+
+        On a CPU the heap, too, is told to keep nothing: what is gathered and let go would stay in its holes."""
+        if self.device.type == "cpu":
+            map_large()
         self.shards = Shards(self.model)
 
     def gathered(self) -> AbstractContextManager[None]:

@@ -66,8 +66,14 @@ def weight_bytes(*models: nn.Module) -> int:
 
 def bytes_here(weight: Tensor) -> int:
     """Of a weight, or of this process's part of it: the same in all processes, rounded up."""
-    count = -(-weight.numel() // weight.device_mesh.size()) if isinstance(weight, DTensor) else weight.numel()
-    return count * weight.element_size()
+    return part_bytes(weight, weight.device_mesh.size() if isinstance(weight, DTensor) else 1)
+
+
+def part_bytes(weight: Tensor, processes: int) -> int:
+    """Of the part that each of several processes holds of a weight: of its rows, the last parts filled up as FSDP2
+    does."""
+    rows = weight.shape[0] if weight.dim() else 1
+    return -(-rows // processes) * (weight.numel() // max(rows, 1)) * weight.element_size()
 
 
 def gathered_bytes(model: nn.Module) -> int:

@@ -42,14 +42,19 @@ def spread(module: nn.Module) -> None:
     """Leave each process its part of a module's weights; layers, which are what lists of modules hold, are gathered one
     by one, the rest together."""
     mesh = _mesh(next(module.parameters()).device.type, dist.group.WORLD)
+    for each in (*layers_of(module), module):
+        sharded = fully_shard(each, mesh=mesh, reshard_after_forward=True)
+        sharded.set_gradient_divide_factor(1.0)  # losses are divided by counts of the whole batch already
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """What is gathered one by one: what the outermost lists of modules hold."""
     inner: list[nn.Module] = []
     for each in module.modules():
         if isinstance(each, nn.ModuleList) and not any(each in layer.modules() for layer in inner):
             inner += each
-    for each in (*inner, module):
-        sharded = fully_shard(each, mesh=mesh, reshard_after_forward=True)
-        sharded.set_gradient_divide_factor(1.0)  # losses are divided by counts of the whole batch already
-        sharded.set_force_sum_reduction_for_comms(True)
+    return inner
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ from srppo.report.table import Row, Table
 if TYPE_CHECKING:
     from srppo.stages.memory_plan import Advice, MemoryPlan, StagePlan
 
-PARTS = ("weights", "gradients", "optimizer", "libraries", "keys and values", "activations", "heap")
+PARTS = ("weights", "gradients", "optimizer", "gathered", "libraries", "keys and values", "activations", "heap")
 
 
 def memory_table(plan: MemoryPlan) -> Table:
@@ -24,8 +24,9 @@ def memory_table(plan: MemoryPlan) -> Table:
     lengths, counts = plan.lengths, plan.counts
     longest = lengths.longest_prompt
     source = "as the data are" if lengths.counted else f"assumed, on average {lengths.prompts[0]}"
+    many = f", in each of {plan.processes} processes" if plan.processes > 1 else ""
     return Table.of(
-        f"Memory on {plan.device}, GB",
+        f"Memory on {plan.device}{many}, GB",
         ["", *(head for head, _ in columns)],
         rows,
         [
@@ -35,6 +36,9 @@ def memory_table(plan: MemoryPlan) -> Table:
             f"{plan.recipe.rollout.max_new_tokens}: the most that can come.",
             "heap: what glibc keeps of freed memory; libraries: what they grow by. Estimates (docs/models.md)."
             if any(parts.get("heap") for _, parts in columns)
+            else "",
+            "gathered: weights that other processes hold parts of, and their gradients before they are added up."
+            if any("gathered" in parts for _, parts in columns)
             else "",
             "Not counted: what CUDA itself takes, and what its allocator keeps. Nothing of this was measured on a GPU."
             if plan.device.startswith("cuda")
@@ -46,7 +50,8 @@ def memory_table(plan: MemoryPlan) -> Table:
 def verdict(plan: MemoryPlan) -> str:
     """One line: the most, where, and whether it fits."""
     stage, phase, most = plan.peak
-    said = f"{stage} {phase} takes most: {gigabytes(most)} GB of {gigabytes(plan.memory)} GB"
+    shared = f", {gigabytes(plan.on_device * most)} in all" if plan.on_device > 1 else ""
+    said = f"{stage} {phase} takes most: {gigabytes(most)} GB{shared} of {gigabytes(plan.memory)} GB"
     return f"{said}, which fits" if plan.fits else f"{said}, which does not fit"
 
 
@@ -64,7 +69,8 @@ def advice_table(plan: MemoryPlan, advice: Advice) -> Table:
         caption = (
             f"All of these together leave {gigabytes(advice.together_bytes)} GB: take a smaller model, or a device "
         )
-        caption += "with more memory."
+        caption += "with more memory"
+        caption += "." if plan.on_device > 1 else ", or more processes (--processes, model.sharding=full)."
     return Table.of("What to change", ["", "GB", "saves"], rows, [caption])
 
 
@@ -77,7 +83,7 @@ def cost_lines(plan: MemoryPlan, gflops: float | None, share: float, source: str
         f"while it is written. Models: {models} GB."
     )
     for stage in plan.stages:
-        yield _time(stage, gflops, share)
+        yield _time(stage, gflops, share, " in each process" if plan.processes > 1 else "")
     if gflops is not None:
         yield (
             f"Time: {share:.0%} of {gflops:,.0f} GF/s ({source}), without measuring development and test items; every "
@@ -85,11 +91,11 @@ def cost_lines(plan: MemoryPlan, gflops: float | None, share: float, source: str
         )
 
 
-def _time(stage: StagePlan, gflops: float | None, share: float) -> str:
+def _time(stage: StagePlan, gflops: float | None, share: float, each: str) -> str:
     if stage.flops is None:
         return f"{stage.name}: operations unknown without the number of demonstrations; set data.size or sft.steps"
     seconds = "" if gflops is None else f", about {duration(stage.flops / (gflops * 1e9 * share))}"
-    return f"{stage.name}: {stage.steps} steps, {stage.flops:.2e} operations{seconds}"
+    return f"{stage.name}: {stage.steps} steps, {stage.flops:.2e} operations{each}{seconds}"
 
 
 def gigabytes(count: int) -> str:

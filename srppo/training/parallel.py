@@ -75,12 +75,15 @@ def share(rows: Sequence[T]) -> Sequence[T]:
     return shares(rows)[rank()]
 
 
-def check_rows(**rows: int) -> None:
-    """Raises ConfigError where there are more processes than rows to divide, by the key that says their number."""
+def check_rows(processes: int | None = None, /, **rows: int) -> None:
+    """Raises ConfigError where there are more processes than rows to divide, by the key that says their number.
+
+    processes: None: those of this run."""
+    processes = size() if processes is None else processes
     for key, count in rows.items():
-        if count < size():
+        if count < processes:
             raise ConfigError(
-                f"{size()} processes have only {count} rows to share in a pass ({key.replace('__', '.')}); start "
+                f"{processes} processes have only {count} rows to share in a pass ({key.replace('__', '.')}); start "
                 "fewer, or raise it"
             )
 

@@ -52,6 +52,16 @@ def test_where_it_does_not_fit_it_says_what_to_change(cli: Cli) -> None:
     assert "Fits, with" in text and "--set " in text and max(map(len, done.out.splitlines())) <= 80
 
 
+def test_of_several_processes_it_says_what_one_holds(cli: Cli) -> None:
+    command = ["plan", "recipe.toml", "--memory", 16, "--rate", 100, "--device", "cpu", "--processes", 4]
+    done = cli(*command, "--set", "model.sharding=full")
+    assert done.code == 0, done.err
+    text = " ".join(done.out.split())
+    assert "in each of 4 processes" in text and "gathered" in text and "operations in each process" in text
+    assert "GB, " in text and "in all of 16.00 GB, which fits" in text and max(map(len, done.out.splitlines())) <= 80
+    assert "9 processes have only 8 rows" in cli("plan", "recipe.toml", "--memory", 16, "--processes", 9).error()
+
+
 def test_what_cannot_be_planned_is_one_line(cli: Cli, tmp_path: Path) -> None:
     assert "give --memory GB" in cli("plan", "recipe.toml", "--device", "cuda").error()
     assert "neither a folder here nor a hub name" in cli("plan", "recipe.toml", "--set", "model.base=/nowhere").error()

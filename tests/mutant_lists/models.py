@@ -365,8 +365,8 @@ MUTANTS = [
     Mutant(
         "heap: recomputing keeps it",
         "models/language_model.py",
-        '        if self.device.type == "cpu":\n            map_large()\n',
-        "",
+        '        if self.device.type == "cpu":\n            map_large()\n        self.recomputes',
+        "        self.recomputes",
         "models/test_heap.py::test_who_recomputes_puts_memory_before_time",
     ),
     Mutant(

@@ -331,8 +331,8 @@ MUTANTS = [
     Mutant(
         "plan: one moment",
         "stages/memory_plan.py",
-        '"optimizer": 2 * gradients',
-        '"optimizer": gradients',
+        "moments = 2 * division",
+        "moments = division",
         "stages/test_memory_plan.py::test_parts_are_those_of_the_real_run",
     ),
     Mutant(
@@ -345,8 +345,50 @@ MUTANTS = [
     Mutant(
         "plan: whatever it takes fits",
         "stages/memory_plan.py",
-        "return self.peak[2] <= self.memory",
+        "return self.on_device * self.peak[2] <= self.memory",
         "return True",
         "stages/test_memory_plan.py::test_a_recipe_that_cannot_fit_is_told_what_to_change",
+    ),
+    Mutant(
+        "plan: each process has a CPU's memory",
+        "stages/memory_plan.py",
+        'return 1 if self.device.startswith("cuda") else self.processes',
+        "return 1",
+        "stages/test_memory_plan.py::test_processes_are_told_to_spread_weights_and_share_the_memory_of_a_cpu",
+    ),
+    Mutant(
+        "plan: every process has all rows",
+        "stages/memory_plan.py",
+        "longest = longest[::processes]",
+        "longest = longest[::1]",
+        "stages/test_memory_plan.py::test_a_pass_is_the_largest_that_training_cuts[2]",
+    ),
+    Mutant(
+        "plan: adapters are spread",
+        "stages/division.py",
+        "return self.spread and ADAPTER not in name",
+        "return self.spread",
+        "stages/test_memory_plan.py::test_adapters_are_whole_in_each_process",
+    ),
+    Mutant(
+        "plan: nothing is gathered to write",
+        "stages/division.py",
+        "return _whole(model.named_parameters()) if self.spread else 0",
+        "return 0",
+        "stages/test_memory_plan.py::test_what_is_spread_adds_up_to_the_whole_and_what_is_gathered_is_there",
+    ),
+    Mutant(
+        "plan: a tied head's gradient lies where the embeddings' does",
+        "stages/division.py",
+        "for model in tied if _is_tied(model.model))",
+        "for model in tied if False)",
+        "training/test_sharding.py::test_a_plan_says_to_the_byte_what_each_process_holds[tied]",
+    ),
+    Mutant(
+        "plan: parts are not filled up",
+        "models/memory.py",
+        "return -(-rows // processes) * (weight.numel() // max(rows, 1)) * weight.element_size()",
+        "return -(-weight.numel() // processes) * weight.element_size()",
+        "training/test_sharding.py::test_a_plan_says_to_the_byte_what_each_process_holds[untied]",
     ),
 ]

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from srppo.config import Recipe, load_recipe, with_overrides
 from srppo.console import Console
 from srppo.data.types import EncodedDemonstration
+from srppo.errors import ConfigError
 from srppo.models.loading import load_model, to_train
 from srppo.models.memory import weight_bytes
 from srppo.report.memory_plan import advice_table, cost_lines, memory_table, verdict
@@ -30,6 +31,7 @@ from srppo.stages.memory_plan import (
     plan,
 )
 from srppo.stages.run import prepare_run
+from srppo.training import parallel
 from srppo.training.batch import RolloutBatch, extents, micro_batches
 from srppo.training.loop import TrainState, trained_bytes
 from srppo.training.ppo import Learners, step_flops
@@ -152,13 +154,17 @@ def test_parts_are_those_of_the_real_run(tmp_path: Path) -> None:
     assert planned.stages[1].flops == sum(steps)
 
 
-def test_a_pass_is_the_largest_that_training_cuts() -> None:
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_pass_is_the_largest_that_training_cuts(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes, that of the first."""
+    monkeypatch.setattr(parallel, "size", lambda: processes)
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         totals = torch.randint(2, 60, (9,), generator=generator).tolist()
         rows = [EncodedDemonstration(tuple(range(total)), max(total // 2, 1)) for total in totals]
-        cut = [sum(totals[i] for i in part.tolist()) for part in micro_batches(extents(rows)[0], 100)]
-        lengths, scored, passes = largest_pass([(row.prompt_tokens, len(row.ids)) for row in rows], 9, 100)
+        cut = [sum(totals[i] for i in part.tolist()) for part in micro_batches(extents(rows)[0], 100, shared=True)]
+        extent = [(row.prompt_tokens, len(row.ids)) for row in rows]
+        lengths, scored, passes = largest_pass(extent, 9, 100, processes=processes)
         assert (sum(lengths), passes) == (max(cut), len(cut)) and 0 < scored < sum(lengths)
 
 
@@ -187,6 +193,93 @@ def test_each_choice_takes_what_it_says(tmp_path: Path) -> None:
     assert whole["gradients"] == 4 * (2 * weights + head) and whole["optimizer"] == 2 * whole["gradients"]
     recomputed = parts("model.activation_checkpointing=true", "ppo.micro_tokens=8192")
     assert recomputed["activations"] < parts("ppo.micro_tokens=8192")["activations"], "one layer of two at a time"
+
+
+def test_one_process_holds_all_whatever_the_recipe_says(tmp_path: Path) -> None:
+    lengths = Lengths([(50, 100)] * 64, [50] * 64, 64, True)
+    whole, full = (
+        plan(small_recipe(tmp_path, f"model.sharding={sharding}"), lengths, 80 * GB, "cuda", 1)
+        for sharding in ("none", "full")
+    )
+    assert whole.stages == full.stages
+
+
+def test_processes_that_hold_all_divide_rows_alone(tmp_path: Path) -> None:
+    recipe, lengths = small_recipe(tmp_path), Lengths([(50, 100)] * 64, [50] * 64, 64, True)
+    one, four = (plan(recipe, lengths, 80 * GB, "cuda", processes) for processes in (1, 4))
+    for alone, shared in zip(one.stages, four.stages, strict=True):
+        assert alone.phases.keys() == shared.phases.keys() and alone.flops == 4 * (shared.flops or 0)
+        assert (alone.checkpoint_bytes, alone.model_bytes) == (shared.checkpoint_bytes, shared.model_bytes)
+        for phase, parts in shared.phases.items():
+            standing = {name: parts[name] for name in ("weights", "gradients", "optimizer")}
+            assert standing.items() <= alone.phases[phase].items() and "gathered" not in parts
+    update, cache = (of.stages[1].phases["rollout"]["keys and values"] for of in (one, four))
+    assert update == 4 * cache
+
+
+def test_what_is_spread_adds_up_to_the_whole_and_what_is_gathered_is_there(tmp_path: Path) -> None:
+    """A layer of two is gathered with the next, the tied embeddings beside them, and once more as the head."""
+    lengths = Lengths([(50, 100)] * 64, [50] * 64, 64, True)
+    recipe = small_recipe(tmp_path, "model.sharding=full")
+    whole = plan(recipe, lengths, 80 * GB, "cuda").stages
+    before = whole
+    for processes in (2, 4, 8):
+        spread = plan(recipe, lengths, 80 * GB, "cuda", processes).stages
+        for one, many, fewer in zip(whole, spread, before, strict=True):
+            assert one.checkpoint_bytes == many.checkpoint_bytes
+            assert many.peak[1] < fewer.peak[1], "more processes, less in each"
+            critic = (processes - 1) * 4 * 65 if one.name == "PPO" else 0  # the values' head has one row
+            for name, parts in one.phases.items():
+                for part in ("weights", "gradients", "optimizer"):
+                    rest = processes * many.phases[name][part] - parts[part]
+                    tied = 4 * 2000 * 64 if part == "gradients" else 0  # see gradient_bytes
+                    assert rest == (2 if part == "optimizer" else 1) * critic + tied, part
+        before = spread
+    layer, embedding, norm = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64, 2000 * 64, 64
+    sft, ppo = (stage.phases for stage in spread)
+    model = 4 * (2 * layer + embedding + norm)
+    assert sft["start"]["gathered"] == sft["export"]["gathered"] == ppo["rollout"]["gathered"] == model
+    forward = 4 * (embedding + norm) + max(8 * layer, 4 * (embedding + norm + layer))
+    assert ppo["score"]["gathered"] == 2 * 4 * embedding + forward
+    ends = [4 * embedding + forward, 4 * embedding + 4 * embedding // 8, 4 * (embedding + norm + 4 * layer)]
+    ends += [4 * (3 * (embedding + norm) + layer)]
+    assert ppo["update"]["gathered"] in ends
+
+
+def test_adapters_are_whole_in_each_process(tmp_path: Path) -> None:
+    lengths = Lengths([(50, 100)] * 64, [50] * 64, 64, True)
+    recipe = small_recipe(tmp_path, "model.sharding=full", "model.adapters=lora")
+    alone, four = (plan(recipe, lengths, 80 * GB, "cuda", processes).stages for processes in (1, 4))
+    for one, many in zip(alone, four, strict=True):
+        (update, whole) = (stage.phases["update"] for stage in (many, one))
+        assert (update["gradients"], update["optimizer"]) == (whole["gradients"], whole["optimizer"])
+    base = 4 * (2000 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64)
+    whole, parts = (stages[0].phases["update"]["weights"] for stages in (alone, four))
+    assert whole - parts == base - base // 4
+    assert four[0].phases["start"]["gathered"] == four[1].phases["rollout"]["gathered"] == base
+    assert "export" not in four[0].phases
+
+
+def test_more_processes_than_rows_are_refused_as_by_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, lengths = small_recipe(tmp_path, "rollout.batch=4"), Lengths([(5, 10)], [5], 1, True)
+    with pytest.raises(ConfigError) as planned:
+        plan(recipe, lengths, GB, "cuda", 5)
+    monkeypatch.setattr(parallel, "size", lambda: 5)
+    with pytest.raises(ConfigError, match=r"5 processes have only 4 rows.*rollout\.batch") as run:
+        parallel.check_rows(rollout__batch=4)
+    assert str(planned.value) == str(run.value)
+
+
+def test_processes_are_told_to_spread_weights_and_share_the_memory_of_a_cpu(tmp_path: Path) -> None:
+    recipe, lengths = small_recipe(tmp_path), Lengths([(50, 100)] * 64, [50] * 64, 64, True)
+    assert [change for change in changes(recipe) if "model.sharding" in change.keys] == []
+    assert changes(recipe, 8)[0].keys == {"model.sharding": "full"}
+    memory = plan(recipe, lengths, GB, "cuda", 8).peak[2] - 1
+    advice = advise(plan(recipe, lengths, memory, "cuda", 8))
+    assert "model.sharding=full" in advice.bytes
+    most = plan(recipe, lengths, 80 * GB, "cpu", 2).peak[2]
+    assert plan(recipe, lengths, 2 * most, "cpu", 2).fits and not plan(recipe, lengths, 2 * most - 1, "cpu", 2).fits
+    assert f"{2 * most / 1e9:.2f} in all of" in verdict(plan(recipe, lengths, 2 * most, "cpu", 2))
 
 
 def test_what_is_loaded_is_warned_of_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

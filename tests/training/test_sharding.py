@@ -23,9 +23,11 @@ from srppo.console import Console
 from srppo.errors import ConfigError
 from srppo.record.json import read_lines
 from srppo.record.store import Run
+from srppo.stages.division import Division
 from srppo.stages.run import prepare_run, run_stages
 from srppo.training import parallel
 from srppo.training.batch import micro_batches
+from srppo.training.loop import trained_bytes
 
 PATIENCE_S = 600
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -106,7 +108,7 @@ def assert_same(found: Any, expected: Any, *, tolerance: float = 1e-4) -> None:
         assert found == expected
 
 
-MEMORY = ("frozen", "trained", "adam_bytes", "reckoned")
+MEMORY = ("frozen", "trained", "gradient_bytes", "adam_bytes", "reckoned")
 
 
 @pytest.mark.parametrize("case", sharded.CASES)
@@ -146,6 +148,22 @@ def test_each_process_holds_half(case: str, alone: Any, together: list[dict[str,
             assert found["trained"] == whole["trained"]
         assert found["reckoned"] < 0.95 * whole["reckoned"]
     assert len({each[case]["reckoned"] for each in together}) == 1, "or batches would be of two sizes"
+
+
+@pytest.mark.parametrize("case", sharded.CASES)
+def test_a_plan_says_to_the_byte_what_each_process_holds(
+    case: str, folder: Path, together: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the models of one process. Adam's last parts are not filled up, so the first process holds most of them."""
+    monkeypatch.setattr("srppo.models.narrow.WORTH", 0)
+    base, model = sharded.models(folder, case)
+    planned, adapters = Division(2, spread=True), 0 if case != "adapters" else trained_bytes(model) // 4
+    trained = planned.trained_bytes(model)
+    for each in (every[case] for every in together):
+        assert planned.weight_bytes(base) - adapters == each["frozen"]
+        assert trained == each["trained"] and each["adam_bytes"] <= 2 * trained
+        assert planned.gradient_bytes(model) == each["gradient_bytes"]
+    assert together[0][case]["adam_bytes"] == 2 * trained
 
 
 @pytest.mark.parametrize("case", ["untied", "tied", "bf16"])
