@@ -238,7 +238,7 @@ MUTANTS = [
     ),
     Mutant(
         "run: a model is read again for each seed",
-        "models/loading.py",
+        "record/files.py",
         "@lru_cache(maxsize=1024)\n",
         "@lru_cache(maxsize=0)\n",
         "stages/test_run.py::test_a_given_model_is_read_once_for_all_seeds_and_never_stale",
