@@ -624,23 +624,27 @@ def _sweep_dots(sweep: Sweep, known: Accuracies, path: Path) -> list[Path]:
 
 
 def curves_plot(result: CurveResult, path: Path) -> list[Path]:
-    """Accuracy and mean length over KL to the SFT model, a line an arm with its 95% interval, and each policy that was
-    measured; where arms are compared stand dotted lines."""
+    """Accuracy and mean length over KL to the SFT model: a line an arm, the first with its 95% interval, and a dot each
+    policy that was measured; where arms are compared stand dotted lines."""
     colours = arm_colours([line.arm for line in result.lines])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1.0]})
+        known: set[str] = set()
         for line in result.lines:
-            look: dict[str, Any] = {"color": colours[line.arm], "lw": 1.6, "label": line.arm}
+            style = "--" if colours[line.arm] in known else "-"  # there are more arms than colours
+            known.add(colours[line.arm])
+            look: dict[str, Any] = {"color": colours[line.arm], "lw": 1.6, "label": line.arm, "ls": style}
             kls, accuracy, length = zip(*line.points, strict=True)
             for axis, curve, dots in (
                 (axes[0], [e.mean for e in line.accuracy], accuracy),
                 (axes[1], line.length, length),
             ):
-                axis.plot(line.kls, curve, "-", **look)
+                axis.plot(line.kls, curve, **look)
                 axis.plot(kls, dots, ".", ms=4, alpha=0.5, color=look["color"])
-            low, high = [e.low for e in line.accuracy], [e.high for e in line.accuracy]
-            axes[0].fill_between(line.kls, low, high, color=look["color"], alpha=BAND / 2, lw=0)
+            if line is result.lines[0]:
+                low, high = [e.low for e in line.accuracy], [e.high for e in line.accuracy]
+                axes[0].fill_between(line.kls, low, high, color=look["color"], alpha=BAND, lw=0)
         for axis, name in zip(axes, (f"accuracy, {tables.metric_words(result.metric)}", "length, tokens"), strict=True):
             for kl in {each.kl for each in result.matched}:
                 axis.axvline(kl, color=GRID, lw=1.0, ls=":")

@@ -43,6 +43,8 @@ def curves_answer(result: SweepResult) -> str:
         missing = [f"{why}: {joined(by[why])}" for why in (OUT_OF_REACH, NO_RESULT) if why in by]
         said.append(f"At KL {kl:.2g}: {'; '.join(known + missing)}")
     seeds = span([len(each.seeds) for each in primary.matched], "seed")
+    tasks = next((each.tasks for each in primary.matched if each.tasks), None)
+    seeds = tables.over_tasks(tasks) + seeds
     holm = f"{analysis.correction} over {analysis.comparisons}"
     return f"{'. '.join(said)} ({tables.metric_words(primary.metric)}; {holm}; {seeds})."
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from srppo.ablations.analysis import Metric, SweepResult, Tested
 from srppo.ablations.spec import Ablation, Cell, Comparison, Sweep, label
 from srppo.console import sparkline
-from srppo.evaluation.comparison import bounds, number, p_text, signed
+from srppo.evaluation.comparison import FEW_TASKS, bounds, number, p_text, signed
 from srppo.report.table import NO_RESULT, VERDICT_MARKS, Chart, Column, Row, Table
 from srppo.report.words import DECODINGS, GROUP_WORDS, estimate_text, is_number, number_text, teraflops
 
@@ -90,6 +90,12 @@ def panels(sweep: Sweep, axis: str) -> dict[str, list[Ablation]]:
     for point in sorted(sweep.points, key=lambda p: float(p.values[axis])):
         found.setdefault(", ".join(f"{each} {label(point.values.get(each))}" for each in others), []).append(point)
     return found
+
+
+def over_tasks(tasks: int | None) -> str:
+    """`over these 40 tasks; `, which a claim about tasks is made of; nothing where items are the units."""
+    few = ", too few to say much of others" if tasks and tasks < FEW_TASKS else ""
+    return f"over these {tasks} tasks{few}; " if tasks else ""
 
 
 def metric_words(metric: Metric) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from srppo.ablations.analysis import CellResult, Forecast, Peak, SweepResult, Tested, Trend
 from srppo.ablations.progress import stage_seconds
 from srppo.ablations.spec import Comparison
-from srppo.evaluation.comparison import FEW_TASKS, number, p_text, signed
+from srppo.evaluation.comparison import number, p_text, signed
 from srppo.record.store import Stage
 from srppo.report import sweep_tables as tables
 from srppo.report.sweep_curves import curves_answer
@@ -37,8 +37,7 @@ def answer(result: SweepResult) -> str:
     if not tested:
         return f"No answer yet: none of the {len(family)} planned comparisons has a result."
     seeds = span([len(each.seeds) for each in tested], "seed")
-    if tasks := tested[0].tasks:
-        seeds = f"over these {tasks} tasks{', too few to say much of others' if tasks < FEW_TASKS else ''}; {seeds}"
+    seeds = tables.over_tasks(tested[0].tasks) + seeds
     said = [_pair_sentence(result, pair, rows) for pair, rows in tables.tested_by_pair(result, metric).items()]
     holm = f"{analysis.correction} over {len(family)}; " if len(family) > 1 else ""
     return f"{'. '.join(said)} ({tables.metric_words(metric)}; {holm}{seeds})."
