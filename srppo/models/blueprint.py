@@ -14,6 +14,7 @@ from srppo.errors import ModelError
 from srppo.kernels import Impl
 from srppo.models import packed
 from srppo.models.adapters import AdaptedModel, adapter_settings, is_adapter
+from srppo.models.fused import fuse
 from srppo.models.language_model import Head, LanguageModel
 from srppo.models.loading import architecture, resolve
 from srppo.models.narrow import keep_narrow
@@ -57,6 +58,7 @@ def blueprint(spec: str, config: ModelConfig) -> LanguageModel:
         raise ModelError(f"model {spec!r} cannot be planned: {' '.join(str(error).split())[:200]}") from None
     model.eval()
     keep_narrow(model)
+    fuse(model)
     rows = model.get_output_embeddings().weight.shape[0]
     assumed = _Assumed(config.scoring or config.precision, path, rows, model.generation_config)
     return LanguageModel(model, like=cast(LanguageModel, assumed))
