@@ -145,9 +145,7 @@ def _rotate(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, transposed: boo
         strides = (ctypes.c_int64 * 3)(*x_BHSD.stride()[:3])
         pointers = (cos_BSD.data_ptr(), sin_BSD.data_ptr(), angles, out_BSHD.data_ptr())
         library: Any = native.load().library
-        library.srppo_rotate(
-            x_BHSD.data_ptr(), strides, *pointers, B, H, S, D, int(transposed), _threads(out_BSHD)
-        )
+        library.srppo_rotate(x_BHSD.data_ptr(), strides, *pointers, B, H, S, D, int(transposed), _threads(out_BSHD))
     return out_BSHD.transpose(1, 2)
 
 

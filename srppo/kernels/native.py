@@ -126,7 +126,15 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
     command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", *flags]
-    command += [*(str(FOLDER / source) for source in SOURCES), "-o", name, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    command += [
+        *(str(FOLDER / source) for source in SOURCES),
+        "-o",
+        name,
+        f"-L{libraries}",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-Wl,-rpath,{libraries}",
+    ]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         with open(name, "rb") as file:  # on disk before it has its name: half a library would kill the process

@@ -55,16 +55,17 @@ def fuse(model: nn.Module) -> None:
     if not body.fits():
         return
     for module in model.modules():
+        own: Any = type(module)
         if _is_norm(module):
-            module.__class__ = _with(_Norm, type(module))
+            module.__class__ = _with(_Norm, own)
         elif _is_gated(module):
-            module.__class__ = _with(_GatedMlp, type(module))
-        elif _rotates(type(module)):
-            module.__class__ = _rotating(type(module))
+            module.__class__ = _with(_GatedMlp, own)
+        elif _rotates(own):
+            module.__class__ = _rotating(own)
 
 
 @cache
-def _with(part: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+def _with(part: Any, own: Any) -> type[nn.Module]:
     return type(f"Fused{own.__name__}", (part, own), {})
 
 
@@ -91,12 +92,18 @@ def _is_norm(module: nn.Module) -> bool:
     """A weight, an epsilon, and for rows small enough to feel it and others what `body.rms_norm` gives."""
     named = type(module).__name__.endswith("RMSNorm") and [name for name, _ in module.named_parameters()] == ["weight"]
     weight: Any = getattr(module, "weight", None)
-    if not named or weight.dim() != 1 or not isinstance(getattr(module, "variance_epsilon", getattr(module, "eps", None)), float):
+    if (
+        not named
+        or weight.dim() != 1
+        or not isinstance(getattr(module, "variance_epsilon", getattr(module, "eps", None)), float)
+    ):
         return False
     weight_D = _random(len(weight))
     x_ND = _random(3, len(weight)) * torch.tensor([[1.0], [1e-3], [30.0]])
     try:
-        return _same(functional_call(module, {"weight": weight_D}, (x_ND,)), body.rms_norm(x_ND, weight_D, _eps(module)))
+        return _same(
+            functional_call(module, {"weight": weight_D}, (x_ND,)), body.rms_norm(x_ND, weight_D, _eps(module))
+        )
     except (TypeError, ValueError, RuntimeError):
         return False
 
@@ -120,15 +127,14 @@ def _is_gated(module: nn.Module) -> bool:
         return False
     x, gate, up, down = (_random(3, width) for width in (5, 7, 7, 4))
     up = up.flip(0)
-    probe = copy.copy(module)
-    probe._modules = {"act_fn": module.act_fn} | {
-        name: _Told(answer) for name, answer in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
-    }
+    probe, answers = copy.copy(module), {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    told = {name: _Told(answer) for name, answer in answers.items()}
+    probe._modules = {**module._modules, **told}
     try:
         out = probe(x)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
-    asked = {name: layer.asked[-1] for name, layer in probe._modules.items() if isinstance(layer, _Told)}
+    asked = {name: layer.asked[-1] for name, layer in told.items()}
     return (
         out is down
         and asked["gate_proj"] is x
@@ -161,7 +167,11 @@ def _rotating(own: type[nn.Module]) -> type[nn.Module]:
     forward: Any = own.forward
     names = forward.__globals__ | {ROTATION: _rotation(forward.__globals__[ROTATION])}
     code = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    code.__kwdefaults__, code.__annotations__, code.__doc__ = forward.__kwdefaults__, forward.__annotations__, forward.__doc__
+    code.__kwdefaults__, code.__annotations__, code.__doc__ = (
+        forward.__kwdefaults__,
+        forward.__annotations__,
+        forward.__doc__,
+    )
     return type(f"Fused{own.__name__}", (own,), {"forward": code})
 
 

@@ -186,14 +186,14 @@ class Roles:
     learners: Learners
 
 
-def build_roles(recipe: Recipe) -> Roles:
+def build_roles(recipe: Recipe, *, on_cpu: bool = True) -> Roles:
     """As the stages build them: what SFT gives is stored in fp32, or as an adapter. Raises UserError."""
     config = recipe.model
-    base = blueprint(config.base, config)
+    base = blueprint(config.base, config, on_cpu=on_cpu)
     with META:
         trained = to_train(base, config) if config.sft is None else None
         if trained is None:
-            sft = _given(str(config.sft), base, config)
+            sft = _given(str(config.sft), base, config, on_cpu)
         else:
             sft = trained.copy()
             sft.precision = base.precision
@@ -203,9 +203,9 @@ def build_roles(recipe: Recipe) -> Roles:
         return Roles(base, trained, sft, Learners.start(to_train(sft, config), recipe.ppo))
 
 
-def _given(spec: str, base: LanguageModel, config: ModelConfig) -> LanguageModel:
+def _given(spec: str, base: LanguageModel, config: ModelConfig, on_cpu: bool) -> LanguageModel:
     path = Path(resolve(spec))
-    return over(base, adapter_settings(path)) if is_adapter(path) else blueprint(spec, config)
+    return over(base, adapter_settings(path)) if is_adapter(path) else blueprint(spec, config, on_cpu=on_cpu)
 
 
 def plan(recipe: Recipe, lengths: Lengths, memory: int, device: str) -> MemoryPlan:
@@ -214,8 +214,8 @@ def plan(recipe: Recipe, lengths: Lengths, memory: int, device: str) -> MemoryPl
     Raises UserError: a model that cannot be read, or whose passes cannot be followed.
     """
     recipe = resolved(recipe)
-    roles = build_roles(recipe)
     on_cpu = not device.startswith("cuda")
+    roles = build_roles(recipe, on_cpu=on_cpu)
     heap = 0.0
     if on_cpu and ruled():
         heap = RECOMPUTED_HEAP if recipe.model.activation_checkpointing else HEAP[recipe.model.adapters]
@@ -355,8 +355,8 @@ def _beside_gradients(passing: Any, learning: Sequence[Any], passes: int, on_cpu
 
 
 def _stepping(model: Any, on_cpu: bool) -> int:
-    """Adam's own: two numbers for each of the largest weight; on a GPU one for each of all, which are stepped at
-    once."""
+    """An optimizer's own: two numbers for each of the largest weight; on a GPU one for each of all, which are stepped
+    at once. torch's fused ones take nothing."""
     sizes = [weight.numel() * weight.element_size() for weight in parameters(model)]
     return 2 * max(sizes) if on_cpu else sum(sizes)
 
