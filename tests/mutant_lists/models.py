@@ -351,8 +351,8 @@ MUTANTS = [
     Mutant(
         "fused: a norm is not proved",
         "models/fused.py",
-        "        return _same(functional_call",
-        "        return True or _same(functional_call",
+        "        return _same(\n            functional_call",
+        "        return True or _same(\n            functional_call",
         "models/test_fused.py::test_other_code_is_left_alone",
     ),
     Mutant(
