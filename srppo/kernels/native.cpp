@@ -21,6 +21,8 @@
 #include <memory>
 #include <vector>
 
+#include "vectors.h"
+
 namespace c10 {
 struct BFloat16;
 }
@@ -46,36 +48,10 @@ constexpr int64_t FEW_ROWS = 128;          // of hidden states, for which copyin
 constexpr int64_t PACKED_BYTES = 8 << 20;  // hidden states packed at once
 constexpr int64_t MOST_ROWS = 2048;        // so that partial sums take at most 5 MiB at a vocabulary of 150k
 constexpr int64_t DEEP_ROWS = 512;         // rows at once where D > K_BLOCK: their tiles must stay in the cache too
+constexpr int VECTORS = LANES / WIDTH;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
-
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
-constexpr int WIDTH = 16, VECTORS = LANES / WIDTH;
-
-inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
-inline void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
-inline V all(float x) { return V{} + x; }
-inline V maximum(V a, V b) { return a > b ? a : b; }
-
-// exp(x) for x <= 0, to 1 ulp; 0 below -87, NaN for NaN.
-inline V exp_negative(V x) {
-    const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    V n = x * all(1.44269504f) + magic;
-    const I exponent = (I)n << 23;  // a cast between vectors keeps the bits
-    n = n - magic;
-    const V r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
-    V p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    V y = p * r * r + r + all(1.0f);
-    const V scale = (V)(exponent + 0x3f800000);  // 2^n; multiplying, unlike adding to the exponent, leaves a NaN one
-    return x < all(-87.0f) ? V{} : y * scale;
-}
 
 inline V tanh_of(V x) {
     const V size = x < V{} ? -x : x, square = x * x;

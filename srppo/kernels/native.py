@@ -1,4 +1,4 @@
-"""Builds and loads native.cpp: compiled once a machine by its own C++ compiler, kept in the user's cache."""
+"""Builds and loads the compiled kernels: once a machine, by its own C++ compiler, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+FOLDER = Path(__file__).parent
+SOURCES, HEADERS = ("native.cpp", "body.cpp"), ("vectors.h",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The first that compiles is taken. Without OpenMP there is one thread; without the native target, narrow vectors.
 FLAGS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], [])
@@ -31,6 +32,11 @@ _SIGNATURES = {
     + [_Pointer] * 3
     + [ctypes.c_int],
     "srppo_logits_diff": [*_MATRIX * 2, _Pointer, _Int, _Int, *_TRANSFORM, _Pointer, ctypes.c_int],
+    "srppo_rms_norm": [*[_Pointer] * 4, _Int, _Int, _Float, ctypes.c_int],
+    "srppo_rms_norm_gradient": [*[_Pointer] * 6, _Int, _Int, ctypes.c_int],
+    "srppo_swiglu": [*[_Pointer] * 3, _Int, ctypes.c_int],
+    "srppo_swiglu_gradient": [*[_Pointer] * 5, _Int, ctypes.c_int],
+    "srppo_rotate": [*[_Pointer] * 4, _Int, _Pointer, *[_Int] * 4, *[ctypes.c_int] * 2],
     "srppo_logits_gradient": [_Pointer, _Int, *[_Pointer] * 5, _Int, _Int, _Int, *_TRANSFORM, ctypes.c_int],
 }
 
@@ -97,8 +103,9 @@ def _build(compiler: str) -> tuple[Path, str]:
     version = _version(compiler)
     folder = _cache()
     targets = []
+    texts = [(FOLDER / name).read_text() for name in (*SOURCES, *HEADERS)]
     for flags in FLAGS:
-        identity = "\n".join([SOURCE.read_text(), version, *flags, torch.__version__, _processor()])
+        identity = "\n".join([*texts, version, *flags, torch.__version__, _processor()])
         targets.append(folder / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so")
     notes = [f"compiled by {version} {' '.join(flags)}".rstrip() for flags in FLAGS]
     for target, note in zip(targets, notes, strict=True):
@@ -119,7 +126,15 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
     command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", *flags]
-    command += [str(SOURCE), "-o", name, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    command += [
+        *(str(FOLDER / source) for source in SOURCES),
+        "-o",
+        name,
+        f"-L{libraries}",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-Wl,-rpath,{libraries}",
+    ]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         with open(name, "rb") as file:  # on disk before it has its name: half a library would kill the process

@@ -14,6 +14,7 @@ from srppo.errors import ModelError
 from srppo.kernels import Impl
 from srppo.models import packed
 from srppo.models.adapters import AdaptedModel, adapter_settings, is_adapter
+from srppo.models.fused import fuse
 from srppo.models.language_model import Head, LanguageModel
 from srppo.models.loading import architecture, resolve
 from srppo.models.narrow import keep_narrow
@@ -36,16 +37,16 @@ class _Assumed:
     recomputes: bool = False
 
 
-def blueprint(spec: str, config: ModelConfig) -> LanguageModel:
+def blueprint(spec: str, config: ModelConfig, *, on_cpu: bool = True) -> LanguageModel:
     """What `load_model` gives, without weights: of a hub model config.json alone is fetched.
 
     Taken to have a linear head, rows that can be packed, and weights in the precision that its configuration names
-    (fp32 where it names none). Raises ModelError in one line.
+    (fp32 where it names none). on_cpu: where compiled code stands between its products. Raises ModelError in one line.
     """
     path = resolve(spec)
     if is_adapter(Path(path)):
         settings = adapter_settings(Path(path))
-        return over(blueprint(str(settings.base_model_name_or_path), config), settings)
+        return over(blueprint(str(settings.base_model_name_or_path), config, on_cpu=on_cpu), settings)
     said = architecture(spec, config)
     try:
         with META:
@@ -57,6 +58,8 @@ def blueprint(spec: str, config: ModelConfig) -> LanguageModel:
         raise ModelError(f"model {spec!r} cannot be planned: {' '.join(str(error).split())[:200]}") from None
     model.eval()
     keep_narrow(model)
+    if on_cpu:
+        fuse(model)
     rows = model.get_output_embeddings().weight.shape[0]
     assumed = _Assumed(config.scoring or config.precision, path, rows, model.generation_config)
     return LanguageModel(model, like=cast(LanguageModel, assumed))

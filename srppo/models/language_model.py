@@ -24,6 +24,7 @@ from srppo.errors import ModelError
 from srppo.kernels import Impl, choose, linear_logprob, token_logprobs
 from srppo.models import packed
 from srppo.models.backbone import Backbone
+from srppo.models.fused import fuse
 from srppo.models.heap import give_back, large_mapped, map_large
 from srppo.models.narrow import NarrowLinear, widen
 from srppo.models.packed import Packing
@@ -81,6 +82,7 @@ class LanguageModel(nn.Module):
         self.kernels: Impl = kernels
         choose(kernels, model.device, next(model.parameters()))
         _switch_dropout_off(model)
+        fuse(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocab_size = rows if vocab_size is None else min(vocab_size, rows)

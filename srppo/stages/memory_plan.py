@@ -199,14 +199,14 @@ class Roles:
     learners: Learners
 
 
-def build_roles(recipe: Recipe) -> Roles:
+def build_roles(recipe: Recipe, *, on_cpu: bool = True) -> Roles:
     """As the stages build them: what SFT gives is stored in fp32, or as an adapter. Raises UserError."""
     config = recipe.model
-    base = blueprint(config.base, config)
+    base = blueprint(config.base, config, on_cpu=on_cpu)
     with META:
         trained = to_train(base, config) if config.sft is None else None
         if trained is None:
-            sft = _given(str(config.sft), base, config)
+            sft = _given(str(config.sft), base, config, on_cpu)
         else:
             sft = trained.copy()
             sft.precision = base.precision
@@ -216,9 +216,9 @@ def build_roles(recipe: Recipe) -> Roles:
         return Roles(base, trained, sft, Learners.start(to_train(sft, config), recipe.ppo))
 
 
-def _given(spec: str, base: LanguageModel, config: ModelConfig) -> LanguageModel:
+def _given(spec: str, base: LanguageModel, config: ModelConfig, on_cpu: bool) -> LanguageModel:
     path = Path(resolve(spec))
-    return over(base, adapter_settings(path)) if is_adapter(path) else blueprint(spec, config)
+    return over(base, adapter_settings(path)) if is_adapter(path) else blueprint(spec, config, on_cpu=on_cpu)
 
 
 def plan(recipe: Recipe, lengths: Lengths, memory: int, device: str, processes: int = 1) -> MemoryPlan:
@@ -230,8 +230,8 @@ def plan(recipe: Recipe, lengths: Lengths, memory: int, device: str, processes: 
     recipe = resolved(recipe)
     check_rows(processes, rollout__batch=recipe.rollout.batch, sft__batch=recipe.sft.batch)
     division = Division(processes, recipe.model.sharding == "full" and processes > 1)
-    roles = build_roles(recipe)
     on_cpu = not device.startswith("cuda")
+    roles = build_roles(recipe, on_cpu=on_cpu)
     heap = 0.0
     if on_cpu and ruled():
         mapped = recipe.model.activation_checkpointing or division.spread
@@ -447,8 +447,8 @@ def _beside_gradients(
 
 
 def _stepping(division: Division, model: Any, on_cpu: bool) -> int:
-    """Adam's own: two numbers for each of the largest weight; on a GPU one for each of all, which are stepped at once,
-    unless they are spread."""
+    """An optimizer's own, where it is none of torch's fused ones, which take nothing: two numbers for each of the
+    largest weight; on a GPU one for each of all, which are stepped at once, unless they are spread."""
     one_by_one = on_cpu or division.trains_spread(model)
     return 2 * division.largest_bytes(model) if one_by_one else division.trained_bytes(model)
 

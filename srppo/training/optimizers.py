@@ -14,18 +14,20 @@ EPS = 1e-5  # of Adam in PPO, as in summarize_from_feedback_details; 1e-8 makes 
 
 
 class _Known(NamedTuple):
-    """module: torch.optim or bitsandbytes.optim. eps: whether it takes Adam's."""
+    """module: torch.optim or bitsandbytes.optim. eps: whether it takes Adam's. fused: whether torch has it in one pass
+    over weight, gradient and moments."""
 
     module: str
     name: str
     eps: bool
+    fused: bool = False
 
 
 _KNOWN = {
-    "adam": _Known("torch.optim", "Adam", True),
-    "adamw": _Known("torch.optim", "AdamW", True),
+    "adam": _Known("torch.optim", "Adam", True, True),
+    "adamw": _Known("torch.optim", "AdamW", True, True),
     "adafactor": _Known("torch.optim", "Adafactor", False),
-    "sgd": _Known("torch.optim", "SGD", False),
+    "sgd": _Known("torch.optim", "SGD", False, True),
     "adam8bit": _Known("bitsandbytes.optim", "Adam8bit", True),
     "adamw8bit": _Known("bitsandbytes.optim", "AdamW8bit", True),
     "paged-adam8bit": _Known("bitsandbytes.optim", "PagedAdam8bit", True),
@@ -42,8 +44,10 @@ def make_optimizer(
     name: str, weights: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0, eps: float = 1e-8
 ) -> torch.optim.Optimizer:
     """An optimizer of a recipe's name. eps: where the optimizer has Adam's."""
-    known = _KNOWN[name]
+    known, weights = _KNOWN[name], list(weights)
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay} | ({"eps": eps} if known.eps else {})
+    if known.fused and {weight.device.type for weight in weights} <= {"cpu", "cuda", "meta"}:
+        settings["fused"] = True
     made: torch.optim.Optimizer = _class(known)(weights, **settings)
     return made
 

@@ -48,6 +48,16 @@ def builds(cache: Path) -> list[Path]:
     return sorted((cache / "srppo").glob("*"))
 
 
+def with_another(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, old: str, new: str) -> None:
+    """The sources with one edit of one of them, built into a cache of their own."""
+    shutil.copytree(native.FOLDER, folder / "sources")
+    monkeypatch.setattr(native, "FOLDER", folder / "sources")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    text = (native.FOLDER / name).read_text()
+    assert old in text
+    (native.FOLDER / name).write_text(text.replace(old, new))
+
+
 needs_compiler = pytest.mark.skipif(native.load().library is None, reason=native.load().note)
 needs_dot_products = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported() or bool({"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & os.environ.keys()),
@@ -138,11 +148,7 @@ def test_a_compiler_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_a_build_with_wrong_results_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = native.SOURCE.read_text()
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.SOURCE.write_text(text.replace("all(0.693359375f)", "all(0.69f)"))
-    assert native.SOURCE.read_text() != text
+    with_another(monkeypatch, tmp_path, "vectors.h", "all(0.693359375f)", "all(0.69f)")
     assert native.load.__wrapped__() == (None, "the compiled kernels disagree with torch on this machine", False)
 
 
@@ -195,11 +201,7 @@ def test_wrong_bf16_products_are_not_used(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(native, "faster_bf16", lambda: "AVX512-BF16")
     right = native.load.__wrapped__()
     assert right.bf16 and right.note.endswith("; bf16 products: AVX512-BF16")
-    text = native.SOURCE.read_text()
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.SOURCE.write_text(text.replace("+ k % 2] = source[k]", "+ 1 - k % 2] = source[k]"))
-    assert native.SOURCE.read_text() != text
+    with_another(monkeypatch, tmp_path, "native.cpp", "+ k % 2] = source[k]", "+ 1 - k % 2] = source[k]")
     wrong = native.load.__wrapped__()
     assert wrong.library is not None and not wrong.bf16 and wrong.note.endswith("; bf16 products: widened to fp32")
 
