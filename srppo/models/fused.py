@@ -56,6 +56,8 @@ def fuse(model: nn.Module) -> None:
         return
     for module in model.modules():
         own: Any = type(module)
+        if getattr(own, "is_fused", False):  # of another model that has these modules
+            continue
         if _is_norm(module):
             module.__class__ = _with(_Norm, own)
         elif _is_gated(module):
@@ -66,7 +68,7 @@ def fuse(model: nn.Module) -> None:
 
 @cache
 def _with(part: Any, own: Any) -> type[nn.Module]:
-    return type(f"Fused{own.__name__}", (part, own), {})
+    return type(f"Fused{own.__name__}", (part, own), {"is_fused": True})
 
 
 def _same(theirs: Any, ours: Tensor) -> bool:
@@ -172,7 +174,7 @@ def _rotating(own: type[nn.Module]) -> type[nn.Module]:
         forward.__annotations__,
         forward.__doc__,
     )
-    return type(f"Fused{own.__name__}", (own,), {"forward": code})
+    return type(f"Fused{own.__name__}", (own,), {"forward": code, "is_fused": True})
 
 
 def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -118,6 +118,12 @@ def test_other_code_is_left_alone() -> None:
     assert count(known) == (1, 1, 0)
 
 
+def test_modules_that_are_compiled_already_stay_as_they_are() -> None:
+    model = make_model(CONFIGS["llama"]())
+    kinds = [type(module) for module in LanguageModel(model).model.modules()]
+    assert [type(module) for module in LanguageModel(model).model.modules()] == kinds
+
+
 def test_transformers_own_code_stays_as_it_is() -> None:
     rotation = modeling_llama.apply_rotary_pos_emb
     LanguageModel(make_model(CONFIGS["llama"](), attention="sdpa"))
