@@ -1,4 +1,4 @@
-"""Facts for env.json and bug reports, gathered without importing anything heavy."""
+"""Facts of the machine, for env.json, bug reports and whoever asks, gathered without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 PACKAGES = (
     "srppo torch triton transformers tokenizers accelerate datasets lm-eval safetensors numpy scipy pydantic rich "
-    "typer matplotlib peft ray tensorboard wandb"
+    "typer matplotlib peft gguf ray tensorboard wandb"
 )
 VARIABLES = (
     "OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS HF_HUB_OFFLINE TRANSFORMERS_OFFLINE CUDA_VISIBLE_DEVICES "
@@ -57,6 +57,17 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def cache_folder() -> Path:
+    """Where the user keeps what is made once a machine: compiled kernels, dequantized models. It need not be there.
+
+    Raises OSError where the user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo"
+    except RuntimeError as error:
+        raise FileNotFoundError("no home folder; set XDG_CACHE_HOME") from error
 
 
 def cpu_model() -> str:

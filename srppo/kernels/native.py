@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from srppo.environment import cache_folder
+
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = ("native.cpp", "body.cpp"), ("vectors.h",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -146,11 +148,11 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
 
 def _cache() -> Path:
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo"
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):  # no home, or one that is read-only: compiled anew in each process
+    except OSError:  # no home, or one that is read-only: compiled anew in each process
         pass
     folder = Path(tempfile.mkdtemp(prefix="srppo-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

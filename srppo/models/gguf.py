@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from srppo.environment import cache_folder
 from srppo.errors import ModelError
 from srppo.record.files import checksum, damage, replace_folder, storing
 
@@ -73,7 +74,10 @@ def dequantized(file: Path) -> Path:
 
 @lru_cache(maxsize=16)  # checksums are read once a process
 def _dequantized(file: Path, known: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo" / "models"
+    try:
+        cache = cache_folder() / "models"
+    except OSError as error:
+        raise ModelError(f"{file} cannot be dequantized: {error}") from None
     folder = cache / f"{file.stem.lower()}-{known[:16]}-{RULE}"
     with storing(folder, cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -84,10 +88,12 @@ def _dequantized(file: Path, known: str) -> Path:
 
 
 def _write(file: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file} is read with the package gguf, which is not installed: pip install gguf")
+    dtype = _dtype_of(file)
+    # transformers looks for a GGUF file below a folder, and refuses to save the model that it makes of one.
+    source: Any = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        dtype = _dtype_of(file)
-        # transformers looks for a GGUF file below a folder, and refuses to save the model that it makes of one.
-        source: Any = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         with redirect_stderr(StringIO()):  # a bar that nothing else switches off
             tokenizer = AutoTokenizer.from_pretrained(**source)
             read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -98,19 +104,23 @@ def _write(file: Path, folder: Path) -> None:
         model.load_state_dict(read.state_dict())
         model.tie_weights()
         model.generation_config = read.generation_config
-    except ImportError as error:
-        raise ModelError(f"{file} is read with the package gguf, which is not installed: pip install gguf") from error
-    except Exception as error:  # the reader's own: of numpy, struct, down to IndexError
-        raise ModelError(f"{file} cannot be read as GGUF: {_said(error)}; is it whole?") from error
+    except Exception as error:  # of an architecture or a tokenizer that transformers cannot make of it
+        raise ModelError(f"{file} cannot be read as a model: {_said(error)}") from error
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _dtype_of(file: Path) -> torch.dtype:
-    """What loses nothing of plain weights. Quantized ones were bf16 in training, and no quantizer keeps as much."""
+    """What loses nothing of plain weights. Quantized ones were bf16 in training, and no quantizer keeps as much.
+
+    Raises ModelError for what is no whole GGUF file.
+    """
     from gguf import GGMLQuantizationType, GGUFReader
 
-    kinds = {tensor.tensor_type for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    try:
+        kinds = {tensor.tensor_type for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    except Exception as error:  # the reader's own: of numpy, struct, down to IndexError
+        raise ModelError(f"{file} is no whole GGUF file: {_said(error)}; copy it again") from error
     if kinds <= {GGMLQuantizationType.F32}:
         return torch.float32
     return torch.float16 if kinds <= {GGMLQuantizationType.F32, GGMLQuantizationType.F16} else torch.bfloat16

@@ -26,7 +26,7 @@ from srppo.models.language_model import LanguageModel
 from srppo.models.loading import prepare_alone, resolve, to_train
 from srppo.models.memory import bytes_here, cache_numbers, rows_that_fit, weight_bytes
 from srppo.models.value_model import ValueModel
-from srppo.stages.division import Division
+from srppo.stages.division import ADAPTER, Division
 from srppo.training.loop import Trained, parameters
 from srppo.training.parallel import check_rows
 from srppo.training.ppo import Learners, rollout_flops
@@ -257,7 +257,7 @@ def least_bytes(recipe: Recipe, base: LanguageModel, kinds: Sequence[str]) -> in
 
 
 def _numbers(model: torch.nn.Module) -> int:
-    return sum(weight.numel() for name, weight in model.named_parameters() if ".lora_" not in name)
+    return sum(weight.numel() for name, weight in model.named_parameters() if ADAPTER not in name)
 
 
 def _sft_stage(

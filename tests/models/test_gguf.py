@@ -185,8 +185,10 @@ def test_what_is_no_model_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     whole = file.read_bytes()
     for part in (b"", b"GGUF", whole[:1000], whole[: len(whole) // 2], b"x" * 5000):
         file.write_bytes(part)
-        assert "cannot be read as GGUF" in refusal(str(file))
-    assert "architecture" in refusal(str(write_gguf(tmp_path / "odd.gguf", llama(), arch="grandllama")))
+        assert "is no whole GGUF file" in refusal(str(file))
+    assert "cannot be read as a model: GGUF model with architecture" in refusal(
+        str(write_gguf(tmp_path / "odd.gguf", llama(), arch="grandllama"))
+    )
     assert not [path for path in cache.iterdir() if path.is_dir()], "nothing half made stays"
     monkeypatch.setattr(srppo.models.gguf, "NAMED", {"smollm2": ("no_such_package", "x.gguf")})
     with pytest.raises(ModelError, match=r"package no-such-package, which is not installed: pip install gguf && "):
