@@ -59,6 +59,8 @@ def test_of_several_processes_it_says_what_one_holds(cli: Cli) -> None:
     text = " ".join(done.out.split())
     assert "in each of 4 processes" in text and "gathered" in text and "operations in each process" in text
     assert "GB, " in text and "in all of 16.00 GB, which fits" in text and max(map(len, done.out.splitlines())) <= 80
+    measured = cli("plan", "recipe.toml", "--memory", 16, "--device", "cpu", "--processes", 4)
+    assert "measured here, shared by 4 processes" in " ".join(measured.out.split()), measured.err
     assert "9 processes have only 8 rows" in cli("plan", "recipe.toml", "--memory", 16, "--processes", 9).error()
 
 

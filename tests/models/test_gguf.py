@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from srppo.config import ModelConfig
 from srppo.errors import ModelError
 from srppo.models.gguf import gguf_file
 from srppo.models.loading import fingerprint, load_model, load_tokenizer, resolve
+from srppo.record.files import replace_folder
 from srppo.stages.memory_plan import lengths_of
 
 HEADS, KEYS = 2, 1
@@ -159,6 +162,23 @@ def test_processes_that_begin_at_once_make_one_folder(tmp_path: Path, cache: Pat
     said = {racer.communicate(timeout=300)[0].strip() for racer in racers}
     assert [racer.returncode for racer in racers] == [0, 0]
     assert said == {str(path) for path in cache.iterdir() if path.is_dir()}
+
+
+def test_what_another_process_made_meanwhile_is_taken(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is free when the other is done: here it is as the lock is taken."""
+    file = write_gguf(tmp_path / "tiny.gguf", llama())
+    write = srppo.models.gguf._write
+
+    @contextmanager
+    def other(lock: Path) -> Iterator[None]:
+        replace_folder(cache / lock.name.removeprefix(".").removesuffix(".lock"), "other", lambda f: write(file, f))
+        yield
+
+    monkeypatch.setattr(srppo.models.gguf, "FileLock", other)
+    monkeypatch.setattr(srppo.models.gguf, "_write", lambda file, folder: pytest.fail("made twice"))
+    assert load_model(str(file), ModelConfig()).vocab_size == len(WORDS)
 
 
 def test_a_run_begins_from_a_file(tmp_path: Path) -> None:

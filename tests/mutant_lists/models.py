@@ -31,7 +31,7 @@ MUTANTS = [
         "models/gguf.py",
         'with FileLock(cache / f".{folder.name}.lock"):',
         "if True:",
-        "models/test_gguf.py::test_processes_that_begin_at_once_make_one_folder",
+        "models/test_gguf.py::test_what_another_process_made_meanwhile_is_taken",
     ),
     Mutant(
         "models: no position ids",
@@ -375,6 +375,13 @@ MUTANTS = [
         ' and self.precision == "fp32" and not self.recomputes',
         ' and self.precision == "fp32"',
         "training/test_generation.py::test_layers_are_merged_for_generation_and_put_back",
+    ),
+    Mutant(
+        "fused: what is compiled already is compiled again",
+        "models/fused.py",
+        'if getattr(own, "is_fused", False):',
+        "if False:",
+        "models/test_fused.py::test_modules_that_are_compiled_already_stay_as_they_are",
     ),
     Mutant(
         "fused: a norm is not proved",

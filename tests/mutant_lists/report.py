@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "curves: nothing is said of the tasks",
+        "report/sweep_curves.py",
+        "seeds = tables.over_tasks(tasks) + seeds",
+        "pass",
+        "report/test_sweep_curves.py::test_the_answer_and_the_table_name_what_is_out_of_reach",
+    ),
+    Mutant(
         "report: nothing of srppo eval",
         "report/evaluated.py",
         'each.path.parent.name == "eval"',

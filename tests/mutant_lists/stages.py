@@ -329,6 +329,27 @@ MUTANTS = [
         "cli/test_app.py::test_a_run_whose_stage_fails_is_reported_with_the_reason",
     ),
     Mutant(
+        "plan: nothing is gathered to score",
+        "stages/memory_plan.py",
+        'score |= {"gathered": _gathered_to_score(division, roles)}',
+        "pass",
+        "stages/test_memory_plan.py::test_what_is_spread_adds_up_to_the_whole_and_what_is_gathered_is_there",
+    ),
+    Mutant(
+        "plan: a measured rate is each process's own",
+        "cli/plan.py",
+        'if kind == "cpu" and processes > 1:',
+        "if False:",
+        "cli/test_plan.py::test_of_several_processes_it_says_what_one_holds",
+    ),
+    Mutant(
+        "plan: as many rows as there are processes here",
+        "training/parallel.py",
+        "processes = size() if processes is None else processes",
+        "processes = size()",
+        "stages/test_memory_plan.py::test_more_processes_than_rows_are_refused_as_by_the_run",
+    ),
+    Mutant(
         "plan: one moment",
         "stages/memory_plan.py",
         "moments = 2 * division",
