@@ -67,7 +67,7 @@ def dequantized(file: Path) -> Path:
     """A folder for from_pretrained with what a GGUF file holds; made once, and again where it is damaged.
 
     Weights are fp32 or fp16 as the file has them; quantized ones are rounded to bf16 once they are numbers. Raises
-    ModelError in one line, StorageError where the cache cannot be written.
+    ModelError in one line, StorageError where the disk is full.
     """
     return _dequantized(file, identity(file))
 
@@ -76,14 +76,15 @@ def dequantized(file: Path) -> Path:
 def _dequantized(file: Path, known: str) -> Path:
     try:
         cache = cache_folder() / "models"
-    except OSError as error:
-        raise ModelError(f"{file} cannot be dequantized: {error}") from None
-    folder = cache / f"{file.stem.lower()}-{known[:16]}-{RULE}"
-    with storing(folder, cache):
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f".{folder.name}.lock"):  # several processes may begin at once
-            if damage(folder) is not None:
-                replace_folder(folder, str(os.getpid()), lambda aside: _write(file, aside))
+    except OSError as error:
+        raise ModelError(
+            f"there is no place for what {file} holds: {error}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    folder = cache / f"{file.stem.lower()}-{known[:16]}-{RULE}"
+    with storing(folder, cache), FileLock(cache / f".{folder.name}.lock"):  # several processes may begin at once
+        if damage(folder) is not None:
+            replace_folder(folder, str(os.getpid()), lambda aside: _write(file, aside))
     return folder
 
 

@@ -215,6 +215,15 @@ def test_what_is_no_model_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.M
         gguf_file("smollm2")
 
 
+def test_without_a_place_for_the_cache_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", llama())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file / "below a file"))
+    assert "there is no place for what" in refusal(str(file))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert "no home folder; set XDG_CACHE_HOME" in refusal(str(file))
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """The limit on a file's size stands in for it: the file system refuses in the midst of writing."""
     file = write_gguf(tmp_path / "tiny.gguf", llama())

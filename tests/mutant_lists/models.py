@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         "gguf: nobody waits for the other process",
         "models/gguf.py",
-        'with FileLock(cache / f".{folder.name}.lock"):',
-        "if True:",
+        ', FileLock(cache / f".{folder.name}.lock"):',
+        ":",
         "models/test_gguf.py::test_what_another_process_made_meanwhile_is_taken",
     ),
     Mutant(
