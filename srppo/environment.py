@@ -23,6 +23,11 @@ VARIABLES = (
 )
 
 
+EXTRAS = {"math_verify": "math", "sympy": "math", "antlr4": "math", "punkt_tab": "ifeval"}
+EXTRAS |= dict.fromkeys(("langdetect", "immutabledict", "nltk"), "ifeval")
+"""Packages, and a table of nltk, that come with an extra of ours."""
+
+
 def environment() -> dict[str, Any]:
     """Python, machine, packages, GPUs, commit of the source and the variables that change results; no secrets."""
     return {
@@ -57,6 +62,12 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def way_to(package: str) -> str:
+    """The command that installs a package: an extra of ours from the folder of a clone, or the package alone."""
+    known = EXTRAS.get(package.split(".")[0])
+    return f"pip install -c constraints.txt -e '.[{known}]'" if known else f"pip install {package}"
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@ LAYERS = [
     "record",
     "kernels",
     "world",
+    "instructions",
     "data",
     "models",
     "training",

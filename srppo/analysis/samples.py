@@ -16,14 +16,14 @@ from srppo.data.chat import encode_prompts
 from srppo.data.rows import load_prompts
 from srppo.data.types import Message, Prompt
 from srppo.errors import DataError, UserError
-from srppo.evaluation.items import load_items, read_rows, spread
+from srppo.evaluation.items import checked_item, load_items, read_rows, spread
 from srppo.models.language_model import LanguageModel
 from srppo.models.pair import Pair
 from srppo.training.batch import Generated, left_pad
 from srppo.training.reward import rewards_before_kl
 from srppo.training.rollout import generate
 from srppo.training.scores import Scores, score_log_ratio, score_logprobs
-from srppo.world.tasks import check
+from srppo.world.items import Item
 
 SAMPLE_BATCH = 512  # rows of one call of generate, which takes fewer at a time where the memory has it
 SCORE_BATCH = 128  # rows scored at once, or in parts where the memory has it
@@ -31,32 +31,40 @@ SCORE_BATCH = 128  # rows scored at once, or in parts where the memory has it
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as token ids; `answer` is the one right answer where it is known, `group` as in the evaluation items."""
+    """A prompt as token ids; `item` says what is right where that is known, `group` as in the evaluation items."""
 
     text: str
     ids: tuple[int, ...]
-    answer: str | None = None
+    item: Item | None = None
     group: str = "all"
 
+    @property
+    def answer(self) -> str | None:
+        """The right answer, or what a right one obeys; None where nothing is known."""
+        return None if self.item is None else self.item.answer
+
     def is_right(self, response: str) -> bool | None:
-        """Equal to the answer after stripping spaces, as for evaluation items; None where no answer is known."""
-        return None if self.answer is None else check(self.answer, response)
+        """As for evaluation items; None where it cannot be known."""
+        return None if self.item is None else self.item.is_right(response)
 
 
-def question_of(turns: Sequence[Message], answer: object, group: object, ids: tuple[int, ...]) -> Question:
+def question_of(turns: Sequence[Message], item: Item | None, group: object, ids: tuple[int, ...]) -> Question:
     """What the last turn of a conversation asks; ids: of the whole conversation."""
-    return Question(turns[-1].content, ids, None if answer is None else str(answer), str(group))
+    return Question(turns[-1].content, ids, item, str(group))
 
 
 def load_questions(pair: Pair, path: Path | None, limit: int | None, console: Console) -> list[Question]:
-    """Prompts of a JSONL file (`prompt`, and may hold `answer`, `group`), else the recipe's development items, else its
+    """Prompts of a JSONL file (`prompt`, and may hold what an item does), else the recipe's development items, else its
     PPO prompts (no answers); at most `limit`, spread evenly. What cannot be encoded is left out and counted. Each
     leaves room for the recipe's longest answer."""
     if path is not None:
         read = read_rows(path, "--prompts")
-        rows = [(turns_of(row, place), row.get("answer"), row.get("group", "all")) for place, row in read]
+        asked = [(row, turns_of(row, place), place) for place, row in read]
+        rows = [
+            (turns, checked_item(row, turns[-1].content, place), row.get("group", "all")) for row, turns, place in asked
+        ]
     elif items := load_items(pair.recipe, "dev"):
-        rows = [((Message("user", item.prompt),), item.answer, item.group) for item in items]
+        rows = [((Message("user", item.prompt),), item, item.group) for item in items]
     else:
         sources = resolved(pair.recipe).data.prompts
         if not sources:
@@ -170,7 +178,7 @@ def rewarded(
     length = np.array([float(len(ids)) for _, ids in rows])
     place = {row: j for j, row in enumerate(rows)}
     of_QK = np.array([[place[i, ids] for ids in each] for i, each in enumerate(responses)])
-    known = all(question.answer is not None for question in questions)
+    known = all(question.item is not None for question in questions)
     return Draws(reward[of_QK], log_ratio[of_QK], length[of_QK], right[of_QK] if known else None, log_policy_sft[of_QK])
 
 

@@ -23,7 +23,7 @@ from srppo.console import Console
 from srppo.data.chat import encode_demonstrations
 from srppo.data.types import Demonstration
 from srppo.errors import DataError, UserError
-from srppo.evaluation.items import read_rows
+from srppo.evaluation.items import checked_item, read_rows
 from srppo.models.pair import Pair, load_pair
 from srppo.statistics.association import Floats, auc, auc_within, over_prompts, rank_correlation
 from srppo.statistics.intervals import Estimate, item_interval
@@ -160,7 +160,8 @@ def given_row(pair: Pair, row: Mapping[str, object], place: str) -> tuple[Questi
     prompt_ids, ids = encoded.ids[: encoded.prompt_tokens], encoded.ids[encoded.prompt_tokens :]
     if row.get("ended") is False:
         ids = ids[:-1]
-    return question_of(turns, row.get("answer"), row.get("group", "all"), prompt_ids), ids
+    item = checked_item(row, turns[-1].content, place)
+    return question_of(turns, item, row.get("group", "all"), prompt_ids), ids
 
 
 def score_rows(pair: Pair, rows: Sequence[tuple[Question, tuple[int, ...]]]) -> list[Scored]:

@@ -65,6 +65,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "export": train.export,
     "data": data.data,
+    "instructions": data.instructions,
     "env": env,
     "eval": measure.evaluate,
     "compare": measure.compare,

@@ -65,3 +65,32 @@ def data(
             show(line, "bold green" if trained else "")
     if rows:
         show(f"\n{ROW_KEY}", "dim")
+
+
+def instructions(
+    source: Annotated[
+        list[str], Argument(help="Files, folders or hub sets with Alpaca's columns: instruction, input, output.")
+    ],
+    out: Annotated[Path, Option(metavar="DIR", help="Folder for the rows and their manifest.")] = Path("instructions"),
+    demonstrations: Annotated[int, Option(min=1, help="Demonstrations to make.")] = 1024,
+    prompts: Annotated[
+        int | None, Option(min=1, help="Prompts for PPO. (default: of all questions that are left)")
+    ] = None,
+    seed: Annotated[int, Option(help="Of which question serves for what, and how it is worded.")] = 0,
+    beside: Annotated[
+        Path | None, Option(metavar="FILE", help="IFEval's prompts (JSONL), to measure how far ours repeat them.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make demonstrations, prompts and items of instructions that IFEval's checkers check, of answers you have."""
+    from srppo.console import Console
+    from srppo.data.instructed import account, build, overlap_with, prompts_of, write
+
+    console = Console()
+    asked = None if beside is None else prompts_of(beside)
+    built = build(source, demonstrations=demonstrations, prompts=prompts, seed=seed)
+    overlap = None if asked is None else overlap_with(built, asked)
+    write(built, out, source, seed, overlap)
+    for line in account(built, overlap):
+        console.say(line)
+    console.say(f"folder: {out}")

@@ -18,13 +18,13 @@ from srppo.data.prepare import Sample, ask_base
 from srppo.data.types import Demonstration, EncodedDemonstration, Message, Prompt
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items, spread
+from srppo.instructions.checkers import InstructedItem
 from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
 from srppo.training.batch import Generated, answer_nll_sum, extents, micro_batches
 from srppo.training.rollout import generate
 from srppo.world.items import Item
-from srppo.world.tasks import check
 
 CHOOSE = ("demonstrated", "development")  # groups of items: no step is chosen on tasks that are reported as new
 EVAL_BATCH = 300  # rows of one call of generate, which takes fewer at a time where the memory has it
@@ -64,11 +64,14 @@ def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], reci
 
 
 def verdict_of(item: Item, answers: Sequence[Answer]) -> Verdict:
-    """What was written for an item, each answer right where it equals the known one."""
+    """What was written for an item, and which of it is right."""
     return Verdict(
-        **vars(item),
+        prompt=item.prompt,
+        answer=item.answer,
+        task=item.task,
+        group=item.group,
         responses=tuple(answer.text for answer in answers),
-        correct=tuple(check(item.answer, answer.text) for answer in answers),
+        correct=tuple(item.is_right(answer.text) for answer in answers),
         ended=tuple(answer.ended for answer in answers),
         tokens=tuple(answer.tokens for answer in answers),
     )
@@ -143,6 +146,10 @@ def noised(
     config = recipe.data
     if not config.noise_dev:
         return items
+    if any(isinstance(item, InstructedItem) for item in items):
+        raise DataError(
+            "data.noise_dev changes answers, and items of instructions (instruction_id_list) have none: leave it false"
+        )
     rows = [
         Demonstration((Message("user", item.prompt),), item.answer, f"development item {place}", item.task)
         for place, item in enumerate(items, start=1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from srppo.config import Recipe, world_style
+from srppo.environment import way_to
 from srppo.errors import DataError
+from srppo.instructions.checkers import instructed_item, lacking, missing
 from srppo.world.items import ITEM_GROUPS, Item
 from srppo.world.items import items as embedded_items
 
@@ -43,8 +45,9 @@ def read_rows(path: Path, name: str) -> list[tuple[str, dict[str, Any]]]:
 def load_items(recipe: Recipe, split: str) -> list[Item]:
     """Items of one split (`dev` or `test`): the user's file, or the embedded ones where the data are embedded, or none.
 
-    A row of the file holds prompt and answer, and may hold task, group and split (default: every second row, the first
-    included, is dev). Raises DataError for a row that is no item, and for a file without rows of the split.
+    A row of the file holds prompt and answer, or prompt, instruction_id_list and kwargs as IFEval's do; and it may hold
+    task, group and split (default: every second row, the first included, is dev). Raises DataError for a row that is no
+    item, for a file without rows of the split, and for what IFEval's checkers need and is not here.
     """
     if recipe.eval.items is None:
         style = world_style(recipe)
@@ -58,17 +61,45 @@ def load_items(recipe: Recipe, split: str) -> list[Item]:
 
 def _item_of(row: dict[str, Any], place: str, split: str) -> tuple[Item, str]:
     """A row's item and its split, by default `split`."""
-    prompt, answer, split = row.get("prompt"), row.get("answer"), row.get("split", split)
-    group = str(row.get("group", "items"))
-    wrong = "no prompt that is text" if not isinstance(prompt, str) else "no answer" if answer is None else ""
+    prompt, split = row.get("prompt"), row.get("split", split)
+    if not isinstance(prompt, str):
+        raise _no_item(place, "it has no prompt that is text")
     if split not in ("dev", "test"):
-        wrong = f"split {split!r}, which is neither dev nor test"
-    if wrong:
-        raise DataError(
-            f"{place}: not an item (it has {wrong}); a line is a JSON object with prompt and answer, and may "
-            "have task, group and split"
-        )
-    return Item(str(prompt), str(answer), str(row.get("task", group)), group), split
+        raise _no_item(place, f"it has split {split!r}, which is neither dev nor test")
+    item = checked_item(row, prompt, place)
+    if item is None:
+        raise _no_item(place, "it has no answer")
+    return item, split
+
+
+def checked_item(row: Mapping[str, Any], prompt: str, place: str) -> Item | None:
+    """What is right of the responses to a row's prompt: its answer, or what obeys its instructions; None where the row
+    says neither. Raises DataError for instructions that no checker knows, or whose checker needs what is not here."""
+    answer, kinds, settings = row.get("answer"), row.get("instruction_id_list"), row.get("kwargs")
+    group = str(row.get("group", "items"))
+    task = str(row.get("task", group))
+    if kinds is None:
+        return None if answer is None else Item(prompt, str(answer), task, group)
+    if not (isinstance(settings, list) and _is_list_of(kinds, str) and _is_list_of(settings, dict)):
+        raise _no_item(place, "instruction_id_list and kwargs are no lists of names and of objects")
+    if lacks := lacking(kinds, missing()):
+        ways = "; ".join(dict.fromkeys(way_to(each.split()[0]) for each in lacks))
+        raise DataError(f"{place}: its checker needs {', '.join(lacks)}, not found here: {ways}")
+    try:
+        return instructed_item(prompt, kinds, settings, task, group)
+    except ValueError as error:
+        raise _no_item(place, str(error)) from error
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+def _no_item(place: str, wrong: str) -> DataError:
+    return DataError(
+        f"{place}: not an item ({wrong}); a line is a JSON object with prompt and answer, or with prompt, "
+        "instruction_id_list and kwargs as IFEval has them, and may have task, group and split"
+    )
 
 
 def spread(rows: Sequence[T], limit: int | None) -> list[T]:

@@ -133,9 +133,7 @@ def chosen_figures(
 def sample_items(pair: Pair, items: Sequence[Item], config: RewardConfig, count: int) -> Sampled:
     """`count` samples of pi_sft at temperature 1 for each item: a function of the recipe's seed, shared by all arms."""
     prompts = encode_items(pair.tokenizer, items, pair.recipe)
-    questions = [
-        Question(item.prompt, tuple(ids), item.answer, item.group) for item, ids in zip(items, prompts, strict=True)
-    ]
+    questions = [Question(item.prompt, tuple(ids), item, item.group) for item, ids in zip(items, prompts, strict=True)]
     responses = sample(pair, pair.sft, questions, count, purpose="method-samples")
     draws = rewarded(pair, questions, responses, config)
     drawn = [(i, ids) for i, each in enumerate(responses) for ids in each]

@@ -40,6 +40,10 @@ class Item:
     task: str
     group: str
 
+    def is_right(self, response: str) -> bool:
+        """Whether a response, all that the model wrote until EOS, is right."""
+        return check(self.answer, response)
+
 
 def draw(task: Task, rng: Random, buckets: frozenset[int] = TRAIN) -> Words:
     """The words of a question of `task` whose hash bucket is one of `buckets`."""

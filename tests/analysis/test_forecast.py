@@ -35,6 +35,7 @@ from srppo.models.pair import Pair, load_pair
 from srppo.report.forecast import report_forecast, sentences
 from srppo.report.plots import frontier_plot
 from srppo.statistics.intervals import Estimate, item_interval
+from srppo.world.items import Item
 
 CASES = [("sft", 0.5), ("sft", 1.0), ("base", 0.3), ("base", 0.6), ("base", 1.0), ("base", 2.0)]
 NAMES = ("reward_Q", "kl_sft_Q", "kl_anchor_Q", "objective_Q", "length_Q", "right_Q")
@@ -212,7 +213,10 @@ def enumerable(temperature: float = 1.0) -> tuple[Pair, list[Question]]:
     base, sft = base_and_sft()
     recipe = build_recipe({"rollout": {"max_new_tokens": LIMIT, "temperature": temperature}})
     pair = Pair(sft, base, Digits(), recipe, "sft", "base")  # type: ignore[arg-type]
-    return pair, [Question("first", PROMPTS[0], "1"), Question("second", PROMPTS[1], "1")]
+    return pair, [
+        Question(name, ids, Item(name, "1", "task", "group"))
+        for name, ids in zip(("first", "second"), PROMPTS, strict=False)
+    ]
 
 
 @pytest.mark.parametrize(("anchor", "beta"), [("sft", 0.6), ("base", 0.4)])

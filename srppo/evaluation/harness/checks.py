@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any
 
 from srppo.errors import DataError, ModelError
-from srppo.evaluation.harness import ifeval
 from srppo.evaluation.harness.guards import restating
+from srppo.evaluation.harness.ifeval import reason_not_scored
 from srppo.evaluation.harness.model import Decoding, HarnessModel
 from srppo.evaluation.harness.scores import as_float
 from srppo.evaluation.harness.tasks import HarnessTask, code_of, config_of, content_of, digest_of
+from srppo.instructions import checkers
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 MULTITURN = True  # examples under a chat template are turns of their own, as in lm-eval's own call
@@ -95,8 +96,8 @@ def prepare(
                 f"clustered by; they have {', '.join(docs[lacking[0]])}: name another with --cluster, or leave it out"
             )
         instances = build(limit=count)
-        absent = ifeval.missing() if loaded.ifeval else []  # refused by load_tasks, unless the rest is to be scored
-        reasons = {i: ifeval.reason_not_scored(doc, absent) for i, doc in enumerate(docs if absent else [])}
+        absent = checkers.missing() if loaded.ifeval else []  # refused by load_tasks, unless the rest is to be scored
+        reasons = {i: reason_not_scored(doc, absent) for i, doc in enumerate(docs if absent else [])}
         skipped = {i: reason for i, reason in reasons.items() if reason}
         skipped |= _too_long(loaded, instances, model, partial(build, limit=count), options.score_rest, warn)
         if len(skipped) == count:

@@ -17,11 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from srppo.environment import way_to
 from srppo.errors import DataError, SrppoError, UserError
-
-EXTRAS = {"math_verify": "math", "sympy": "math", "antlr4": "math"}
-EXTRAS |= dict.fromkeys(("langdetect", "immutabledict", "nltk"), "ifeval")
-"""Packages that come with an extra of ours."""
 
 _AWAY = ("offline", "couldn't reach", "couldn't connect", "connection", "max retries", "resolve")
 
@@ -165,14 +162,6 @@ def _needs(name: str, error: ImportError) -> str:
         f"task {name} does not go with the installed {top}{version} ({text}): leave the task out, or install the "
         f"version of {top} that it was written for"
     )
-
-
-def way_to(package: str) -> str:
-    """The command that installs a package (an extra of ours from the folder of a clone), or nltk's table."""
-    if package == "punkt_tab":
-        return "python -m nltk.downloader punkt_tab"
-    known = EXTRAS.get(package.split(".")[0])
-    return f"pip install -c constraints.txt -e '.[{known}]'" if known else f"pip install {package}"
 
 
 def _unknown_metrics(config: Mapping[str, Any]) -> list[str]:

@@ -22,13 +22,13 @@ from srppo.environment import environment
 from srppo.errors import ConfigError, UserError
 from srppo.evaluation.harness.checks import MULTITURN, EvalOptions, TaskRequests, prepare
 from srppo.evaluation.harness.guards import Problems, quiet, restating, seeded
-from srppo.evaluation.harness.ifeval import checkers_importable
 from srppo.evaluation.harness.model import HarnessModel
 from srppo.evaluation.harness.scores import Row, figures, not_scored_rows, rows_of
 from srppo.evaluation.harness.targets import Target, find_targets
 from srppo.evaluation.harness.tasks import HarnessTask, load_tasks, wanted
 from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY, read_result, write_result
+from srppo.instructions.checkers import checkers_importable
 from srppo.models.loading import check_weights, configured, fingerprint, load_model, load_tokenizer
 from srppo.record.arms import ArmsOf, stages_by_kind
 from srppo.record.files import write_atomic

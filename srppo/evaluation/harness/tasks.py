@@ -21,9 +21,10 @@ from typing import Any
 from srppo.config import canonical_json
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import DataError
-from srppo.evaluation.harness import ifeval
 from srppo.evaluation.harness.guards import Problems, restating
+from srppo.evaluation.harness.ifeval import is_ifeval
 from srppo.evaluation.items import read_rows
+from srppo.instructions.checkers import check_packages, checkers_importable
 from srppo.world.tasks import REPORTED
 
 OURS = {suite: tuple(f"{suite}_{group}" for group in REPORTED) for suite in ("embedded", "embedded_long")}
@@ -132,14 +133,14 @@ class _Library:
         import huggingface_hub.constants
 
         spec, config = self._spec(name)
-        checked = name == "ifeval" or ifeval.is_ifeval(config)
+        checked = name == "ifeval" or is_ifeval(config)
         if checked:
             with problems.gathered():
-                ifeval.check_packages(score_rest)
+                check_packages(score_rest)
         if config.get("dataset_path") in ("json", "csv", "parquet", "text"):
             _check_files(name, config)
         away = offline_when_unreachable(datasets.config, huggingface_hub.constants)
-        with away, restating(name, config), ifeval.checkers_importable():
+        with away, restating(name, config), checkers_importable():
             random.seed(0)  # process_docs may draw: the same items whatever else is asked for; `seeded` restores
             built = self.manager.load([_local_config(name, spec, file) if file else spec])
         member_of = {child: group for group, children in built.get("group_map", {}).items() for child in children}

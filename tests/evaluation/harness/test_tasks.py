@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness_cases import evaluate, samples, summary, tiny_model
 
-from srppo.evaluation.harness import ifeval
+from srppo.instructions import checkers
 
 ROWS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "google/IFEval": {
@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in ROWS[path].items()})
 
     monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", load)
-    monkeypatch.setattr(ifeval, "missing", lambda: ["langdetect", "punkt_tab"])
+    monkeypatch.setattr(checkers, "missing", lambda: ["langdetect", "punkt_tab"])
 
 
 @pytest.mark.usefixtures("hub")

