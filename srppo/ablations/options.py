@@ -67,15 +67,23 @@ def _arms(name: str, text: str | None) -> tuple[Arm, ...]:
     """`SFT,longer SFT,SRPPO` to arms in this order; none for the default."""
     if text is None:
         return ()
-    if name != "grid":
+    if name not in ("grid", "method"):
         raise ConfigError(f"the arms of {name} are fixed; `srppo ablate grid --arms ...` takes any")
-    found = [each.strip() for each in text.split(",") if each.strip()]
+    found = _names(text)
     for each in found:
         if each not in ARMS:
             raise ConfigError(f"unknown arm {each!r}{_nearest(each, ARMS)}; there are: {', '.join(ARMS)}")
     if not found:
         raise ConfigError(f"--arms is empty; there are: {', '.join(ARMS)}")
     return tuple(ARMS[each] for each in found)
+
+
+def _names(text: str) -> list[str]:
+    """Parts between commas, but a comma within an arm's own name parts nothing."""
+    whole = {name: name.replace(",", "\0") for name in ARMS if "," in name}
+    for name, kept in whole.items():
+        text = text.replace(name, kept)
+    return [each.strip().replace("\0", ",") for each in text.split(",") if each.strip()]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from srppo.ablations.spec import (
 from srppo.config import EMBEDDED_SIZE, Recipe, is_embedded, with_overrides, world_style
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS
-from srppo.stages.kinds import KINDS, in_order
+from srppo.stages.kinds import EQUAL, KINDS, in_order, longer
 from srppo.statistics.tests import EXACT_FLIPS
 from srppo.world import base_path
 
@@ -36,8 +36,9 @@ _BY_KIND = {
     for kind in KINDS.values()
     if kind.label and kind.name != "given-sft" and not kind.share  # the first stands for `sft` where a model is named
 }
+EQUAL_COMPUTE = Arm(EQUAL, longer(1))
 BASE, SFT, SHUFFLED, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "shuffled", "ppo"))
-FROM_CHOSEN, DECODED = _BY_KIND["ppo-chosen"], _BY_KIND["decoded"]
+FROM_CHOSEN, FROM_EQUAL, DECODED = (_BY_KIND[name] for name in ("ppo-chosen", "ppo-equal", "decoded"))
 OPTIMUM = Arm("optimum (forecast)", "resampled")
 COMMON = (SFT, LONGER, SHUFFLED, SRPPO)
 """Arms of every sweep: a gain over SFT alone says neither that more SFT would not do it, nor that the reward did."""
@@ -417,20 +418,26 @@ def prompts(options: Options) -> Sweep:
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        *(arm for arm in _BY_KIND.values() if arm not in (SHUFFLED, SRPPO, FROM_CHOSEN)),
+        *(arm for arm in _BY_KIND.values() if arm not in (SHUFFLED, SRPPO, FROM_CHOSEN, FROM_EQUAL)),
+        EQUAL_COMPUTE,
+        Arm("sharpening", "ppo", {"reward.kind": "sft"}),
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
         SHUFFLED,
         SRPPO,
         FROM_CHOSEN,
+        FROM_EQUAL,
     )
 }
-"""Every way to use the same two models, as a grid may name them; SRPPO as the recipe has it."""
+"""Every way to use the same two models, as a grid or `method` may name them; SRPPO as the recipe has it."""
 
 
 def method(options: Options) -> Sweep:
     """Every way to use the same two models, and the controls that know no reward: is PPO worth it?"""
     points, gae = [Ablation("all", {})], {"ppo.advantage": "gae"}
-    arms = [arm for arm in ARMS.values() if arm != BASE]
+    question = "Is PPO worth it, beside cheaper ways to the same optimum, and ways without a reward?"
+    if options.arms:
+        return options.sweep("method", question, points, options.arms)
+    arms = [arm for arm in ARMS.values() if arm not in (BASE, EQUAL_COMPUTE, FROM_EQUAL) and arm.name != "sharpening"]
     arms[1:1] = sft_variants(options.recipe)
     arms = [replace(arm, overrides=gae) if arm in (SRPPO, SHUFFLED, FROM_CHOSEN) else arm for arm in arms]
     others = [arm.name for arm in arms if arm.name not in (SRPPO.name, FROM_CHOSEN.name)]
@@ -442,7 +449,7 @@ def method(options: Options) -> Sweep:
     ]
     return options.sweep(
         "method",
-        "Is PPO worth it, beside cheaper ways to the same optimum, and ways without a reward?",
+        question,
         points,
         arms,
         family,

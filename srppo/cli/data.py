@@ -82,7 +82,7 @@ def instructions(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Make demonstrations, prompts and items of instructions that IFEval's checkers check, of answers you have."""
+    """Rows of instructions that a program can check. Demonstrations, prompts and test items, of answers you have."""
     from srppo.console import Console
     from srppo.data.instructed import account, build, overlap_with, prompts_of, write
 
