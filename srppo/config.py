@@ -330,7 +330,8 @@ class MethodsConfig(_Section):
 class EvalConfig(_Section):
     items: str | None = Field(
         None,
-        description="jsonl of prompt, answer, group (and split: dev|test); none: embedded items with embedded data",
+        description="jsonl of prompt, answer (or IFEval's instruction_id_list and kwargs), group, split (dev|test); "
+        "none: embedded items with embedded data",
     )
     every: int = Field(5, ge=0, description="PPO steps between measurements of development items; 0: at the end only")
     keep: Literal["best", "last"] = Field("best", description="which measured step is kept, in every arm")
