@@ -92,9 +92,9 @@ def test_settings_that_are_none_are_none_as_in_ifevals_file_from_the_hub() -> No
 
 def test_a_verdict_does_not_depend_on_those_before() -> None:
     """langdetect draws; its seed is the checkers'."""
-    text = "ja no si ok"
     item = instructed_item("p", ["language:response_language"], [{"language": "en"}], "task", "group")
-    assert len({item.is_right(text) for _ in range(20)}) == 1
+    for text in ("I am in", "die in the wind"):  # English in about half of all draws
+        assert len({item.is_right(text) for _ in range(20)}) == 1
 
 
 @pytest.mark.parametrize(

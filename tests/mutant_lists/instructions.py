@@ -1,0 +1,79 @@
+"""Mutants of `srppo/instructions`, and of the rows that are made with it; the runner is tests/mutants.py."""
+
+from __future__ import annotations
+
+from mutant_lists import Mutant
+
+VERDICTS = "instructions/test_checkers.py::test_verdicts_are_lm_evals_own"
+MUTANTS = [
+    Mutant(
+        "checkers: one instruction obeyed is enough",
+        "instructions/checkers.py",
+        "return all(\n            _checker(",
+        "return any(\n            _checker(",
+        VERDICTS,
+    ),
+    Mutant(
+        "checkers: nothing obeys",
+        "instructions/checkers.py",
+        "    if not response.strip():\n        return False\n",
+        "",
+        "instructions/test_checkers.py::test_an_empty_response_obeys_nothing",
+    ),
+    Mutant(
+        "checkers: settings that are none are given",
+        "instructions/checkers.py",
+        "if value is not None}",
+        "}",
+        "instructions/test_checkers.py::test_settings_that_are_none_are_none_as_in_ifevals_file_from_the_hub",
+    ),
+    Mutant(
+        "checkers: langdetect draws as it likes",
+        "instructions/checkers.py",
+        "langdetect.DetectorFactory.seed = 0",
+        "langdetect.DetectorFactory.seed = None",
+        "instructions/test_checkers.py::test_a_verdict_does_not_depend_on_those_before",
+    ),
+    Mutant(
+        "checkers: a list of abbreviations less",
+        "instructions/checkers.py",
+        "sorted(english.ABBREV_TYPES)",
+        "sorted(english.ABBREV_TYPES)[1:]",
+        "instructions/test_checkers.py::test_the_package_stands_in_for_nltks_table",
+    ),
+    Mutant(
+        "instructions: a changed answer is believed",
+        "data/instructed.py",
+        "if instructed_item(prompt, [kind.name], [settings], kind.name, kind.group).is_right(completion):",
+        "if completion:",
+        "data/test_instructed.py::test_an_answer_that_fails_its_checker_is_counted",
+    ),
+    Mutant(
+        "instructions: a question serves twice",
+        "data/instructed.py",
+        "    pool[:] = rest\n",
+        "",
+        "data/test_instructed.py::test_the_command_makes_what_training_and_evaluation_read",
+    ),
+    Mutant(
+        "instructions: kinds as they come",
+        "data/instructed.py",
+        "if had[kind.name] == fewest]",
+        "]",
+        "data/test_instructed.py::test_the_command_makes_what_training_and_evaluation_read",
+    ),
+    Mutant(
+        "changes: one bullet less than asked for",
+        "instructions/changes.py",
+        'return {"num_bullets": len(found)}',
+        'return {"num_bullets": len(found) + 1}',
+        "instructions/test_kinds.py::test_the_changed_answer_obeys_and_the_plain_one_does_not_always",
+    ),
+    Mutant(
+        "items: instructions without their packages",
+        "evaluation/items.py",
+        "if lacks := lacking(kinds, missing()):",
+        "if lacks := lacking(kinds, []):",
+        "instructions/test_checkers.py::test_items_whose_checker_is_not_here_are_refused",
+    ),
+]
