@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -179,7 +179,7 @@ def prepare_run(
         data,
         development,
         test_items,
-        _sha([vars(item) for item in (*load_items(recipe, "dev"), *test_items)])[:16],
+        _sha([asdict(item) for item in (*load_items(recipe, "dev"), *test_items)])[:16],
     )
 
 
