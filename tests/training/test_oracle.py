@@ -45,6 +45,8 @@ from srppo.training.rollout import LocalSampler
 from srppo.training.scores import full_kl, score_log_ratio
 
 MAX_NATS, MAX_SHARE = 0.02, 0.05
+LONG_RUN = {"epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0, "micro_tokens": 4096}
+"""One pass a minibatch: that parts of one add up to it is tested elsewhere, and here takes four times as long."""
 
 
 def reward_of(kind: str, prompt: tuple[int, ...]) -> torch.Tensor:
@@ -117,11 +119,10 @@ def trained(
     torch.set_num_threads(1)
     base, sft = base_and_sft()
     policy = copy.deepcopy(sft)
-    ppo = {"steps": steps, "epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0}
     recipe = tiny_recipe(
         reward={"anchor": anchor, "beta": beta, **reward},
         rollout={"per_prompt": per_prompt},
-        ppo={**ppo, "advantage": advantage},
+        ppo={**LONG_RUN, "steps": steps, "advantage": advantage},
     )
     with Bench(folder, recipe) as bench:
         train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
@@ -151,8 +152,7 @@ def test_four_roles_with_adapters_of_full_rank_reach_it(tmp_path: Path, monkeypa
     start, plain = LanguageModel(tiny_llama()), sft.merged()
     monkeypatch.setitem(globals(), "base_and_sft", lambda: (start, plain))
     policy = sft.copy()
-    ppo = {"steps": 100, "epochs": 4, "schedule": "linear", "value_clip": None, "max_kl": 1000.0}
-    recipe = tiny_recipe(reward={"beta": 0.5}, ppo=ppo)
+    recipe = tiny_recipe(reward={"beta": 0.5}, ppo={**LONG_RUN, "steps": 100})
     with Bench(tmp_path / "run", recipe) as bench:
         train_ppo(recipe, bench, policy, sft, base, PROMPTS, NoDevelopment(), LocalSampler([EOS], EOS))
     distance, begun = distances(policy.merged(), "sft", 0.5)
@@ -298,7 +298,7 @@ def test_what_a_token_at_a_time_costs(beta: float) -> None:
 )
 def test_on_policy_distillation_reaches_its_teacher(tmp_path: Path, reward: dict[str, object]) -> None:
     """The bar that PPO passes on its way to the optimum over sequences, and the loss itself falls to nothing."""
-    recipe = tiny_recipe(reward=reward, distil={"steps": 100, "lr": 4e-3})
+    recipe = tiny_recipe(reward=reward, distil={"steps": 100, "lr": 4e-3}, ppo={"micro_tokens": 4096})
     torch.set_num_threads(1)
     base, sft = base_and_sft()
     policy = copy.deepcopy(sft)
