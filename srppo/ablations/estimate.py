@@ -223,10 +223,11 @@ def power_lines(plan: Plan, items: int) -> list[str]:
     if not tests:
         return ["the plan tests no difference: its figures describe, and show nothing"]
     if seeds < needed:
-        counted = f"{seeds} seed{'s' * (seeds > 1)} no difference can be significant: {tests} test{'s' * (tests > 1)}"
+        counted = f"{seeds} seed{'s' * (seeds > 1)} no difference can be significant"
+        takes = "1 test of the plan takes" if tests == 1 else f"{tests} tests of the plan take"
         return [
-            f"warning: with {counted} of the plan take {needed} seeds (one alone {seeds_needed(analysis.alpha)}); read "
-            "the intervals, or give --seeds"
+            f"warning: with {counted}: {takes} {needed} seeds (one alone {seeds_needed(analysis.alpha)}); read the "
+            "intervals, or give --seeds"
         ]
     error = math.sqrt(SEED_SD**2 / seeds + ITEM_SD**2 / items + REST_SD**2 / (seeds * items))
     least = detectable(error, seeds - 1, alpha=analysis.alpha)

@@ -313,7 +313,9 @@ def at_work(run: PreparedRun, kind: Kind, stage: Stage) -> Iterator[Workbench]:
 def _attempt(run: PreparedRun, stage: Stage, closing: ExitStack) -> Attempt:
     """The attempt of this run, which the first of its processes makes."""
     made: list[Attempt] = []
-    parallel.from_first(lambda: made.append(closing.enter_context(stage.attempt(run.environment))))
+    parallel.from_first(
+        lambda: made.append(closing.enter_context(stage.attempt({**run.environment, "processes": parallel.size()})))
+    )
     return made[0] if made else OnlookerAttempt(stage)
 
 

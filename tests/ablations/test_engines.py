@@ -6,6 +6,7 @@ Stages only pretend to train, except in the one that goes from end to end. Nothi
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import signal
@@ -22,10 +23,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from worlds import make_world
 
+from srppo.ablations.execute import execute as execute_task
 from srppo.ablations.ledger import Ledger
+from srppo.ablations.options import build_sweep, read_options
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.slurm import sbatch_script, write_sbatch
+from srppo.ablations.together import execute_together
 from srppo.config import Recipe
 from srppo.console import Console
 from srppo.errors import ConfigError, Interrupted, RecordError, RunError, StorageError
@@ -181,6 +186,35 @@ def test_a_node_killed_in_mid_sweep_costs_nothing(cluster: Any, tmp_path: Path) 
     assert lost and lost <= set(again)
     order = [words[0] for words in diary(tmp_path, "committed")]
     assert all(order.index(f"sft{i}") < order.index(f"ppo{i}") for i in range(4))
+
+
+@needs_ray
+def test_a_stage_of_two_processes_takes_two_cores_of_one_node(cluster: Any, tmp_path: Path) -> None:
+    """A real stage, on a node that has them beside one that has not."""
+    ray.shutdown()
+    world = make_world(tmp_path / "world")
+    options = read_options("grid", world.recipe(), seeds=1, axes=["ppo.lr=0.01"], arms="SFT")
+    plan = Plan(build_sweep("grid", options))
+    ledger = Ledger(Run.open(tmp_path / "record", {"sweep": "pairs"}), 1)
+    said = io.StringIO()
+    how: dict[str, Any] = {
+        "device": "cpu",
+        "timeout_s": None,
+        "console": Console(plain=True, file=said),
+        "processes": 2,
+    }
+    pair = partial(execute_together, execute=partial(execute_task, device="cpu"), processes=2)
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+    try:
+        cluster.wait_for_nodes()
+        run_ray(plan, ledger, pair, **how)
+    finally:
+        ray.shutdown()
+        cluster.remove_node(node)
+    (stage,) = ledger.run.stages()
+    assert (stage.result() or {})["status"] == "ok" and len(stage.attempts()) == 1
+    (env,) = stage.path.glob("attempts/*/env.json")
+    assert json.loads(env.read_text())["processes"] == 2, said.getvalue()
 
 
 @needs_ray
