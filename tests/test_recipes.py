@@ -111,3 +111,29 @@ def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
     assert {"base", "sft", "ppo", "longer-sft-1/256", "chosen-sft"} <= figures.keys()
     assert figures["sft"]["held_out_nll"] < figures["base"]["held_out_nll"]
     assert figures["ppo"]["kept_step"] == 2
+
+
+def test_smollm2_ifeval_recipe_runs_dry(tmp_path: Path) -> None:
+    """With adapters in bf16, over items of instructions, development items measured on the way."""
+    torch.set_num_threads(1)
+    small_smollm2(tmp_path / "model")
+    rows = [
+        {
+            "prompt": f"Say {word}. Leave out every comma.",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{}],
+        }
+        for word in ("red", "blue", "sun", "moon")
+    ]
+    items = [row | {"group": group, "task": group} for row in rows for group in ("demonstrated", "unseen")]
+    split = [row | {"split": "dev" if row["group"] == "demonstrated" else "test"} for row in items]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, split)))
+    overrides = [*shrunk(tmp_path), f"eval.items={tmp_path / 'items.jsonl'}", "ppo.critic_warmup=0"]
+    recipe = load_recipe(ROOT / "recipes" / "smollm2-ifeval.toml", overrides)
+    assert recipe.model.adapters == "lora" and recipe.ppo.lam == 1 and recipe_warnings(recipe) == []
+    run = prepare_run(recipe, ["ppo"], tmp_path / "run", Console(plain=True, file=io.StringIO()))
+    stages = run_stages(run)
+    figures = (stages["ppo"].result() or {})["figures"]
+    assert figures["kept_step"] == 2 and set(figures["test"]) == {"unseen"}
+    measured = [row for row in stages["ppo"].metrics() if "dev/accuracy" in row]
+    assert measured and all(0 <= row["dev/demonstrated"] <= 1 for row in measured)
