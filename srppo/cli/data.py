@@ -84,13 +84,15 @@ def instructions(
 ) -> None:
     """Rows of instructions that a program can check. Demonstrations, prompts and test items, of answers you have."""
     from srppo.console import Console
-    from srppo.data.instructed import account, build, overlap_with, prompts_of, write
+    from srppo.data.instructed import account, build, chance, check_folder, overlap_with, prompts_of, write
 
     console = Console()
+    check_folder(out)
     asked = None if beside is None else prompts_of(beside)
     built = build(source, demonstrations=demonstrations, prompts=prompts, seed=seed)
     overlap = None if asked is None else overlap_with(built, asked)
-    write(built, out, source, seed, overlap)
-    for line in account(built, overlap):
+    rates = chance(built)
+    write(built, out, source, seed, rates, overlap)
+    for line in account(built, rates, overlap):
         console.say(line)
     console.say(f"folder: {out}")

@@ -48,7 +48,7 @@ def ablate(
             help="grid and method: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, majority "
             "vote, weighted vote, resampling, best-of-n, on-policy distillation, self-distilled, rejection FT, "
             "brevity, longer SFT, equal compute, sharpening, RLOO, shuffled, SRPPO, SRPPO from chosen SFT, SRPPO from "
-            "longer SFT. (default of grid: SFT,longer SFT,shuffled,SRPPO)",
+            "equal-compute SFT. (default of grid: SFT,longer SFT,shuffled,SRPPO)",
         ),
     ] = None,
     primary: Annotated[

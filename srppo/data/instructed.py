@@ -7,11 +7,12 @@
     DIR/manifest.json           checksums of the sources and of the files, counts, what was left out and why, overlap
 
 A question serves once. Its answer is changed so that it obeys the instruction, and IFEval's own checker must say so,
-for test items too, whose answers are then thrown away: all of them can be obeyed.
+for test items too, whose answers are then thrown away: all of them can be obeyed, in LONGEST characters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from statistics import mean
 from typing import Any, NamedTuple
 
 from srppo.data.overlap import Overlap, measure_overlap, normalise
@@ -26,13 +28,16 @@ from srppo.data.sources import tables
 from srppo.errors import DataError
 from srppo.instructions.checkers import check_packages, instructed_item
 from srppo.instructions.kinds import GROUPS, KINDS, Kind, of_group
-from srppo.record.files import checksum, create_exclusive, storing, write_atomic
+from srppo.record.files import checksum, storing, write_atomic
 
 TEST = {"demonstrated": 30, "prompted": 30, "unseen": 112}  # items a kind: 1,008 of the nine unseen ones
 DEV = 20  # development items a demonstrated kind
-SHORTEST, LONGEST = 30, 600  # characters of an answer
+SHORTEST, LONGEST = 30, 500  # characters of an answer, and of one that was changed: some 120 tokens
+OFTEN = 0.2
 FILES = ("demonstrations.jsonl", "prompts.jsonl", "items.jsonl")
-UNFIT, FAILED = "the answer does not lend itself", "fail their checker"
+UNFIT, FAILED, LONG = "the answer does not lend itself", "fail their checker", "grow too long"
+
+_CODE = re.compile(r"```|[{}<>=|\\\\]|^\s*(def|import|class|SELECT|function|#include|//)\b|;\s*$", re.MULTILINE)
 
 
 class Pair(NamedTuple):
@@ -50,6 +55,7 @@ class Made(NamedTuple):
     prompt: str
     settings: Mapping[str, Any]
     completion: str
+    pair: Pair
 
     def demonstration(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "completion": self.completion, "task": self.kind.name}
@@ -113,11 +119,13 @@ def _unfit(pair: Pair, given: object) -> str | None:
     """Why a question with its answer is not used; None where it is."""
     if given and str(given).strip():
         return "with an input beside the question"
+    if not pair.question or pair.question.endswith(":"):
+        return "no whole question"
     if not (pair.question + pair.answer).isascii():
         return "not plain ASCII"
     if re.match(r"\W*no (in|out)put", pair.answer, flags=re.IGNORECASE):
         return "no answer"
-    if "```" in pair.question + pair.answer or "<" in pair.answer:
+    if "```" in pair.question or _CODE.search(pair.answer):
         return "code or markup"
     if len(pair.answer) < SHORTEST:
         return f"answer below {SHORTEST} characters"
@@ -142,33 +150,35 @@ def build(sources: Sequence[str], *, demonstrations: int, prompts: int | None, s
     built.demonstrations = _take(pool, shown, demonstrations, seed, "demonstrations", built.refused)
     asked = of_group("demonstrated", "prompted")
     built.prompts = _take(pool, asked, prompts, seed, "prompts", built.refused)
+    if pool:
+        built.left_out["not needed, or fit for no kind in need"] = len(pool)
     return built
 
 
 def _take(
     pool: list[Pair], kinds: Sequence[Kind], count: int | None, seed: int, what: str, refused: Counter[str]
 ) -> list[Made]:
-    """So many of the pool, which loses them, a kind after the other; what no kind in need can use stays for others."""
+    """So many of the pool, which loses them, a kind after the other. What no kind in need can use is offered again
+    until nothing more is taken; with None all kinds have the same share, to one row, of as much as they can all use."""
     made: list[Made] = []
     had = Counter[str]()
-    rest: list[Pair] = []
-    for pair in pool:
-        if len(made) == count:
-            rest.append(pair)
-            continue
-        fewest = min(had[kind.name] for kind in kinds)  # of these first: shares stay equal to one row
-        found = _made(pair, [kind for kind in kinds if had[kind.name] == fewest], seed, refused)
-        if found is None:
-            rest.append(pair)
-        else:
-            had[found.kind.name] += 1
-            made.append(found)
+    before = -1
+    while before < len(made) != count:
+        before, rest = len(made), list[Pair]()
+        for pair in pool:
+            found = None
+            if len(made) != count:
+                fewest = min(had[kind.name] for kind in kinds)  # of these first: shares stay equal to one row
+                found = _made(pair, [kind for kind in kinds if had[kind.name] == fewest], seed, refused)
+            if found is None:
+                rest.append(pair)
+            else:
+                had[found.kind.name] += 1
+                made.append(found)
+        pool[:] = rest
     if count is not None and len(made) < count:
-        raise DataError(
-            f"the sources give {len(made)} {what} of {count} wanted; give more files, or ask for fewer demonstrations "
-            "and prompts"
-        )
-    pool[:] = rest
+        ask = ", or ask for fewer" if what in ("demonstrations", "prompts") else ""
+        raise DataError(f"the sources give {len(made)} {what} of {count} wanted; give more files{ask}")
     return made
 
 
@@ -181,12 +191,35 @@ def _made(pair: Pair, kinds: Sequence[Kind], seed: int, refused: Counter[str]) -
             refused[f"{kind.name}: {UNFIT}"] += 1
             continue
         settings, completion = changed
-        asked = pair.question if re.search(r"[.?!:\"']$", pair.question) else f"{pair.question}."
-        prompt = f"{asked} {kind.word(settings, rng)}"
-        if instructed_item(prompt, [kind.name], [settings], kind.name, kind.group).is_right(completion):
-            return Made(kind, prompt, settings, completion)
-        refused[f"{kind.name}: {FAILED}"] += 1
+        prompt = f"{_closed(pair.question)}{kind.word(settings, rng)}"
+        item = instructed_item(prompt, [kind.name], [settings], kind.name, kind.group)
+        if len(completion) > LONGEST:
+            refused[f"{kind.name}: {LONG}"] += 1
+        elif not item.is_right(completion):
+            refused[f"{kind.name}: {FAILED}"] += 1
+        else:
+            return Made(kind, prompt, settings, completion, pair)
     return None
+
+
+def _closed(question: str) -> str:
+    """With a mark at its end, and a space, or an empty line where it has a colon or lines of its own."""
+    ended = question if re.search(r"[.?!][\"']?$", question) else f"{question}."
+    return f"{ended}\n\n" if re.search(r"[:\n]", question) else f"{ended} "
+
+
+def chance(built: Built, seed: int = 0) -> dict[str, dict[str, float]]:
+    """How often test items of each kind are right by no merit: by their own answers unchanged, by those of others."""
+    rng, found = Random(f"chance:{seed}"), dict[str, list[tuple[bool, bool]]]()
+    others = [made.pair.answer for made in built.test]
+    for made in built.test:
+        item = instructed_item(made.prompt, [made.kind.name], [made.settings], made.kind.name, made.kind.group)
+        told = (item.is_right(made.pair.answer), item.is_right(rng.choice(others)))
+        found.setdefault(made.kind.name, []).append(told)
+    return {
+        name: {"unchanged": round(mean(own for own, _ in told), 3), "of others": round(mean(o for _, o in told), 3)}
+        for name, told in found.items()
+    }
 
 
 # ---- beside IFEval, in words, and on disk
@@ -205,7 +238,7 @@ def prompts_of(source: Path) -> list[str]:
 @dataclass(frozen=True)
 class Beside:
     """How far rows of ours repeat other prompts. prompts: by file, by the rule of data.overlap; wordings: how many
-    there are without settings, found: those that stand in one of the other prompts."""
+    there are, found: those that stand in one of the other prompts, whatever the settings."""
 
     prompts: Mapping[str, Overlap]
     wordings: int
@@ -216,16 +249,21 @@ def overlap_with(built: Built, asked: Sequence[str]) -> Beside:
     """Ours beside others' prompts (IFEval's)."""
     ours = {name: [str(row["prompt"]) for row in rows] for name, rows in built.rows().items()}
     texts = [normalise(text) for text in asked]
-    wordings = [normalise(wording) for kind in KINDS for wording in kind.wordings if "{" not in wording]
+    wordings = [wording for kind in KINDS for wording in kind.wordings]
+    found = [wording for wording in wordings if any(_pattern(wording).search(text) for text in texts)]
     return Beside(
-        {name: measure_overlap(asked, prompts) for name, prompts in ours.items()},
-        len(wordings),
-        tuple(wording for wording in wordings if any(wording in text for text in texts)),
+        {name: measure_overlap(asked, prompts) for name, prompts in ours.items()}, len(wordings), tuple(found)
     )
 
 
-def account(built: Built, beside: Beside | None) -> list[str]:
-    """What was made and what was left out, a line each."""
+def _pattern(wording: str) -> re.Pattern[str]:
+    """Of a wording in a normalised text, with any few words for each setting."""
+    parts = [re.escape(normalise(part)) for part in re.split(r"\{\w+\}", wording)]
+    return re.compile(r"\b" + r"( \S+){1,6} ".join(part for part in parts if part) + r"\b")
+
+
+def account(built: Built, rates: Mapping[str, Mapping[str, float]], beside: Beside | None) -> list[str]:
+    """What was made and what was left out, a line each. rates: of `chance`."""
     lines = []
     for name, rows in built.rows().items():
         kinds = Counter(row["task"] for row in rows)
@@ -234,35 +272,63 @@ def account(built: Built, beside: Beside | None) -> list[str]:
         lines.append(f"{name}: {len(rows):,} rows{parts} of {len(kinds)} kinds")
     left = ", ".join(f"{count:,} {reason}" for reason, count in built.left_out.most_common())
     lines.append(f"questions left out: {left or 'none'}")
+    often = {name: each["of others"] for name, each in rates.items() if each["of others"] > OFTEN}
+    high = ", ".join(f"{name} {rate:.2f}" for name, rate in sorted(often.items(), key=lambda each: -each[1]))
+    lines.append(f"test items that other questions' answers obey, above {OFTEN:g} of a kind: {high or 'none'}")
     failed = {why: count for why, count in built.refused.items() if why.endswith(FAILED)}
     said = "; ".join(f"{why.removesuffix(FAILED).rstrip(': ')} {count}" for why, count in sorted(failed.items()))
     lines.append(f"changed answers that {FAILED}: {said or 'none'}")
     if beside is not None:
         repeats = ", ".join(f"{each.dropped} of {each.n:,} in {name}" for name, each in beside.prompts.items())
         lines.append(f"prompts that repeat the others' (the same, or more than half of the 8-grams of one): {repeats}")
-        lines.append(f"wordings that stand in the others' prompts: {len(beside.found)} of {beside.wordings}")
+        said = "; ".join(beside.found)
+        lines.append(
+            f"wordings that stand in the others' prompts: {len(beside.found)} of {beside.wordings}"
+            + (f" ({said})" if said else "")
+        )
     return lines
 
 
-def write(built: Built, folder: Path, sources: Sequence[str], seed: int, beside: Beside | None) -> None:
+def write(
+    built: Built, folder: Path, sources: Sequence[str], seed: int, rates: Mapping[str, Any], beside: Beside | None
+) -> None:
     """The files and their manifest. Raises DataError for a folder that holds other rows already, StorageError."""
     texts = {name: "".join(f"{json.dumps(row)}\n" for row in rows) for name, rows in built.rows().items()}
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            path = folder / name
-            if not create_exclusive(path, text) and path.read_text(encoding="utf-8") != text:
-                raise DataError(f"{path} exists with other rows; give another folder with --out")
+    check_folder(folder)
+    for name, text in texts.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != text.encode():
+            raise DataError(f"{folder / name} exists with other rows; give another folder with --out")
     manifest = {
         "seed": seed,
-        "sources": {source: checksum(Path(source)) for source in sources if Path(source).is_file()},
+        "sources": {source: _sha256(source) for source in sources},
         "kinds": {group: [kind.name for kind in of_group(group)] for group in GROUPS},
         "rows": {name: dict(Counter(row["task"] for row in rows)) for name, rows in built.rows().items()},
         "left_out": dict(built.left_out),
         "refused": dict(sorted(built.refused.items())),
-        "sha256": {name: checksum(folder / name) for name in texts},
+        "right_by_no_merit": dict(rates),
+        "sha256": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()},
     }
     if beside is not None:
         prompts = {name: each.as_dict() for name, each in beside.prompts.items()}
         manifest["beside"] = {"prompts": prompts, "wordings": beside.wordings, "found": beside.found}
-    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    texts["manifest.json"] = json.dumps(manifest, indent=1) + "\n"
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomic(folder / name, text)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DataError where it is a file, or holds a folder in place of one of ours."""
+    blocked = [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]
+    blocked += [folder / name for name in FILES if (folder / name).is_dir()]
+    if blocked:
+        raise DataError(f"{blocked[0]} is in the way of the rows; give another folder with --out")
+
+
+def _sha256(source: str) -> dict[str, str] | str:
+    """Of a file, or of each of a folder; a hub set is known by its name alone."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return {each.name: checksum(each) for each in sorted(path.iterdir()) if each.is_file()}
+    return checksum(path) if path.is_file() else "of the hub"

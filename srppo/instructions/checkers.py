@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +56,7 @@ class InstructedItem(Item):
 def instructed_item(
     prompt: str, kinds: Sequence[str], settings: Sequence[Mapping[str, Any]], task: str, group: str
 ) -> InstructedItem:
-    """An item of what IFEval's files hold. Raises ValueError for a kind or settings that no checker knows."""
+    """An item of what IFEval's files hold. Raises ValueError for a kind or settings that no checker can take."""
     if len(kinds) != len(settings) or not kinds:
         raise ValueError(f"{len(kinds)} in instruction_id_list and {len(settings)} in kwargs; give one of each a kind")
     given = [{key: value for key, value in each.items() if value is not None} for each in settings]
@@ -63,7 +65,10 @@ def instructed_item(
         for kind, each in zip(kinds, given, strict=True)
     )
     for kind, each in zip(kinds, given, strict=True):
-        _checker(kind, each)
+        try:
+            _checker(kind, each, prompt).check_following("a try")
+        except (TypeError, AttributeError, KeyError, re.error) as error:
+            raise ValueError(f"{kind} cannot take kwargs {each} ({' '.join(str(error).split())})") from error
     return InstructedItem(prompt, "; ".join(map(str, instructions)), task, group, instructions)
 
 
@@ -72,28 +77,45 @@ def obeys(instructions: Sequence[Instruction], prompt: str, response: str) -> bo
     if not response.strip():
         return False
     with checkers_importable():
-        return all(
-            _checker(each.kind, json.loads(each.settings), prompt).check_following(response) for each in instructions
-        )
+        try:
+            return all(
+                _checker(each.kind, json.loads(each.settings), prompt).check_following(response)
+                for each in instructions
+            )
+        except RecursionError:  # of JSON that opens a thousand brackets
+            return False
 
 
-def _checker(kind: str, settings: Mapping[str, Any], prompt: str = "") -> Any:
-    """IFEval's checker, set as lm-eval sets it. Raises ValueError for one that there is not."""
+def _checker(kind: str, settings: Mapping[str, Any], prompt: str) -> Any:
+    """IFEval's checker, set as lm-eval sets it. Raises ValueError for one that there is not, and for settings it lacks.
+
+    lm-eval draws what a checker cannot take, such as a letter "#", and IFEval has two of these: they are drawn by the
+    prompt here, so that an item stays what it is.
+    """
     with checkers_importable():
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
         if kind not in INSTRUCTION_DICT:
             raise ValueError(f"no instruction is called {kind!r}; one is {', '.join(sorted(INSTRUCTION_DICT))}")
         checker: Any = INSTRUCTION_DICT[kind](kind)
-        try:
-            checker.build_description(**{key: value for key, value in settings.items() if value})
-        except (TypeError, ValueError, AttributeError) as error:
-            known = ", ".join(checker.get_instruction_args_keys()) or "none"
-            raise ValueError(f"{kind} takes {known} in kwargs ({' '.join(str(error).split())})") from error
-        given = checker.get_instruction_args()
-        if given and "prompt" in given:
-            checker.build_description(prompt=prompt)
+        needed = checker.get_instruction_args_keys()
+        if settings.keys() != set(needed) or not all(settings.values()):
+            found = ", ".join(f"{key} = {value!r}" for key, value in settings.items()) or "none"
+            raise ValueError(f"{kind} takes {', '.join(needed) or 'nothing'} in kwargs, each set; found {found}")
+        with _drawing_by(f"{kind} {prompt}"):
+            checker.build_description(**settings)
         return checker
+
+
+@contextmanager
+def _drawing_by(seed: str) -> Iterator[None]:
+    """Within, Python's own random numbers start at `seed`; then they go on as before."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 # ---- what they need
@@ -152,7 +174,9 @@ def _put_sentence_ends() -> None:
             "written"
         ) from error
     for name, lines in tables.items():
-        write_atomic(folder / name, "\n".join(lines))
+        path, text = folder / name, "\n".join(lines)
+        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            write_atomic(path, text)
     nltk.data.path.append(str(root))
 
 

@@ -6,6 +6,9 @@
 
 Each kind is one of IFEval's, under its name and with its checker; the wordings are our own. What IFEval has beyond
 these needs what no program can make of an answer: another language, or a question that yes, no or maybe answers.
+
+Kinds of which one's answers obey the other by the way stand in one group: quotation marks make a JSON string, capitals
+are words in capitals, few words are few sentences. One near pair is left: words to be used, and one to be used often.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ class Kind:
 
     def word(self, settings: Mapping[str, Any], rng: Random) -> str:
         """One of the wordings, drawn with `rng`."""
-        said = {key: _listed(value) if isinstance(value, list) else value for key, value in settings.items()}
-        return rng.choice(self.wordings).format(**said)
+        return rng.choice(self.wordings).format(**{key: _said(value) for key, value in settings.items()})
 
 
-def _listed(words: list[str]) -> str:
-    return " and ".join(f'"{word}"' for word in words)
+_RELATIONS = {"at least": "no fewer than", "less than": "fewer than"}
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, list):
+        return " and ".join(f'"{word}"' for word in value)
+    return _RELATIONS.get(value, value)
 
 
 KINDS = (
@@ -45,16 +52,20 @@ KINDS = (
         "change_case:english_lowercase",
         "demonstrated",
         (
-            "Write without a single capital letter.",
-            "Use small letters throughout, even where a capital is usual.",
-            "Answer in English and keep every letter lowercase.",
+            "Answer in English without a single capital letter.",
+            "Use small letters throughout, in English.",
+            "Keep every letter of your English answer lowercase.",
         ),
         changes.lowercase,
     ),
     Kind(
         "punctuation:no_comma",
         "demonstrated",
-        ("Write without commas.", "Leave out every comma.", "There must not be one comma in what you write."),
+        (
+            "Write without commas.",
+            "Leave out every comma.",
+            "There must not be one comma in it.",
+        ),
         changes.no_comma,
     ),
     Kind(
@@ -63,7 +74,7 @@ KINDS = (
         (
             "Put a title above it, between << and >>.",
             "Give it a heading, set like this: <<heading>>.",
-            "Begin with a title that stands in double angle brackets: <<the title>>.",
+            "Begin with a title in angle brackets: <<the title>>.",
         ),
         changes.titled,
     ),
@@ -73,7 +84,7 @@ KINDS = (
         (
             "Close with a postscript that begins with {postscript_marker}",
             "Add a last line that starts with {postscript_marker}",
-            "After the answer, write a short note marked {postscript_marker}",
+            "After the answer, write a note marked {postscript_marker}",
         ),
         changes.postscript,
     ),
@@ -82,8 +93,8 @@ KINDS = (
         "demonstrated",
         (
             "Your last words must be: {end_phrase}",
-            'Close with the sentence "{end_phrase}" and write nothing after it.',
-            "Let the answer end exactly like this: {end_phrase}",
+            'Close with "{end_phrase}" and nothing after it.',
+            "Let it end exactly like this: {end_phrase}",
         ),
         changes.ended_by,
     ),
@@ -91,9 +102,9 @@ KINDS = (
         "detectable_format:number_bullet_lists",
         "demonstrated",
         (
-            "Make it a list of exactly {num_bullets} points, each on a line that starts with *.",
-            "Answer in {num_bullets} bullet points, no more and no fewer, written with *.",
-            "Use {num_bullets} lines, each of them a bullet like: * a point",
+            "Make it {num_bullets} points, each on a line that starts with *.",
+            "Answer in {num_bullets} bullet points written with *.",
+            "Use {num_bullets} lines, each of them like: * a point",
         ),
         changes.bulleted,
     ),
@@ -111,61 +122,11 @@ KINDS = (
         "change_case:english_capital",
         "prompted",
         (
-            "Write the whole text in capitals.",
+            "Write the whole answer in English capitals.",
             "Use English and nothing but upper case.",
-            "No small letters at all: everything in capitals.",
+            "No small letters: everything in capitals, and in English.",
         ),
         changes.uppercase,
-    ),
-    Kind(
-        "startend:quotation",
-        "prompted",
-        (
-            "Set all of it between double quotes.",
-            'Start and end with the mark ".',
-            "Your text begins with a double quotation mark and closes with one.",
-        ),
-        changes.quotation,
-    ),
-    Kind(
-        "length_constraints:number_paragraphs",
-        "prompted",
-        (
-            "Write {num_paragraphs} paragraphs with a line of three stars (***) between them.",
-            "Divide the text into {num_paragraphs} parts by ***.",
-            "It should have {num_paragraphs} paragraphs, each parted from the next by ***.",
-        ),
-        changes.divided,
-    ),
-    Kind(
-        "detectable_format:number_highlighted_sections",
-        "prompted",
-        (
-            "Emphasise {num_highlights} or more words by stars around them, *like this*.",
-            "Mark at least {num_highlights} of your words with stars: *word*.",
-            "Set {num_highlights} or more places in italics by a star on either side, as in *so*.",
-        ),
-        changes.highlights,
-    ),
-    Kind(
-        "length_constraints:number_words",
-        "prompted",
-        (
-            "Use {relation} {num_words} words.",
-            "The text should have {relation} {num_words} words.",
-            "Write {relation} {num_words} words.",
-        ),
-        changes.number_of_words,
-    ),
-    Kind(
-        "keywords:forbidden_words",
-        "prompted",
-        (
-            "Do not use the words {forbidden_words}.",
-            "Find an answer in which {forbidden_words} do not occur.",
-            "The words {forbidden_words} must not be in it.",
-        ),
-        changes.forbidden,
     ),
     Kind(
         "change_case:capital_word_frequency",
@@ -173,13 +134,23 @@ KINDS = (
         (
             "Write {capital_relation} {capital_frequency} of the words in capitals.",
             "Stress {capital_relation} {capital_frequency} of your words by CAPITALS.",
-            "There should be {capital_relation} {capital_frequency} words of capitals only.",
+            "Have {capital_relation} {capital_frequency} words of capitals only.",
         ),
         changes.capital_words,
     ),
     Kind(
+        "startend:quotation",
+        "prompted",
+        (
+            "Set all of it between double quotes.",
+            'Start and end with a double quote (").',
+            "Your text begins with a double quotation mark and closes with one.",
+        ),
+        changes.quotation,
+    ),
+    Kind(
         "detectable_format:json_format",
-        "unseen",
+        "prompted",
         (
             "Answer with one JSON object and nothing else.",
             "Your output has to be valid JSON.",
@@ -188,11 +159,61 @@ KINDS = (
         changes.as_json,
     ),
     Kind(
+        "length_constraints:number_words",
+        "prompted",
+        (
+            "Keep to {relation} {num_words} words.",
+            "Let it have {relation} {num_words} words.",
+            "Its length: {relation} {num_words} words.",
+        ),
+        changes.number_of_words,
+    ),
+    Kind(
+        "length_constraints:number_sentences",
+        "prompted",
+        (
+            "Keep to {relation} {num_sentences} sentences.",
+            "Its length: {relation} {num_sentences} sentences.",
+            "Let it have {relation} {num_sentences} sentences.",
+        ),
+        changes.number_of_sentences,
+    ),
+    Kind(
+        "detectable_format:number_highlighted_sections",
+        "prompted",
+        (
+            "Set {num_highlights} or more single words between stars, as in *so*.",
+            "Mark {num_highlights} of your words or more, each like *this*.",
+            "Put a star on either side of {num_highlights} or more words, as in *so*.",
+        ),
+        changes.highlights,
+    ),
+    Kind(
+        "length_constraints:number_paragraphs",
+        "unseen",
+        (
+            "Write {num_paragraphs} paragraphs with a line of three stars (***) between them.",
+            "Divide the text into {num_paragraphs} parts by ***.",
+            "It should have {num_paragraphs} paragraphs, each parted from the next by ***.",
+        ),
+        changes.divided,
+    ),
+    Kind(
+        "length_constraints:nth_paragraph_first_word",
+        "unseen",
+        (
+            'Write {num_paragraphs} paragraphs, an empty line between; number {nth_paragraph} begins "{first_word}".',
+            'Part {num_paragraphs} paragraphs by empty lines. Paragraph {nth_paragraph} opens with "{first_word}".',
+            'The word "{first_word}" opens paragraph {nth_paragraph} of {num_paragraphs}, which empty lines part.',
+        ),
+        changes.first_word,
+    ),
+    Kind(
         "detectable_format:multiple_sections",
         "unseen",
         (
             'Write {num_sections} parts with the headings "{section_spliter} 1", "{section_spliter} 2" and so on.',
-            "Divide it into {num_sections}, each headed {section_spliter} and its number.",
+            "Divide it into {num_sections}, headed {section_spliter} 1, {section_spliter} 2 and so on.",
             "Use {num_sections} numbered headings, the first of them {section_spliter} 1.",
         ),
         changes.sections,
@@ -211,9 +232,9 @@ KINDS = (
         "combination:repeat_prompt",
         "unseen",
         (
-            "Before you answer, write down the question above as it stands, without this sentence.",
-            "Your text starts with what I asked, copied exactly up to here, and then comes the answer.",
-            "Copy the question first, all but this sentence, and answer it below.",
+            "Begin with the question above, copied word for word without quotation marks, then answer it.",
+            "Your text starts with what stands above, copied exactly and without quotes; then comes the answer.",
+            "Write the question above once more, unchanged and before anything else, and answer it below.",
         ),
         changes.repeat,
     ),
@@ -222,7 +243,7 @@ KINDS = (
         "unseen",
         (
             "Leave {num_placeholders} or more blanks to be filled in, set in square brackets like [name].",
-            "Use at least {num_placeholders} fields in square brackets, for example [date].",
+            "Use {num_placeholders} or more fields in square brackets, for example [date].",
             "Put {num_placeholders} or more gaps into it, each written as [what belongs there].",
         ),
         changes.placeholders,
@@ -248,26 +269,14 @@ KINDS = (
         changes.letter_often,
     ),
     Kind(
-        "length_constraints:number_sentences",
+        "keywords:forbidden_words",
         "unseen",
         (
-            "Use {relation} {num_sentences} sentences.",
-            "Write {relation} {num_sentences} sentences.",
-            "The text should have {relation} {num_sentences} sentences.",
+            "Do not use the word {forbidden_words}.",
+            "Find an answer in which {forbidden_words} does not occur.",
+            "The word {forbidden_words} must not be in it.",
         ),
-        changes.number_of_sentences,
-    ),
-    Kind(
-        "length_constraints:nth_paragraph_first_word",
-        "unseen",
-        (
-            "Write {num_paragraphs} paragraphs with an empty line between them; number {nth_paragraph} begins with "
-            '"{first_word}".',
-            "Use {num_paragraphs} paragraphs, parted by empty lines, and let paragraph {nth_paragraph} start with "
-            '"{first_word}".',
-            'The word "{first_word}" opens paragraph {nth_paragraph} of {num_paragraphs}, and empty lines part them.',
-        ),
-        changes.first_word,
+        changes.forbidden,
     ),
 )
 """All kinds; a group's in a fixed order."""

@@ -215,7 +215,7 @@ KINDS: dict[str, Kind] = {
                 ("shuffled", "sft", "shuffled", {"reward.kind": "shuffled"}),
                 ("ppo", "sft", "SRPPO", {}),
                 ("ppo-chosen", "chosen-sft", "SRPPO from chosen SFT", {}),
-                ("ppo-equal", longer(1), "SRPPO from longer SFT", {}),
+                ("ppo-equal", longer(1), "SRPPO from equal-compute SFT", {}),
             )
         ),
     )

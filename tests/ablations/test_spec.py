@@ -173,27 +173,27 @@ def test_a_grid_takes_any_arms():
         == ()
     )
     variants = ["SFT with weight decay", "SFT by held-out loss"]
-    asked_for = ("longer SFT, equal compute", "sharpening", "SRPPO from longer SFT")
+    asked_for = ("longer SFT, equal compute", "sharpening", "SRPPO from equal-compute SFT")
     others = [name for name in list(ARMS)[2:] if name not in asked_for]
     assert [arm.name for arm in the_sweep("method").arms] == ["SFT", *variants, *others]
 
 
 def test_method_takes_any_arms_too():
     """Those that no default holds among them; a name may have a comma."""
-    sweep = the_sweep("method", arms="SFT,longer SFT, equal compute ,sharpening,SRPPO,SRPPO from longer SFT")
+    sweep = the_sweep("method", arms="SFT,longer SFT, equal compute ,sharpening,SRPPO,SRPPO from equal-compute SFT")
     assert [(arm.name, arm.kind) for arm in sweep.arms] == [
         ("SFT", "sft"),
         ("longer SFT, equal compute", "longer-sft-1"),
         ("sharpening", "ppo"),
         ("SRPPO", "ppo"),
-        ("SRPPO from longer SFT", "ppo-equal"),
+        ("SRPPO from equal-compute SFT", "ppo-equal"),
     ]
     assert {(each.model.arm, each.baseline.arm) for each in sweep.analysis.family} == {
         ("SRPPO", arm.name) for arm in sweep.arms if arm.name != "SRPPO"
     }
     assert kinds(Plan(sweep)) == {"sft": 10, "ppo": 20, "longer-sft-1": 10, "ppo-equal": 10}
     recipes = {arm.name: sweep.recipe_of(Cell("all", arm.name), 0).reward.kind for arm in sweep.arms}
-    assert recipes["sharpening"] == "sft" and recipes["SRPPO"] == recipes["SRPPO from longer SFT"] == "ratio"
+    assert recipes["sharpening"] == "sft" and recipes["SRPPO"] == recipes["SRPPO from equal-compute SFT"] == "ratio"
 
 
 def test_the_trend_of_model_scale_is_over_parameters(tmp_path):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -17,36 +15,27 @@ from worlds import write_rows
 from srppo.cli.app import app
 from srppo.config import build_recipe
 from srppo.data import instructed
-from srppo.data.instructed import build, overlap_with, read_pairs
+from srppo.data.instructed import build, chance, overlap_with, read_pairs
 from srppo.data.rows import load_demonstrations, load_prompts
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items
 from srppo.instructions.checkers import InstructedItem, instructed_item
 from srppo.instructions.kinds import of_group
 
-TOPICS = [
-    "harbours",
-    "forests",
-    "bridges",
-    "markets",
-    "violins",
-    "lanterns",
-    "glaciers",
-    "orchards",
-    "railways",
-    "libraries",
-]
-FACTS = "Many people know them well. Others have never visited one, although several stand nearby. That is a pity."
+TOPICS = ["harbours", "forests", "bridges", "markets", "violins", "lanterns", "glaciers", "orchards", "railways"]
+WHO = ["curious", "elderly", "patient", "cheerful", "careful", "foreign"]
+FACTS = "Many visitors wonder why, and few of them find it out. Others have never seen one. That is a pity, however."
 
 
-def alpaca(folder: Path, rows: int = 400) -> Path:
-    """Questions with answers of three to four sentences, none twice."""
-    rng, made = Random(0), []
-    for number in range(rows):
-        topic, other = rng.sample(TOPICS, 2)
-        question = f"Explain shortly why people number {number} like {topic} better than {other}"
-        answer = f"People like {topic}, because {topic} remind them of summer. {FACTS}"
-        made.append({"instruction": question, "input": "", "output": answer})
+def alpaca(folder: Path) -> Path:
+    """432 questions with answers of four sentences, none twice."""
+    made = []
+    for who in WHO:
+        for topic in TOPICS:
+            for other in (name for name in TOPICS if name != topic):
+                question = f"Explain shortly why {who} people like {topic} better than {other}"
+                answer = f"People like {topic}, because {topic} remind them of warm summers. {FACTS}"
+                made.append({"instruction": question, "input": "", "output": answer})
     path = folder / "alpaca.json"
     path.write_text(json.dumps(made))
     return path
@@ -83,8 +72,8 @@ def test_the_command_makes_what_training_and_evaluation_read(tmp_path: Path) -> 
     # a question serves once
     asked = [row.prompt[-1].content for row in demonstrations] + [row.prompt[-1].content for row in prompts]
     asked += [item.prompt for item in (*dev, *test)]
-    numbers = [re.search(r"number (\d+)", text)[1] for text in asked]  # type: ignore[index]
-    assert len(set(numbers)) == len(numbers) == 400
+    questions = [text.partition(". ")[0] for text in asked]
+    assert len(set(questions)) == len(questions) > 200
     # again: nothing changes, and other rows are not written over these
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert CliRunner().invoke(app, words).exit_code == 0
@@ -108,7 +97,7 @@ def test_demonstrations_pass_the_checker_they_are_made_for(tmp_path: Path) -> No
     for made in (*built.demonstrations, *built.prompts, *built.dev, *built.test):
         item = instructed_item(made.prompt, [made.kind.name], [made.settings], made.kind.name, made.kind.group)
         assert item.is_right(made.completion)
-        assert ". " in made.prompt, "the question is closed before the instruction begins"
+        assert made.prompt.startswith(f"{made.pair.question}. "), "closed before the instruction begins"
 
 
 @pytest.mark.usefixtures("few")
@@ -117,8 +106,48 @@ def test_an_answer_that_fails_its_checker_is_counted(tmp_path: Path, monkeypatch
     shown = of_group("demonstrated")
     broken = {kind.name: kind for kind in shown}["punctuation:no_comma"]
     monkeypatch.setitem(vars(broken), "change", lambda question, answer, rng: ({}, answer + ","))
-    with pytest.raises(DataError, match=r"give \d+ test items of demonstrated kinds of 14 wanted"):
+    with pytest.raises(DataError, match=r"give \d+ test items of demonstrated kinds of 14 wanted; give more files$"):
         build([str(alpaca(tmp_path))], demonstrations=7, prompts=None, seed=0)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"test items of unseen kinds of 1008 wanted; give more files$"):
+        build([str(alpaca(tmp_path))], demonstrations=7, prompts=None, seed=0)
+
+
+@pytest.mark.usefixtures("few")
+def test_of_too_few_questions_fewer_rows_can_be_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"demonstrations of 700 wanted; give more files, or ask for fewer$"):
+        build([str(alpaca(tmp_path))], demonstrations=700, prompts=None, seed=0)
+
+
+@pytest.mark.usefixtures("few")
+def test_every_question_is_used_or_counted(tmp_path: Path) -> None:
+    built = build([str(alpaca(tmp_path))], demonstrations=70, prompts=None, seed=0)
+    used = sum(len(rows) for rows in built.rows().values())
+    assert used + sum(built.left_out.values()) == 432 and used > 300
+    shares = Counter(made.kind.name for made in built.prompts)
+    assert len(shares) == 14 and max(shares.values()) - min(shares.values()) <= 1
+
+
+@pytest.mark.usefixtures("few")
+def test_what_is_right_by_no_merit_is_told(tmp_path: Path) -> None:
+    """Answers that are all alike: other items' are as right as one's own, but for the words that are asked for."""
+    rates = chance(build([str(alpaca(tmp_path))], demonstrations=70, prompts=20, seed=0))
+    assert len(rates) == 23 and rates["detectable_format:title"] == {"unchanged": 0, "of others": 0}
+    assert rates["keywords:existence"]["unchanged"] == rates["keywords:letter_frequency"]["unchanged"] == 1
+    assert rates["keywords:forbidden_words"]["unchanged"] == 0
+
+
+@pytest.mark.usefixtures("few")
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Never new training rows beside other test items; and a file in the way is one line, before anything is made."""
+    source, out = str(alpaca(tmp_path)), tmp_path / "made"
+    out.mkdir()
+    (out / "items.jsonl").write_text("{}\n")
+    done = CliRunner().invoke(app, ["instructions", source, "--out", str(out), "--demonstrations", "7"])
+    assert isinstance(done.exception, DataError) and "items.jsonl exists with other rows" in str(done.exception)
+    assert [path.name for path in out.iterdir()] == ["items.jsonl"]
+    done = CliRunner().invoke(app, ["instructions", "none.json", "--out", str(out / "items.jsonl")])
+    assert isinstance(done.exception, DataError) and "is in the way of the rows" in str(done.exception)
 
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
@@ -132,6 +161,9 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         {"instruction": "Describe caf\u00e9s.", "input": "", "output": "They are places where coffee is sold."},
         {"instruction": "Write much.", "input": "", "output": long},
         {"instruction": "Do it.", "input": "", "output": "<No input given, so there is nothing to do>"},
+        {"instruction": "  ", "input": "", "output": "An answer to nothing at all, as it seems."},
+        {"instruction": "Sort these words:", "input": "", "output": "An answer to nothing at all, as it seems."},
+        {"instruction": "Add two.", "input": "", "output": "def add(a, b):\n    return a + b  # that is all"},
     ]
     pairs, left_out = read_pairs([str(write_rows(tmp_path / "rows.jsonl", rows))])
     assert [pair.question for pair in pairs] == ["Why is it so?"]
@@ -139,9 +171,10 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
         "asked before": 1,
         "with an input beside the question": 1,
         "answer below 30 characters": 1,
-        "code or markup": 1,
+        "code or markup": 2,
+        "no whole question": 2,
         "not plain ASCII": 1,
-        "answer above 600 characters": 1,
+        "answer above 500 characters": 1,
         "no answer": 1,
     }
     bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "completion": "c"}])
@@ -152,15 +185,14 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("few")
 def test_overlap_is_measured(tmp_path: Path) -> None:
     built = build([str(alpaca(tmp_path))], demonstrations=70, prompts=20, seed=0)
-    copied = built.test[0].prompt
-    found = overlap_with(built, [copied.upper(), "And something else. Write without commas."])
-    assert {name: each.dropped for name, each in found.prompts.items()} | {"items.jsonl": 0} == {
-        "demonstrations.jsonl": 0,
-        "prompts.jsonl": 0,
-        "items.jsonl": 0,
-    }
+    others = ["Name it. Write WITHOUT commas!", "Name it. Keep to at least 800 words.", "Name it. Keep to it."]
+    found = overlap_with(built, [built.test[0].prompt.upper(), *others])
     assert found.prompts["items.jsonl"].exact == 1
-    assert found.found == ("write without commas",)
+    assert {"Write without commas.", "Keep to {relation} {num_words} words."} <= set(
+        found.found
+    ) and found.wordings == 69
+    own = {wording for wording in built.test[0].kind.wordings}
+    assert len(set(found.found) - own) == 2
 
 
 def test_of_the_real_files(tmp_path: Path) -> None:
@@ -169,10 +201,25 @@ def test_of_the_real_files(tmp_path: Path) -> None:
     built = build([real("alpaca/alpagasus_random_9k.json")], demonstrations=1024, prompts=None, seed=0)
     found = overlap_with(built, instructed.prompts_of(ifeval))
     assert all(each.dropped == 0 for each in found.prompts.values()) and found.found == ()
-    assert len(built.test) == 7 * 30 + 7 * 30 + 9 * 112 and len(built.prompts) > 1300
+    assert len(built.test) == 7 * 30 + 7 * 30 + 9 * 112 and len(built.prompts) > 600
 
 
 def test_ifevals_file_is_a_file_of_items() -> None:
     recipe = build_recipe({"eval": {"items": real("ifeval/input_data.jsonl")}})
     found = [*load_items(recipe, "dev"), *load_items(recipe, "test")]
     assert len(found) == 540 and all(isinstance(item, InstructedItem) for item in found)
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [
+        ("Why is it", "Why is it. Go."),
+        ("Why is it?", "Why is it? Go."),
+        ('Say "no."', 'Say "no." Go.'),
+        ('Name "no"', 'Name "no". Go.'),
+        ("Sort these: b, a", "Sort these: b, a.\n\nGo."),
+        ("Sort these.\nb\na", "Sort these.\nb\na.\n\nGo."),
+    ],
+)
+def test_an_instruction_stands_apart_from_the_question(question: str, asked: str) -> None:
+    assert instructed._closed(question) + "Go." == asked

@@ -103,8 +103,23 @@ def test_a_verdict_does_not_depend_on_those_before() -> None:
         (["punctuation:commas"], [{}], "no instruction is called 'punctuation:commas'; one is change_case:"),
         (["punctuation:no_comma"], [], "1 in instruction_id_list and 0 in kwargs"),
         ([], [], "0 in instruction_id_list"),
-        (["keywords:existence"], [{"words": ["a"]}], "keywords:existence takes keywords in kwargs"),
-        (["keywords:frequency"], [{"keyword": "a", "relation": "about"}], "relation"),
+        (
+            ["keywords:existence"],
+            [{"words": ["a"]}],
+            "keywords:existence takes keywords in kwargs, each set; found words",
+        ),
+        (["keywords:existence"], [{}], "found none"),
+        (["length_constraints:number_words"], [{"num_words": 0, "relation": "at least"}], "found num_words = 0"),
+        (["keywords:frequency"], [{"keyword": "a", "frequency": 1, "relation": "about"}], "relation"),
+        (["language:response_language"], [{"language": "xx"}], "language:response_language cannot take kwargs"),
+        (["keywords:existence"], [{"keywords": ["("]}], "cannot take kwargs {'keywords': ['(']}"),
+        (["keywords:existence"], [{"keywords": [3]}], "cannot take kwargs"),
+        (["startend:end_checker"], [{"end_phrase": 3}], "cannot take kwargs"),
+        (
+            ["change_case:capital_word_frequency"],
+            [{"capital_frequency": "3", "capital_relation": "at least"}],
+            "cannot take kwargs",
+        ),
     ],
 )
 def test_what_no_checker_knows_is_one_line(
@@ -178,6 +193,24 @@ def test_items_whose_checker_is_not_here_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr("srppo.evaluation.items.missing", lambda: ["langdetect"])
     with pytest.raises(DataError, match=r"items\.jsonl:2: its checker needs langdetect \(change_case"):
         load_items(build_recipe({"eval": {"items": str(tmp_path / "items.jsonl")}}), "dev")
+
+
+def test_what_lm_eval_draws_is_drawn_by_the_prompt() -> None:
+    """IFEval asks twice for a letter that is none; lm-eval then takes any, another at each call."""
+    import random
+
+    settings = [{"letter": "#", "let_frequency": 4, "let_relation": "at least"}]
+    items = [instructed_item(f"p{i}", ["keywords:letter_frequency"], settings, "task", "group") for i in range(20)]
+    response = "aaaa bbbb cccc dddd eeee ffff gggg hhhh iiii jjjj kkkk llll mmmm"
+    state = random.getstate()
+    told = [[item.is_right(response) for item in items] for _ in range(3)]
+    assert told[0] == told[1] == told[2] and set(told[0]) == {True, False}
+    assert random.getstate() == state
+
+
+def test_a_response_of_many_brackets_is_no_json() -> None:
+    item = instructed_item("p", ["detectable_format:json_format"], [{}], "task", "group")
+    assert item.is_right('{"a": 1}') and not item.is_right("[" * 100_000)
 
 
 def test_an_empty_response_obeys_nothing() -> None:

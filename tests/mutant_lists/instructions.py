@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(
         "checkers: one instruction obeyed is enough",
         "instructions/checkers.py",
-        "return all(\n            _checker(",
-        "return any(\n            _checker(",
+        "return all(\n",
+        "return any(\n",
         VERDICTS,
     ),
     Mutant(
@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant(
         "instructions: a question serves twice",
         "data/instructed.py",
-        "    pool[:] = rest\n",
+        "        pool[:] = rest\n",
         "",
         "data/test_instructed.py::test_the_command_makes_what_training_and_evaluation_read",
     ),
@@ -67,7 +67,35 @@ MUTANTS = [
         "instructions/changes.py",
         'return {"num_bullets": len(found)}',
         'return {"num_bullets": len(found) + 1}',
-        "instructions/test_kinds.py::test_the_changed_answer_obeys_and_the_plain_one_does_not_always",
+        "instructions/test_kinds.py::test_the_changed_answer_obeys_and_the_plain_one_does_not",
+    ),
+    Mutant(
+        "checkers: a draw at each verdict",
+        "instructions/checkers.py",
+        "    random.seed(seed)\n",
+        "",
+        "instructions/test_checkers.py::test_what_lm_eval_draws_is_drawn_by_the_prompt",
+    ),
+    Mutant(
+        "checkers: settings may lack",
+        "instructions/checkers.py",
+        "if settings.keys() != set(needed) or not all(settings.values()):",
+        "if settings.keys() - set(needed):",
+        "instructions/test_checkers.py::test_what_no_checker_knows_is_one_line",
+    ),
+    Mutant(
+        "instructions: what no kind in need could use is lost",
+        "data/instructed.py",
+        "while before < len(made) != count:",
+        "while before < 0:",
+        "data/test_instructed.py::test_every_question_is_used_or_counted",
+    ),
+    Mutant(
+        "instructions: new rows beside an old test",
+        "data/instructed.py",
+        "        if (folder / name).exists() and (folder / name).read_bytes() != text.encode():",
+        "        if False:",
+        "data/test_instructed.py::test_a_folder_is_written_whole_or_not_at_all",
     ),
     Mutant(
         "items: instructions without their packages",
