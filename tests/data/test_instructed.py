@@ -15,12 +15,12 @@ from worlds import write_rows
 from srppo.cli.app import app
 from srppo.config import build_recipe
 from srppo.data import instructed
-from srppo.data.instructed import build, chance, overlap_with, read_pairs
+from srppo.data.instructed import Pair, build, chance, overlap_with, read_pairs
 from srppo.data.rows import load_demonstrations, load_prompts
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items
 from srppo.instructions.checkers import InstructedItem, instructed_item
-from srppo.instructions.kinds import of_group
+from srppo.instructions.kinds import KINDS, of_group
 
 TOPICS = ["harbours", "forests", "bridges", "markets", "violins", "lanterns", "glaciers", "orchards", "railways"]
 WHO = ["curious", "elderly", "patient", "cheerful", "careful", "foreign"]
@@ -126,6 +126,20 @@ def test_every_question_is_used_or_counted(tmp_path: Path) -> None:
     assert used + sum(built.left_out.values()) == 432 and used > 300
     shares = Counter(made.kind.name for made in built.prompts)
     assert len(shares) == 14 and max(shares.values()) - min(shares.values()) <= 1
+
+
+def test_what_no_kind_in_need_can_use_is_offered_again() -> None:
+    """The second pair can be JSON alone, and comes when a row without commas is wanted first."""
+    kinds = [kind for kind in KINDS if kind.name in ("punctuation:no_comma", "detectable_format:json_format")]
+    answers = ["It is so and not otherwise.", "It is not so but otherwise.", "So it is, as they say."]
+    pool = [Pair(f"Why {i}?", answer, "") for i, answer in enumerate(answers)]
+    made = instructed._take(pool, kinds, None, 0, "rows", Counter())
+    assert [(each.kind.name.partition(":")[2], each.pair.answer) for each in made] == [
+        ("json_format", answers[0]),
+        ("no_comma", answers[2]),
+        ("json_format", answers[1]),
+    ]
+    assert not pool
 
 
 @pytest.mark.usefixtures("few")

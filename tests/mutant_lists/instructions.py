@@ -44,15 +44,15 @@ MUTANTS = [
     Mutant(
         "instructions: a changed answer is believed",
         "data/instructed.py",
-        "if instructed_item(prompt, [kind.name], [settings], kind.name, kind.group).is_right(completion):",
-        "if completion:",
+        "elif not item.is_right(completion):",
+        "elif not completion:",
         "data/test_instructed.py::test_an_answer_that_fails_its_checker_is_counted",
     ),
     Mutant(
         "instructions: a question serves twice",
         "data/instructed.py",
         "        pool[:] = rest\n",
-        "",
+        "        pool[:] = rest if count is None else pool\n",
         "data/test_instructed.py::test_the_command_makes_what_training_and_evaluation_read",
     ),
     Mutant(
@@ -88,7 +88,7 @@ MUTANTS = [
         "data/instructed.py",
         "while before < len(made) != count:",
         "while before < 0:",
-        "data/test_instructed.py::test_every_question_is_used_or_counted",
+        "data/test_instructed.py::test_what_no_kind_in_need_can_use_is_offered_again",
     ),
     Mutant(
         "instructions: new rows beside an old test",
