@@ -51,10 +51,11 @@ class Pace:
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds: of each task, by key. lines: what could be significant, in plain words."""
+    """seconds: of each task, by key. lines: what could be significant, in plain words. paces: by base."""
 
     seconds: Mapping[str, float]
     lines: tuple[str, ...]
+    paces: Mapping[str, Pace]
 
 
 # ---- what is tried
@@ -162,12 +163,15 @@ def _measure(recipe: Recipe, device: str) -> Pace:
 # ---- what it says
 
 
-def estimate(plan: Plan, device: str, console: Console) -> Estimate:
-    """Try what is to come: read the data of every point, and measure a short step for each base that is trained."""
+def estimate(plan: Plan, device: str, console: Console, known: Mapping[str, Pace] | None = None) -> Estimate:
+    """Try what is to come: read the data of every point, and measure a short step for each base that is trained.
+
+    known: paces that this machine has shown when the sweep began.
+    """
     tasks = [task for task in plan.tasks.values() if task.recipe.seed == plan.sweep.seeds[0]]
     console.say("checking the data")
     check_data(tasks)
-    paces: dict[str, Pace] = {}
+    paces = dict(known or {})
     for recipe in (task.recipe for task in tasks):
         base = recipe.model.base
         if base not in paces:
@@ -177,7 +181,7 @@ def estimate(plan: Plan, device: str, console: Console) -> Estimate:
     paces |= {base: paces[bases[0]] for base in bases if base not in paces}
     seconds = {key: task_seconds(task, paces[task.recipe.model.base]) for key, task in plan.tasks.items()}
     items = test_items(plan.sweep.recipe)[plan.sweep.analysis.group]
-    return Estimate(seconds, tuple(power_lines(plan, items)))
+    return Estimate(seconds, tuple(power_lines(plan, items)), paces)
 
 
 def task_seconds(task: Task, pace: Pace) -> float:

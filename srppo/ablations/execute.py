@@ -14,13 +14,17 @@ from srppo.environment import commit_of_source, environment, package_versions
 from srppo.evaluation.development import load_items
 from srppo.kernels.native import compiler_version
 from srppo.models.loading import fingerprint, import_model, resolve
+from srppo.record.files import discard
 from srppo.record.store import Stage
 from srppo.stages.run import prepare_run, run_stages
 from srppo.training import parallel
 
 
 def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None) -> None:
-    """Run the task's stage to its commit, or find it committed. Raises what the stage raises."""
+    """Run the task's stage to its commit, or find it committed. Raises what the stage raises.
+
+    A finished stage's checkpoints go: nothing of a sweep reads them, and they would be most of what it holds on disk.
+    """
     device = parallel.start(device)
     console = console or Console(plain=True, file=None if parallel.is_first() else io.StringIO())
     run = prepare_run(task.recipe, [task.kind], ledger.run, console, device=device, environment=environment())
@@ -29,7 +33,9 @@ def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console
         if kind == task.kind and parallel.is_first():  # its parents have tasks of their own
             ledger.link(task, stage)
 
-    run_stages(run, on_stage=link)
+    stages = run_stages(run, on_stage=link)
+    if parallel.is_first():
+        discard(stages[task.kind].path / "checkpoints")
 
 
 def make_ready(task: Task) -> None:

@@ -96,17 +96,20 @@ class Ledger:
             with storing(path):
                 path.rename(path.with_name(f"failures-{time.time_ns()}.jsonl"))
 
-    def limit(self, timeout_s: float, recipe: Recipe) -> None:
-        """Set how long a stage may take and what else no result depends on, also for workers that join later."""
-        limits = {"timeout_s": timeout_s, "settings": free_settings(recipe)}
+    def limit(self, timeout_s: float, recipe: Recipe, paces: Mapping[str, Any] | None = None) -> None:
+        """Set how long a stage may take and what else no result depends on, also for workers that join later.
+
+        paces: what was measured where it starts, for who starts it again.
+        """
+        limits = {"timeout_s": timeout_s, "settings": free_settings(recipe), "paces": paces or {}}
         write_atomic(self.run.path / "limits.json", canonical_json(limits))
 
     @property
     def limits(self) -> dict[str, Any]:
         """What the last start has set: `timeout_s`, None where nobody has started yet, and `settings`, the keys of
-        `config.FREE` by `section.key`."""
+        `config.FREE` by `section.key`, and `paces`."""
         path = self.run.path / "limits.json"
-        return {"timeout_s": None, "settings": {}} | (read_json(path) if path.exists() else {})
+        return {"timeout_s": None, "settings": {}, "paces": {}} | (read_json(path) if path.exists() else {})
 
     def log_path(self, task: Task) -> Path:
         """Where a new try prints."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import tempfile
@@ -14,8 +15,12 @@ import torch
 from worlds import World, make_world
 
 from srppo.ablations import estimate
+from srppo.ablations import run as sweeps
 from srppo.ablations.estimate import Pace, check_data, measure_pace
+from srppo.ablations.options import read_options
 from srppo.ablations.plan import Task
+from srppo.ablations.run import Launch, ablate_command
+from srppo.console import Console
 from srppo.errors import ConfigError, DataError, ModelError, UserError
 from srppo.training import ppo
 
@@ -105,3 +110,21 @@ def test_a_slow_model_is_asked_for_one_step_of_ppo(
     monkeypatch.setattr(estimate, "SLOW_S", limit)
     assert estimate._measure(world.recipe(), "cpu").ppo_step_s > 0
     assert taken.call_args.args[0].ppo.steps == steps
+
+
+def test_a_sweep_that_goes_on_is_not_measured_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the machine that began it; another has another pace."""
+    measured = Mock(return_value=Pace(0.1, 0.2, 0.3, 0.01, 4, 4, 10))
+    monkeypatch.setattr(estimate, "measure_pace", measured)
+    options = read_options("grid", world.recipe(), seeds=1, axes=["ppo.lr=0.01"], arms="SFT")
+    for said in ("measuring a short step", ""):
+        out = io.StringIO()
+        console = Console(plain=True, file=out)
+        assert ablate_command("grid", options, tmp_path / "sweep", Launch(slots=1), console) == tmp_path / "sweep"
+        assert ("measuring a short step" in out.getvalue()) == bool(said) and "core-hours" in out.getvalue()
+    assert measured.call_count == 1
+    monkeypatch.setattr(sweeps, "cpu_model", lambda: "another")
+    ablate_command("grid", options, tmp_path / "sweep", Launch(slots=1), Console(plain=True, file=io.StringIO()))
+    assert measured.call_count == 2

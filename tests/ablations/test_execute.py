@@ -80,6 +80,10 @@ def test_stages_of_a_worker_come_to_what_plain_ones_do_and_find_no_thread(world:
     for task in tasks.values():
         execute(task, plain)
     assert results(Run.load(tmp_path / "warm")) == results(plain.run) and len(results(plain.run)) == 4
+    assert not [*(tmp_path / "plain").rglob("checkpoints"), *(tmp_path / "warm").rglob("checkpoints")], "none is needed"
+    task = next(task for task in tasks.values() if task.kind == "ppo")
+    assert plain.run.path.joinpath("stages", plain.stage(task).id, "model").is_dir()  # type: ignore[union-attr]
+    execute(task, plain)  # found committed
 
 
 def test_what_cannot_be_made_ready_is_left_to_the_stage(world: World) -> None:

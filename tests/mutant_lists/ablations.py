@@ -208,4 +208,18 @@ MUTANTS = [
         "None, margin",
         "ablations/test_analysis.py::test_tasks_are_the_units_where_there_are_several",
     ),
+    Mutant(
+        "sweep: finished stages keep their checkpoints",
+        "ablations/execute.py",
+        '        discard(stages[task.kind].path / "checkpoints")',
+        "        pass",
+        "ablations/test_execute.py::test_stages_of_a_worker_come_to_what_plain_ones_do_and_find_no_thread",
+    ),
+    Mutant(
+        "sweep: another machine's pace",
+        "ablations/run.py",
+        'here = f"{device}, {cpu_model()}"',
+        "here = device",
+        "ablations/test_estimate.py::test_a_sweep_that_goes_on_is_not_measured_again",
+    ),
 ]
