@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from srppo.errors import SrppoError
+
 PACKAGES = (
     "srppo torch triton transformers tokenizers accelerate datasets lm-eval safetensors numpy scipy pydantic rich "
     "typer matplotlib peft gguf ray tensorboard wandb"
@@ -79,6 +81,17 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srppo"
     except RuntimeError as error:
         raise FileNotFoundError("no home folder; set XDG_CACHE_HOME") from error
+
+
+def made_in_cache(part: str, what: str, error: type[SrppoError]) -> Path:
+    """A folder within `cache_folder`, which is made. Raises `error` where it cannot be; what: that it would hold."""
+    try:
+        folder = cache_folder() / part
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        reason = f"{problem}; set XDG_CACHE_HOME to a folder that can be written"
+        raise error(f"there is no place for {what}: {reason}") from problem
+    return folder
 
 
 def cpu_model() -> str:

@@ -108,8 +108,7 @@ class Ledger:
     def limits(self) -> dict[str, Any]:
         """What the last start has set: `timeout_s`, None where nobody has started yet, and `settings`, the keys of
         `config.FREE` by `section.key`, and `paces`."""
-        path = self.run.path / "limits.json"
-        return {"timeout_s": None, "settings": {}, "paces": {}} | (read_json(path) if path.exists() else {})
+        return limits_of(self.run.path)
 
     def log_path(self, task: Task) -> Path:
         """Where a new try prints."""
@@ -120,3 +119,9 @@ class Ledger:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def limits_of(folder: Path) -> dict[str, Any]:
+    """`Ledger.limits` of a sweep's folder, which need not be there."""
+    path = folder / "limits.json"
+    return {"timeout_s": None, "settings": {}, "paces": {}} | (read_json(path) if path.exists() else {})

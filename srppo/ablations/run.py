@@ -6,13 +6,12 @@ import hashlib
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from srppo.ablations.estimate import Estimate, Pace, check_data, estimate
-from srppo.ablations.ledger import Ledger
+from srppo.ablations.ledger import Ledger, limits_of
 from srppo.ablations.local import Execute
 from srppo.ablations.options import build_sweep
 from srppo.ablations.plan import Plan
@@ -25,11 +24,11 @@ from srppo.environment import cpu_model
 from srppo.errors import ConfigError, RecordError, RunError
 from srppo.record.arms import is_sweep
 from srppo.record.folder import check_place
-from srppo.record.json import read_json
 from srppo.record.store import Run
 
 ENGINES = ("local", "ray", "slurm")
 TRIES = 3  # of a stage that fails
+_OF_PACE = {each.name for each in fields(Pace)}  # one that other code has measured may hold other figures
 SLACK, LEAST_TIMEOUT_S = 10, 600.0  # a stage hangs when it takes ten times as long as thought, and ten minutes
 
 
@@ -64,7 +63,8 @@ def ablate_command(
         _refuse_other(folder, sweep)
     slots, gpus, device = places(sweep, launch)
     here = f"{device}, {cpu_model()}"  # another machine has other paces
-    known = {base: Pace(**pace) for base, pace in paces_of(folder).get(here, {}).items()}
+    paces = limits_of(folder)["paces"]
+    known = {base: Pace(**pace) for base, pace in paces.get(here, {}).items() if pace.keys() == _OF_PACE}
     found = estimate(plan, device, console, known)
     for line in plan_lines(plan, found, folder, slots):
         console.say(line)
@@ -76,7 +76,8 @@ def ablate_command(
         return None
     ledger = Ledger(Run.open(folder, spec), TRIES)
     timeout_s = launch.timeout_s or max(LEAST_TIMEOUT_S, SLACK * max(found.seconds.values()))
-    ledger.limit(timeout_s, sweep.recipe, {here: {base: asdict(pace) for base, pace in found.paces.items()}})
+    measured = {here: {base: asdict(pace) for base, pace in found.paces.items()}}
+    ledger.limit(timeout_s, sweep.recipe, paces | measured)
     if launch.retry:
         forgive(plan, ledger, console)
     if launch.engine == "slurm":
@@ -124,15 +125,6 @@ def _refuse_other(folder: Path, sweep: Sweep) -> None:
             raise RecordError(f"{folder} holds {found}, not {sweep.name}; give --out another folder")
     if any(folder.iterdir()):  # an empty one stays empty until the data are known to be good
         Run.open(folder, sweep.as_spec())
-
-
-def paces_of(folder: Path) -> dict[str, Any]:
-    """What was measured when a sweep began; nothing where none has."""
-    try:
-        found: dict[str, Any] = read_json(folder / "limits.json").get("paces", {})
-    except RecordError:
-        return {}
-    return found
 
 
 def raise_if_lost(plan: Plan, ledger: Ledger) -> None:

@@ -39,6 +39,9 @@ _BY_KIND = {
 EQUAL_COMPUTE = Arm(EQUAL, longer(1))
 BASE, SFT, SHUFFLED, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "shuffled", "ppo"))
 FROM_CHOSEN, FROM_EQUAL, DECODED = (_BY_KIND[name] for name in ("ppo-chosen", "ppo-equal", "decoded"))
+SHARPENING = Arm("sharpening", "ppo", {"reward.kind": "sft"})
+ONLY_ASKED_FOR = (EQUAL_COMPUTE, SHARPENING, FROM_EQUAL)
+"""Arms of no sweep of ours, for --arms: of these questions the sweeps `method` and `reward` have the dearer answers."""
 OPTIMUM = Arm("optimum (forecast)", "resampled")
 COMMON = (SFT, LONGER, SHUFFLED, SRPPO)
 """Arms of every sweep: a gain over SFT alone says neither that more SFT would not do it, nor that the reward did."""
@@ -420,7 +423,7 @@ ARMS: Mapping[str, Arm] = {
     for arm in (
         *(arm for arm in _BY_KIND.values() if arm not in (SHUFFLED, SRPPO, FROM_CHOSEN, FROM_EQUAL)),
         EQUAL_COMPUTE,
-        Arm("sharpening", "ppo", {"reward.kind": "sft"}),
+        SHARPENING,
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
         SHUFFLED,
         SRPPO,
@@ -437,7 +440,7 @@ def method(options: Options) -> Sweep:
     question = "Is PPO worth it, beside cheaper ways to the same optimum, and ways without a reward?"
     if options.arms:
         return options.sweep("method", question, points, options.arms)
-    arms = [arm for arm in ARMS.values() if arm not in (BASE, EQUAL_COMPUTE, FROM_EQUAL) and arm.name != "sharpening"]
+    arms = [arm for arm in ARMS.values() if arm not in (BASE, *ONLY_ASKED_FOR)]
     arms[1:1] = sft_variants(options.recipe)
     arms = [replace(arm, overrides=gae) if arm in (SRPPO, SHUFFLED, FROM_CHOSEN) else arm for arm in arms]
     others = [arm.name for arm in arms if arm.name not in (SRPPO.name, FROM_CHOSEN.name)]

@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 from srppo.data.overlap import Overlap, measure_overlap, normalise
 from srppo.data.sources import tables
 from srppo.errors import DataError
-from srppo.instructions.checkers import check_packages, instructed_item
+from srppo.instructions.checkers import instructed_item, missing, need
 from srppo.instructions.kinds import GROUPS, KINDS, Kind, of_group
-from srppo.record.files import checksum, storing, write_atomic
+from srppo.record.files import MANIFEST, checksum, storing, write_atomic
 
 TEST = {"demonstrated": 30, "prompted": 30, "unseen": 112}  # items a kind: 1,008 of the nine unseen ones
 DEV = 20  # development items a demonstrated kind
 SHORTEST, LONGEST = 30, 500  # characters of an answer, and of one that was changed: some 120 tokens
-OFTEN = 0.2
+OFTEN = 0.2  # share of a kind's items that answers to other questions obey, from which on the kind is named
 FILES = ("demonstrations.jsonl", "prompts.jsonl", "items.jsonl")
 UNFIT, FAILED, LONG = "the answer does not lend itself", "fail their checker", "grow too long"
 
@@ -58,12 +58,15 @@ class Made(NamedTuple):
     pair: Pair
 
     def demonstration(self) -> dict[str, Any]:
+        """As SFT reads it."""
         return {"prompt": self.prompt, "completion": self.completion, "task": self.kind.name}
 
     def asked(self) -> dict[str, Any]:
+        """As PPO reads it: a prompt without an answer."""
         return {"prompt": self.prompt, "task": self.kind.name}
 
     def item(self, split: str) -> dict[str, Any]:
+        """As `eval.items` reads it."""
         checked = {"instruction_id_list": [self.kind.name], "kwargs": [dict(self.settings)]}
         return {"prompt": self.prompt, **checked, "task": self.kind.name, "group": self.kind.group, "split": split}
 
@@ -138,7 +141,8 @@ def build(sources: Sequence[str], *, demonstrations: int, prompts: int | None, s
     Each takes the kinds in turn, so the kinds of one role have like shares, and another number of demonstrations asks
     the same test. Raises DataError where the sources hold too little, or the checkers' packages are not here.
     """
-    check_packages(score_rest=False)
+    if absent := missing():
+        raise DataError(need(absent))
     pairs, left_out = read_pairs(sources)
     Random(f"instructions:{seed}").shuffle(pairs)
     built, pool = Built(left_out=left_out), list(pairs)
@@ -311,7 +315,7 @@ def write(
     if beside is not None:
         prompts = {name: each.as_dict() for name, each in beside.prompts.items()}
         manifest["beside"] = {"prompts": prompts, "wordings": beside.wordings, "found": beside.found}
-    texts["manifest.json"] = json.dumps(manifest, indent=1) + "\n"
+    texts[MANIFEST] = json.dumps(manifest, indent=1) + "\n"
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -321,7 +325,7 @@ def write(
 def check_folder(folder: Path) -> None:
     """Raises DataError where it is a file, or holds a folder in place of one of ours."""
     blocked = [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]
-    blocked += [folder / name for name in FILES if (folder / name).is_dir()]
+    blocked += [folder / name for name in (*FILES, MANIFEST) if (folder / name).is_dir()]
     if blocked:
         raise DataError(f"{blocked[0]} is in the way of the rows; give another folder with --out")
 

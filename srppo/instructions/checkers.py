@@ -17,7 +17,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from srppo.environment import cache_folder, way_to
+from srppo.environment import made_in_cache, way_to
 from srppo.errors import DataError
 from srppo.record.files import write_atomic
 from srppo.world.items import Item
@@ -102,13 +102,13 @@ def _checker(kind: str, settings: Mapping[str, Any], prompt: str) -> Any:
         if settings.keys() != set(needed) or not all(settings.values()):
             found = ", ".join(f"{key} = {value!r}" for key, value in settings.items()) or "none"
             raise ValueError(f"{kind} takes {', '.join(needed) or 'nothing'} in kwargs, each set; found {found}")
-        with _drawing_by(f"{kind} {prompt}"):
+        with drawing_by(f"{kind} {prompt}"):
             checker.build_description(**settings)
         return checker
 
 
 @contextmanager
-def _drawing_by(seed: str) -> Iterator[None]:
+def drawing_by(seed: str | int) -> Iterator[None]:
     """Within, Python's own random numbers start at `seed`; then they go on as before."""
     state = random.getstate()
     random.seed(seed)
@@ -131,13 +131,10 @@ def missing() -> list[str]:
     return absent
 
 
-def check_packages(score_rest: bool) -> None:
-    """Raises DataError for what is not here, unless the prompts that need it may be left out."""
-    absent = missing()
-    if "nltk" in absent or (absent and not score_rest):
-        ways = "; ".join(dict.fromkeys(map(way_to, absent)))
-        rest = "" if "nltk" in absent else "; or pass --score-rest to score the other prompts and list these"
-        raise DataError(f"IFEval's checkers need {', '.join(absent)}, not found here: {ways}{rest}")
+def need(absent: Sequence[str]) -> str:
+    """What to say of packages that are not here, and how to have them."""
+    ways = "; ".join(dict.fromkeys(map(way_to, absent)))
+    return f"IFEval's checkers need {', '.join(absent)}, not found here: {ways}"
 
 
 def lacking(kinds: Sequence[str], absent: Sequence[str]) -> list[str]:
@@ -164,20 +161,12 @@ def _put_sentence_ends() -> None:
         "collocations.tab": ["\t".join(pair) for pair in sorted(english.COLLOCATIONS)],
         "ortho_context.tab": [f"{word}\t{flags}" for word, flags in sorted(english.ORTHO_CONTEXT.items())],
     }
-    try:
-        root = cache_folder() / "nltk"
-        folder = root / "tokenizers" / "punkt_tab" / "english"
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"there is no place for nltk's table of sentence ends: {error}; set XDG_CACHE_HOME to a folder that can be "
-            "written"
-        ) from error
+    folder = made_in_cache("nltk/tokenizers/punkt_tab/english", "nltk's table of sentence ends", DataError)
     for name, lines in tables.items():
         path, text = folder / name, "\n".join(lines)
         if not (path.is_file() and path.read_text(encoding="utf-8") == text):
             write_atomic(path, text)
-    nltk.data.path.append(str(root))
+    nltk.data.path.append(str(folder.parents[2]))
 
 
 def _has_sentence_ends() -> bool:

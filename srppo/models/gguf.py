@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srppo.environment import cache_folder
+from srppo.environment import made_in_cache
 from srppo.errors import ModelError
 from srppo.record.files import checksum, damage, replace_folder, storing
 
@@ -74,13 +74,7 @@ def dequantized(file: Path) -> Path:
 
 @lru_cache(maxsize=16)  # checksums are read once a process
 def _dequantized(file: Path, known: str) -> Path:
-    try:
-        cache = cache_folder() / "models"
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(
-            f"there is no place for what {file} holds: {error}; set XDG_CACHE_HOME to a folder that can be written"
-        ) from error
+    cache = made_in_cache("models", f"what {file} holds", ModelError)
     folder = cache / f"{file.stem.lower()}-{known[:16]}-{RULE}"
     with storing(folder, cache), FileLock(cache / f".{folder.name}.lock"):  # several processes may begin at once
         if damage(folder) is not None:

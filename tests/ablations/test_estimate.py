@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import tempfile
@@ -128,3 +129,14 @@ def test_a_sweep_that_goes_on_is_not_measured_again(
     monkeypatch.setattr(sweeps, "cpu_model", lambda: "another")
     ablate_command("grid", options, tmp_path / "sweep", Launch(slots=1), Console(plain=True, file=io.StringIO()))
     assert measured.call_count == 2
+    monkeypatch.undo()  # back on the first, whose pace the other has left alone
+    monkeypatch.setattr(estimate, "measure_pace", measured)
+    ablate_command("grid", options, tmp_path / "sweep", Launch(slots=1), Console(plain=True, file=io.StringIO()))
+    assert measured.call_count == 2
+    limits = json.loads((tmp_path / "sweep" / "limits.json").read_text())
+    for of_machine in limits["paces"].values():  # as code would have it that measures something else
+        for pace in of_machine.values():
+            pace["further"] = 1.0
+    (tmp_path / "sweep" / "limits.json").write_text(json.dumps(limits))
+    ablate_command("grid", options, tmp_path / "sweep", Launch(slots=1), Console(plain=True, file=io.StringIO()))
+    assert measured.call_count == 3

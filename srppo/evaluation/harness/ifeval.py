@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from srppo.errors import DataError
+from srppo.instructions import checkers
 from srppo.instructions.checkers import lacking
 
 
@@ -13,6 +15,14 @@ def is_ifeval(config: Mapping[str, Any]) -> bool:
     check = config.get("process_results")
     module = str(getattr(check, "__module__", check)).replace("/", ".").removesuffix(".process_results")
     return module.endswith("lm_eval.tasks.ifeval.utils")
+
+
+def check_packages(score_rest: bool) -> None:
+    """Raises DataError for what is not here, unless the prompts that need it may be left out."""
+    absent = checkers.missing()
+    if "nltk" in absent or (absent and not score_rest):
+        rest = "" if "nltk" in absent else "; or pass --score-rest to score the other prompts and list these"
+        raise DataError(f"{checkers.need(absent)}{rest}")
 
 
 def reason_not_scored(doc: Mapping[str, Any], absent: list[str]) -> str | None:

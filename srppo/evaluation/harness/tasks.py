@@ -22,9 +22,9 @@ from srppo.config import canonical_json
 from srppo.data.hub import offline_when_unreachable
 from srppo.errors import DataError
 from srppo.evaluation.harness.guards import Problems, restating
-from srppo.evaluation.harness.ifeval import is_ifeval
+from srppo.evaluation.harness.ifeval import check_packages, is_ifeval
 from srppo.evaluation.items import read_rows
-from srppo.instructions.checkers import check_packages, checkers_importable
+from srppo.instructions.checkers import checkers_importable
 from srppo.world.tasks import REPORTED
 
 OURS = {suite: tuple(f"{suite}_{group}" for group in REPORTED) for suite in ("embedded", "embedded_long")}
