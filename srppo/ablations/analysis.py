@@ -25,6 +25,7 @@ from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
 from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
+from srppo.stages.kinds import STARTS
 from srppo.statistics.association import rank_agreement
 from srppo.statistics.intervals import Estimate, calibrated_interval, cluster_values, interquartile_mean
 from srppo.statistics.tests import sign_flip
@@ -192,7 +193,7 @@ def _by_length(plan: Plan, ledger: Ledger, key: str, stage: Stage) -> dict[str, 
     before = [*plan.tasks[key].needs]
     for need in before:  # it grows: nearest first
         task = plan.tasks[need]
-        if task.kind in ("sft", "chosen-sft") and (sft := ledger.stage(task)):
+        if task.kind in STARTS and (sft := ledger.stage(task)):
             return gain_at_lengths(recorded(sft), recorded(stage), plan.sweep.analysis.group)
         before += task.needs
     return {}

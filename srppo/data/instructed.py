@@ -33,6 +33,7 @@ from srppo.record.files import MANIFEST, checksum, storing, write_atomic
 TEST = {"demonstrated": 30, "prompted": 30, "unseen": 112}  # items a kind: 1,008 of the nine unseen ones
 DEV = 20  # development items a demonstrated kind
 SHORTEST, LONGEST = 30, 500  # characters of an answer, and of one that was changed: some 120 tokens
+OTHERS = 4
 OFTEN = 0.2  # share of a kind's items that answers to other questions obey, from which on the kind is named
 FILES = ("demonstrations.jsonl", "prompts.jsonl", "items.jsonl")
 UNFIT, FAILED, LONG = "the answer does not lend itself", "fail their checker", "grow too long"
@@ -213,15 +214,16 @@ def _closed(question: str) -> str:
 
 
 def chance(built: Built, seed: int = 0) -> dict[str, dict[str, float]]:
-    """How often test items of each kind are right by no merit: by their own answers unchanged, by those of others."""
-    rng, found = Random(f"chance:{seed}"), dict[str, list[tuple[bool, bool]]]()
-    others = [made.pair.answer for made in built.test]
-    for made in built.test:
+    """Shares of the test items of each kind that are right by no merit: `unchanged`, of an item's own answer as it
+    came; `of others`, of the answers to OTHERS other items, drawn by the seed."""
+    rng, found = Random(f"chance:{seed}"), dict[str, list[tuple[float, float]]]()
+    for place, made in enumerate(built.test):
         item = instructed_item(made.prompt, [made.kind.name], [made.settings], made.kind.name, made.kind.group)
-        told = (item.is_right(made.pair.answer), item.is_right(rng.choice(others)))
+        others = [built.test[place - rng.randrange(1, len(built.test))] for _ in range(OTHERS)]
+        told = (item.is_right(made.pair.answer), mean(item.is_right(other.pair.answer) for other in others))
         found.setdefault(made.kind.name, []).append(told)
     return {
-        name: {"unchanged": round(mean(own for own, _ in told), 3), "of others": round(mean(o for _, o in told), 3)}
+        name: {what: round(mean(share[i] for share in told), 3) for i, what in enumerate(("unchanged", "of others"))}
         for name, told in found.items()
     }
 

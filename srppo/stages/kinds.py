@@ -221,6 +221,8 @@ KINDS: dict[str, Kind] = {
     )
 }
 """Every kind by name, in the order of tables; who needs `sft` is served by `given-sft` where the recipe names one."""
+STARTS = frozenset(KINDS[name].parents[0] for name in ("ppo", "ppo-chosen", "ppo-equal"))
+"""SFT models that PPO may start from."""
 
 
 def kind_of(name: str, recipe: Recipe) -> Kind:

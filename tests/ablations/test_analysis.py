@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep
+from srppo.ablations import Ablation, Analysis, Arm, Cell, Sweep, analysis
 from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Plan, Task
@@ -197,3 +198,27 @@ def test_the_seconds_of_a_stage_survive_copying(tmp_path: Path) -> None:
         written = 2**32 if number == 1 else committed.timestamp() - 10  # the first is a copy: new, whatever it holds
         os.utime(folder / "metrics.jsonl", (written, written))
     assert stage_seconds(stage) == pytest.approx(100 + 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        ("ppo", "sft"),
+        ("ppo-chosen", "chosen-sft"),
+        ("ppo-equal", "longer-sft-1"),
+        ("longer-sft-1", "sft"),
+        ("distil", "sft"),
+    ],
+)
+def test_what_length_explains_is_told_of_where_an_arm_started(
+    kind: str, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest SFT model on the way to an arm, and for longer SFT the one that it goes beyond."""
+    tasks = {name: Task(name, name, Recipe(), each.parents) for name, each in KINDS.items()}
+    plan = cast(Plan, SimpleNamespace(tasks=tasks, sweep=sweep_of(1)))
+    ledger = cast(Ledger, SimpleNamespace(stage=lambda task: task.key))
+    compared: list[tuple[object, object]] = []
+    monkeypatch.setattr(analysis, "recorded", lambda stage: stage)
+    monkeypatch.setattr(analysis, "gain_at_lengths", lambda sft, policy, group: compared.append((sft, policy)) or {})
+    analysis._by_length(plan, ledger, kind, cast(Stage, kind))
+    assert compared == [(start, kind)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from worlds import write_rows
 from srppo.cli.app import app
 from srppo.config import build_recipe
 from srppo.data import instructed
-from srppo.data.instructed import Pair, build, chance, overlap_with, read_pairs
+from srppo.data.instructed import Built, Made, Pair, build, chance, overlap_with, read_pairs
 from srppo.data.rows import load_demonstrations, load_prompts
 from srppo.errors import DataError
 from srppo.evaluation.items import load_items
@@ -74,6 +75,10 @@ def test_the_command_makes_what_training_and_evaluation_read(tmp_path: Path) -> 
     asked += [item.prompt for item in (*dev, *test)]
     questions = [text.partition(". ")[0] for text in asked]
     assert len(set(questions)) == len(questions) > 200
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["sources"] == {str(source): hashlib.sha256(source.read_bytes()).hexdigest()}
+    for name, digest in manifest["sha256"].items():
+        assert digest == hashlib.sha256((out / name).read_bytes()).hexdigest()
     # again: nothing changes, and other rows are not written over these
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert CliRunner().invoke(app, words).exit_code == 0
@@ -149,6 +154,30 @@ def test_what_is_right_by_no_merit_is_told(tmp_path: Path) -> None:
     assert len(rates) == 23 and rates["detectable_format:title"] == {"unchanged": 0, "of others": 0}
     assert rates["keywords:existence"]["unchanged"] == rates["keywords:letter_frequency"]["unchanged"] == 1
     assert rates["keywords:forbidden_words"]["unchanged"] == 0
+
+
+def test_other_questions_answers_are_those_of_others() -> None:
+    """Of one item without commas, whose answer has some, beside many whose answers have none."""
+    by_name = {kind.name: kind for kind in KINDS}
+    pairs = [
+        Pair("Why?", "So it is, as they say, my dear.", ""),
+        *(Pair(f"Why {i}?", "So it is now.", "") for i in range(9)),
+    ]
+    kinds = ["punctuation:no_comma", *["detectable_format:title"] * 9]
+    test = [Made(by_name[kind], pair.question, {}, "", pair) for kind, pair in zip(kinds, pairs, strict=True)]
+    for seed in range(20):
+        rates = chance(Built(test=test), seed)
+        assert rates["punctuation:no_comma"] == {"unchanged": 0, "of others": 1}
+
+
+def test_an_answer_that_grows_too_long_is_not_taken() -> None:
+    """All items can be obeyed within the length that an answer may have."""
+    (kind,) = (kind for kind in KINDS if kind.name == "detectable_content:postscript")
+    answer = "It is so. " * 49 + "It is so."
+    assert len(answer) < instructed.LONGEST
+    refused = Counter[str]()
+    assert instructed._take([Pair("Why?", answer, "")], [kind], None, 0, "rows", refused) == []
+    assert refused == {f"{kind.name}: {instructed.LONG}": 1}
 
 
 @pytest.mark.usefixtures("few")

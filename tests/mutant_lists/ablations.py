@@ -222,4 +222,18 @@ MUTANTS = [
         "here = device",
         "ablations/test_estimate.py::test_a_sweep_that_goes_on_is_not_measured_again",
     ),
+    Mutant(
+        "sweep: length explains beyond another start",
+        "ablations/analysis.py",
+        "if task.kind in STARTS and",
+        'if task.kind == "sft" and',
+        "ablations/test_analysis.py::test_what_length_explains_is_told_of_where_an_arm_started",
+    ),
+    Mutant(
+        "stages: SRPPO from equal compute begins at SFT",
+        "stages/kinds.py",
+        '("ppo-equal", longer(1),',
+        '("ppo-equal", "sft",',
+        "stages/test_run.py::test_srppo_from_equal_compute_starts_from_that_sft",
+    ),
 ]

@@ -104,4 +104,18 @@ MUTANTS = [
         "if lacks := lacking(kinds, []):",
         "instructions/test_checkers.py::test_items_whose_checker_is_not_here_are_refused",
     ),
+    Mutant(
+        "instructions: an answer of its own among the others'",
+        "data/instructed.py",
+        "rng.randrange(1, len(built.test))",
+        "rng.randrange(0, 2) * len(built.test)",
+        "data/test_instructed.py::test_other_questions_answers_are_those_of_others",
+    ),
+    Mutant(
+        "instructions: however long they grow",
+        "data/instructed.py",
+        "if len(completion) > LONGEST:",
+        "if len(completion) > 10 * LONGEST:",
+        "data/test_instructed.py::test_an_answer_that_grows_too_long_is_not_taken",
+    ),
 ]

@@ -387,6 +387,19 @@ def test_development_items_choose_the_length_and_srppo_starts_from_it(world: Wor
     assert first["reward"] != plain["reward"], "its reward is that of the chosen model"
 
 
+def test_srppo_from_equal_compute_starts_from_that_sft(world: World, tmp_path: Path) -> None:
+    """Its start, its anchor and its reward are those of SFT at equal compute, which it pays for."""
+    run = prepared(world, tmp_path / "run", ["ppo-equal"], ppo__steps=6, eval__metric="nll")
+    found = run_stages(run)
+    longer, srppo = found["longer-sft-1"], found["ppo-equal"]
+    assert srppo.identity["parents"] == [run.base_id, longer.id]
+    own, spent = figures_of(srppo), compute_of(longer)
+    assert compute_of(srppo) == (own["flops"] + spent[0], own["selection_flops"] + spent[1])
+    first, plain = srppo.metrics()[1], found["ppo"].metrics()[1]
+    assert first["kl_sft"] == 0 == plain["kl_sft"] and first["kl_base"] == pytest.approx(first["reward"], abs=1e-5)
+    assert first["reward"] != plain["reward"], "its reward is that of the longer model"
+
+
 def test_the_shorter_of_equals_is_chosen_and_without_scores_the_whole() -> None:
     def lengths(*scores: float | None) -> dict[str, dict[str, Any]]:
         rows = zip("abc", scores, (40, 10, 4), strict=True)
