@@ -12,7 +12,9 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from huggingface_hub import constants
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import linear
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -313,3 +316,21 @@ def pick_device(name: str) -> str:
             f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
         ) from None
     return name
+
+
+@cache  # of a process
+def bf16_slowdown(device: str) -> float:
+    """Time of a linear layer in bf16 over the same in fp32, on this device: about 10 on a CPU that has no instructions
+    for it (and gradients more), below 1 where there are."""
+    threads, seconds = torch.get_num_threads(), {}
+    torch.set_num_threads(1)  # more would wait for each other where others want the cores
+    for dtype in (torch.float32, torch.bfloat16):
+        x_MD, weight_ND = (torch.ones(rows, 512, device=device, dtype=dtype) for rows in (128, 1024))
+        tries = []
+        for _ in range(6):  # the first one also makes it ready
+            start = perf_counter()
+            linear(x_MD, weight_ND)[0, 0].item()  # waits for the device
+            tries.append(perf_counter() - start)
+        seconds[dtype] = min(tries)
+    torch.set_num_threads(threads)
+    return seconds[torch.bfloat16] / seconds[torch.float32]

@@ -42,7 +42,7 @@ from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.heap import give_back
 from srppo.models.language_model import LanguageModel
-from srppo.models.loading import context_length, fingerprint, load_over, to_train
+from srppo.models.loading import bf16_slowdown, context_length, fingerprint, load_over, to_train
 from srppo.models.memory import is_out_of_memory, total_bytes
 from srppo.models.pair import load_models
 from srppo.record.files import write_atomic
@@ -61,6 +61,7 @@ from srppo.world.items import Item
 
 Figures = dict[str, Any]
 Stages = Mapping[str, Stage]  # by the name of their kind
+SLOW = 2.0  # times as long in bf16 as in fp32, beyond which this is said
 UNTRAINED: Figures = {"kept_step": 0, "steps": 0, "flops": 0}
 
 
@@ -119,6 +120,11 @@ def prepare_run(
         console.warn(warning)
     for section in (recipe.sft, recipe.ppo):
         check_optimizer(section.optimizer)
+    if "bf16" in (recipe.model.precision, recipe.model.scoring) and (times := bf16_slowdown(device)) > SLOW:
+        console.warn(
+            f"a layer in bf16 takes {times:.0f} times as long as one in fp32 on this {device}: where memory allows it, "
+            'set model.precision = "fp32", and leave model.scoring out'
+        )
     recipe, kinds = resolved(recipe), tuple(in_order(kinds))
     check(kinds, recipe)
     parallel.check_rows(rollout__batch=recipe.rollout.batch, sft__batch=recipe.sft.batch)

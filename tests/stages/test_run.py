@@ -194,6 +194,25 @@ def test_methods_without_test_items_say_so(world: World, tmp_path: Path) -> None
     assert run_stages(prepared(world, tmp_path / "run", ["extrapolated"], **keys))["extrapolated"].done
 
 
+@pytest.mark.parametrize(
+    ("keys", "times", "warns"),
+    [
+        ({"model.precision": "bf16"}, 9.0, True),
+        ({"model.scoring": "bf16"}, 9.0, True),
+        ({"model.precision": "bf16"}, 0.6, False),
+        ({}, 9.0, False),
+    ],
+)
+def test_bf16_without_instructions_for_it_is_said(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], times: float, warns: bool
+) -> None:
+    assert srppo.models.loading.bf16_slowdown("cpu") > 0
+    monkeypatch.setattr(srppo.stages.run, "bf16_slowdown", lambda device: times)
+    said = io.StringIO()
+    prepare_run(world.recipe(keys), ["sft"], tmp_path / "run", Console(plain=True, file=said))
+    assert ("takes 9 times as long as one in fp32 on this cpu" in " ".join(said.getvalue().split())) == warns
+
+
 # ---- SFT by steps
 
 
