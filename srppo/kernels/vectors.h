@@ -1,4 +1,5 @@
-// Vectors of 16 fp32 lanes, as GCC and Clang have them on any machine, and what all compiled kernels do with them.
+// Vectors of fp32 lanes, as GCC and Clang have them on any machine, and what all compiled kernels do with them. They are
+// as wide as the machine's registers: a wider one is split, and its comparisons are made lane by lane.
 
 #pragma once
 
@@ -6,9 +7,15 @@
 
 namespace {
 
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+#if defined(__AVX512F__)
 constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;  // SSE2, NEON
+#endif
+typedef float V __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 inline void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }

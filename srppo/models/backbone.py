@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from srppo.errors import ConfigError
+from srppo.models.lora import one_operation
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
 UNKNOWN = ""  # what is active after PEFT has put in or taken out an adapter: whatever is asked for next is switched to
@@ -61,6 +62,9 @@ class Backbone:
         del self.model.peft_config  # type: ignore[union-attr]  # PEFT's notes: roles know their settings themselves
         tuner = peft().tuners.tuners_utils.BaseTunerLayer
         self.layers = [module for module in self.model.modules() if isinstance(module, tuner)]
+        for layer in self.layers:
+            if type(layer) is peft().tuners.lora.Linear:
+                layer.__class__ = one_operation(type(layer))
         for weight in self.weights(name).values():
             weight.data = weight.data.float()  # PEFT makes them in the backbone's precision; they are trained
         self._active = UNKNOWN
