@@ -114,7 +114,7 @@ def test_smollm2_recipe_runs_dry(tmp_path: Path) -> None:
 
 
 def test_smollm2_ifeval_recipe_runs_dry(tmp_path: Path) -> None:
-    """With adapters in bf16, over items of instructions, development items measured on the way."""
+    """With adapters, over items of instructions, development items measured on the way."""
     torch.set_num_threads(1)
     small_smollm2(tmp_path / "model")
     rows = [

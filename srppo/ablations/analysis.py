@@ -23,6 +23,7 @@ from srppo.ablations.spec import Cell, Comparison, Sweep
 from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
 from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
+from srppo.record.json import read_lines
 from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
 from srppo.stages.kinds import STARTS
@@ -132,13 +133,15 @@ class Forecast:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All of it, and a plain row a cell, seed, group and decoding for CSV and parquet."""
+    """All of it, and plain rows for CSV and parquet: one a cell, seed, group and decoding, and in `tasks` one of each
+    task of that, from which differences between arms can be tested again, also with the seeds of other sweeps."""
 
     plan: Plan
     cells: tuple[CellResult, ...]
     differences: tuple[Tested, ...]
     trends: tuple[Trend, ...]
     rows: tuple[Mapping[str, Any], ...]
+    tasks: tuple[Mapping[str, Any], ...] = ()
     peaks: tuple[Peak, ...] = ()
     curves: tuple[CurveResult, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
@@ -172,7 +175,8 @@ def analyse(plan: Plan, ledger: Ledger) -> SweepResult:
     metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.accuracy))
     curves = curves_of(plan.sweep, stages, metrics)
     forecasts = tuple(_forecasts(plan.sweep, scores))
-    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, peaks, curves, forecasts)
+    tasks = tuple(row for cell, by_seed in found.items() for row in _task_rows(plan.sweep, cell, by_seed))
+    return SweepResult(plan, cells, _differences(plan, scores), trends, rows, tasks, peaks, curves, forecasts)
 
 
 def _measured(plan: Plan, ledger: Ledger, cell: Cell, states: Mapping[str, State]) -> dict[int, _Measured]:
@@ -270,6 +274,23 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
             value["accuracy"] = float(np.mean(result.scores))
             made.append({**common, **value, **cost, "stage": each.stage.id, **figures})
     return made
+
+
+def _task_rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> Iterator[dict[str, Any]]:
+    """Plain rows, one a seed, decoding, group and task: share right, mean tokens, share ended."""
+    common = {"sweep": sweep.name, "point": cell.point, **sweep.point(cell.point).values, "arm": cell.arm}
+    for seed, each in found.items():
+        for decoding in DECODINGS:
+            by_task: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+            for answered in read_lines(each.stage.path / "eval" / f"kept-{decoding}" / "samples.jsonl"):
+                by_task.setdefault((answered["group"], answered["task"]), []).append(answered)
+            for (group, task), rows in by_task.items():
+                made = {"seed": seed, "group": group, "decoding": decoding, "task": task, "items": len(rows)}
+                made |= {"accuracy": float(np.mean([np.mean(row["correct"]) for row in rows]))}
+                for key in ("tokens", "ended"):
+                    values = [value for row in rows for value in row.get(key, ())]
+                    made[key] = float(np.mean(values)) if values else None
+                yield {**common, **made}
 
 
 # ---- differences

@@ -63,8 +63,9 @@ class Backbone:
         tuner = peft().tuners.tuners_utils.BaseTunerLayer
         self.layers = [module for module in self.model.modules() if isinstance(module, tuner)]
         for layer in self.layers:
-            if type(layer) is peft().tuners.lora.Linear:
-                layer.__class__ = one_operation(type(layer))
+            own: Any = type(layer)
+            if own is peft().tuners.lora.Linear:
+                layer.__class__ = one_operation(own)
         for weight in self.weights(name).values():
             weight.data = weight.data.float()  # PEFT makes them in the backbone's precision; they are trained
         self._active = UNKNOWN

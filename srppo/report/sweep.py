@@ -190,7 +190,8 @@ def _plan(result: SweepResult) -> str:
 
 
 def write_files(result: SweepResult, folder: Path) -> list[Path]:
-    """Rows as CSV, Parquet and JSON lines, cells, differences and slopes as CSV, tables as LaTeX; returns the paths."""
+    """Rows as CSV, Parquet and JSON lines, rows by task as Parquet, cells, differences and slopes as CSV, tables as
+    LaTeX; returns the paths."""
     rows = records(result.rows)
     texts = {
         "rows.csv": to_csv(rows),
@@ -206,8 +207,10 @@ def write_files(result: SweepResult, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():
         write_atomic(folder / name, content)
-    write_atomic(folder / "rows.parquet", to_parquet(rows))
-    return [*(folder / name for name in texts), folder / "rows.parquet"]
+    columnar = {"rows.parquet": rows, "tasks.parquet": records(result.tasks)}
+    for name, of_all in columnar.items():
+        write_atomic(folder / name, to_parquet(of_all))
+    return [folder / name for name in (*texts, *columnar)]
 
 
 def cell_records(result: SweepResult) -> list[dict[str, Any]]:

@@ -353,6 +353,17 @@ def test_files_agree(record: Record) -> None:
     assert len(lines) == done
 
 
+def test_rows_by_task_add_up(record: Record) -> None:
+    by_task = pq.read_table(record.out / "tasks.parquet").to_pylist()
+    for row in pq.read_table(record.out / "rows.parquet").to_pylist():
+        key = {name: row[name] for name in ("point", "arm", "seed", "group", "decoding")}
+        own = [each for each in by_task if key.items() <= each.items()]
+        assert len({each["task"] for each in own}) == len(own) > 0
+        assert sum(each["items"] for each in own) == row["items"]
+        right = sum(each["items"] * each["accuracy"] for each in own)
+        assert right == pytest.approx(row["items"] * row["accuracy"])
+
+
 def test_widths_and_paths(record: Record) -> None:
     *lines, last = record.text.splitlines()
     body = [line for line in lines if not line.startswith("written: ") and "/" not in line[:1]]
