@@ -81,6 +81,21 @@ REWARD_KINDS: dict[str, RewardKind] = {
         lambda scores, _: scores.log_ratio_BT,
         among="srppo.training.reward.shuffled",
     ),
+    "by-length": RewardKind(
+        "by length",
+        "what a straight line over length gives of the ratio in a batch",
+        lambda scores, _: scores.log_ratio_BT,
+        among="srppo.training.reward.by_length",
+        swept=False,
+        of_length=True,
+    ),
+    "beyond-length": RewardKind(
+        "beyond length",
+        "the ratio less that line, at its mean",
+        lambda scores, _: scores.log_ratio_BT,
+        among="srppo.training.reward.beyond_length",
+        swept=False,
+    ),
 }
 """By the value of `reward.kind`, in the order of the sweep `reward`."""
 

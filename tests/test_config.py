@@ -167,8 +167,8 @@ def test_a_section_cannot_be_set_as_a_whole(tmp_path: Path) -> None:
         ("ppo.steps=0", "greater than or equal to 1"),
         (
             "reward.kind=ratios",
-            "the kinds of reward are ratio, zero, sft, base, no-eos, eos, brevity, verbosity, random, shuffled, found "
-            "'ratios'",
+            "the kinds of reward are ratio, zero, sft, base, no-eos, eos, brevity, verbosity, random, shuffled, "
+            "by-length, beyond-length, found 'ratios'",
         ),
         ("reward.scale=3", "reward.scale: Input should be a valid boolean"),
         ("data.held_out=1", "less than 1"),

@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_layers import imports
@@ -130,6 +131,28 @@ def test_a_kind_may_pay_a_rollout_what_others_earned(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(seen[0][0], torch.tensor([[-0.03, -0.03], [-0.06, 0.0]]))
     assert seen[0][1] == 5
     torch.testing.assert_close(found_BT.sum(dim=1), torch.tensor([-0.1, -0.1]))
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4, 1, 5, 2], [4, 4, 4], [2], [1, 3]])
+def test_the_ratio_falls_into_what_goes_with_length_and_what_does_not(lengths: list[int]) -> None:
+    mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ratio_BT = torch.randn(mask_BT.shape, generator=torch.Generator().manual_seed(len(lengths)))
+    written = Written(torch.ones_like(mask_BT, dtype=torch.long), mask_BT, torch.zeros_like(mask_BT))
+
+    def paid(kind: str) -> Tensor:
+        terms_BT = reward_terms(RewardConfig(kind=kind), Scores(ratio_BT, ratio_BT, ratio_BT), written)  # type: ignore[arg-type]
+        assert not terms_BT[~mask_BT].any()
+        return terms_BT.sum(dim=1).double()
+
+    ratio, along, beyond = paid("ratio"), paid("by-length"), paid("beyond-length")
+    torch.testing.assert_close(along + beyond - ratio.mean(), ratio, rtol=1e-5, atol=1e-5)
+    n = np.array(lengths, dtype=float)
+    line = (
+        np.poly1d(np.polyfit(n, ratio.numpy(), 1))(n) if len(set(lengths)) > 1 else np.full(len(n), float(ratio.mean()))
+    )
+    np.testing.assert_allclose(along.numpy(), line, rtol=1e-5, atol=1e-5)
+    assert float(beyond.mean()) == pytest.approx(float(ratio.mean()), abs=1e-5)
+    assert float(((n - n.mean()) * beyond.numpy()).sum()) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_the_registry_needs_no_torch() -> None:

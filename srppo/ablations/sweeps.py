@@ -40,7 +40,9 @@ EQUAL_COMPUTE = Arm(EQUAL, longer(1))
 BASE, SFT, SHUFFLED, SRPPO = (_BY_KIND[name] for name in ("base", "sft", "shuffled", "ppo"))
 FROM_CHOSEN, FROM_EQUAL, DECODED = (_BY_KIND[name] for name in ("ppo-chosen", "ppo-equal", "decoded"))
 SHARPENING = Arm("sharpening", "ppo", {"reward.kind": "sft"})
-ONLY_ASKED_FOR = (EQUAL_COMPUTE, SHARPENING, FROM_EQUAL)
+BY_LENGTH = Arm("by length", "ppo", {"reward.kind": "by-length"})
+BEYOND_LENGTH = Arm("beyond length", "ppo", {"reward.kind": "beyond-length"})
+ONLY_ASKED_FOR = (EQUAL_COMPUTE, SHARPENING, BY_LENGTH, BEYOND_LENGTH, FROM_EQUAL)
 """Arms of no sweep of ours, for --arms: of these questions the sweeps `method` and `reward` have the dearer answers."""
 OPTIMUM = Arm("optimum (forecast)", "resampled")
 COMMON = (SFT, LONGER, SHUFFLED, SRPPO)
@@ -424,6 +426,8 @@ ARMS: Mapping[str, Arm] = {
         *(arm for arm in _BY_KIND.values() if arm not in (SHUFFLED, SRPPO, FROM_CHOSEN, FROM_EQUAL)),
         EQUAL_COMPUTE,
         SHARPENING,
+        BY_LENGTH,
+        BEYOND_LENGTH,
         Arm("RLOO", "ppo", {"ppo.advantage": "rloo", "rollout.per_prompt": 4}),
         SHUFFLED,
         SRPPO,

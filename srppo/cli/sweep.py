@@ -47,8 +47,8 @@ def ablate(
             metavar="A,B",
             help="grid and method: base, SFT, longer SFT, weight extrapolation, decode-time extrapolation, majority "
             "vote, weighted vote, resampling, best-of-n, on-policy distillation, self-distilled, rejection FT, "
-            "brevity, longer SFT, equal compute, sharpening, RLOO, shuffled, SRPPO, SRPPO from chosen SFT, SRPPO from "
-            "equal-compute SFT. (default of grid: SFT,longer SFT,shuffled,SRPPO)",
+            "brevity, longer SFT, equal compute, sharpening, by length, beyond length, RLOO, shuffled, SRPPO, SRPPO "
+            "from chosen SFT, SRPPO from equal-compute SFT. (default of grid: SFT,longer SFT,shuffled,SRPPO)",
         ),
     ] = None,
     primary: Annotated[

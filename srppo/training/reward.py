@@ -236,6 +236,29 @@ def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
     return spread(other_B, mask_BT, at="token")
 
 
+def by_length(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
+    """What length alone tells of the reward, spread evenly: the control for a gain that longer or shorter answers give.
+
+    It pays for a token as much as the ratio does in this batch, and knows nothing else.
+    """
+    return spread(length_line(coherent_reward(terms_BT, mask_BT), mask_BT), mask_BT, at="token")
+
+
+def beyond_length(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
+    """What is left without that: over the batch it does not go with length, and its mean is the ratio's. BT."""
+    line_B = length_line(coherent_reward(terms_BT, mask_BT), mask_BT)
+    return terms_BT - spread(line_B - line_B.mean(), mask_BT, at="token")
+
+
+def length_line(reward_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """The least-squares line of the rewards over the responses' lengths, at each of these; their mean where all have
+    one length. B, nats."""
+    reward_64B, length_B = reward_B.double(), mask_BT.sum(dim=1).double()
+    away_B = length_B - length_B.mean()
+    slope = (away_B * reward_64B).sum() / away_B.square().sum().clamp(min=0.5)  # lengths that differ give at least 0.5
+    return (reward_64B.mean() + slope * away_B).to(reward_B.dtype)
+
+
 def derangement(n: int, seed: int) -> Tensor:
     """A seeded permutation of n >= 2 without fixed points: one random cycle through all."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

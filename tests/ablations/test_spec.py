@@ -173,7 +173,13 @@ def test_a_grid_takes_any_arms():
         == ()
     )
     variants = ["SFT with weight decay", "SFT by held-out loss"]
-    asked_for = ("longer SFT, equal compute", "sharpening", "SRPPO from equal-compute SFT")
+    asked_for = (
+        "longer SFT, equal compute",
+        "sharpening",
+        "by length",
+        "beyond length",
+        "SRPPO from equal-compute SFT",
+    )
     others = [name for name in list(ARMS)[2:] if name not in asked_for]
     assert [arm.name for arm in the_sweep("method").arms] == ["SFT", *variants, *others]
 
