@@ -222,3 +222,11 @@ def test_what_length_explains_is_told_of_where_an_arm_started(
     monkeypatch.setattr(analysis, "gain_at_lengths", lambda sft, policy, group: compared.append((sft, policy)) or {})
     analysis._by_length(plan, ledger, kind, cast(Stage, kind))
     assert compared == [(start, kind)]
+
+
+def test_rows_by_task_are_what_a_cell_answered(tmp_path: Path) -> None:
+    """Seven of ten right, the first ones, in two tasks of five items."""
+    found = analysed(tmp_path / "run", sweep_of(4, seeds=2), lambda task: 7, tasks=2)
+    own = [row for row in found.tasks if row["arm"] == "SRPPO" and row["seed"] == 1 and row["decoding"] == "greedy"]
+    assert [(row["task"], row["items"], row["accuracy"]) for row in own] == [("t0", 5, 1.0), ("t1", 5, 0.4)]
+    assert all(row["size"] == 4 and row["group"] == "unseen" and row["tokens"] is None for row in own)

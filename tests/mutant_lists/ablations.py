@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "analysis: a task's row holds the other tasks' answers too",
+        "ablations/analysis.py",
+        'by_task.setdefault((answered["group"], answered["task"]), [])',
+        'by_task.setdefault((answered["group"], answered["group"]), [])',
+        "ablations/test_analysis.py::test_rows_by_task_are_what_a_cell_answered",
+    ),
+    Mutant(
         "bases: every seed has the first",
         "ablations/spec.py",
         "self.bases[self.seeds.index(seed) % len(self.bases)]",

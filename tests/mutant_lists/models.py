@@ -6,6 +6,41 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "lora: the gradient in the input forgets the scale",
+        "models/lora.py",
+        "(grad_NO @ B).mul_(ctx.scale)",
+        "(grad_NO @ B)",
+        "models/test_lora.py::test_results_and_gradients_are_those_of_peft",
+    ),
+    Mutant(
+        "lora: the adapter's part of the gradient in the input is left out",
+        "models/lora.py",
+        ".addmm_(d_low_NR, A).view(ctx.shape)",
+        ".view(ctx.shape)",
+        "models/test_lora.py::test_results_and_gradients_are_those_of_peft",
+    ),
+    Mutant(
+        "lora: a merged adapter is added once more",
+        "models/lora.py",
+        "layer.disable_adapters or layer.merged or",
+        "layer.disable_adapters or",
+        "models/test_lora.py::test_what_does_not_fit_is_left_to_peft",
+    ),
+    Mutant(
+        "lora: of two active adapters one is taken",
+        "models/lora.py",
+        "len(names) != 1 or ",
+        "",
+        "models/test_lora.py::test_what_does_not_fit_is_left_to_peft",
+    ),
+    Mutant(
+        "lora: autocast is not asked about",
+        "models/lora.py",
+        "        and not torch.is_autocast_enabled(x.device.type)\n",
+        "",
+        "models/test_lora.py::test_what_does_not_fit_is_left_to_peft",
+    ),
+    Mutant(
         "gguf: quantized weights are kept in fp16",
         "models/gguf.py",
         "else torch.bfloat16",

@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "run: bf16 of the frozen roles is not asked about",
+        "stages/run.py",
+        'if "bf16" in (recipe.model.precision, recipe.model.scoring)',
+        'if recipe.model.precision == "bf16"',
+        "stages/test_run.py::test_bf16_without_instructions_for_it_is_said",
+    ),
+    Mutant(
         "run: the last step is exported for the kept",
         "stages/run.py",
         "load_weights(model, checkpoint)",

@@ -6,6 +6,27 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "reward kinds: the line over length goes through the origin",
+        "training/reward.py",
+        "away_B = length_B - length_B.mean()",
+        "away_B = length_B",
+        "test_reward_kinds.py::test_the_ratio_falls_into_what_goes_with_length_and_what_does_not",
+    ),
+    Mutant(
+        "reward kinds: beyond length has no mean",
+        "training/reward.py",
+        "spread(line_B - line_B.mean(), mask_BT",
+        "spread(line_B, mask_BT",
+        "test_reward_kinds.py::test_the_ratio_falls_into_what_goes_with_length_and_what_does_not",
+    ),
+    Mutant(
+        "reward kinds: without lengths that differ a line is divided by nothing",
+        "training/reward.py",
+        ".sum().clamp(min=0.5)",
+        ".sum()",
+        "test_reward_kinds.py::test_the_ratio_falls_into_what_goes_with_length_and_what_does_not",
+    ),
+    Mutant(
         "warnings: a reward for length is blamed for length",
         "training/reward.py",
         " and not REWARD_KINDS[kind].of_length",

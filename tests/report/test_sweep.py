@@ -362,6 +362,9 @@ def test_rows_by_task_add_up(record: Record) -> None:
         assert sum(each["items"] for each in own) == row["items"]
         right = sum(each["items"] * each["accuracy"] for each in own)
         assert right == pytest.approx(row["items"] * row["accuracy"])
+    answered = record.out.parent.glob("stages/*/eval/kept-*/samples.jsonl")
+    tasks = {json.loads(line)["task"] for path in answered for line in path.read_text().splitlines()}
+    assert {each["task"] for each in by_task} == tasks
 
 
 def test_widths_and_paths(record: Record) -> None:
