@@ -40,7 +40,7 @@ def test_a_plan_of_config_json_alone(cli: Cli) -> None:
     assert done.code == 0, done.err
     text = " ".join(done.out.split())
     assert "of 16.00 GB, which fits" in text and "What to change" not in text and "assumed, on average 256" in text
-    assert "SFT: 80 steps" in text and "PPO: 20 steps" in text and "50% of 100 GF/s (as given)" in text
+    assert "SFT: 80 steps" in text and "PPO: 20 steps" in text and "60% of 100 GF/s (as given)" in text
     assert max(map(len, done.out.splitlines())) <= 80
 
 
