@@ -9,8 +9,8 @@ from typer import Option
 from srppo.cli.options import Debug, Device, Keys, Recipe, Sets
 
 SHARES = {"cpu": 0.6, "cuda": 0.3}
-"""Of the rate of bare products that a step reaches: measured on CPUs (0.53 to 0.73: docs/models.md, LOG.md), assumed on a
-GPU."""
+"""Of the rate of bare products that a step reaches: measured on CPUs (0.53 to 0.73, docs/models.md and LOG.md), assumed
+on a GPU."""
 
 
 def plan(
