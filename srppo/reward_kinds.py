@@ -46,12 +46,17 @@ def _constant(nats: float) -> Function:
     return lambda scores, _: scores.log_ratio_BT.new_full(scores.log_ratio_BT.shape, nats)
 
 
+def _ratio(scores: Any, _: Any) -> Any:
+    """log pi_sft - log pi_base of each token, BT, nats."""
+    return scores.log_ratio_BT
+
+
 NATS_A_TOKEN = 0.1
 """What the two length rewards pay or take for each token; beta sets their strength."""
 COHERENT = "ratio"
 """The reward that the method is named by; all others are controls."""
 REWARD_KINDS: dict[str, RewardKind] = {
-    COHERENT: RewardKind("coherent reward", "log pi_sft - log pi_base", lambda scores, _: scores.log_ratio_BT),
+    COHERENT: RewardKind("coherent reward", "log pi_sft - log pi_base", _ratio),
     "zero": RewardKind("zero", "0", _constant(0.0), swept=False),
     "sft": RewardKind("sharpening (log pi_sft)", "log pi_sft", lambda scores, _: scores.sft_logprobs_BT),
     "base": RewardKind("base only", "-log pi_base", lambda scores, _: -scores.base_logprobs_BT, swept=False),
@@ -78,13 +83,13 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "shuffled": RewardKind(
         "shuffled",
         "the ratio of another rollout of the batch",
-        lambda scores, _: scores.log_ratio_BT,
+        _ratio,
         among="srppo.training.reward.shuffled",
     ),
     "by-length": RewardKind(
         "by length",
         "what a straight line over length gives of the ratio in a batch",
-        lambda scores, _: scores.log_ratio_BT,
+        _ratio,
         among="srppo.training.reward.by_length",
         swept=False,
         of_length=True,
@@ -92,7 +97,7 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "beyond-length": RewardKind(
         "beyond length",
         "the ratio less that line, at its mean",
-        lambda scores, _: scores.log_ratio_BT,
+        _ratio,
         among="srppo.training.reward.beyond_length",
         swept=False,
     ),

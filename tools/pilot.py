@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from blocks import ROOT, write_block
 
+from srppo.evaluation.results import answers_file, means_by_task
 from srppo.record.json import read_lines
 from srppo.record.store import Run
 from srppo.report.history import environment_of
@@ -32,14 +33,8 @@ def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
             told = environment_of(stage) or {}
             common = {"run": name, "arm": arm, "commit": told.get("commit"), "cpu": told.get("cpu")}
             for decoding in ("greedy", "sampled"):
-                by_task = defaultdict(list)
-                for answered in read_lines(stage.path / "eval" / f"kept-{decoding}" / "samples.jsonl"):
-                    by_task[answered["task"]].append(answered)
-                for task, each in by_task.items():
-                    made = {"decoding": decoding, "task": task, "items": len(each)}
-                    made |= {"accuracy": float(np.mean([np.mean(row["correct"]) for row in each]))}
-                    made |= {key: float(np.mean([x for row in each for x in row[key]])) for key in ("tokens", "ended")}
-                    rows.append({**common, **made})
+                for row in means_by_task(read_lines(answers_file(stage, "kept", decoding))):
+                    rows.append({**common, "decoding": decoding, **row})
             for row in stage.metrics():
                 if found := {key: row[key] for key in OF_STEP if key in row}:
                     rows.append({**common, "step": row["step"], **found})

@@ -22,7 +22,7 @@ from srppo.ablations.progress import CellProgress, Watch, stage_seconds
 from srppo.ablations.spec import Cell, Comparison, Sweep
 from srppo.analysis.explain import gain_at_lengths, recorded
 from srppo.errors import DataError
-from srppo.evaluation.results import DECODINGS, TaskResult, own_tests
+from srppo.evaluation.results import DECODINGS, TaskResult, answers_file, means_by_task, own_tests
 from srppo.record.json import read_lines
 from srppo.record.store import Stage
 from srppo.stages.arms import compute_of, figures_of
@@ -277,20 +277,12 @@ def _rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> list[dict
 
 
 def _task_rows(sweep: Sweep, cell: Cell, found: Mapping[int, _Measured]) -> Iterator[dict[str, Any]]:
-    """Plain rows, one a seed, decoding, group and task: share right, mean tokens, share ended."""
+    """Plain rows, one a seed, decoding, group and task."""
     common = {"sweep": sweep.name, "point": cell.point, **sweep.point(cell.point).values, "arm": cell.arm}
     for seed, each in found.items():
         for decoding in DECODINGS:
-            by_task: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-            for answered in read_lines(each.stage.path / "eval" / f"kept-{decoding}" / "samples.jsonl"):
-                by_task.setdefault((answered["group"], answered["task"]), []).append(answered)
-            for (group, task), rows in by_task.items():
-                made = {"seed": seed, "group": group, "decoding": decoding, "task": task, "items": len(rows)}
-                made |= {"accuracy": float(np.mean([np.mean(row["correct"]) for row in rows]))}
-                for key in ("tokens", "ended"):
-                    values = [value for row in rows for value in row.get(key, ())]
-                    made[key] = float(np.mean(values)) if values else None
-                yield {**common, **made}
+            for row in means_by_task(read_lines(answers_file(each.stage, "kept", decoding))):
+                yield {**common, "seed": seed, "decoding": decoding, **row}
 
 
 # ---- differences

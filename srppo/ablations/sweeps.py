@@ -43,7 +43,8 @@ SHARPENING = Arm("sharpening", "ppo", {"reward.kind": "sft"})
 BY_LENGTH = Arm("by length", "ppo", {"reward.kind": "by-length"})
 BEYOND_LENGTH = Arm("beyond length", "ppo", {"reward.kind": "beyond-length"})
 ONLY_ASKED_FOR = (EQUAL_COMPUTE, SHARPENING, BY_LENGTH, BEYOND_LENGTH, FROM_EQUAL)
-"""Arms of no sweep of ours, for --arms: of these questions the sweeps `method` and `reward` have the dearer answers."""
+"""Arms that no sweep has unless --arms names them: cheaper than what the sweeps `method` and `reward` ask instead, or,
+those of length, made after these were run."""
 OPTIMUM = Arm("optimum (forecast)", "resampled")
 COMMON = (SFT, LONGER, SHUFFLED, SRPPO)
 """Arms of every sweep: a gain over SFT alone says neither that more SFT would not do it, nor that the reward did."""

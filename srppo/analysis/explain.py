@@ -27,6 +27,7 @@ from srppo.console import Console
 from srppo.errors import RecordError, UserError
 from srppo.evaluation.items import spread
 from srppo.evaluation.meter import Meter
+from srppo.evaluation.results import answers_file
 from srppo.record.arms import ArmsOf
 from srppo.record.json import read_lines
 from srppo.record.store import Stage
@@ -36,6 +37,7 @@ from srppo.world.items import Item
 if TYPE_CHECKING:
     from srppo.models.pair import Pair
 
+SAMPLED = ("kept", "sampled")  # which answers are asked about
 SAMPLES = 32  # fresh ones of the SFT model, a question
 SHARE, GAP = (0.0, 1.0), (-1.0, 1.0)  # what an accuracy and a difference of two cannot leave
 DRAWS = 1000  # of intervals, which decide their shape and not their width
@@ -293,9 +295,8 @@ def explain_command(
         if name == arm or (arm is None and name not in STARTS):
             of_stages = {stage: recorded(stage) for stage in stages if seed in (None, _seed(stage))}
             if strange := [stage for stage, rows in of_stages.items() if rows and not has_lengths(rows)]:
-                raise RecordError(
-                    f"{_file(strange[0])} has no lengths (tokens, ended); train again, into another folder"
-                )
+                file = answers_file(strange[0], *SAMPLED)
+                raise RecordError(f"{file} has no lengths (tokens, ended); train again, into another folder")
             answers[name] = {_seed(stage): spread(rows, limit) for stage, rows in of_stages.items() if rows}
     seeds = sorted({each for own in answers.values() for each in own})
     if not seeds:
@@ -313,7 +314,7 @@ def explain_command(
 
 def recorded(stage: Stage) -> list[dict[str, Any]]:
     """A finished stage's sampled answers to the test items, at its kept step; none where there are none."""
-    return read_lines(_file(stage)) if stage.done else []
+    return read_lines(answers_file(stage, *SAMPLED)) if stage.done else []
 
 
 def has_lengths(rows: Rows) -> bool:
@@ -323,10 +324,6 @@ def has_lengths(rows: Rows) -> bool:
 
 def _seed(stage: Stage) -> int:
     return int(stage.identity["config"]["seed"])
-
-
-def _file(stage: Stage) -> Path:
-    return stage.path / "eval" / "kept-sampled" / "samples.jsonl"
 
 
 def _fresh(pair: Pair, rows: Rows, samples: int, console: Console) -> Rows:

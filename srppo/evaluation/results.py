@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from srppo.config import canonical_json
@@ -169,10 +170,30 @@ def _of_run(arms: Mapping[str, Sequence[Stage]], metric: str | None) -> list[Tas
     return found
 
 
+def answers_file(stage: Stage, which: str, decoding: str) -> Path:
+    """A stage's answers to the test items, a line an item; which: kept or last step, or a point of a curve."""
+    return stage.path / "eval" / f"{which}-{decoding}" / "samples.jsonl"
+
+
+def means_by_task(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of lines of an `answers_file`, one row a group and task: items, share right (`accuracy`), and of the answers mean
+    length in tokens and share ended, both None where the lines do not say."""
+    by_task: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault((row["group"], row["task"]), []).append(row)
+    made = []
+    for (group, task), each in by_task.items():
+        found = {key: [value for row in each for value in row.get(key, ())] for key in ("tokens", "ended")}
+        means = {key: fmean(values) if values else None for key, values in found.items()}
+        right = fmean(fmean(row["correct"]) for row in each)
+        made.append({"group": group, "task": task, "items": len(each), "accuracy": right, **means})
+    return made
+
+
 def own_tests(stage: Stage, arm: str, seed: int, decoding: str, which: str = "kept") -> list[TaskResult]:
     """What the pipeline measured at a stage's kept step, or `which` else: one result for each group of items, its tasks
     the units."""
-    folder = stage.path / "eval" / f"{which}-{decoding}"
+    folder = answers_file(stage, which, decoding).parent
     config = dotted(stage.identity["config"])
     settings = {name: config[key] for key, name in _OWN.items() if key in config}
     by_group: dict[str, dict[str, float]] = {}

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from srppo.kernels import native
 
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no parts of weights, no tensors of other makers
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no parts of weights, no tensors of other makers
 ONE_THREAD = 1 << 15  # numbers up to which waking a second thread costs more than it saves
 
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the compiled operations take these: fp32 on a CPU, and neither autocast nor torch.func at work."""
     return (
-        all(type(x) in _PLAIN and x.dtype is torch.float32 and x.device.type == "cpu" for x in tensors)
+        all(type(x) in PLAIN and x.dtype is torch.float32 and x.device.type == "cpu" for x in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and native.load().library is not None

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srppo.kernels.body import PLAIN
 from srppo.models.narrow import NarrowLinear
-
-_PLAIN = (Tensor, nn.Parameter)  # no parts of weights that are spread over processes
 
 
 class _Lora(torch.autograd.Function):
-    """weight OD is frozen, and may have 16 bits; A RD, B OR."""
+    """x ...D fp32 to ...O: weight OD is frozen, and may have 16 bits; bias O or None; A RD, B OR, fp32; scale: alpha
+    over the rank R. Gradients are in x, A and B, and cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -44,7 +44,7 @@ class _Lora(torch.autograd.Function):
 
 
 class _OneOperation(nn.Module):
-    """PEFT's layer, whose own code does what `_fits` refuses."""
+    """PEFT's LoRA layer, whose own code does what `_fits` refuses."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
@@ -71,7 +71,7 @@ def _fits(layer: Any, x: Tensor) -> bool:
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and A.bias is None
         and B.bias is None
-        and all(type(p) in _PLAIN for p in (base.weight, A.weight, B.weight))
+        and all(type(p) in PLAIN for p in (base.weight, A.weight, B.weight))
         and all(t.dtype is torch.float32 for t in (x, A.weight, B.weight))
         and (base.bias is None or (base.bias.dtype is torch.float32 and not base.bias.requires_grad))
         and not torch.is_autocast_enabled(x.device.type)
@@ -81,5 +81,5 @@ def _fits(layer: Any, x: Tensor) -> bool:
 
 @cache
 def one_operation(own: Any) -> type[nn.Module]:
-    """A class of PEFT's layers with this way to compute what they give."""
+    """The class `own` of PEFT's layers, whose results, ...D to ...O, are computed this way where that fits."""
     return type(own.__name__, (_OneOperation, own), {})

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from srppo.evaluation.results import task_units
+from srppo.evaluation.results import answers_file, task_units
 from srppo.record.arms import problem_of
 from srppo.record.store import Run, Stage
 from srppo.report.words import DECODINGS, GROUP_WORDS
@@ -75,10 +75,6 @@ class ArmFigures:
 
 def seed_of(stage: Stage) -> int:
     return int(stage.identity["config"]["seed"])
-
-
-def answers_file(stage: Stage, which: str, decoding: str) -> Path:
-    return stage.path / "eval" / f"{which}-{decoding}" / "samples.jsonl"
 
 
 def read_verdicts(path: Path) -> list[dict[str, Any]]:

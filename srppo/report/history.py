@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
 from srppo.errors import RecordError
+from srppo.evaluation.results import answers_file
 from srppo.record.arms import problem_of
 from srppo.record.files import damage
 from srppo.record.json import read_json
 from srppo.record.store import Run, Stage
-from srppo.report.answers import answers_file, seed_of
+from srppo.report.answers import seed_of
 from srppo.report.words import is_number
 from srppo.stages.arms import figures_of, stages_by_arm
 from srppo.stages.kinds import CHOSEN, EQUAL, KINDS

@@ -10,6 +10,7 @@ from typing import Any
 
 from srppo.config import build_recipe, canonical_json, to_toml
 from srppo.console import Console
+from srppo.evaluation.results import answers_file
 from srppo.record.files import write_atomic
 from srppo.record.store import Run
 from srppo.report import answers, history, plots, words
@@ -304,7 +305,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
             common |= {"kept_step": figures.get("kept_step"), "steps": figures.get("steps")}
             for which in ("kept", "last"):
                 for decoding in words.DECODINGS:
-                    verdicts = answers.read_verdicts(answers.answers_file(stage, which, decoding))
+                    verdicts = answers.read_verdicts(answers_file(stage, which, decoding))
                     for group in dict.fromkeys(each["group"] for each in verdicts):
                         shares = [answers.right_share(each) for each in verdicts if each["group"] == group]
                         row = {"group": group, "decoding": decoding, "which": which, "items": len(shares)}

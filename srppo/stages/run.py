@@ -61,7 +61,7 @@ from srppo.world.items import Item
 
 Figures = dict[str, Any]
 Stages = Mapping[str, Stage]  # by the name of their kind
-SLOW = 2.0  # times as long in bf16 as in fp32, beyond which this is said
+SLOW_BF16 = 2.0  # times as long as in fp32, beyond which this is said
 UNTRAINED: Figures = {"kept_step": 0, "steps": 0, "flops": 0}
 
 
@@ -120,7 +120,7 @@ def prepare_run(
         console.warn(warning)
     for section in (recipe.sft, recipe.ppo):
         check_optimizer(section.optimizer)
-    if "bf16" in (recipe.model.precision, recipe.model.scoring) and (times := bf16_slowdown(device)) > SLOW:
+    if "bf16" in (recipe.model.precision, recipe.model.scoring) and (times := bf16_slowdown(device)) > SLOW_BF16:
         console.warn(
             f"a layer in bf16 takes {times:.0f} times as long as one in fp32 on this {device}: where memory allows it, "
             'set model.precision = "fp32", and leave model.scoring out'

@@ -237,15 +237,14 @@ def shuffled(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
 
 
 def by_length(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
-    """What length alone tells of the reward, spread evenly: the control for a gain that longer or shorter answers give.
-
-    It pays for a token as much as the ratio does in this batch, and knows nothing else.
+    """What length alone tells of the terms' sum, spread evenly; BT, nats. The control for what longer or shorter
+    answers give by themselves: it pays for a token as much as the ratio does in this batch, and knows nothing else.
     """
     return spread(length_line(coherent_reward(terms_BT, mask_BT), mask_BT), mask_BT, at="token")
 
 
 def beyond_length(terms_BT: Tensor, mask_BT: Tensor, seed: int) -> Tensor:
-    """What is left without that: over the batch it does not go with length, and its mean is the ratio's. BT."""
+    """The terms without that; BT, nats. Over the batch their sum does not go with length, and has the same mean."""
     line_B = length_line(coherent_reward(terms_BT, mask_BT), mask_BT)
     return terms_BT - spread(line_B - line_B.mean(), mask_BT, at="token")
 

@@ -118,3 +118,19 @@ def test_a_recipe_gives_its_own_models_a_template_and_leaves_what_a_run_exports(
     assert again.chat_template == found["sft"].chat_template
     changed = fingerprint(folders["exported"], config)
     assert changed != fingerprint(folders["sft"], config)  # the template is part of what a model is
+
+
+def test_the_slowdown_is_bf16_over_fp32_and_leaves_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own, on which a layer takes 2 s in fp32 and 18 s in bf16, and the first try of each longer."""
+    now, tries, threads = [0.0], {torch.float32: 0, torch.bfloat16: 0}, torch.get_num_threads()
+
+    def layer(x_MD: torch.Tensor, weight_ND: torch.Tensor) -> torch.Tensor:
+        assert x_MD.dtype == weight_ND.dtype and torch.get_num_threads() == 1
+        tries[x_MD.dtype] += 1
+        now[0] += (100.0 if tries[x_MD.dtype] == 1 else 0.0) + (18.0 if x_MD.dtype == torch.bfloat16 else 2.0)
+        return torch.nn.functional.linear(x_MD, weight_ND)
+
+    monkeypatch.setattr(srppo.models.loading, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(srppo.models.loading, "linear", layer)
+    assert srppo.models.loading.bf16_slowdown.__wrapped__("cpu") == 9.0
+    assert torch.get_num_threads() == threads

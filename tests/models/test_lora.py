@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srppo.config import ModelConfig
 from srppo.models import lora
@@ -91,6 +92,20 @@ def test_nothing_is_differentiated_that_is_not_trained() -> None:
     out = layer(torch.randn(3, WIDTH))  # as in the first layer of a frozen embedding
     out.sum().backward()
     assert layer.base_layer.weight.grad is None and layer.lora_A["adapter0"].weight.grad is not None
+
+
+def test_a_pass_whose_memory_is_only_counted_is_the_same_operation() -> None:
+    """`srppo plan` follows a pass with fake tensors: what it counts has to be what runs."""
+    layer = layer_with(narrow(bias=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in layer.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(mode.from_tensor(weight.data), weight.requires_grad))
+        x = torch.empty(2, 9, WIDTH, requires_grad=True)
+        assert lora._fits(layer, x)
+        out = layer(x)
+        out.sum().backward()
+    assert out.shape == (2, 9, OUT) and x.grad is not None and x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("case", ["disabled", "merged", "bf16", "autocast", "two at once"])

@@ -7,9 +7,9 @@ from mutant_lists import Mutant
 MUTANTS = [
     Mutant(
         "analysis: a task's row holds the other tasks' answers too",
-        "ablations/analysis.py",
-        'by_task.setdefault((answered["group"], answered["task"]), [])',
-        'by_task.setdefault((answered["group"], answered["group"]), [])',
+        "evaluation/results.py",
+        'by_task.setdefault((row["group"], row["task"]), [])',
+        'by_task.setdefault((row["group"], row["group"]), [])',
         "ablations/test_analysis.py::test_rows_by_task_are_what_a_cell_answered",
     ),
     Mutant(

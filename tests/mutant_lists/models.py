@@ -6,6 +6,27 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "loading: the slowdown of bf16 is its speed-up",
+        "models/loading.py",
+        "return seconds[torch.bfloat16] / seconds[torch.float32]",
+        "return seconds[torch.float32] / seconds[torch.bfloat16]",
+        "models/test_loading.py::test_the_slowdown_is_bf16_over_fp32_and_leaves_the_threads",
+    ),
+    Mutant(
+        "lora: a plan's passes go through PEFT's code",
+        "models/lora.py",
+        "all(type(p) in PLAIN for p in",
+        "all(type(p) in PLAIN[:2] for p in",
+        "models/test_lora.py::test_a_pass_whose_memory_is_only_counted_is_the_same_operation",
+    ),
+    Mutant(
+        "lora: the result forgets the scale",
+        "models/lora.py",
+        "(x_ND @ A.T).mul_(scale)",
+        "(x_ND @ A.T)",
+        "models/test_lora.py::test_results_and_gradients_are_those_of_peft",
+    ),
+    Mutant(
         "lora: the gradient in the input forgets the scale",
         "models/lora.py",
         "(grad_NO @ B).mul_(ctx.scale)",

@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant(
         "reward: base minus SFT",
         "reward_kinds.py",
-        '"log pi_sft - log pi_base", lambda scores, _: scores.log_ratio_BT',
-        '"log pi_sft - log pi_base", lambda scores, _: -scores.log_ratio_BT',
+        "    return scores.log_ratio_BT\n",
+        "    return -scores.log_ratio_BT\n",
         "training/test_reward.py::test_rewards_by_hand",
     ),
     Mutant(

@@ -206,7 +206,6 @@ def test_methods_without_test_items_say_so(world: World, tmp_path: Path) -> None
 def test_bf16_without_instructions_for_it_is_said(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], times: float, warns: bool
 ) -> None:
-    assert srppo.models.loading.bf16_slowdown("cpu") > 0
     monkeypatch.setattr(srppo.stages.run, "bf16_slowdown", lambda device: times)
     said = io.StringIO()
     prepare_run(world.recipe(keys), ["sft"], tmp_path / "run", Console(plain=True, file=said))
