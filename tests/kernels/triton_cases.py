@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 
 import kernel_cases
+import numpy as np
 import pytest
 import torch
 from kernel_cases import INF, UNIT, Allocations, Logits, Softmax, check, check_diff, check_grads
@@ -29,6 +30,22 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ordered_products(monkeypatch):
+    """Interpreted, a tile's product is numpy's, whose BLAS on some CPUs (OpenBLAS on Haswell and Zen 3) rounds a row by
+    its place among the others. A GPU does not, and what the kernel itself does with a row's bits is asked here: so a
+    tile's sums are taken in order, in long doubles, which no BLAS multiplies."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, *_):
+        a_MK, b_KN = (x.data.astype(np.longdouble) for x in (a, b))
+        return interpreter.TensorHandle((a_MK @ b_KN).astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 def random(*shape, dtype=torch.float32, scale=1.0, seed=0):
@@ -178,7 +195,7 @@ def test_linear_tma(monkeypatch):
     check_backward(run_backward(head, tokens_N, BENT, random(18)), head, tokens_N, BENT, random(18))
 
 
-def test_linear_shared_head():
+def test_linear_shared_head(ordered_products):
     for dtype, transform in ((torch.bfloat16, PLAIN), (torch.float32, BENT)):
         sft = make_head(9, 150, 40, dtype)
         base = sft._replace(hidden_ND=random(9, 40, dtype=dtype, seed=8))
@@ -194,7 +211,7 @@ def test_linear_shared_head():
 
 
 @pytest.mark.parametrize("depth,width", [(41, 44), (40, 43), (41, 41)])
-def test_linear_shared_head_keeps_its_tiles(depth, width):
+def test_linear_shared_head_keeps_its_tiles(depth, width, ordered_products):
     # Rows padded to 16 bytes, off them, and of an odd width: the stacked rows are to be as the model's own were.
     weight_VD = random(150, 48, scale=0.3)[:, :depth]
     hidden = [random(33, width, seed=i)[:, :depth] for i in range(2)]
@@ -241,7 +258,7 @@ def test_linear_strided_rows():
     check_linear(sft, Head(hidden_ND.T.contiguous().T, weight_VD.T.contiguous().T), some_tokens(9, 150), PLAIN)
 
 
-def test_linear_row_bits(monkeypatch):
+def test_linear_row_bits(monkeypatch, ordered_products):
     sft, base, tokens_N = make_head(33, 150, 40), make_head(33, 150, 48, seed=5), some_tokens(33, 150)
     whole = triton_linear.linear_logprob_diff(sft, base, tokens_N, BENT)
     again = triton_linear.linear_logprob_diff(sft, base, tokens_N, BENT)
