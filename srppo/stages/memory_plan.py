@@ -32,9 +32,8 @@ from srppo.training.parallel import check_rows
 from srppo.training.ppo import Learners, rollout_flops
 from srppo.training.sft import steps_per_epoch
 
-HEAP = {"none": 0.5, "lora": 1.1}
-"""Of what a pass with gradients holds, that glibc's heap takes besides, by model.adapters, which make small tensors.
-Fitted to the runs of docs/models.md."""
+HEAP = 0.5
+"""Of what a pass with gradients holds, that glibc's heap takes besides. Fitted to the runs of docs/models.md."""
 MAPPED_HEAP = 0.2
 """The same where activations are recomputed or weights spread, and the heap is told to keep small blocks alone."""
 LIBRARIES = 50_000_000
@@ -235,7 +234,7 @@ def plan(recipe: Recipe, lengths: Lengths, memory: int, device: str, processes: 
     heap = 0.0
     if on_cpu and ruled():
         mapped = recipe.model.activation_checkpointing or division.spread
-        heap = MAPPED_HEAP if mapped else HEAP[recipe.model.adapters]
+        heap = MAPPED_HEAP if mapped else HEAP
     stages = [_ppo_stage(recipe, roles, lengths, division, memory, on_cpu, heap)]
     if roles.trained is not None:
         stages.insert(0, _sft_stage(recipe, roles, lengths, division, on_cpu, heap))
