@@ -27,8 +27,8 @@ from srppo.stages.kinds import KINDS, check
 from srppo.statistics.tests import detectable, seeds_needed
 
 STEPS = 3  # of which the first is left out, where it is not the only one
-SLOW_S = 3.0  # a step of SFT: then one step of PPO takes long enough to time, and too long to wait for three
-ITEMS = 60  # development items answered
+SLOW_S = 3.0  # a step of SFT: then one minibatch of PPO takes long enough to time, and three steps too long to wait for
+ITEMS, FEW_ITEMS = 60, 16  # development items answered; few by a slow model
 GRACE_S = 5.0  # for the process to end once it has answered, or was interrupted with this one
 SEED_SD, ITEM_SD, REST_SD = 0.06, 0.30, 0.45
 """Of a paired difference of accuracies: between seeds, between items, and within both; what ten seeds of `srppo demo`
@@ -136,8 +136,9 @@ def _measure(recipe: Recipe, device: str) -> Pace:
         nothing = copy(run.development)
         nothing.items, nothing.held_out = [], []
         seconds: dict[str, float] = {}
+        share = 1
         for kind in ("sft", "ppo"):
-            steps = 1 if seconds.get("sft", 0.0) > SLOW_S else STEPS
+            slow = seconds.get("sft", 0.0) > SLOW_S
             stage, model = run.record.stage(kind, {"pace": True}), to_train(run.base, quick.model)
             with stage.attempt() as attempt:
                 bench = Workbench(stage, attempt, run.tokenizer, console, kind)
@@ -145,19 +146,27 @@ def _measure(recipe: Recipe, device: str) -> Pace:
                     train_sft(quick, bench, model, run.data.demonstrations, nothing, pad_id=run.pad_id, total=STEPS)
                 else:
                     sft, prompts, stops = model.copy(), run.data.prompts, run.stops
-                    own = with_overrides(quick, {"ppo.steps": steps})
+                    own, share = _one_minibatch(quick) if slow else (quick, 1)
                     train_ppo(own, bench, model, sft, run.base, prompts, nothing, LocalSampler(stops, run.pad_id))
             timings = [row["timing"] for row in stage.metrics() if row["step"] > 0]
-            seconds[kind] = median(
+            seconds[kind] = share * median(
                 sum(v for k, v in t.items() if k.endswith("_s") and k != "tokens_per_s") for t in timings[1:] or timings
             )
         items = load_items(quick, "dev")
-        chosen = items[:: max(len(items) // ITEMS, 1)]
+        chosen = items[:: max(len(items) // (FEW_ITEMS if slow else ITEMS), 1)]
         began = time.perf_counter()
         answer_items(run.base, run.tokenizer, chosen, quick, samples=None, stops=run.stops)
         answer_s = (time.perf_counter() - began) / max(len(chosen), 1)
         rows = len(run.data.demonstrations)
         return Pace(start_s, seconds["sft"], seconds["ppo"], answer_s, len(items), len(run.test_items), rows)
+
+
+def _one_minibatch(recipe: Recipe) -> tuple[Recipe, int]:
+    """One step of PPO on a single minibatch's rollouts, and how many such the recipe's step is of."""
+    count, batch = recipe.ppo.minibatches, recipe.rollout.batch
+    if batch % (count * recipe.rollout.per_prompt) or batch < 2 * count * recipe.rollout.per_prompt:
+        count = 1  # minibatches of several sizes or of parts of prompts; or nothing to set a reward beside
+    return with_overrides(recipe, {"ppo.steps": 1, "rollout.batch": batch // count, "ppo.minibatches": 1}), count
 
 
 # ---- what it says

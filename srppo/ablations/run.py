@@ -66,7 +66,7 @@ def ablate_command(
     paces = limits_of(folder)["paces"]
     known = {base: Pace(**pace) for base, pace in paces.get(here, {}).items() if pace.keys() == _OF_PACE}
     found = estimate(plan, device, console, known)
-    for line in plan_lines(plan, found, folder, slots):
+    for line in plan_lines(plan, found, folder, slots, launch.processes):
         console.say(line)
     if plan_only:
         if out:
@@ -247,8 +247,8 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named.split(",")[:count]) if named else tuple(map(str, range(count)))
 
 
-def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[str]:
-    """What is about to happen, in a few lines."""
+def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int, processes: int = 1) -> list[str]:
+    """What is about to happen, in a few lines. Each of a stage's processes is taken to do its share."""
     sweep, analysis = plan.sweep, plan.sweep.analysis
     values = {axis: [label(p.values[axis]) for p in sweep.points if axis in p.values] for axis in sweep.axes}
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(task.kind for task in plan.tasks.values()).items())
@@ -262,8 +262,9 @@ def plan_lines(plan: Plan, found: Estimate, folder: Path, slots: int) -> list[st
         f"{len(sweep.points)} points x {len(sweep.arms)} arms x {len(sweep.seeds)} seeds = "
         f"{len(sweep.cells()) * len(sweep.seeds)} cells; {len(plan.tasks)} stages after sharing ({kinds}), "
         f"{alone} measured",
-        f"estimated from a measured short step: {hours:.2f} core-hours, {duration(hours * 3600 / slots)} with {slots} "
-        "at once",
+        f"estimated from a measured short step: {hours:.2f} core-hours, "
+        f"{duration(hours * 3600 / (slots * processes))} with {slots} at once"
+        + (f", each of {processes} processes" if processes > 1 else ""),
         f"fixed now: {analysis.group} items, {analysis.decoding}; {analysis.comparisons} paired differences, "
         f"{analysis.test} and t, {analysis.correction} at {analysis.alpha:g}, the same below {analysis.margin:g}; all "
         "else is exploratory",

@@ -1,4 +1,5 @@
-"""Generation from packed rows: prompts of any lengths are read without padding, and rows that are done leave the batch.
+"""Generation from packed rows: prompts of any lengths are read without padding, equal ones once, and rows that are done
+leave the batch.
 
 Of each row the keys and values lie in a cache of its own length. On a CPU no pass has fewer than LEAST rows: BLAS
 rounds smaller products otherwise, and a row's tokens would hang on how many others are still being written.
@@ -50,8 +51,8 @@ class KvCache:
             known[rows_N, :, places_N] = new.transpose(0, 1).to(known.dtype)
         return self.by_layer[layer]
 
-    def keep(self, rows_K: Tensor) -> None:
-        """Let all other rows go."""
+    def take(self, rows_K: Tensor) -> None:
+        """Have these rows, some perhaps several times, and no others."""
         for layer, each in self.by_layer.items():  # one by one: never all of them twice
             self.by_layer[layer] = [x[rows_K] for x in each]
 
@@ -115,13 +116,8 @@ def generate_packed(
     rows = order + order[-1:] * (least - len(order))  # who is written in each row of the cache
     written: list[Written] = [([], []) for _ in prompts]
     done = [False] * len(prompts)
-    lengths = [len(prompts[i]) for i in rows]
-    cache = KvCache(max(lengths) + max_new_tokens)
     with lm.merged_layers():
-        prefill = Prefill(lengths, cache, lm.device)
-        tokens_N = torch.tensor([token for i in rows for token in prompts[i]], device=lm.device)
-        lengths_B = torch.tensor(lengths, device=lm.device)
-        last_BD = _pass(lm, tokens_N, prefill.places_N, prefill)[lengths_B.cumsum(0) - 1]
+        last_BD, lengths_B, cache = _read(lm, [prompts[i] for i in rows], least, max_new_tokens)
         for step in range(max_new_tokens):
             tokens_B, logprobs_B = draw(_logits(lm, last_BD), rows, step)
             fresh = [i for i in dict.fromkeys(rows) if not done[i]]
@@ -142,11 +138,28 @@ def generate_packed(
                 kept = sorted(left + others[: least - len(left)] if len(left) < least else left)
                 rows = [rows[place] for place in kept]
                 kept_K = torch.tensor(kept, device=lm.device)
-                cache.keep(kept_K)
+                cache.take(kept_K)
                 lengths_B, tokens_B = lengths_B[kept_K], tokens_B[kept_K]
             last_BD = _step(lm, tokens_B, lengths_B, cache)
             lengths_B = lengths_B + 1
     return written
+
+
+def _read(lm: LanguageModel, prompts: Sequence[Sequence[int]], least: int, room: int) -> tuple[Tensor, Tensor, KvCache]:
+    """(hidden states after the prompts BD, their lengths B, cache with `room` tokens of room): equal ones read once."""
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    read = [*places]
+    read += read[-1:] * (least - len(read))
+    lengths_R = torch.tensor([len(prompt) for prompt in read], device=lm.device)
+    cache = KvCache(int(lengths_R.max()) + room)
+    prefill = Prefill(lengths_R.tolist(), cache, lm.device)
+    tokens_N = torch.tensor([token for prompt in read for token in prompt], device=lm.device)
+    last_RD = _pass(lm, tokens_N, prefill.places_N, prefill)[lengths_R.cumsum(0) - 1]
+    rows = [places[tuple(prompt)] for prompt in prompts]
+    row_B = torch.tensor(rows, device=lm.device)
+    if rows != [*range(len(read))]:
+        cache.take(row_B)
+    return last_RD[row_B], lengths_R[row_B], cache
 
 
 def _step(lm: LanguageModel, tokens_B: Tensor, lengths_B: Tensor, cache: KvCache) -> Tensor:

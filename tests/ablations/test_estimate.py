@@ -18,11 +18,12 @@ from worlds import World, make_world
 from srppo.ablations import estimate
 from srppo.ablations import run as sweeps
 from srppo.ablations.estimate import Pace, check_data, measure_pace
-from srppo.ablations.options import read_options
-from srppo.ablations.plan import Task
-from srppo.ablations.run import Launch, ablate_command
+from srppo.ablations.options import build_sweep, read_options
+from srppo.ablations.plan import Plan, Task
+from srppo.ablations.run import Launch, ablate_command, plan_lines
 from srppo.console import Console
 from srppo.errors import ConfigError, DataError, ModelError, UserError
+from srppo.record.store import Stage
 from srppo.training import ppo
 
 
@@ -111,6 +112,45 @@ def test_a_slow_model_is_asked_for_one_step_of_ppo(
     monkeypatch.setattr(estimate, "SLOW_S", limit)
     assert estimate._measure(world.recipe(), "cpu").ppo_step_s > 0
     assert taken.call_args.args[0].ppo.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_prompt", "minibatches", "measured", "share"),
+    [
+        (48, 1, 4, 12, 4),
+        (48, 4, 4, 12, 4),
+        (8, 1, 1, 8, 1),
+        (10, 1, 4, 10, 1),
+        (8, 4, 4, 8, 1),
+        (4, 1, 4, 4, 1),
+        (8, 2, 2, 4, 2),
+    ],
+)
+def test_a_slow_model_is_asked_for_one_minibatch(
+    batch: int, per_prompt: int, minibatches: int, measured: int, share: int, world: World
+) -> None:
+    """Of whole prompts, and of two at least: a reward's mean is taken of the others."""
+    keys = {"rollout.batch": batch, "rollout.per_prompt": per_prompt, "ppo.minibatches": minibatches}
+    small, found = estimate._one_minibatch(world.recipe(keys))
+    assert (small.rollout.batch, small.ppo.minibatches, small.ppo.steps, found) == (measured, 1, 1, share)
+
+
+def test_a_minibatch_counts_as_often_as_a_step_has_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that a step reports are replaced: timing decides no test."""
+    monkeypatch.setattr(estimate, "SLOW_S", 0.0)
+    rows = [{"step": step, "timing": {"update_s": 2.0, "tokens_per_s": 9.0}} for step in range(2)]
+    monkeypatch.setattr(Stage, "metrics", lambda _: rows)
+    recipe = world.recipe({"rollout.batch": 8, "ppo.minibatches": 2})
+    pace = estimate._measure(recipe, "cpu")
+    assert (pace.sft_step_s, pace.ppo_step_s) == (2.0, 4.0)
+
+
+def test_processes_share_a_stage_s_time(world: World) -> None:
+    plan = Plan(build_sweep("grid", read_options("grid", world.recipe(), seeds=1, axes=["ppo.lr=0.01"], arms="SFT")))
+    found = estimate.Estimate({"a": 7200.0}, (), {})
+    alone, two = (plan_lines(plan, found, Path("runs"), 1, processes) for processes in (1, 2))
+    assert any("2.00 core-hours, 2:00 h with 1 at once" in line for line in alone), alone
+    assert any("2.00 core-hours, 1:00 h with 1 at once, each of 2 processes" in line for line in two), two
 
 
 def test_a_sweep_that_goes_on_is_not_measured_again(

@@ -111,10 +111,31 @@ MUTANTS = [
         "report/test_sweep.py::test_where_an_arm_peaks_and_what_its_ends_lack",
     ),
     Mutant(
+        "estimate: a minibatch counts as a step",
+        "ablations/estimate.py",
+        "seconds[kind] = share * median(",
+        "seconds[kind] = median(",
+        "ablations/test_estimate.py::test_a_minibatch_counts_as_often_as_a_step_has_it",
+    ),
+    Mutant(
+        "estimate: a minibatch of one rollout",
+        "ablations/estimate.py",
+        "or batch < 2 * count * recipe.rollout.per_prompt",
+        "",
+        "ablations/test_estimate.py::test_a_slow_model_is_asked_for_one_minibatch",
+    ),
+    Mutant(
+        "sweep: processes share nothing of a stage's time",
+        "ablations/run.py",
+        "duration(hours * 3600 / (slots * processes))",
+        "duration(hours * 3600 / slots)",
+        "ablations/test_estimate.py::test_processes_share_a_stage_s_time",
+    ),
+    Mutant(
         "estimate: a slow model is kept waiting",
         "ablations/estimate.py",
-        "steps = 1 if seconds.get",
-        "steps = STEPS if seconds.get",
+        "_one_minibatch(quick) if slow else",
+        "_one_minibatch(quick) if False else",
         "ablations/test_estimate.py::test_a_slow_model_is_asked_for_one_step_of_ppo",
     ),
     Mutant(

@@ -485,9 +485,23 @@ MUTANTS = [
     Mutant(
         "generation: the cache keeps the wrong rows",
         "models/generation.py",
-        "cache.keep(kept_K)",
-        "cache.keep(kept_K.flip(0))",
+        "cache.take(kept_K)",
+        "cache.take(kept_K.flip(0))",
         "training/test_generation.py::test_tokens_are_those_of_transformers",
+    ),
+    Mutant(
+        "generation: the prompt of another row is read on from",
+        "models/generation.py",
+        "return last_RD[row_B], lengths_R[row_B], cache",
+        "return last_RD[row_B.flip(0)], lengths_R[row_B], cache",
+        "training/test_generation.py::test_equal_prompts_are_read_once",
+    ),
+    Mutant(
+        "generation: as many rows as prompts are taken for the same",
+        "models/generation.py",
+        "if rows != [*range(len(read))]:",
+        "if len(rows) != len(read):",
+        "training/test_generation.py::test_equal_prompts_are_read_once",
     ),
     Mutant(
         "generation: a token sees what is not there yet",

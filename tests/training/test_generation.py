@@ -53,6 +53,37 @@ def test_a_row_has_the_same_tokens_in_any_batch() -> None:
     assert written(lm, [PROMPTS[i] for i in order], seed=[seeds[i] for i in order]) == [whole[i] for i in order]
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral window", "deepseek v3"])
+def test_equal_prompts_are_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each other or apart; each row still draws its own tokens, those that it draws where nothing is shared."""
+    lm = make(name, attention="sdpa")
+    seeds = [derive_seed(3, "row", i) for i in range(5 * len(PROMPTS))]
+    apart = [row for i in range(5) for row in written(lm, seed=seeds[i::5])]
+    read: list[int] = []
+    prefill = generation.Prefill
+
+    def counted(lengths: Sequence[int], *rest: object) -> generation.Prefill:
+        read.append(sum(lengths))
+        return prefill(lengths, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generation, "Prefill", counted)
+    beside = written(lm, [prompt for prompt in PROMPTS for _ in range(5)], seed=seeds)
+    assert beside == [apart[i * len(PROMPTS) + k] for k in range(len(PROMPTS)) for i in range(5)]
+    assert written(lm, PROMPTS * 5, seed=[seed for i in range(5) for seed in seeds[i::5]]) == apart
+    assert read == [sum(map(len, {tuple(prompt) for prompt in PROMPTS}))] * 2
+    assert written(lm, [PROMPTS[1]] * 40, seed=seeds[:40])[7] == written(lm, [PROMPTS[1]], seed=seeds[7:8])[0]
+    assert read[2:] == [generation.LEAST * len(PROMPTS[1])] * 2
+    pair = [PROMPTS[0], PROMPTS[1]]
+    halves = written(lm, [prompt for prompt in pair for _ in range(8)], seed=seeds[:16])
+    assert halves == [
+        row
+        for prompt, own in zip(pair, (seeds[:8], seeds[8:16]), strict=True)
+        for seed in own
+        for row in written(lm, [prompt], seed=[seed])
+    ]
+    assert len({tuple(row) for row in beside[:5]}) > 1
+
+
 def test_rows_that_are_done_leave_and_no_fewer_than_the_least_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make("llama", attention="sdpa")
     sizes: list[int] = []
