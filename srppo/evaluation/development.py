@@ -23,11 +23,11 @@ from srppo.models.flops import forward_flops
 from srppo.models.language_model import LanguageModel
 from srppo.statistics.intervals import Estimate, item_interval
 from srppo.training.batch import Generated, answer_nll_sum, extents, micro_batches
-from srppo.training.rollout import generate
+from srppo.training.rollout import generate, row_seeds
 from srppo.world.items import Item
 
 CHOOSE = ("demonstrated", "development")  # groups of items: no step is chosen on tasks that are reported as new
-EVAL_BATCH = 300  # rows of one call of generate, which takes fewer at a time where the memory has it
+SEED_BLOCK = 300  # items whose seeds are made of one
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,32 @@ def answer_items(
     Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them. `decode` takes what
     `rollout.generate` takes.
     """
-    pad = int(tokenizer.pad_token_id)
+    if not items:
+        return []
     prompts = encode_items(tokenizer, items, recipe)
     answers: list[list[Answer]] = [[] for _ in items]
-    for draw in range(samples or 1):
-        for start in range(0, len(items), EVAL_BATCH):
-            generated = decode(
-                model,
-                prompts[start : start + EVAL_BATCH],
-                stop_ids=stops,
-                pad_id=pad,
-                max_new_tokens=recipe.rollout.max_new_tokens,
-                seed=derive_seed(recipe.seed, "eval", draw * len(items) + start),
-                temperature=None if samples is None else 1.0,
-            )
-            written = generated.responses()
-            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-            for i, (text, ended) in enumerate(zip(texts, generated.ended_B.tolist(), strict=True)):
-                answers[start + i].append(Answer(text, ended, len(written[i])))
+    draws = samples or 1
+    generated = decode(
+        model,
+        prompts * draws,
+        stop_ids=stops,
+        pad_id=int(tokenizer.pad_token_id),
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        seed=[seed for draw in range(draws) for seed in _seeds(recipe, draw, len(items))],
+        temperature=None if samples is None else 1.0,
+    )
+    written = generated.responses()
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    for place, (text, ended) in enumerate(zip(texts, generated.ended_B.tolist(), strict=True)):
+        answers[place % len(items)].append(Answer(text, ended, len(written[place])))
     return [verdict_of(item, given) for item, given in zip(items, answers, strict=True)]
+
+
+def _seeds(recipe: Recipe, draw: int, items: int) -> list[int]:
+    """Of one sample of each item; by blocks, as records of before have them."""
+    starts = range(0, items, SEED_BLOCK)
+    blocks = {start: derive_seed(recipe.seed, "eval", draw * items + start) for start in starts}
+    return [seed for start, own in blocks.items() for seed in row_seeds(own, min(SEED_BLOCK, items - start))]
 
 
 def answer_flops(model: LanguageModel, prompts: Sequence[Sequence[int]], verdicts: Sequence[Verdict]) -> int:

@@ -44,6 +44,10 @@ class Meter:
         """So many more rows (or parts of them) are done."""
         self._set(self.done + rows)
 
+    def reach(self, rows: float) -> None:
+        """Of the batch that is worked on so many rows (or parts of them) are done."""
+        self._set(self.whole + rows)
+
     def finish(self, rows: int) -> None:
         """A batch of so many rows is done, maybe long before its last possible token."""
         self.whole += rows

@@ -44,8 +44,8 @@ def write_bytes(role: LanguageModel, lengths: Sequence[int], max_new_tokens: int
     """The most that is held, beside the weights, while answers to prompts of these lengths are written: layers that
     stand for narrow or adapted ones (on a CPU), keys and values, the pass over the prompts, and what the next tokens
     are drawn from."""
-    cache = KvCache(max(lengths) + max_new_tokens)
-    prefill = Prefill(lengths, cache, torch.device("cpu"))
+    cache = KvCache(len(lengths), max(lengths) + max_new_tokens)
+    prefill = Prefill(lengths, range(len(lengths)), cache, torch.device("cpu"))
     return max(_extrapolated(role, lambda mark: _write(role, prefill, cache, len(lengths), mark, on_cpu)).values())
 
 

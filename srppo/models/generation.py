@@ -1,5 +1,5 @@
-"""Generation from packed rows: prompts of any lengths are read without padding, equal ones once, and rows that are done
-leave the batch.
+"""Generation from packed rows: prompts of any lengths are read without padding, equal ones once, and others begin where
+rows are done.
 
 Of each row the keys and values lie in a cache of its own length. On a CPU no pass has fewer than LEAST rows: BLAS
 rounds smaller products otherwise, and a row's tokens would hang on how many others are still being written.
@@ -7,6 +7,7 @@ rounds smaller products otherwise, and a row's tokens would hang on how many oth
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,10 @@ from srppo.models.language_model import LanguageModel, body_hidden
 from srppo.models.packed import Asked, Rows, Segments
 
 LEAST = 16
-KEPT = 0.75  # the cache is made smaller when fewer than this share of its rows is still written
+KEPT = 0.75  # other rows begin, or the cache is made smaller, when fewer than this share of its rows is still written
 
-Draw = Callable[[Tensor, list[int], int], tuple[Tensor, Tensor]]
-"""(logits BV fp32, which rows they are of, how many tokens those have) -> next token of each and its log-prob, B."""
+Draw = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Tensor]]
+"""(logits BV fp32, which rows they are of, how many tokens each has) -> next token of each and its log-prob, B."""
 
 Written = tuple[list[int], list[float]]
 """The token ids of a response, and the log-prob with which each was drawn."""
@@ -35,40 +36,45 @@ def can_generate(lm: LanguageModel) -> bool:
 class KvCache:
     """Keys and values of rows, by layer: (rows, heads, positions, width), made when the first come."""
 
-    def __init__(self, positions: int) -> None:
-        self.positions = positions
+    def __init__(self, rows: int, positions: int) -> None:
+        self.rows, self.positions = rows, positions
         self.by_layer: dict[int | None, list[Tensor]] = {}
 
-    def put(self, layer: int | None, rows_N: Tensor, places_N: Tensor, *new_HND: Tensor, rows: int) -> list[Tensor]:
+    def put(self, layer: int | None, rows_N: Tensor, places_N: Tensor, *new_HND: Tensor) -> list[Tensor]:
         """Store keys and values of N tokens, each in its row and place; all that are known.
 
         In the precision of the values: under autocast rotated keys are fp32, which attention would narrow anyway.
         """
         if layer not in self.by_layer:
-            sizes = [(rows, len(x), self.positions, x.shape[2]) for x in new_HND]
+            sizes = [(self.rows, len(x), self.positions, x.shape[2]) for x in new_HND]
             self.by_layer[layer] = [new_HND[-1].new_zeros(size) for size in sizes]
         for known, new in zip(self.by_layer[layer], new_HND, strict=True):
             known[rows_N, :, places_N] = new.transpose(0, 1).to(known.dtype)
         return self.by_layer[layer]
 
-    def take(self, rows_K: Tensor) -> None:
-        """Have these rows, some perhaps several times, and no others."""
+    def copy(self, from_K: Tensor, to_K: Tensor, length: int) -> None:
+        """Have in some rows what others have in their first `length` places."""
+        for x in (x for each in self.by_layer.values() for x in each):
+            x[to_K, :, :length] = x[from_K, :, :length]
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Let all other rows go."""
+        self.rows = len(rows_K)
         for layer, each in self.by_layer.items():  # one by one: never all of them twice
             self.by_layer[layer] = [x[rows_K] for x in each]
 
 
 class Prefill:
-    """The prompts: packed rows whose keys and values are remembered."""
+    """Prompts: packed rows whose keys and values are remembered, each prompt's in a row of the cache."""
 
-    def __init__(self, lengths: Sequence[int], cache: KvCache, device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], rows: Sequence[int], cache: KvCache, device: torch.device) -> None:
         self.segments, self.cache = Segments(tuple(lengths)), cache
-        rows_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        self.rows_N = rows_N.to(device)
+        self.rows_N = torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device)
         self.places_N = torch.cat([torch.arange(length) for length in lengths]).to(device)
 
     def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
         """As `Rows.attend`."""
-        self.cache.put(asked.layer, self.rows_N, self.places_N, k_HND, v_HND, rows=len(self.segments.lengths))
+        self.cache.put(asked.layer, self.rows_N, self.places_N, k_HND, v_HND)
         return self.segments.attend(q_HND, k_HND, v_HND, asked)
 
 
@@ -86,7 +92,7 @@ class DecodeStep:
     def attend(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, asked: Asked) -> Tensor:
         """As `Rows.attend`."""
         scaling, window, layer = asked
-        known = self.cache.put(layer, self.rows_B, self.lengths_B, k_HND, v_HND, rows=len(self.rows_B))
+        known = self.cache.put(layer, self.rows_B, self.lengths_B, k_HND, v_HND)
         k_BHSD, v_BHSD = (x[:, :, : self.longest] for x in known)
         if window not in self.masks:
             seen_BS = (self.back_BS >= 0) if window is None else (self.back_BS >= 0) & (self.back_BS < window)
@@ -104,62 +110,80 @@ def generate_packed(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    rows: int,
     until: Callable[[list[list[int]]], list[bool]] | None = None,
 ) -> list[Written]:
     """The response to each prompt (token ids), its stop token included, of at most `max_new_tokens`.
 
-    draw: chooses the next tokens. until: which of the rows that it is shown, responses so far, are done for another
-    reason than a stop token.
+    draw: chooses the next tokens. rows: that are written at a time, the shortest prompts first; on a CPU LEAST or more.
+    until: which of the rows that it is shown, responses so far, are done for another reason than a stop token.
     """
     stops, least = {*stop_ids}, LEAST if lm.device.type == "cpu" else 1
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = order + order[-1:] * (least - len(order))  # who is written in each row of the cache
+    order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), max(rows, least)
+    inside, waiting = order[:size], deque(order[size:])
+    inside += inside[-1:] * (least - len(inside))  # who is written in each row of the cache
     written: list[Written] = [([], []) for _ in prompts]
     done = [False] * len(prompts)
+    cache = KvCache(len(inside), len(prompts[order[-1]]) + max_new_tokens)
     with lm.merged_layers():
-        last_BD, lengths_B, cache = _read(lm, [prompts[i] for i in rows], least, max_new_tokens)
-        for step in range(max_new_tokens):
-            tokens_B, logprobs_B = draw(_logits(lm, last_BD), rows, step)
-            fresh = [i for i in dict.fromkeys(rows) if not done[i]]
-            chosen = dict(zip(rows, zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True), strict=True))
+        last_BD, lengths_B = _read(lm, [prompts[i] for i in inside], range(len(inside)), cache, least)
+        while True:
+            steps = [min(len(written[i][0]), max_new_tokens - 1) for i in inside]
+            tokens_B, logprobs_B = draw(_logits(lm, last_BD), inside, steps)
+            fresh = [i for i in dict.fromkeys(inside) if not done[i]]
+            chosen = dict(zip(inside, zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True), strict=True))
             for i in fresh:
                 (ids, logprobs), (token, logprob) = written[i], chosen[i]
                 ids.append(token)
                 logprobs.append(logprob)
-                done[i] = token in stops
+                done[i] = token in stops or len(ids) == max_new_tokens
             if until is not None:
                 for i, over in zip(fresh, until([written[i][0] for i in fresh]), strict=True):
                     done[i] = done[i] or over
-            left = [place for place, i in enumerate(rows) if not done[i]]
-            if not left or step == max_new_tokens - 1:
-                break
-            if max(len(left), least) < KEPT * len(rows):
-                others = [place for place in range(len(rows)) if done[rows[place]]]
+            left = [place for place, i in enumerate(inside) if not done[i]]
+            if not left and not waiting:
+                return written
+            if not waiting and max(len(left), least) < KEPT * len(inside):
+                others = [place for place in range(len(inside)) if done[inside[place]]]
                 kept = sorted(left + others[: least - len(left)] if len(left) < least else left)
-                rows = [rows[place] for place in kept]
+                inside = [inside[place] for place in kept]
                 kept_K = torch.tensor(kept, device=lm.device)
-                cache.take(kept_K)
+                cache.keep(kept_K)
                 lengths_B, tokens_B = lengths_B[kept_K], tokens_B[kept_K]
             last_BD = _step(lm, tokens_B, lengths_B, cache)
-            lengths_B = lengths_B + 1
-    return written
+            lengths_B = lengths_B + torch.tensor([not done[i] for i in inside], device=lm.device)
+            if waiting and len(left) < KEPT * len(inside):
+                free = [place for place, i in enumerate(inside) if done[i]][: len(waiting)]
+                for place in free:
+                    inside[place] = waiting.popleft()
+                free_K = torch.tensor(free, device=lm.device)
+                begun = [prompts[inside[place]] for place in free]
+                last_BD[free_K], lengths_B[free_K] = _read(lm, begun, free, cache, least)
 
 
-def _read(lm: LanguageModel, prompts: Sequence[Sequence[int]], least: int, room: int) -> tuple[Tensor, Tensor, KvCache]:
-    """(hidden states after the prompts BD, their lengths B, cache with `room` tokens of room): equal ones read once."""
-    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    read = [*places]
-    read += read[-1:] * (least - len(read))
-    lengths_R = torch.tensor([len(prompt) for prompt in read], device=lm.device)
-    cache = KvCache(int(lengths_R.max()) + room)
-    prefill = Prefill(lengths_R.tolist(), cache, lm.device)
+def _read(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], rows: Sequence[int], cache: KvCache, least: int
+) -> tuple[Tensor, Tensor]:
+    """(hidden states after the prompts BD, their lengths B), each prompt's keys and values in its row of the cache.
+
+    Equal prompts are read once. Of fewer than `least` tokens the last prompt is read several times.
+    """
+    first: dict[tuple[int, ...], int] = {}  # by prompt, its place among those that are read
+    for prompt in map(tuple, prompts):
+        first.setdefault(prompt, len(first))
+    read, place = [*first], [first[tuple(prompt)] for prompt in prompts]
+    own = [rows[place.index(i)] for i in range(len(read))]
+    while sum(map(len, read)) < least:
+        own, read = own + own[-1:], read + read[-1:]
+    lengths = [len(prompt) for prompt in read]
+    prefill = Prefill(lengths, own, cache, lm.device)
     tokens_N = torch.tensor([token for prompt in read for token in prompt], device=lm.device)
+    lengths_R, place_B = (torch.tensor(each, device=lm.device) for each in (lengths, place))
     last_RD = _pass(lm, tokens_N, prefill.places_N, prefill)[lengths_R.cumsum(0) - 1]
-    rows = [places[tuple(prompt)] for prompt in prompts]
-    row_B = torch.tensor(rows, device=lm.device)
-    if rows != [*range(len(read))]:
-        cache.take(row_B)
-    return last_RD[row_B], lengths_R[row_B], cache
+    if copies := [(own[i], row) for i, row in zip(place, rows, strict=True) if own[i] != row]:
+        from_K, to_K = (torch.tensor(each, device=lm.device) for each in zip(*copies, strict=True))
+        cache.copy(from_K, to_K, max(lengths))
+    return last_RD[place_B], lengths_R[place_B]
 
 
 def _step(lm: LanguageModel, tokens_B: Tensor, lengths_B: Tensor, cache: KvCache) -> Tensor:

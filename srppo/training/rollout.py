@@ -33,6 +33,7 @@ from srppo.training import parallel
 from srppo.training.batch import RolloutBatch, Sampled, left_pad, micro_slices
 from srppo.training.scores import passes
 
+PADDED_ROWS = 300  # by transformers' generate(), where all wait for the last
 Until = Callable[[list[list[int]]], list[bool]]
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far BS, logits BV) -> logits BV."""
@@ -70,22 +71,24 @@ def generate(
     settings: more of transformers' own. With either of processor and settings, or a model that cannot be packed,
     transformers' generate() writes; otherwise `models.generation` does.
     rows: at most so many at a time; None: as many as fit the memory beside the bytes `held` (`memory.rows_that_fit`).
+    Where one is done another begins.
     """
     longest = max(map(len, prompts))
     size = rows or rows_that_fit(model, longest + max_new_tokens, held=held)
     seeds = row_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    order = parallel.share(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    order = parallel.share(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]))))
     own = processor is None and not settings and can_generate(model)
+    parts = [slice(len(order))] if own else micro_slices(len(order), min(size, PADDED_ROWS))
     written: dict[int, Written] = {}
     half = model.precision == "bf16" and processor is None
     with model.gathered(), _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
-        for part in micro_slices(len(order), size):
+        for part in parts:
             places = order[part]
             chosen = [prompts[i] for i in places]
             draw = drawing([seeds[i] for i in places], temperature, max_new_tokens, top_k=top_k, top_p=top_p)
             if own:
                 limits: dict[str, Any] = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "until": until}
-                found = generate_packed(model, chosen, draw, **limits)
+                found = generate_packed(model, chosen, draw, rows=size, **limits)
             else:
                 config = GenerationConfig(
                     max_new_tokens=max_new_tokens,
@@ -115,7 +118,7 @@ def _by_transformers(
     logprobs_TB: list[Tensor] = []
 
     def drawn(tokens_BS: Tensor, logits_BV: Tensor) -> Tensor:
-        token_B, logprob_B = draw(logits_BV, everyone, tokens_BS.shape[1] - width)
+        token_B, logprob_B = draw(logits_BV, everyone, [tokens_BS.shape[1] - width] * len(everyone))
         logprobs_TB.append(logprob_B)
         return torch.full_like(logits_BV, -torch.inf).scatter(1, token_B[:, None], 0.0)
 
@@ -256,17 +259,17 @@ def drawing(seeds: Sequence[int], temperature: float | None, steps: int, *, top_
     or, at temperature None, the likeliest. Top-k and top-p as transformers has them: after the temperature. The
     log-prob is that of the distribution which was drawn from."""
     if temperature is None:
-        return lambda logits_BV, rows, step: (logits_BV.argmax(dim=-1), torch.zeros_like(logits_BV[:, 0]))
+        return lambda logits_BV, rows, steps_done: (logits_BV.argmax(dim=-1), torch.zeros_like(logits_BV[:, 0]))
     warpers = [*([TopKLogitsWarper(top_k)] if top_k else []), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
     uniform_BT = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def draw(logits_BV: Tensor, rows: list[int], step: int) -> tuple[Tensor, Tensor]:
+    def draw(logits_BV: Tensor, rows: list[int], steps_done: list[int]) -> tuple[Tensor, Tensor]:
         scores_BV = logits_BV.float() / temperature
         for warper in warpers:
             scores_BV = warper(None, scores_BV)
         probs_BV = scores_BV.softmax(dim=-1)
         cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
-        number_B = uniform_BT[rows, step].double().to(logits_BV.device)
+        number_B = uniform_BT[rows, steps_done].double().to(logits_BV.device)
         found_B1 = torch.searchsorted(cumulative_BV, number_B[:, None] * cumulative_BV[:, -1:], right=True)
         token_B1 = found_B1.clamp(max=logits_BV.shape[-1] - 1)
         return token_B1[:, 0], probs_BV.gather(1, token_B1)[:, 0].log()

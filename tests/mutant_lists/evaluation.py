@@ -6,6 +6,20 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "harness: progress forgets the rows that are done",
+        "evaluation/harness/model.py",
+        "self.reach(self.begun - len(responses) + ",
+        "self.reach(",
+        "evaluation/harness/test_model.py::test_progress_counts_rows_and_parts_of_rows",
+    ),
+    Mutant(
+        "development: samples of one item share their numbers",
+        "evaluation/development.py",
+        'derive_seed(recipe.seed, "eval", draw * items + start)',
+        'derive_seed(recipe.seed, "eval", start)',
+        "evaluation/test_development.py::test_samples_of_all_items_are_written_together",
+    ),
+    Mutant(
         "items: the split of a row by its line",
         "evaluation/items.py",
         '"test" if number % 2 else "dev")',

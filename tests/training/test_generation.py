@@ -72,7 +72,7 @@ def test_equal_prompts_are_read_once(name: str, monkeypatch: pytest.MonkeyPatch)
     assert written(lm, PROMPTS * 5, seed=[seed for i in range(5) for seed in seeds[i::5]]) == apart
     assert read == [sum(map(len, {tuple(prompt) for prompt in PROMPTS}))] * 2
     assert written(lm, [PROMPTS[1]] * 40, seed=seeds[:40])[7] == written(lm, [PROMPTS[1]], seed=seeds[7:8])[0]
-    assert read[2:] == [generation.LEAST * len(PROMPTS[1])] * 2
+    assert read[2] == read[3] == 21 and len(PROMPTS[1]) == 7  # three times, for no pass has fewer than LEAST rows
     pair = [PROMPTS[0], PROMPTS[1]]
     halves = written(lm, [prompt for prompt in pair for _ in range(8)], seed=seeds[:16])
     assert halves == [
@@ -101,6 +101,35 @@ def test_rows_that_are_done_leave_and_no_fewer_than_the_least_are_written(monkey
         assert size >= max(alive, generation.LEAST) >= generation.KEPT * size
     sizes.clear()
     assert written(lm, PROMPTS[:2]) == rows[:2] and set(sizes) == {generation.LEAST}
+
+
+def test_where_rows_are_done_others_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has the tokens that it has beside all others, and places stand empty only below KEPT."""
+    lm = make("llama", attention="sdpa")
+    prompts = [[*row[: 1 + i % len(row)], 1 + i % (VOCAB - 1)] for i, row in enumerate(PROMPTS * 6)]
+    whole, alive, read = written(lm, prompts), list[int](), list[int]()
+    step, first = generation._step, generation._read
+
+    def stepped(lm: LanguageModel, tokens_B: Tensor, *rest: object) -> Tensor:
+        alive.append(len(tokens_B))
+        return step(lm, tokens_B, *rest)  # type: ignore[arg-type]
+
+    def begun(lm: LanguageModel, prompts: Sequence[Sequence[int]], *rest: object) -> tuple[Tensor, Tensor]:
+        read.append(len(prompts))
+        return first(lm, prompts, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generation, "_step", stepped)
+    monkeypatch.setattr(generation, "_read", begun)
+    for size in (4, 16, 40):
+        alive.clear(), read.clear()
+        assert written(lm, prompts, rows=size) == whole
+        most = max(size, generation.LEAST)
+        assert read[0] == most and sum(read) == len(prompts) and len(read) > 2
+        assert (1 - generation.KEPT) * most < min(read[1:-1]) and max(read[1:]) < most
+        assert alive[0] == most and alive == sorted(alive, reverse=True)
+        cost = sum(alive)
+        parts = [whole[start : start + most] for start in range(0, len(whole), most)]
+        assert cost < sum(most * max(map(len, part)) for part in parts)
 
 
 def test_until_ends_rows_and_sees_only_those_that_are_written() -> None:
@@ -172,8 +201,8 @@ def test_keys_and_values_are_kept_in_the_precision_that_they_are_computed_in(
     made: list[generation.KvCache] = []
 
     class Kept(generation.KvCache):
-        def __init__(self, positions: int) -> None:
-            super().__init__(positions)
+        def __init__(self, rows: int, positions: int) -> None:
+            super().__init__(rows, positions)
             made.append(self)
 
     monkeypatch.setattr(generation, "KvCache", Kept)
@@ -191,7 +220,7 @@ def test_draws_follow_the_distribution_and_its_restrictions() -> None:
     def shares(**how: float) -> Tensor:
         temperature = how.pop("temperature", 1.0)
         draw = drawing(seeds, temperature, 3, **how)  # type: ignore[arg-type]
-        tokens, logprobs = draw(logits.expand(len(rows), -1), rows, 1)
+        tokens, logprobs = draw(logits.expand(len(rows), -1), rows, [1] * len(rows))
         found = tokens.bincount(minlength=5) / len(rows)
         for token in tokens.unique().tolist():  # each token's log-prob is one number, and its share is near
             (share,) = logprobs[tokens == token].exp().unique()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from inspect import signature
 from typing import Any
@@ -159,30 +159,30 @@ class HarnessModel(TemplateLM):
         for places in alike.values():
             how = self.decoding(requests[places[0]].args[1])
             size = self._size(max(len(prompts[i]) for i in places) + how.max_new_tokens)
-            for batch in by_length(places, lambda i: len(prompts[i]), size):
-                members = [places[j] for j in batch]
-                written = self._decode([prompts[i] for i in members], [seeds[i] for i in members], how)
-                self.meter.finish(len(members))
-                texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-                for i, text in zip(members, texts, strict=True):
-                    answers[i] = postprocess_generated_text(text, list(how.until), None)
+            written = self._decode([prompts[i] for i in places], [seeds[i] for i in places], how, size)
+            self.meter.finish(len(places))
+            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+            for i, text in zip(places, texts, strict=True):
+                answers[i] = postprocess_generated_text(text, list(how.until), None)
         return answers
 
-    def _decode(self, prompts: list[list[int]], seeds: list[int], how: Decoding) -> list[list[int]]:
-        """decode(); a batch that does not fit after all is halved, which changes samples by rounding alone."""
+    def _decode(self, prompts: list[list[int]], seeds: list[int], how: Decoding, rows: int) -> list[list[int]]:
+        """decode(); where so many rows do not fit after all it begins again with half as many, which changes samples by
+        rounding alone."""
         stops = stop_ids(self.tokenizer, self.lm.generation_config)
-        tick = partial(self.meter.advance, len(prompts) / how.max_new_tokens)
+        rows = min(rows, len(prompts))
+        limits: dict[str, Any] = {"stop_ids": stops, "rows": rows, "reach": self.meter.reach}
         try:
-            return decode(self.lm, self.tokenizer, prompts, seeds, how, stop_ids=stops, tick=tick)
+            return decode(self.lm, self.tokenizer, prompts, seeds, how, **limits)
         except OutOfMemory:
-            if len(prompts) == 1:
+            if rows == 1:
+                longest = max(map(len, prompts))
                 raise ModelError(
-                    f"one prompt of {len(prompts[0])} tokens and {how.max_new_tokens} new ones do not fit the memory; "
+                    f"one prompt of {longest} tokens and {how.max_new_tokens} new ones do not fit the memory; "
                     "pass --max-new-tokens, or --device cpu"
                 ) from None
         torch.cuda.empty_cache()
-        half = len(prompts) // 2
-        return self._decode(prompts[:half], seeds[:half], how) + self._decode(prompts[half:], seeds[half:], how)
+        return self._decode(prompts, seeds, how, rows // 2)
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         """(log-prob in nats, whether greedy decoding would write it) of each continuation; contexts are cut left."""
@@ -236,15 +236,19 @@ class HarnessModel(TemplateLM):
 
 
 class _StopTexts:
-    """Which rows have one of the texts in their response; looks at as many last tokens as could hold one. `tick` is
-    called at each step."""
+    """Which rows have one of the texts in their response; looks at as many last tokens as could hold one. `reach` hears
+    at each step how many rows are written, parts of rows counted by their share of the `most` tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tick: Callable[[], None]) -> None:
-        self.tokenizer, self.texts, self.tick = tokenizer, [text for text in texts if text], tick
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int, reach: Callable[[float], object]
+    ) -> None:
+        self.tokenizer, self.texts, self.most, self.reach = tokenizer, [text for text in texts if text], most, reach
+        self.begun = 0
         self.window = max((len(text.encode()) + 1 for text in self.texts), default=0)
 
     def __call__(self, responses: list[list[int]]) -> list[bool]:
-        self.tick()
+        self.begun += sum(len(row) == 1 for row in responses)
+        self.reach(self.begun - len(responses) + sum(map(len, responses)) / self.most)
         if not self.texts:
             return [False] * len(responses)
         tails = [row[-self.window :] for row in responses]
@@ -260,9 +264,11 @@ def decode(
     how: Decoding,
     *,
     stop_ids: Sequence[int],
-    tick: Callable[[], None] = lambda: None,
+    rows: int | None = None,
+    reach: Callable[[float], object] = lambda rows: None,
 ) -> list[list[int]]:
-    """Token ids of the response to each prompt, up to its first stop token (left out), as one batch of `generate`.
+    """Token ids of the response to each prompt, up to its first stop token (left out), by `generate`, so many rows at
+    a time. `reach` hears how many are written.
 
     A sampled row's random numbers come from its seed alone.
     """
@@ -276,9 +282,9 @@ def decode(
         temperature=how.temperature,
         top_k=how.top_k,
         top_p=how.top_p,
-        until=_StopTexts(tokenizer, how.until, tick),
+        until=_StopTexts(tokenizer, how.until, how.max_new_tokens, reach),
         settings=how.extra,
-        rows=len(prompts),
+        rows=rows,
     )
     ended = generated.ended_B.tolist()
     return [row[:-1] if stopped else row for row, stopped in zip(generated.responses(), ended, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,15 +274,26 @@ def test_a_batch_that_does_not_fit_is_halved(
     sizes = []
 
     def decode_small(lm: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any, **options: Any) -> list[list[int]]:
-        sizes.append(len(prompts))
-        if len(prompts) > 4:
+        sizes.append(options["rows"])
+        if options["rows"] > 4:
             raise OutOfMemory("full")
         return decode(lm, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr("srppo.evaluation.harness.model.decode", decode_small)
     (halved,), _ = evaluate(model, tmp_path / "b", "letters", include_path=[tasks], samples=1, **PLAIN)
-    assert sizes == [14, 7, 3, 4, 7, 3, 4]
+    assert sizes == [14, 7, 3]
     assert samples(whole) == samples(halved)
+
+
+def test_progress_counts_rows_and_parts_of_rows(model: Path) -> None:
+    lm, tokenizer = load_model(str(model), ModelConfig()), load_tokenizer(str(model), ModelConfig())
+    prompts = [tokenizer(f"Name {word}:")["input_ids"] for word in WORDS * 4]
+    for packs in (True, False):  # all rows in turn, or a padded batch after another
+        lm.packs, told = packs, list[float]()
+        how = Decoding(20, temperature=1.0)
+        rows = decode(lm, tokenizer, prompts, range(len(prompts)), how, stop_ids=[256, 97], rows=16, reach=told.append)
+        assert all(0 < before < after for before, after in pairwise(told)) and told[-1] <= len(prompts)
+        assert min(map(len, rows)) < 10 and told[-1] > len(prompts) - 16
 
 
 def test_what_a_task_asks_of_decoding() -> None:
