@@ -5,15 +5,19 @@ Then it writes tables and figure. A row is an arm, seed, decoding and kind of in
 group of kinds. Kinds are the units: of a difference, each seed and kind counts once, however many items it has.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blocks import ROOT, write_block
 from numpy.typing import NDArray
+from PIL import Image
 
 from srppo.ablations.analysis import analyse
 from srppo.ablations.run import load_sweep
@@ -172,10 +176,9 @@ def draw_kinds(rows: Sequence[Row], path: Path) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=4)
         figure.supxlabel("share that obeys, minus the SFT model's of the same seed; a dot a seed", fontsize=10)
 
-    for made in save_figure(draw, path, height=1.2 + 0.3 * len(kinds)):
-        if made.suffix == ".svg":
-            made.unlink()
-    path.with_name(f"{path.stem}-narrow.svg").unlink(missing_ok=True)
+    with TemporaryDirectory() as folder:
+        made = save_figure(draw, Path(folder) / path.name, height=1.2 + 0.3 * len(kinds))[0]
+        Image.open(made).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main(words: list[str]) -> None:

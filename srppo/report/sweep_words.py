@@ -11,6 +11,7 @@ from srppo.ablations.spec import Comparison
 from srppo.evaluation.comparison import number, p_text, signed
 from srppo.record.store import Stage
 from srppo.report import sweep_tables as tables
+from srppo.report.history import environment_of
 from srppo.report.sweep_curves import curves_answer
 from srppo.report.table import NO_RESULT
 from srppo.report.words import INTERVAL, joined, number_text, short_number, span, verdict_words
@@ -290,7 +291,8 @@ def exploratory_line(result: SweepResult) -> str:
 
 
 def spent_line(stages: Iterable[Stage]) -> str:
-    """`Spent: 0.12 core-hours: the wall time of 18 finished stages.`"""
-    seconds = [each for stage in stages if (each := stage_seconds(stage)) is not None]
-    hours, many = number_text(sum(seconds) / 3600, ".3g"), span([len(seconds)], "finished stage")
-    return f"Spent: {hours} core-hours: the wall time of {many}."
+    """`Spent: 0.12 core-hours: the wall time of 18 finished stages.` A stage of several processes counts as often."""
+    took = [(each, environment_of(stage).get("processes", 1)) for stage in stages if (each := stage_seconds(stage))]
+    total, most = sum(seconds * processes for seconds, processes in took), max((each for _, each in took), default=1)
+    hours, many = number_text(total / 3600, ".3g"), span([len(took)], "finished stage")
+    return f"Spent: {hours} core-hours: the wall time of {many}{', times its processes' * (most > 1)}."

@@ -22,6 +22,7 @@ from srppo.ablations.spec import every
 from srppo.config import Recipe, canonical_json
 from srppo.errors import DataError
 from srppo.record.store import Run, Stage
+from srppo.report.sweep_words import spent_line
 from srppo.stages.kinds import KINDS
 
 ITEMS = 10
@@ -198,6 +199,9 @@ def test_the_seconds_of_a_stage_survive_copying(tmp_path: Path) -> None:
         written = 2**32 if number == 1 else committed.timestamp() - 10  # the first is a copy: new, whatever it holds
         os.utime(folder / "metrics.jsonl", (written, written))
     assert stage_seconds(stage) == pytest.approx(100 + 20)
+    assert spent_line([stage, stage]) == "Spent: 0.0667 core-hours: the wall time of 2 finished stages."
+    (folder / "env.json").write_text(canonical_json({"processes": 3}))
+    assert spent_line([stage]) == "Spent: 0.1 core-hours: the wall time of 1 finished stage, times its processes."
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,13 @@ MUTANTS = [
         "report/test_sweep.py::test_where_an_arm_peaks_and_what_its_ends_lack",
     ),
     Mutant(
+        "sweep: a stage of several processes counts once",
+        "report/sweep_words.py",
+        "seconds * processes for seconds, processes in took",
+        "seconds for seconds, processes in took",
+        "ablations/test_analysis.py::test_the_seconds_of_a_stage_survive_copying",
+    ),
+    Mutant(
         "estimate: a minibatch counts as a step",
         "ablations/estimate.py",
         "seconds[kind] = share * median(",
