@@ -27,7 +27,9 @@ from srppo.report.plots import arm_colours, save_figure
 from srppo.report.style import INK
 from srppo.report.sweep import stages_of
 from srppo.report.words import estimate_text
-from srppo.statistics.intervals import Estimate, calibrated_interval
+from srppo.statistics.intervals import Estimate
+from srppo.statistics.tests import sign_flip
+from srppo.statistics.verdicts import Contrast, untested
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +50,8 @@ PAIRS = (
 GROUPS = {"unseen": "seen by neither", "prompted": "only prompted", "demonstrated": "demonstrated"}
 DECODINGS = ("greedy", "sampled")
 KEEP = ("flops", "seconds", "reward", "kl_sft", "kl_base", "length", "ended", "steps", "gain_at_lengths")
-LIMITS = (-1.0, 1.0)
+COLUMNS = [(group, decoding) for group in GROUPS for decoding in DECODINGS]
+HEADS = " | ".join(f"{GROUPS[group]}, {decoding}" for group, decoding in COLUMNS)
 
 
 # ---- rows
@@ -58,7 +61,7 @@ def rows_of(folder: Path) -> list[Row]:
     """Of every cell that is done: a row a kind, and one a group with what training was like."""
     plan, ledger = load_sweep(folder)
     result = analyse(plan, ledger)
-    told = {stage.id: environment_of(stage) or {} for stage in stages_of(plan, ledger).values()}
+    told = {stage.id: environment_of(stage) for stage in stages_of(plan, ledger).values()}
     made, by_cell = [], {}
     for row in result.rows:
         machine = {key: told.get(row["stage"], {}).get(key) for key in ("commit", "cpu")}
@@ -86,12 +89,12 @@ def put(folders: Sequence[Path]) -> list[Row]:
 # ---- figures
 
 
-def by_kind(rows: Iterable[Row], arm: str, group: str, decoding: str, key: str = "accuracy") -> dict[int, list[float]]:
-    """By seed, a value a kind, kinds in order of name."""
+def by_kind(rows: Iterable[Row], arm: str, group: str, decoding: str) -> dict[int, list[float]]:
+    """By seed, the accuracy on each kind, kinds in order of name."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
         if (row["arm"], row["group"], row["decoding"]) == (arm, group, decoding) and "task" in row:
-            found.setdefault(row["seed"], {})[row["task"]] = row[key]
+            found.setdefault(row["seed"], {})[row["task"]] = row["accuracy"]
     return {seed: [values[task] for task in sorted(values)] for seed, values in found.items()}
 
 
@@ -110,12 +113,10 @@ def arms_of(rows: Iterable[Row]) -> list[str]:
 
 def figures_table(rows: Sequence[Row]) -> str:
     """An arm's accuracy by group and decoding, kinds of equal weight, and what its sampled answers are like."""
-    columns = [(group, decoding) for group in GROUPS for decoding in DECODINGS]
-    heads = [f"{GROUPS[group]}, {decoding}" for group, decoding in columns]
-    lines = [f"| | seeds | {' | '.join(heads)} | tokens | share ended | KL to SFT |", "|---" * (len(heads) + 5) + "|"]
+    lines = [f"| | seeds | {HEADS} | tokens | share ended | KL to SFT |", "|---" * (len(COLUMNS) + 5) + "|"]
     for arm in arms_of(rows):
         own = [row for row in rows if row["arm"] == arm]
-        cells = [f"{np.mean([*by_kind(own, arm, group, decoding).values()]):.3f}" for group, decoding in columns]
+        cells = [f"{np.mean([*by_kind(own, arm, group, decoding).values()]):.3f}" for group, decoding in COLUMNS]
         sampled = [row for row in own if "task" in row and row["decoding"] == "sampled"]
         weights = [row["items"] for row in sampled]
         tokens, ended = (np.average([row[key] for row in sampled], weights=weights) for key in ("tokens", "ended"))
@@ -127,22 +128,21 @@ def figures_table(rows: Sequence[Row]) -> str:
 
 
 def differences(rows: Sequence[Row]) -> list[tuple[tuple[str, str], dict[tuple[str, str], Estimate], int]]:
-    """Each pair with its interval by group and decoding, over seeds and kinds, and how many seeds it has."""
+    """Each pair with its interval by group and decoding, untested, over seeds and kinds; and how many seeds it has."""
     found = []
     for pair in PAIRS:
-        values = {(g, d): v for g in GROUPS for d in DECODINGS if (v := gaps(rows, pair, g, d)) is not None}
+        values = {column: each for column in COLUMNS if (each := gaps(rows, pair, *column)) is not None}
         if values:
-            estimates = {key: calibrated_interval(value, limits=LIMITS) for key, value in values.items()}
-            found.append((pair, estimates, max(len(value) for value in values.values())))
+            contrasts = {column: Contrast(each, sign_flip(each.mean(axis=1))) for column, each in values.items()}
+            estimates = {column: untested(each).difference for column, each in contrasts.items()}
+            found.append((pair, estimates, max(map(len, values.values()))))
     return found
 
 
 def differences_table(rows: Sequence[Row]) -> str:
-    columns = [(group, decoding) for group in GROUPS for decoding in DECODINGS]
-    heads = [f"{GROUPS[group]}, {decoding}" for group, decoding in columns]
-    lines = [f"| | seeds | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    lines = [f"| | seeds | {HEADS} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for (after, before), estimates, seeds in differences(rows):
-        cells = [estimate_text(estimates.get(column), "+.2f") for column in columns]
+        cells = [estimate_text(estimates.get(column), "+.2f") for column in COLUMNS]
         lines.append(f"| *{after} minus {before}* | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

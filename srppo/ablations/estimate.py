@@ -136,9 +136,8 @@ def _measure(recipe: Recipe, device: str) -> Pace:
         nothing = copy(run.development)
         nothing.items, nothing.held_out = [], []
         seconds: dict[str, float] = {}
-        share = 1
         for kind in ("sft", "ppo"):
-            slow = seconds.get("sft", 0.0) > SLOW_S
+            share = 1
             stage, model = run.record.stage(kind, {"pace": True}), to_train(run.base, quick.model)
             with stage.attempt() as attempt:
                 bench = Workbench(stage, attempt, run.tokenizer, console, kind)
@@ -146,14 +145,15 @@ def _measure(recipe: Recipe, device: str) -> Pace:
                     train_sft(quick, bench, model, run.data.demonstrations, nothing, pad_id=run.pad_id, total=STEPS)
                 else:
                     sft, prompts, stops = model.copy(), run.data.prompts, run.stops
-                    own, share = _one_minibatch(quick) if slow else (quick, 1)
+                    own, share = _one_minibatch(quick) if seconds["sft"] > SLOW_S else (quick, 1)
                     train_ppo(own, bench, model, sft, run.base, prompts, nothing, LocalSampler(stops, run.pad_id))
             timings = [row["timing"] for row in stage.metrics() if row["step"] > 0]
             seconds[kind] = share * median(
                 sum(v for k, v in t.items() if k.endswith("_s") and k != "tokens_per_s") for t in timings[1:] or timings
             )
         items = load_items(quick, "dev")
-        chosen = items[:: max(len(items) // (FEW_ITEMS if slow else ITEMS), 1)]
+        count = FEW_ITEMS if seconds["sft"] > SLOW_S else ITEMS
+        chosen = items[:: max(len(items) // count, 1)]
         began = time.perf_counter()
         answer_items(run.base, run.tokenizer, chosen, quick, samples=None, stops=run.stops)
         answer_s = (time.perf_counter() - began) / max(len(chosen), 1)

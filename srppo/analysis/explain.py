@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from srppo.config import derive_seed
 from srppo.console import Console
 from srppo.errors import RecordError, UserError
 from srppo.evaluation.items import spread
-from srppo.evaluation.meter import Meter
+from srppo.evaluation.meter import Meter, RowsWritten
 from srppo.evaluation.results import answers_file
 from srppo.record.arms import ArmsOf
 from srppo.record.json import read_lines
@@ -335,13 +336,15 @@ def _fresh(pair: Pair, rows: Rows, samples: int, console: Console) -> Rows:
     # A seed of its own: recorded answers of all arms share theirs, and rates must not know the policy's draws.
     recipe = pair.recipe.model_copy(update={"seed": derive_seed(pair.recipe.seed, "explain", 0)})
     with Meter(console, f"SFT, seed {pair.recipe.seed}", samples * len(items)) as meter:
-
-        def counted(*given: Any, **named: Any) -> Any:
-            written = generate(*given, **named)
-            meter.finish(len(written.ended_B))
-            return written
-
+        told = RowsWritten(recipe.rollout.max_new_tokens, meter.reach)
         verdicts = answer_items(
-            pair.sft, pair.tokenizer, items, recipe, samples=samples, stops=pair.stops, decode=counted
+            pair.sft,
+            pair.tokenizer,
+            items,
+            recipe,
+            samples=samples,
+            stops=pair.stops,
+            decode=partial(generate, until=told),
         )
+        meter.finish(samples * len(items))
     return [vars(verdict) for verdict in verdicts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -10,6 +12,19 @@ from rich.table import Table
 from srppo.console import Console, duration
 
 LINE_SECONDS = 5.0
+
+
+class RowsWritten:
+    """As `until` of `generate`: no row is done, and `reach` hears at each step how many rows are, parts of rows counted
+    by their share of the `most` tokens."""
+
+    def __init__(self, most: int, reach: Callable[[float], object]) -> None:
+        self.most, self.reach, self.begun = most, reach, 0
+
+    def __call__(self, responses: list[list[int]]) -> list[bool]:
+        self.begun += sum(len(row) == 1 for row in responses)
+        self.reach(self.begun - len(responses) + sum(map(len, responses)) / self.most)
+        return [False] * len(responses)
 
 
 class Meter:

@@ -143,6 +143,7 @@ def generate_packed(
             left = [place for place, i in enumerate(inside) if not done[i]]
             if not left and not waiting:
                 return written
+            # While rows wait, places that are done stay until a quarter is: reading few prompts is dear.
             if not waiting and max(len(left), least) < KEPT * len(inside):
                 others = [place for place in range(len(inside)) if done[inside[place]]]
                 kept = sorted(left + others[: least - len(left)] if len(left) < least else left)
@@ -168,11 +169,12 @@ def _read(
 
     Equal prompts are read once. Of fewer than `least` tokens the last prompt is read several times.
     """
-    first: dict[tuple[int, ...], int] = {}  # by prompt, its place among those that are read
-    for prompt in map(tuple, prompts):
-        first.setdefault(prompt, len(first))
-    read, place = [*first], [first[tuple(prompt)] for prompt in prompts]
-    own = [rows[place.index(i)] for i in range(len(read))]
+    first: dict[tuple[int, ...], int] = {}  # by prompt, the row of the cache that it is read into
+    for prompt, row in zip(map(tuple, prompts), rows, strict=True):
+        first.setdefault(prompt, row)
+    read, own = [*first], [*first.values()]
+    places = {prompt: place for place, prompt in enumerate(read)}
+    place = [places[tuple(prompt)] for prompt in prompts]
     while sum(map(len, read)) < least:
         own, read = own + own[-1:], read + read[-1:]
     lengths = [len(prompt) for prompt in read]

@@ -292,7 +292,8 @@ def exploratory_line(result: SweepResult) -> str:
 
 def spent_line(stages: Iterable[Stage]) -> str:
     """`Spent: 0.12 core-hours: the wall time of 18 finished stages.` A stage of several processes counts as often."""
-    took = [(each, environment_of(stage).get("processes", 1)) for stage in stages if (each := stage_seconds(stage))]
-    total, most = sum(seconds * processes for seconds, processes in took), max((each for _, each in took), default=1)
-    hours, many = number_text(total / 3600, ".3g"), span([len(took)], "finished stage")
-    return f"Spent: {hours} core-hours: the wall time of {many}{', times its processes' * (most > 1)}."
+    times = [(stage_seconds(stage), int(environment_of(stage).get("processes", 1))) for stage in stages]
+    took = [(seconds, processes) for seconds, processes in times if seconds is not None]
+    several = ", times its processes" if any(processes > 1 for _, processes in took) else ""
+    hours = number_text(sum(seconds * processes for seconds, processes in took) / 3600, ".3g")
+    return f"Spent: {hours} core-hours: the wall time of {span([len(took)], 'finished stage')}{several}."

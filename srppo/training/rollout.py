@@ -78,11 +78,11 @@ def generate(
     seeds = row_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
     order = parallel.share(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]))))
     own = processor is None and not settings and can_generate(model)
-    parts = [slice(len(order))] if own else micro_slices(len(order), min(size, PADDED_ROWS))
+    most = max(len(order), 1) if own else min(size, PADDED_ROWS)  # a process may have no row at all
     written: dict[int, Written] = {}
     half = model.precision == "bf16" and processor is None
     with model.gathered(), _writing(model), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
-        for part in parts:
+        for part in micro_slices(len(order), most):
             places = order[part]
             chosen = [prompts[i] for i in places]
             draw = drawing([seeds[i] for i in places], temperature, max_new_tokens, top_k=top_k, top_p=top_p)

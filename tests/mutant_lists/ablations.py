@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant(
         "estimate: a slow model is kept waiting",
         "ablations/estimate.py",
-        "_one_minibatch(quick) if slow else",
+        '_one_minibatch(quick) if seconds["sft"] > SLOW_S else',
         "_one_minibatch(quick) if False else",
         "ablations/test_estimate.py::test_a_slow_model_is_asked_for_one_step_of_ppo",
     ),

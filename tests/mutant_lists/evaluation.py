@@ -7,7 +7,7 @@ from mutant_lists import Mutant
 MUTANTS = [
     Mutant(
         "harness: progress forgets the rows that are done",
-        "evaluation/harness/model.py",
+        "evaluation/meter.py",
         "self.reach(self.begun - len(responses) + ",
         "self.reach(",
         "evaluation/harness/test_model.py::test_progress_counts_rows_and_parts_of_rows",

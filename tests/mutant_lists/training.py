@@ -476,6 +476,13 @@ MUTANTS = [
         "training/test_precision.py::test_the_gap_is_that_to_models_in_fp32",
     ),
     Mutant(
+        "generation: a process without a row to write dies",
+        "training/rollout.py",
+        "most = max(len(order), 1) if own",
+        "most = len(order) if own",
+        "training/test_generation.py::test_a_process_without_a_row_writes_none",
+    ),
+    Mutant(
         "generation: rows that are done are written on",
         "models/generation.py",
         "fresh = [i for i in dict.fromkeys(inside) if not done[i]]",

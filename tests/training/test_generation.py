@@ -14,6 +14,7 @@ from srppo.models import generation, narrow
 from srppo.models.adapters import AdaptedModel, lora_settings
 from srppo.models.language_model import LanguageModel
 from srppo.models.loading import load_model
+from srppo.training import parallel, rollout
 from srppo.training.rollout import drawing, generate
 
 NAMES = ("llama", "mistral window", "mixtral", "qwen2 tied", "gemma3 text", "gpt2 positions", "opt projected")
@@ -130,6 +131,19 @@ def test_where_rows_are_done_others_begin(monkeypatch: pytest.MonkeyPatch) -> No
         cost = sum(alive)
         parts = [whole[start : start + most] for start in range(0, len(whole), most)]
         assert cost < sum(most * max(map(len, part)) for part in parts)
+
+
+def test_a_process_without_a_row_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer prompts than processes: the others' responses are all there are."""
+    seen: list[object] = []
+
+    def gathered(written: dict[int, generation.Written]) -> list[generation.Written]:
+        seen.append(written)
+        return [([EOS], [0.0])]
+
+    monkeypatch.setattr(parallel, "share", lambda rows: [])
+    monkeypatch.setattr(rollout, "together", gathered)
+    assert written(make("llama", attention="sdpa"), [[1, 2]]) == [[EOS]] and seen == [{}]
 
 
 def test_until_ends_rows_and_sees_only_those_that_are_written() -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from srppo.config import derive_seed
 from srppo.data.chat import render, stop_ids
 from srppo.errors import ModelError, OutOfMemory
-from srppo.evaluation.meter import Meter
+from srppo.evaluation.meter import Meter, RowsWritten
 from srppo.models.language_model import LanguageModel, model_inputs
 from srppo.models.memory import batch_size, by_length
 from srppo.training.batch import left_pad
@@ -236,21 +236,17 @@ class HarnessModel(TemplateLM):
 
 
 class _StopTexts:
-    """Which rows have one of the texts in their response; looks at as many last tokens as could hold one. `reach` hears
-    at each step how many rows are written, parts of rows counted by their share of the `most` tokens."""
+    """Which rows have one of the texts in their response; looks at as many last tokens as could hold one. `told` sees
+    all."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int, reach: Callable[[float], object]
-    ) -> None:
-        self.tokenizer, self.texts, self.most, self.reach = tokenizer, [text for text in texts if text], most, reach
-        self.begun = 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], told: RowsWritten) -> None:
+        self.tokenizer, self.texts, self.told = tokenizer, [text for text in texts if text], told
         self.window = max((len(text.encode()) + 1 for text in self.texts), default=0)
 
     def __call__(self, responses: list[list[int]]) -> list[bool]:
-        self.begun += sum(len(row) == 1 for row in responses)
-        self.reach(self.begun - len(responses) + sum(map(len, responses)) / self.most)
+        none = self.told(responses)
         if not self.texts:
-            return [False] * len(responses)
+            return none
         tails = [row[-self.window :] for row in responses]
         written = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
         return [any(text in each for text in self.texts) for each in written]
@@ -282,7 +278,7 @@ def decode(
         temperature=how.temperature,
         top_k=how.top_k,
         top_p=how.top_p,
-        until=_StopTexts(tokenizer, how.until, how.max_new_tokens, reach),
+        until=_StopTexts(tokenizer, how.until, RowsWritten(how.max_new_tokens, reach)),
         settings=how.extra,
         rows=rows,
     )
