@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from srppo.ablations.ledger import Ledger
+from srppo.ablations.local import Execute
 from srppo.ablations.plan import Task
 from srppo.config import is_embedded
 from srppo.console import Console
@@ -18,6 +20,7 @@ from srppo.record.files import discard
 from srppo.record.store import Stage
 from srppo.stages.run import prepare_run, run_stages
 from srppo.training import parallel
+from srppo.training.together import first_of
 
 
 def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console | None = None) -> None:
@@ -36,6 +39,12 @@ def execute(task: Task, ledger: Ledger, *, device: str = "cpu", console: Console
     stages = run_stages(run, on_stage=link)
     if parallel.is_first():
         discard(stages[task.kind].path / "checkpoints")
+
+
+def execute_together(task: Task, ledger: Ledger, *, execute: Execute, processes: int) -> None:
+    """Run a task as `execute` does, in so many processes, each of which sees the same. Raises what the first raises."""
+    with first_of(processes, partial(execute, task, ledger)):
+        execute(task, ledger)
 
 
 def make_ready(task: Task) -> None:

@@ -8,7 +8,6 @@ elsewhere.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from typing import Any
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.plan import Task
 from srppo.errors import Diverged, Interrupted, RecordError, RunError, SrppoError, StorageError, UserError
+from srppo.training.together import die_with
 
 HELD, DIVERGED, STORAGE, INTERRUPTED, USER = 75, 76, 74, 130, 2  # exit codes of a child; 0 done, others failed
 CODES: dict[type[BaseException], int] = {
@@ -326,14 +326,6 @@ def try_task(task: Task, ledger: Ledger, execute: Execute) -> int:
             print(text if known else f"{type(error).__name__}: {text}", flush=True)
         return code
     return 0
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its worker dies (Linux); elsewhere its lease stays alive until it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _end_of(pid: int) -> int | None:

@@ -196,7 +196,7 @@ def _in_processes(execute: Execute, processes: int) -> Execute:
     """How a stage is run, in one process or in several."""
     if processes == 1:
         return execute
-    from srppo.ablations.together import execute_together
+    from srppo.ablations.execute import execute_together
 
     return partial(execute_together, execute=execute, processes=processes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,9 @@ def evaluate(
     limit: Limit = None,
     seed: Annotated[int, Option(help="Of sampling and few-shot draws.")] = 0,
     device: Device = "auto",
+    processes: Annotated[
+        int, Option(min=1, help="That share the prompts: a GPU each, or on a CPU as many as it has cores.")
+    ] = 1,
     out: Out = None,
     score_rest: Annotated[
         bool, Option("--score-rest", help="Score what can be scored, list the rest as not scored.")
@@ -51,6 +55,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model on tasks of lm-eval, on ours, or on yours. Results are cached, and never stale."""
+    if processes > 1:  # their threads share the cores; read when torch is imported
+        os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     from srppo.console import Console
     from srppo.evaluation.harness.checks import EvalOptions
     from srppo.evaluation.harness.run import evaluate_command
@@ -71,11 +77,13 @@ def evaluate(
         include_path=include_path or [],
         batch_size=batch_size,
         device=pick_device(device),
+        processes=processes,
         out=out,
         console=console,
         arms=stages_by_arm,
     )
-    console.print(scores_table(found))
+    if found:  # of a launcher's processes the first has them
+        console.print(scores_table(found))
 
 
 def compare(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROCESS = int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
 """Which of a launcher's processes this is; the first one speaks."""
 SPEAK_S = 30.0  # that the others give it to do so
-INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+INTERRUPTED = "interrupted; the same command goes on from what is saved"
 
 
 class Precision(StrEnum):

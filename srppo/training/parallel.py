@@ -210,5 +210,5 @@ def other_ended() -> OtherEnded:
     """In one line, what such an error means."""
     return OtherEnded(
         "another process of this run has ended, or does not answer; what it said is above; the same command goes on "
-        "from the last checkpoint"
+        "from what is saved"
     )

@@ -26,11 +26,11 @@ import pytest
 from worlds import make_world
 
 from srppo.ablations.execute import execute as execute_task
+from srppo.ablations.execute import execute_together
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.options import build_sweep, read_options
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.slurm import sbatch_script, write_sbatch
-from srppo.ablations.together import execute_together
 from srppo.config import Recipe
 from srppo.console import Console
 from srppo.errors import ConfigError, Interrupted, RecordError, RunError, StorageError

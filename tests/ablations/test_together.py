@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from worlds import World, make_world
 
-from srppo.ablations.execute import execute
+from srppo.ablations.execute import execute, execute_together
 from srppo.ablations.ledger import Ledger
 from srppo.ablations.local import Worker, run_apart
 from srppo.ablations.options import build_sweep, read_options
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.run import Launch, places
 from srppo.ablations.slurm import sbatch_script
-from srppo.ablations.together import execute_together
 from srppo.config import Recipe
 from srppo.errors import ConfigError, RunError
 from srppo.record.store import Run

@@ -383,7 +383,7 @@ def test_ctrl_c_while_loading_is_no_traceback(cli: Trainer, tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+    assert stderr.splitlines()[-1] == "interrupted; the same command goes on from what is saved"
 
 
 def test_sft_alone(cli: Trainer, tmp_path: Path) -> None:

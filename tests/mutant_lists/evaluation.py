@@ -6,6 +6,42 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "eval: each process scores all rows",
+        "evaluation/harness/answering.py",
+        "places = parallel.share(sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))",
+        "places = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))",
+        "evaluation/harness/test_processes.py::test_two_processes_answer_as_one_and_each_a_half",
+    ),
+    Mutant(
+        "eval: one of several processes tries again alone",
+        "evaluation/harness/answering.py",
+        "                if parallel.size() > 1:\n                    raise\n",
+        "",
+        "evaluation/harness/test_processes.py::test_what_one_of_several_raises_is_not_tried_again",
+    ),
+    Mutant(
+        "eval: a launcher's processes all evaluate",
+        "evaluation/harness/run.py",
+        "    if not parallel.is_first():\n        answering.follow()\n        return []\n",
+        "",
+        "evaluation/harness/test_processes.py::test_a_launchers_processes_share_the_prompts",
+    ),
+    Mutant(
+        "eval: processes are started before it is known what is known",
+        "evaluation/harness/run.py",
+        "        evaluation = _Evaluation(options, answering, processes, console, closing)\n",
+        "        evaluation = _Evaluation(options, answering, processes, console, closing)\n"
+        "        evaluation._start_others()\n",
+        "evaluation/harness/test_processes.py::test_two_processes_answer_as_one_and_each_a_half",
+    ),
+    Mutant(
+        "processes: one that is gone is joined",
+        "training/together.py",
+        "            _wait_for(started, here)\n",
+        "",
+        "evaluation/harness/test_processes.py::test_one_that_ends_before_it_has_begun_is_not_waited_for",
+    ),
+    Mutant(
         "harness: progress forgets the rows that are done",
         "evaluation/meter.py",
         "self.reach(self.begun - len(responses) + ",
@@ -161,7 +197,7 @@ MUTANTS = [
     ),
     Mutant(
         "eval: log-probs of the token before",
-        "evaluation/harness/model.py",
+        "evaluation/harness/answering.py",
         "target_BT = tokens_BS[:, -width:]",
         "target_BT = tokens_BS[:, -width - 1 : -1]",
         "evaluation/harness/test_model.py::test_scores_are_those_of_lm_evals_own_call",

@@ -19,6 +19,7 @@ from worlds import World, make_world
 from srppo.config import ModelConfig
 from srppo.console import Console
 from srppo.errors import Interrupted, ModelError, RecordError, UserError
+from srppo.evaluation.harness.answering import Answering
 from srppo.evaluation.harness.model import HarnessModel
 from srppo.evaluation.meter import Meter
 from srppo.models.adapters import AdaptedModel
@@ -187,9 +188,9 @@ def test_lm_eval_measures_an_adapter(world: World, tmp_path: Path) -> None:
     adapter = export_arm(tmp_path / "run", tmp_path / "adapter", merged=False, **keys)  # type: ignore[arg-type]
     found = []
     for model in (merged, adapter):
-        lm = load_model(str(model), ModelConfig(base=world.base))
-        tokenizer = load_tokenizer(str(model), ModelConfig(base=world.base))
-        harness = HarnessModel(lambda lm=lm: lm, tokenizer, 100, seed=0, temperature=None, new_tokens=4, rows=3)  # type: ignore[misc]
+        weights = (str(model), ModelConfig(base=world.base))
+        options = {"seed": 0, "temperature": None, "new_tokens": 4}
+        harness = HarnessModel(Answering("cpu", 3), weights, load_tokenizer(*weights), 100, **options)  # type: ignore[arg-type]
         harness.meter = Meter(console, "test", 2)
         pairs = [(("", ""), [3, 5, 7], [9, 11]), (("", ""), [4], [8])]
         found.append(harness._loglikelihood_tokens(pairs))  # type: ignore[arg-type]

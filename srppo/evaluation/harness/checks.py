@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 from srppo.errors import DataError, ModelError
+from srppo.evaluation.harness.answering import Decoding
 from srppo.evaluation.harness.guards import restating
 from srppo.evaluation.harness.ifeval import reason_not_scored
-from srppo.evaluation.harness.model import Decoding, HarnessModel
+from srppo.evaluation.harness.model import HarnessModel
 from srppo.evaluation.harness.scores import as_float
 from srppo.evaluation.harness.tasks import HarnessTask, code_of, config_of, content_of, digest_of
 from srppo.instructions import checkers

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from srppo.config import canonical_json
@@ -20,6 +22,7 @@ from srppo.console import Console, duration
 from srppo.data.chat import ensure_chat_template
 from srppo.environment import environment
 from srppo.errors import ConfigError, UserError
+from srppo.evaluation.harness.answering import Answering
 from srppo.evaluation.harness.checks import MULTITURN, EvalOptions, TaskRequests, prepare
 from srppo.evaluation.harness.guards import Problems, quiet, restating, seeded
 from srppo.evaluation.harness.model import HarnessModel
@@ -29,11 +32,13 @@ from srppo.evaluation.harness.tasks import HarnessTask, load_tasks, wanted
 from srppo.evaluation.meter import Meter
 from srppo.evaluation.results import NOT_SCORED, SAMPLES, SUMMARY, read_result, write_result
 from srppo.instructions.checkers import checkers_importable
-from srppo.models.loading import check_weights, configured, fingerprint, load_model, load_tokenizer
+from srppo.models.loading import check_weights, configured, fingerprint, load_tokenizer
 from srppo.record.arms import ArmsOf, stages_by_kind
 from srppo.record.files import write_atomic
 from srppo.record.folder import check_place
 from srppo.record.json import plain, read_json
+from srppo.training import parallel
+from srppo.training.together import first_of
 
 EPOCH = 3  # raised when the same request would get another response or score
 NAMED = 10  # reasons for prompts not scored that are printed; every prompt is in the file beside the result
@@ -49,29 +54,40 @@ def evaluate_command(
     include_path: Sequence[Path] = (),
     batch_size: int | None = None,
     device: str = "cpu",
+    processes: int = 1,
     out: Path | None = None,
     console: Console | None = None,
     arms: ArmsOf = stages_by_kind,
 ) -> list[Path]:
     """Evaluate a model, or every arm of a run; returns the folders of the results. arms: what the arms of a run are.
 
+    processes: that this one starts, itself included, to share the prompts; or a launcher has started them, of which
+    the first does all else, and the others return no folders.
     Raises a UserError, before anything is generated, for whatever cannot be loaded, scored or fitted into the context.
     """
     console = console or Console()
-    _check_numbers(options, batch_size)
-    targets = find_targets(model, out, console.say, arms)
-    if model is None:
-        console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
-    problems = Problems()
-    for target in targets:  # places of results that cannot be written, and weights of any arm that are not whole
-        with problems.gathered():
-            check_place(target.parent)
-        with problems.gathered():
-            check_weights(target.spec, target.config)
-    with quiet(), seeded(options.seed):
+    answering = Answering(parallel.start(device), batch_size)
+    if not parallel.is_first():
+        answering.follow()
+        return []
+    with ExitStack() as closing:
+        closing.callback(answering.dismiss)  # of a launcher's processes
+        _check_numbers(options, batch_size)
+        _check_processes(processes, device)
+        targets = find_targets(model, out, console.say, arms)
+        if model is None:
+            console.say(f"no MODEL given: {targets[0].spec if len(targets) == 1 else 'the newest run'} is evaluated")
+        problems = Problems()
+        for target in targets:  # places of results that cannot be written, and weights of any arm that are not whole
+            with problems.gathered():
+                check_place(target.parent)
+            with problems.gathered():
+                check_weights(target.spec, target.config)
+        closing.enter_context(quiet())
+        closing.enter_context(seeded(options.seed))
         names, rest, say = wanted(tasks, suite), options.score_rest, console.say
         loaded = load_tasks(names, data=data, include_path=include_path, score_rest=rest, say=say, problems=problems)
-        evaluation = _Evaluation(options, batch_size, device, console)
+        evaluation = _Evaluation(options, answering, processes, console, closing)
         plan = []
         for target in targets:
             with problems.gathered():
@@ -81,7 +97,6 @@ def evaluate_command(
         for target, lm, requests in plan:
             weights = fingerprint(target.spec, target.config)
             found += [evaluation.evaluate(target, weights, lm, each) for each in requests]
-            lm.release()
     _say_not_scored(console, found)
     folders = list(dict.fromkeys(str(path.parent) for path in found))
     console.print(f"results: {folders[0]}{f' and {len(folders) - 1} more such folders' if folders[1:] else ''}")
@@ -100,14 +115,35 @@ def _check_numbers(options: EvalOptions, rows: int | None) -> None:
         raise ConfigError(f"--temperature {options.temperature}: it must be above 0; leave out --samples for greedy")
 
 
+def _check_processes(processes: int, device: str) -> None:
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: it must be at least 1")
+    if processes > 1 and parallel.size() > 1:
+        raise ConfigError(f"--processes {processes}: a launcher has started {parallel.size()} already; leave it out")
+    if processes > 1 and device not in ("cpu", "cuda"):
+        raise ConfigError(f"--processes {processes} on {device}: several processes take cpu, or cuda (a GPU each)")
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"--processes {processes} want as many GPUs, and {torch.cuda.device_count()} are visible; give fewer"
+        )
+
+
+def _follow(device: str, rows: int | None) -> None:
+    """What each process does that is started here."""
+    Answering(parallel.start(device), rows).follow()
+
+
 @dataclass
 class _Evaluation:
-    """One command: requests by tokenizer, context and task; results by key. rows: batch size, None: by memory."""
+    """One command: requests by tokenizer, context and task; results by key.
+
+    processes: that it starts once there is something to answer, this one included; they end with `closing`."""
 
     options: EvalOptions
-    rows: int | None
-    device: str
+    answering: Answering
+    processes: int
     console: Console
+    closing: ExitStack
     requests: dict[tuple[Any, ...], TaskRequests] = field(default_factory=dict)
     written: dict[str, tuple[dict[str, Any], list[Row]]] = field(default_factory=dict)
 
@@ -134,13 +170,13 @@ class _Evaluation:
         ensure_chat_template(tokenizer)
         config = AutoConfig.from_pretrained(configured(target.spec), trust_remote_code=target.config.trust_remote_code)
         lm = HarnessModel(
-            lambda: load_model(target.spec, target.config, device=self.device, vocab_size=len(tokenizer)),
+            self.answering,
+            (target.spec, target.config),
             tokenizer,
             context=resolve_max_length(config, tokenizer),  # positions, by lm-eval's rule
             seed=options.seed,
             temperature=options.temperature if options.samples else None,
             new_tokens=options.max_new_tokens,
-            rows=self.rows,
         )
         backend = getattr(tokenizer, "backend_tokenizer", None)
         text = backend.to_str() if backend is not None else str(id(tokenizer))
@@ -194,13 +230,22 @@ class _Evaluation:
         own = {"model": target.label, "spec": target.spec, "seed": target.seed, "key": key, "weights": weights}
         return write_result(target.parent, {**made, **own, "decoding": "sampled" if sampled else "greedy"}, rows)
 
+    def _start_others(self) -> None:
+        """Those that share the prompts, once."""
+        if parallel.size() == 1 < self.processes:
+            device, rows = self.answering.device, self.answering.rows
+            self.closing.enter_context(first_of(self.processes, partial(_follow, device, rows)))
+            self.answering.device = parallel.start(device)
+            self.closing.callback(self.answering.dismiss)
+
     def _generate(
         self, target: Target, lm: HarnessModel, requests: TaskRequests, draws: int
     ) -> tuple[dict[str, Any], list[Row]]:
         """(what a summary says but for whose weights they are, rows of samples)."""
         task, options, began = requests.task, self.options, self.console.clock()
         results, rows = [], []
-        lm.templated, lm.used_rows = requests.templated, None
+        lm.templated, self.answering.used_rows = requests.templated, None
+        self._start_others()
         total = sum(max(instance.repeats or 1, 1) for instance in requests.instances) * draws
         with Meter(self.console, f"{task.name}, {target.title}", total) as lm.meter, checkers_importable():
             for draw in range(draws):
@@ -238,8 +283,9 @@ class _Evaluation:
             "chat_template": lm.tokenizer.chat_template if requests.templated else None,
             "limit": options.limit,
             "max_new_tokens": options.max_new_tokens,
-            "batch_size": lm.used_rows,
-            "device": self.device,
+            "batch_size": self.answering.used_rows,
+            "device": self.answering.device,
+            "processes": parallel.size(),
             "precision": target.config.precision,
             "items": len({row["item"] for row in rows}),
             "not_scored": len(requests.skipped),

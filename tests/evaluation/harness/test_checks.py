@@ -15,7 +15,7 @@ from harness_cases import choice_task, evaluate, samples, summary, tiny_model, w
 from worlds import write_rows
 
 from srppo.errors import UserError
-from srppo.evaluation.harness import run
+from srppo.evaluation.harness import answering
 from srppo.evaluation.harness.ifeval import reason_not_scored
 from srppo.evaluation.harness.scores import as_float, figures
 from srppo.evaluation.harness.targets import newest_run
@@ -43,7 +43,7 @@ def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(answering, "load_model", load)
     monkeypatch.setattr("srppo.data.hub.reachable", lambda: False)
 
 
@@ -152,7 +152,7 @@ def test_ifeval_without_its_packages(model: Path, tmp_path: Path, monkeypatch: p
     data = _ifeval_file(tmp_path)
     options: dict[str, Any] = {"suite": "ifeval", "data": data, "max_new_tokens": 8}
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-        patch.setattr(run, "load_model", None)
+        patch.setattr(answering, "load_model", None)
         evaluate(model, tmp_path / "out", **options)
     for word in (
         "langdetect",
@@ -211,7 +211,7 @@ def test_gsm8k_from_local_files(model: Path, tmp_path: Path, monkeypatch: pytest
     assert all("#### 5" in row["prompt"] or "#### 6" in row["prompt"] for row in samples(path))
     answers = iter(["#### 1", "no", "It is 3.", "#### 4\nQuestion: 9"])
     monkeypatch.setattr(
-        "srppo.evaluation.harness.model.decode",
+        "srppo.evaluation.harness.answering.decode",
         lambda lm, tok, prompts, *_, **__: [tok(next(answers))["input_ids"] for _ in prompts],
     )
     (path,), _ = evaluate(model, tmp_path / "out2", data=test, num_fewshot=0, batch_size=1, limit=4, **options)
@@ -238,7 +238,7 @@ def test_a_run_is_evaluated_arm_by_arm(model: Path, tmp_path: Path, monkeypatch:
         alive.add(lm := load_model(*args, **options))
         return lm
 
-    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(answering, "load_model", load)
     paths, said = evaluate(None, None, "letters", include_path=[tasks], limit=3)  # type: ignore[arg-type]
     assert "the newest run" in said and newest_run() == Path("runs/one")
     assert [(summary(path)["model"], summary(path)["seed"]) for path in paths] == [

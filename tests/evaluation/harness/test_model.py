@@ -20,8 +20,9 @@ from worlds import byte_llama, save_model, write_rows
 from srppo.config import ModelConfig, load_recipe, resolved
 from srppo.errors import OutOfMemory
 from srppo.evaluation.development import answer_items
-from srppo.evaluation.harness import run
-from srppo.evaluation.harness.model import Decoding, decode, how_asked
+from srppo.evaluation.harness import answering
+from srppo.evaluation.harness.answering import Decoding, decode
+from srppo.evaluation.harness.model import how_asked
 from srppo.evaluation.items import load_items
 from srppo.evaluation.results import read_result
 from srppo.models.loading import load_model, load_tokenizer
@@ -169,10 +170,10 @@ def test_a_known_result_is_found_without_loading_the_model(
 ) -> None:
     options: dict[str, Any] = {"include_path": [tasks], **PLAIN}
     paths, _ = evaluate(model, tmp_path / "out", "letters", "pick", **options)
-    monkeypatch.setattr(run, "load_model", _no_model)
+    monkeypatch.setattr(answering, "load_model", _no_model)
     again, said = evaluate(model, tmp_path / "out", "letters,pick", seed=7, **options)  # greedy: no seed enters
     assert again == paths and said.count(": known, ") == 2
-    monkeypatch.setattr(run, "load_model", load_model)
+    monkeypatch.setattr(answering, "load_model", load_model)
     changed = {
         "limit": {"limit": 3},
         "new tokens": {"max_new_tokens": 3},
@@ -279,7 +280,7 @@ def test_a_batch_that_does_not_fit_is_halved(
             raise OutOfMemory("full")
         return decode(lm, tokenizer, prompts, *rest, **options)
 
-    monkeypatch.setattr("srppo.evaluation.harness.model.decode", decode_small)
+    monkeypatch.setattr("srppo.evaluation.harness.answering.decode", decode_small)
     (halved,), _ = evaluate(model, tmp_path / "b", "letters", include_path=[tasks], samples=1, **PLAIN)
     assert sizes == [14, 7, 3]
     assert samples(whole) == samples(halved)

@@ -18,7 +18,7 @@ from srppo.analysis import score
 from srppo.cli import app as cli
 from srppo.config import build_recipe
 from srppo.errors import UserError
-from srppo.evaluation.harness import run
+from srppo.evaluation.harness import answering
 from srppo.evaluation.harness.guards import restate
 from srppo.evaluation.results import read_results
 from srppo.models import pair
@@ -41,7 +41,7 @@ def _no_model(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def no_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (run, pair):
+    for module in (answering, pair):
         monkeypatch.setattr(module, "load_model", _no_model)
     monkeypatch.setattr("srppo.data.hub.reachable", lambda: False)
 
