@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,7 +77,6 @@ def verdict_of(item: Item, answers: Sequence[Answer]) -> Verdict:
     )
 
 
-@torch.no_grad()
 def answer_items(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,30 +87,50 @@ def answer_items(
     stops: Sequence[int],
     decode: Callable[..., Generated] = generate,
 ) -> list[Verdict]:
-    """Let a model answer: greedily (samples None) or `samples` times at temperature 1.
+    """Let a model answer: greedily (samples None) or `samples` times at temperature 1. `decode` takes what
+    `rollout.generate` takes."""
+    return answer_both(model, tokenizer, items, recipe, {"": samples}, stops=stops, decode=decode)[""]
 
-    Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them. `decode` takes what
-    `rollout.generate` takes.
+
+@torch.no_grad()
+def answer_both(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    recipe: Recipe,
+    samples: Mapping[str, int | None],
+    *,
+    stops: Sequence[int],
+    decode: Callable[..., Generated] = generate,
+) -> dict[str, list[Verdict]]:
+    """The same in several ways at once, each by its name: a prompt is then read once for all.
+
+    Sampling seeds depend on the recipe's seed and the item's place alone: all arms share them.
     """
     if not items:
-        return []
+        return {way: [] for way in samples}
     prompts = encode_items(tokenizer, items, recipe)
-    answers: list[list[Answer]] = [[] for _ in items]
-    draws = samples or 1
+    draws = [(way, draw, count) for way, count in samples.items() for draw in range(count or 1)]
     generated = decode(
         model,
-        prompts * draws,
+        prompts * len(draws),
         stop_ids=stops,
         pad_id=int(tokenizer.pad_token_id),
         max_new_tokens=recipe.rollout.max_new_tokens,
-        seed=[seed for draw in range(draws) for seed in _seeds(recipe, draw, len(items))],
-        temperature=None if samples is None else 1.0,
+        seed=[seed for _, draw, _ in draws for seed in _seeds(recipe, draw, len(items))],
+        temperature=[None if count is None else 1.0 for _, _, count in draws for _ in items],
     )
     written = generated.responses()
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    for place, (text, ended) in enumerate(zip(texts, generated.ended_B.tolist(), strict=True)):
-        answers[place % len(items)].append(Answer(text, ended, len(written[place])))
-    return [verdict_of(item, given) for item, given in zip(items, answers, strict=True)]
+    ended = generated.ended_B.tolist()
+    answers = [Answer(text, end, len(ids)) for text, end, ids in zip(texts, ended, written, strict=True)]
+    found: dict[str, list[list[Answer]]] = {way: [[] for _ in items] for way in samples}
+    for number, (way, _, _) in enumerate(draws):
+        for place, given in enumerate(found[way]):
+            given.append(answers[number * len(items) + place])
+    return {
+        way: [verdict_of(item, given) for item, given in zip(items, each, strict=True)] for way, each in found.items()
+    }
 
 
 def _seeds(recipe: Recipe, draw: int, items: int) -> list[int]:

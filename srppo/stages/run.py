@@ -37,7 +37,7 @@ from srppo.errors import (
     RunError,
     StorageError,
 )
-from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_items, answer_nll
+from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_both, answer_nll
 from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.heap import give_back
@@ -442,12 +442,8 @@ def answers_of(
     run: PreparedRun, model: LanguageModel, decode: Callable[..., Generated] = generate
 ) -> dict[str, list[Verdict]]:
     """A model's answers to the test items, greedy and sampled."""
-    return {
-        decoding: answer_items(
-            model, run.tokenizer, run.test_items, run.recipe, samples=samples, stops=run.stops, decode=decode
-        )
-        for decoding, samples in (("greedy", None), ("sampled", run.recipe.eval.samples))
-    }
+    ways = {"greedy": None, "sampled": run.recipe.eval.samples}
+    return answer_both(model, run.tokenizer, run.test_items, run.recipe, ways, stops=run.stops, decode=decode)
 
 
 def publish_answers(attempt: Attempt, answers: Mapping[str, list[Verdict]], which: str = "kept") -> Figures:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,7 @@ from srppo.training.batch import RolloutBatch, Sampled, left_pad, micro_slices
 from srppo.training.scores import passes
 
 PADDED_ROWS = 300  # by transformers' generate(), where all wait for the last
+EVEN = 16  # different prompts that make the processes' shares of them even, though some come several times
 Until = Callable[[list[list[int]]], list[bool]]
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far BS, logits BV) -> logits BV."""
@@ -48,7 +50,7 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
     seed: int | Sequence[int],
-    temperature: float | None = 1.0,
+    temperature: float | Sequence[float | None] | None = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     processor: Callable[[Tensor], Processor] | None = None,
@@ -57,7 +59,8 @@ def generate(
     rows: int | None = None,
     held: int | None = None,
 ) -> Sampled:
-    """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy at None.
+    """Responses to prompts (token ids), sampled at `temperature` from the whole distribution, or greedy at None; of one
+    temperature, or one a row.
 
     The model's own generation_config is overridden: no top-k, top-p or penalties but those asked for, or the sampled
     distribution would not be the one whose log-probs are trained. Ids that no tokenizer makes are left out. A response
@@ -76,7 +79,8 @@ def generate(
     longest = max(map(len, prompts))
     size = rows or rows_that_fit(model, longest + max_new_tokens, held=held)
     seeds = row_seeds(seed, len(prompts)) if isinstance(seed, int) else seed
-    order = parallel.share(sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]))))
+    temperatures = temperature if isinstance(temperature, Sequence) else [temperature] * len(prompts)
+    order = _own_rows(prompts)
     own = processor is None and not settings and can_generate(model)
     most = max(len(order), 1) if own else min(size, PADDED_ROWS)  # a process may have no row at all
     written: dict[int, Written] = {}
@@ -85,7 +89,8 @@ def generate(
         for part in micro_slices(len(order), most):
             places = order[part]
             chosen = [prompts[i] for i in places]
-            draw = drawing([seeds[i] for i in places], temperature, max_new_tokens, top_k=top_k, top_p=top_p)
+            own_seeds, own_temperatures = [seeds[i] for i in places], [temperatures[i] for i in places]
+            draw = drawing(own_seeds, own_temperatures, max_new_tokens, top_k=top_k, top_p=top_p)
             if own:
                 limits: dict[str, Any] = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "until": until}
                 found = generate_packed(model, chosen, draw, rows=size, **limits)
@@ -102,6 +107,14 @@ def generate(
             for i, response in zip(places, found, strict=True):
                 written[i] = response
     return sampled(prompts, together(written), stop_ids, pad_id, model.device)
+
+
+def _own_rows(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Those that this process writes, the shortest first: of equal prompts all, which are read once, or its share where
+    there are too few others to even it out."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+    equal = [[*group] for _, group in groupby(order, key=lambda i: tuple(prompts[i]))]
+    return [i for group in parallel.share(equal) for i in group] if len(equal) >= EVEN else parallel.share(order)
 
 
 def _by_transformers(
@@ -254,22 +267,34 @@ def _taking_turns(model: LanguageModel, processor: Processor) -> Processor:
     return process
 
 
-def drawing(seeds: Sequence[int], temperature: float | None, steps: int, *, top_k: int = 0, top_p: float = 1.0) -> Draw:
+def drawing(
+    seeds: Sequence[int], temperatures: Sequence[float | None], steps: int, *, top_k: int = 0, top_p: float = 1.0
+) -> Draw:
     """How the next token is chosen: where the cumulative probability passes the row's own uniform number of the step,
     or, at temperature None, the likeliest. Top-k and top-p as transformers has them: after the temperature. The
-    log-prob is that of the distribution which was drawn from."""
-    if temperature is None:
-        return lambda logits_BV, rows, steps_done: (logits_BV.argmax(dim=-1), torch.zeros_like(logits_BV[:, 0]))
+    log-prob is that of the distribution which was drawn from, 0 for the likeliest."""
     warpers = [*([TopKLogitsWarper(top_k)] if top_k else []), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
-    uniform_BT = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    uniform_RT = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def draw(logits_BV: Tensor, rows: list[int], steps_done: list[int]) -> tuple[Tensor, Tensor]:
-        scores_BV = logits_BV.float() / temperature
+        drawn = [place for place, row in enumerate(rows) if temperatures[row] is not None]
+        if len(drawn) == len(rows):
+            return sample(logits_BV, rows, steps_done)
+        token_B, logprob_B = logits_BV.argmax(dim=-1), torch.zeros_like(logits_BV[:, 0])
+        if drawn:
+            at = torch.tensor(drawn, device=logits_BV.device)
+            chosen = sample(logits_BV[at], [rows[i] for i in drawn], [steps_done[i] for i in drawn])
+            token_B[at], logprob_B[at] = chosen[0], chosen[1].to(logprob_B.dtype)
+        return token_B, logprob_B
+
+    def sample(logits_BV: Tensor, rows: list[int], steps_done: list[int]) -> tuple[Tensor, Tensor]:
+        warmth_B = torch.tensor([temperatures[row] for row in rows], device=logits_BV.device)
+        scores_BV = logits_BV.float() / warmth_B[:, None]
         for warper in warpers:
             scores_BV = warper(None, scores_BV)
         probs_BV = scores_BV.softmax(dim=-1)
         cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
-        number_B = uniform_BT[rows, steps_done].double().to(logits_BV.device)
+        number_B = uniform_RT[rows, steps_done].double().to(logits_BV.device)
         found_B1 = torch.searchsorted(cumulative_BV, number_B[:, None] * cumulative_BV[:, -1:], right=True)
         token_B1 = found_B1.clamp(max=logits_BV.shape[-1] - 1)
         return token_B1[:, 0], probs_BV.gather(1, token_B1)[:, 0].log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from worlds import byte_llama, byte_tokenizer, write_rows
 from srppo.config import build_recipe, derive_seed
 from srppo.evaluation import development
 from srppo.evaluation.development import Answer, Development, answer_items, encode_items, verdict_of
+from srppo.models import generation
 from srppo.models.language_model import LanguageModel
 from srppo.training.rollout import generate
 from srppo.world.items import Item
@@ -61,3 +63,24 @@ def test_samples_of_all_items_are_written_together(samples: int | None, monkeypa
     if samples:
         assert len({text for verdict in verdicts for text in verdict.responses}) > 2 * len(items)
     assert answer_items(lm, tokenizer, [], recipe, samples=samples, stops=[97]) == []
+
+
+def test_ways_to_answer_read_each_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, tokenizer = LanguageModel(byte_llama(0)), byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }}\nA:{% endfor %}"
+    recipe = build_recipe({"rollout": {"max_new_tokens": 8}, "data": {"demonstrations": ["none.jsonl"]}})
+    items = [Item(f"Say {word}", "a", "say", "unseen") for word in ("aa", "b", "cc", "d", "ee", "f", "gg", "h")]
+    each = {"greedy": None, "sampled": 3}
+    apart = {way: answer_items(lm, tokenizer, items, recipe, samples=n, stops=[97]) for way, n in each.items()}
+    read = list[int]()
+    prefill = generation.Prefill
+
+    def counted(lengths: Sequence[int], *rest: Any) -> Any:
+        read.append(len(lengths))
+        return prefill(lengths, *rest)
+
+    monkeypatch.setattr(generation, "Prefill", counted)
+    both = development.answer_both(lm, tokenizer, items, recipe, each, stops=[97])
+    assert both == apart and read == [len(items)]
+    assert both["greedy"] != both["sampled"] and all(len(v.responses) == 1 for v in both["greedy"])
+    assert development.answer_both(lm, tokenizer, [], recipe, each, stops=[97]) == {"greedy": [], "sampled": []}

@@ -6,6 +6,20 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "development: of several answers the first",
+        "evaluation/development.py",
+        "answers[number * len(items) + place]",
+        "answers[place]",
+        "evaluation/test_development.py::test_ways_to_answer_read_each_prompt_once",
+    ),
+    Mutant(
+        "development: greedy answers are sampled",
+        "evaluation/development.py",
+        "temperature=[None if count is None else 1.0 for",
+        "temperature=[1.0 for",
+        "evaluation/test_development.py::test_ways_to_answer_read_each_prompt_once",
+    ),
+    Mutant(
         "eval: each process scores all rows",
         "evaluation/harness/answering.py",
         "places = parallel.share(sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))",

@@ -6,6 +6,20 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "rollout: equal prompts in all processes",
+        "training/rollout.py",
+        "if len(equal) >= EVEN else",
+        "if False else",
+        "training/test_rollout.py::test_equal_prompts_stay_together_where_there_are_enough",
+    ),
+    Mutant(
+        "rollout: few prompts by prompt",
+        "training/rollout.py",
+        "if len(equal) >= EVEN else",
+        "if True else",
+        "training/test_rollout.py::test_equal_prompts_stay_together_where_there_are_enough",
+    ),
+    Mutant(
         "reward kinds: the line over length goes through the origin",
         "training/reward.py",
         "away_B = length_B - length_B.mean()",
@@ -338,8 +352,8 @@ MUTANTS = [
     Mutant(
         "rollout: every part with the same random numbers",
         "training/rollout.py",
-        "drawing([seeds[i] for i in places]",
-        "drawing(seeds[: len(places)]",
+        "own_seeds, own_temperatures = [seeds[i] for i in places]",
+        "own_seeds, own_temperatures = seeds[: len(places)]",
         "training/test_rollout.py::test_rows_that_do_not_fit_together_are_written_in_parts",
     ),
     Mutant(
@@ -352,7 +366,7 @@ MUTANTS = [
     Mutant(
         "rollout: sampled at temperature 1",
         "training/rollout.py",
-        "logits_BV.float() / temperature",
+        "logits_BV.float() / warmth_B[:, None]",
         "logits_BV.float()",
         "training/test_rollout.py::test_samples_follow_the_softmax_whatever_the_model_was_shipped_with",
     ),

@@ -233,7 +233,7 @@ def test_draws_follow_the_distribution_and_its_restrictions() -> None:
 
     def shares(**how: float) -> Tensor:
         temperature = how.pop("temperature", 1.0)
-        draw = drawing(seeds, temperature, 3, **how)  # type: ignore[arg-type]
+        draw = drawing(seeds, [temperature] * len(seeds), 3, **how)  # type: ignore[arg-type]
         tokens, logprobs = draw(logits.expand(len(rows), -1), rows, [1] * len(rows))
         found = tokens.bincount(minlength=5) / len(rows)
         for token in tokens.unique().tolist():  # each token's log-prob is one number, and its share is near

@@ -20,9 +20,10 @@ from srppo.config import derive_seed
 from srppo.errors import OutOfMemory
 from srppo.models.language_model import Head, LanguageModel
 from srppo.models.value_model import ValueModel
+from srppo.training import parallel
 from srppo.training.batch import Generated, RolloutBatch, left_pad, micro_slices
 from srppo.training.losses import PolicyLoss, clipped_policy_loss
-from srppo.training.rollout import LocalSampler, generate, to_batch
+from srppo.training.rollout import EVEN, LocalSampler, _own_rows, generate, to_batch
 from srppo.training.scores import score_logprobs
 
 VOCAB, EOS, LIMIT = 12, 0, 6
@@ -377,3 +378,18 @@ def test_a_rollout_batch_keeps_what_was_generated() -> None:
     whole = value.response_values(batch.tokens_BS, batch.attention_mask_BS, width)
     torch.testing.assert_close(batch.old_values_BT, whole, atol=1e-5, rtol=0)
     assert not batch.old_logprobs_BT.requires_grad and not batch.old_values_BT.requires_grad
+
+
+def test_equal_prompts_stay_together_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process reads a prompt once, and few prompts are shared by rows, or one process would have most."""
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    for count in (EVEN, EVEN - 1):
+        prompts = [[1] * (1 + i % 5) + [i] for i in range(count)] * 3
+        shares = []
+        for rank in (0, 1):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            shares.append([tuple(prompts[i]) for i in _own_rows(prompts)])
+        assert sorted(shares[0] + shares[1]) == sorted(map(tuple, prompts))
+        assert bool({*shares[0]} & {*shares[1]}) == (count < EVEN)
+        assert abs(len(shares[0]) - len(shares[1])) <= (3 * (count % 2) if count >= EVEN else 1)
+        assert all([len(prompt) for prompt in share] == sorted(map(len, share)) for share in shares)
