@@ -185,7 +185,7 @@ def main(words: list[str]) -> None:
     rows = put([Path(word) for word in words])
     draw_kinds(rows, ROOT / "docs" / "real-model.png")
     picture = "![Every kind of instruction: each arm minus the SFT model](real-model.png)"
-    write_block("docs/real-model.md", COMMAND, f"{figures_table(rows)}\n\n{differences_table(rows)}\n\n{picture}")
+    write_block("docs/real-model.md", COMMAND, f"{picture}\n\n{differences_table(rows)}\n\n{figures_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[str, Option(metavar="A,B", help="Tasks: names that lm-eval knows, yours, or ours.")] = "",
     suite: Annotated[
-        str | None, Option(help="embedded, embedded_long, ifeval, gsm8k (the latter two with --data), or paper.")
+        str | None, Option(help="embedded, embedded_long, ifeval, gsm8k (of the hub, or a file by --data), or paper.")
     ] = None,
     data: Annotated[Path | None, Option(metavar="PATH", help="Local file of ifeval or gsm8k.")] = None,
     include_path: Annotated[
@@ -42,7 +42,7 @@ def evaluate(
     seed: Annotated[int, Option(help="Of sampling and few-shot draws.")] = 0,
     device: Device = "auto",
     processes: Annotated[
-        int, Option(min=1, help="That share the prompts: a GPU each, or on a CPU as many as it has cores.")
+        int, Option(min=1, help="That share the prompts, each with the whole model: on GPUs one each, else cores.")
     ] = 1,
     out: Out = None,
     score_rest: Annotated[

@@ -83,7 +83,9 @@ def train(
     sets: Sets = None,
     keys: Keys = False,
     out: RunFolder = None,
-    baselines: Annotated[bool, Option("--baselines/--no-baselines", help="Also SFT for the same compute.")] = False,
+    baselines: Annotated[
+        bool, Option("--baselines/--no-baselines", help="Also longer SFT: five lengths, up to the same compute.")
+    ] = False,
     distil: Annotated[bool, Option("--distil", help="Also on-policy distillation, towards the same optimum.")] = False,
     device: Device = "auto",
     track: Track = None,
