@@ -55,6 +55,13 @@ def write_task(folder: Path, name: str, **config: Any) -> Path:
     return folder
 
 
+def rolling_task(folder: Path) -> Path:
+    """The words' texts, scored whole, by the name `rolling`."""
+    metrics = [{"metric": name, "higher_is_better": False} for name in ("word_perplexity", "bits_per_byte")]
+    texts = {"doc_to_target": "{{text}}", "doc_to_text": "", "metric_list": metrics}
+    return write_task(folder, "rolling", output_type="loglikelihood_rolling", generation_kwargs=None, **texts)
+
+
 def choice_task(folder: Path, name: str = "pick", **config: Any) -> Path:
     """The same items as a choice of three letters, of one to three tokens."""
     return write_task(

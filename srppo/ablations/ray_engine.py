@@ -22,6 +22,7 @@ from srppo.ablations.local import GRACE_S, INTERRUPTED, SHORT_S, STORAGE, Execut
 from srppo.ablations.plan import Plan, Task
 from srppo.ablations.progress import LiveTable, Watch
 from srppo.console import Console
+from srppo.environment import usable_cores
 from srppo.errors import ConfigError, RecordError
 from srppo.record.store import Run
 
@@ -236,8 +237,9 @@ def _join() -> str:
         ray.init(address="auto", **quiet)
         return f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address}: {_size()}"
     except ConnectionError:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+        ray.init(
+            address="local", num_cpus=usable_cores(), include_dashboard=False, object_store_memory=STORE_BYTES, **quiet
+        )
         return f"Ray: no cluster found, one started here: {_size()}"
 
 

@@ -20,7 +20,7 @@ from srppo.ablations.spec import Sweep, label
 from srppo.ablations.sweeps import Options
 from srppo.config import CODE_EPOCH, canonical_json, decisive, is_embedded, with_overrides
 from srppo.console import Console, duration
-from srppo.environment import cpu_model
+from srppo.environment import cpu_model, usable_cores
 from srppo.errors import ConfigError, RecordError, RunError
 from srppo.record.arms import is_sweep
 from srppo.record.folder import check_place
@@ -214,7 +214,7 @@ def places(sweep: Sweep, launch: Launch) -> tuple[int, tuple[str, ...], str]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", launch.device):
         raise ConfigError(f"device {launch.device!r} is unknown; give cpu, cuda, cuda:1, mps, or auto")
     embedded = all(is_embedded(sweep.recipe_of(cell, sweep.seeds[0]).model.base) for cell in sweep.cells())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     on_cpu = launch.device == "cpu" or (launch.device == "auto" and embedded)
     gpus = () if on_cpu else visible_gpus()
     if ":" in launch.device:

@@ -55,8 +55,10 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model on tasks of lm-eval, on ours, or on yours. Results are cached, and never stale."""
+    from srppo.environment import usable_cores
+
     if processes > 1:  # their threads share the cores; read when torch is imported
-        os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // processes, 1)))
     from srppo.console import Console
     from srppo.evaluation.harness.checks import EvalOptions
     from srppo.evaluation.harness.run import evaluate_command

@@ -89,11 +89,11 @@ def answer_items(
 ) -> list[Verdict]:
     """Let a model answer: greedily (samples None) or `samples` times at temperature 1. `decode` takes what
     `rollout.generate` takes."""
-    return answer_both(model, tokenizer, items, recipe, {"": samples}, stops=stops, decode=decode)[""]
+    return answer_in_ways(model, tokenizer, items, recipe, {"": samples}, stops=stops, decode=decode)[""]
 
 
 @torch.no_grad()
-def answer_both(
+def answer_in_ways(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],

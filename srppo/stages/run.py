@@ -37,7 +37,7 @@ from srppo.errors import (
     RunError,
     StorageError,
 )
-from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_both, answer_nll
+from srppo.evaluation.development import Development, Verdict, accuracy_by_group, answer_in_ways, answer_nll
 from srppo.evaluation.items import load_items
 from srppo.models.export import export_model, model_card
 from srppo.models.heap import give_back
@@ -443,7 +443,7 @@ def answers_of(
 ) -> dict[str, list[Verdict]]:
     """A model's answers to the test items, greedy and sampled."""
     ways = {"greedy": None, "sampled": run.recipe.eval.samples}
-    return answer_both(model, run.tokenizer, run.test_items, run.recipe, ways, stops=run.stops, decode=decode)
+    return answer_in_ways(model, run.tokenizer, run.test_items, run.recipe, ways, stops=run.stops, decode=decode)
 
 
 def publish_answers(attempt: Attempt, answers: Mapping[str, list[Verdict]], which: str = "kept") -> Figures:

@@ -288,8 +288,8 @@ def drawing(
         return token_B, logprob_B
 
     def sample(logits_BV: Tensor, rows: list[int], steps_done: list[int]) -> tuple[Tensor, Tensor]:
-        warmth_B = torch.tensor([temperatures[row] for row in rows], device=logits_BV.device)
-        scores_BV = logits_BV.float() / warmth_B[:, None]
+        temperature_B = torch.tensor([temperatures[row] for row in rows], device=logits_BV.device)
+        scores_BV = logits_BV.float() / temperature_B[:, None]
         for warper in warpers:
             scores_BV = warper(None, scores_BV)
         probs_BV = scores_BV.softmax(dim=-1)

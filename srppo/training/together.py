@@ -30,10 +30,10 @@ def first_of(processes: int, others: Callable[[], object]) -> Iterator[None]:
     port = _free_port()
     context = multiprocessing.get_context("spawn")
     work = pickle.dumps(others)
-    here, there = context.Pipe(duplex=False)
+    here, there = context.Pipe(duplex=False)  # each says in it that it is about to begin
     place = (processes, port, os.getpid(), there, work)
     started = [context.Process(target=_other, args=(rank, *place)) for rank in range(1, processes)]
-    with _as_process(0, processes, port):
+    with here, there, _as_process(0, processes, port):
         with _deaf_to_interrupts():
             for each in started:
                 each.start()

@@ -80,7 +80,7 @@ def test_ways_to_answer_read_each_prompt_once(monkeypatch: pytest.MonkeyPatch) -
         return prefill(lengths, *rest)
 
     monkeypatch.setattr(generation, "Prefill", counted)
-    both = development.answer_both(lm, tokenizer, items, recipe, each, stops=[97])
+    both = development.answer_in_ways(lm, tokenizer, items, recipe, each, stops=[97])
     assert both == apart and read == [len(items)]
     assert both["greedy"] != both["sampled"] and all(len(v.responses) == 1 for v in both["greedy"])
-    assert development.answer_both(lm, tokenizer, [], recipe, each, stops=[97]) == {"greedy": [], "sampled": []}
+    assert development.answer_in_ways(lm, tokenizer, [], recipe, each, stops=[97]) == {"greedy": [], "sampled": []}

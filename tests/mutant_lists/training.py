@@ -366,7 +366,7 @@ MUTANTS = [
     Mutant(
         "rollout: sampled at temperature 1",
         "training/rollout.py",
-        "logits_BV.float() / warmth_B[:, None]",
+        "logits_BV.float() / temperature_B[:, None]",
         "logits_BV.float()",
         "training/test_rollout.py::test_samples_follow_the_softmax_whatever_the_model_was_shipped_with",
     ),

@@ -99,7 +99,7 @@ def test_methods_find_their_finished_stages_without_work(
         (srppo.stages.extrapolation, "generate_decoded"),
         (srppo.stages.resampling, "sample_items"),
         (srppo.stages.resampling, "load_samples"),
-        (srppo.stages.run, "answer_both"),
+        (srppo.stages.run, "answer_in_ways"),
     ):
         monkeypatch.setattr(module, name, refuse)
     assert {k: s.id for k, s in run_stages(again).items()} == {k: s.id for k, s in first_time.items()}

@@ -43,7 +43,7 @@ class Decoding:
 
 
 def _in_all(method: Callable[Concatenate[Answering, P], T]) -> Callable[Concatenate[Answering, P], T]:
-    """A method that the first process calls, and all do."""
+    """A method that the first process calls, and all do, each with its arguments (which are pickled)."""
 
     @wraps(method)
     def call(self: Answering, *args: P.args, **named: P.kwargs) -> T:
@@ -86,7 +86,8 @@ class Answering:
 
     @_in_all
     def load(self, spec: str, config: ModelConfig) -> None:
-        """Take another model in place of the one before. Each process has all of its weights."""
+        """Take another model in place of the one before, all of its weights in each process. Raises ModelError in one
+        line."""
         self.__dict__.pop("lm", None)
         self.tokenizer = load_tokenizer(spec, config)
         whole = config.model_copy(update={"sharding": "none"})
@@ -95,8 +96,9 @@ class Answering:
 
     @_in_all
     def decode(self, prompts: list[list[int]], seeds: list[int], how: Decoding) -> list[list[int]]:
-        """decode(); where so many rows do not fit after all it begins again with half as many, which changes samples by
-        rounding alone. Several processes do not: the others are in the midst of it."""
+        """Token ids of the response to each prompt, as `decode` below. Where the rows do not fit after all it begins
+        again with half as many, which changes samples by rounding alone; of several processes none can, since the
+        others are in the midst of it, and OutOfMemory is raised. Raises ModelError where not even one row fits."""
         rows = min(self._size(max(map(len, prompts)) + how.max_new_tokens), len(prompts))
         while True:
             try:

@@ -122,7 +122,7 @@ def _check_processes(processes: int, device: str) -> None:
         raise ConfigError(f"--processes {processes}: a launcher has started {parallel.size()} already; leave it out")
     if processes > 1 and device not in ("cpu", "cuda"):
         raise ConfigError(f"--processes {processes} on {device}: several processes take cpu, or cuda (a GPU each)")
-    if device == "cuda" and processes > torch.cuda.device_count():
+    if processes > 1 and device == "cuda" and processes > torch.cuda.device_count():
         raise ConfigError(
             f"--processes {processes} want as many GPUs, and {torch.cuda.device_count()} are visible; give fewer"
         )

@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness_cases import WORDS, choice_task, evaluate, reference, samples, summary, tiny_model, write_task
+from harness_cases import (
+    WORDS,
+    choice_task,
+    evaluate,
+    reference,
+    rolling_task,
+    samples,
+    summary,
+    tiny_model,
+    write_task,
+)
 from safetensors.torch import load_file, save_file
 from worlds import byte_llama, save_model, write_rows
 
@@ -30,13 +40,6 @@ from srppo.models.memory import MOST
 from srppo.world.tasks import REPORTED
 
 SHOTS = {"fewshot_split": "test", "num_fewshot": 2}
-ROLLING = {
-    "output_type": "loglikelihood_rolling",
-    "generation_kwargs": None,
-    "doc_to_target": "{{text}}",
-    "doc_to_text": "",
-    "metric_list": [{"metric": m, "higher_is_better": False} for m in ("word_perplexity", "bits_per_byte")],
-}
 PLAIN: dict[str, Any] = {"chat_template": False}
 TEMPLATE = (
     "{% for m in messages %}{% if loop.index0 % 2 != (m['role'] == 'assistant') %}"
@@ -55,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tasks(tmp_path: Path) -> Path:
     write_task(tmp_path / "tasks", "letters")
     write_task(tmp_path / "tasks", "shots", **SHOTS)
-    write_task(tmp_path / "tasks", "rolling", **ROLLING)
+    rolling_task(tmp_path / "tasks")
     choice_task(tmp_path / "tasks", "long", doc_to_choice=["a" * 20, "b" * 110, "c a " * 8], **SHOTS)  # context: 128
     return choice_task(tmp_path / "tasks", "pick")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness_cases import choice_task, evaluate, samples, summary, tiny_model, write_task
+from harness_cases import choice_task, evaluate, rolling_task, samples, summary, tiny_model, write_task
 
 from srppo.errors import ConfigError, OtherEnded, OutOfMemory
 from srppo.evaluation.harness import answering, run
@@ -19,13 +19,6 @@ from srppo.evaluation.harness.answering import Answering
 from srppo.training import parallel, rollout
 from srppo.training.together import first_of
 
-ROLLING = {
-    "output_type": "loglikelihood_rolling",
-    "generation_kwargs": None,
-    "doc_to_target": "{{text}}",
-    "doc_to_text": "",
-    "metric_list": [{"metric": "bits_per_byte", "higher_is_better": False}],
-}
 PATIENCE_S = 600
 
 
@@ -37,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     write_task(tmp_path / "tasks", "letters")
-    write_task(tmp_path / "tasks", "rolling", **ROLLING)
+    rolling_task(tmp_path / "tasks")
     return choice_task(tmp_path / "tasks", "pick")
 
 
