@@ -8,7 +8,7 @@ A curve chooses nothing: the kept step is development items' choice, whatever te
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,19 +86,17 @@ def curve_point(run: PreparedRun, bench: Workbench, policy: LanguageModel, sft: 
     """
     drawn: list[Generated] = []
 
-    def decode(model: LanguageModel, prompts: Any, *, temperature: float | None, **how: Any) -> Generated:
+    def decode(model: LanguageModel, prompts: Any, *, temperature: Sequence[float | None], **how: Any) -> Generated:
         generated = generate(model, prompts, temperature=temperature, **how)
-        drawn.extend([generated] if temperature is not None else [])
+        drawn.append(generated.rows(torch.tensor([i for i, each in enumerate(temperature) if each is not None])))
         return generated
 
     figures = publish_answers(bench.attempt, answers_of(run, policy, decode), f"step-{step}")
-    kl, reward = [], []
-    for batch in drawn:
-        kl.append(full_kl(policy, sft, batch))
-        scores = score_log_ratio(sft, run.base, batch)
-        reward.append(rewards_before_kl(run.recipe.reward, scores, batch).sum(dim=1))
+    (batch,) = drawn  # all answers are one call
+    kl_B = full_kl(policy, sft, batch)
+    reward_B = rewards_before_kl(run.recipe.reward, score_log_ratio(sft, run.base, batch), batch).sum(dim=1)
     groups = np.array([item.group for item in run.test_items])
-    kl_I, reward_I = (_by_item(parts, len(groups)) for parts in (kl, reward))
+    kl_I, reward_I = (_by_item(values_B, len(groups)) for values_B in (kl_B, reward_B))
     names = [str(name) for name in dict.fromkeys(groups)]
     return {
         "step": step,
@@ -109,9 +107,9 @@ def curve_point(run: PreparedRun, bench: Workbench, policy: LanguageModel, sft: 
     }
 
 
-def _by_item(parts: list[torch.Tensor], items: int) -> NDArray[np.float64]:
+def _by_item(values_B: torch.Tensor, items: int) -> NDArray[np.float64]:
     """Means over the samples of each item: samples of all items follow one another, one draw after the other."""
-    values: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy().reshape(-1, items).mean(axis=0)
+    values: NDArray[np.float64] = values_B.double().cpu().numpy().reshape(-1, items).mean(axis=0)
     return values
 
 

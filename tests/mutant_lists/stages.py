@@ -6,6 +6,13 @@ from mutant_lists import Mutant
 
 MUTANTS = [
     Mutant(
+        "curve: greedy answers count among the sampled",
+        "stages/policy.py",
+        "for i, each in enumerate(temperature) if each is not None",
+        "for i, each in enumerate(temperature)",
+        "stages/test_policy.py::test_points_of_all_rewards",
+    ),
+    Mutant(
         "run: bf16 of the frozen roles is not asked about",
         "stages/run.py",
         'if "bf16" in (recipe.model.precision, recipe.model.scoring)',
