@@ -2,12 +2,16 @@
 
 Each sweep's plan, rows and figure are copied from its report (`srppo report DIR`), and the page says what that says:
 question, design, figure, verdict. A sweep that is no shipped one at its defaults is given a name, and what follows
-`srppo ablate`. A plan that is registered under the name has to be the one that was run.
+`srppo ablate`. A plan that is registered under the name has to be the one that was run. The table at the page's head
+is made of the committed rows; without an argument it is all that is written.
 """
 
+import csv
 import json
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,13 +21,16 @@ from PIL import Image
 from srppo.ablations.analysis import SweepResult, analyse
 from srppo.ablations.run import load_sweep
 from srppo.ablations.spec import Sweep, label
+from srppo.evaluation.comparison import number
 from srppo.record.store import Stage
 from srppo.report.history import environment_of
 from srppo.report.sweep import stages_of
-from srppo.report.sweep_words import answer, forecast_sentence, spent_line, trend_lines
+from srppo.report.sweep_words import VERDICTS, answer, forecast_sentence, spent_line, trend_lines
 
 COPIED = ("rows.parquet", "cells.csv", "differences.csv", "trends.csv", "table.tex", "accuracy.png")
 MOST_NAMES = 10
+AGAINST = ("SFT", "longer SFT", "shuffled")
+SRPPO = ("SRPPO", "coherent reward")
 CURVES = ("matched.csv", "curves.csv", "curves.png")
 
 
@@ -118,9 +125,45 @@ def block(result: SweepResult, name: str, stages: Mapping[str, Stage], registere
     )
 
 
+def overview() -> str:
+    """A line for every sweep on the page: SRPPO minus three arms, from least to greatest, and the planned verdicts."""
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    head = "| sweep | decided on unseen tasks | seeds | " + " | ".join(f"minus {arm}" for arm in AGAINST) + " |"
+    lines = [head, re.sub(r"[^|]+", "---", head)]
+    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0]
+        for name in re.findall(r"^!\[.*\]\(\.\./results/sweeps/([\w-]+)/", section, re.MULTILINE):
+            rows = planned(name)
+            anchor = re.sub(r"[^\w-]", "", title.lower().replace(" ", "-"))
+            seeds = "/".join(dict.fromkeys(row["seeds"] for row in rows))
+            cells = [summary([row for row in rows if row["baseline"] == arm]) for arm in AGAINST]
+            lines.append(" | ".join([f"| [{title}](#{anchor}) (`{name}`)", rows[0]["decoding"], seeds, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def planned(name: str) -> list[dict[str, str]]:
+    """The committed rows of a sweep's planned comparisons of SRPPO; at equal KL where those were planned."""
+    folder = ROOT / "results" / "sweeps" / name
+    file = next(path for path in (folder / "matched.csv", folder / "differences.csv") if path.exists())
+    with file.open(newline="") as lines:
+        return [row for row in csv.DictReader(lines) if row["planned"] == "True" and row["model"] in SRPPO]
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """`+0.01 to +0.06: 2 better, 6 cannot tell`"""
+    if not rows:
+        return ""
+    verdicts = Counter(row["verdict"] for row in rows)
+    counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS if verdicts[each])
+    differences = [float(row.get("difference") or row["mean"]) for row in rows]
+    ends = dict.fromkeys(number(each, "+") for each in (min(differences), max(differences)))
+    return f"{' to '.join(ends)}: {counts}"
+
+
 def main(arguments: list[str]) -> None:
     for command, text in map(said, arguments):
         write_block("docs/sweeps.md", command, text)
+    write_block("docs/sweeps.md", "python tools/sweeps.py", overview())
 
 
 if __name__ == "__main__":
