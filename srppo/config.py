@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from srppo.errors import ConfigError
 from srppo.reward_kinds import COHERENT, REWARD_KINDS, described
 
-CODE_EPOCH = 5  # raised when the same config would train to another result; part of every stage's id
+CODE_EPOCH = 6  # raised when the same config would train to another result; part of every stage's id
 
 
 class _Section(BaseModel):

@@ -111,6 +111,13 @@ def model_settings(preset: str, name: str | None, sets: Sequence[str]) -> ModelC
     return build_recipe({"model": {**tree, "base": name or ""}}).model
 
 
+def rows_a_pass(work: Work) -> int:
+    """How many rows of a minibatch a rival, which pads them all to one width, may take at a time, so that they are no
+    more than `micro_tokens` with their padding: a whole minibatch or an even part of it."""
+    minibatch, width = work.rollouts // work.minibatches, work.prompts[1] + work.answers[1]
+    return max(n for n in range(1, minibatch + 1) if minibatch % n == 0 and (n == 1 or n * width <= work.micro_tokens))
+
+
 def _work(preset: str) -> Work:
     if preset not in PRESETS:
         raise ConfigError(f"preset is {preset!r}; the presets are {', '.join(PRESETS)}")
@@ -245,7 +252,8 @@ class _Bench:
         name, work = self._name(), self.work
         if name is not None and (folder := Path(resolve(name))).is_dir():
             name = str(folder.absolute())
-        told = {key: getattr(work, key) for key in ("rollouts", "epochs", "minibatches")}
+        told: dict[str, Any] = {key: getattr(work, key) for key in ("rollouts", "epochs", "minibatches")}
+        told["rows"] = rows_a_pass(work)
         told |= {"model": name, "config": work.shape.config(), "longest": work.answers[1], "prompts": self.prompts}
         return told | {"per_prompt": self.per_prompt, "threads": torch.get_num_threads(), "steps": steps}
 

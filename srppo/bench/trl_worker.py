@@ -10,7 +10,8 @@ defaults but for what makes the work the same: fp32, whole models without gradie
 minibatches, Adam at a constant rate, a KL penalty to the SFT model, reward log pi_sft - log pi_base of the answer.
 Answers end at the lengths that were asked for: until then the end token cannot be drawn, then no other can.
 
-With several minibatches PPOTrainer takes one optimizer step a pass, by its own rule of accumulation.
+A minibatch is worked on in `rows` rows at a time. With several minibatches PPOTrainer takes one optimizer step a pass,
+by its own rule of accumulation.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ def tokenizer(vocabulary: int) -> Any:
 def arguments(work: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What every trainer is told."""
     same: dict[str, Any] = {"output_dir": "out", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    same |= {"per_device_train_batch_size": work["rollouts"] // work["minibatches"], "temperature": 1.0}
+    same |= {"per_device_train_batch_size": work["rows"], "temperature": 1.0}
     same |= {"learning_rate": 1e-5, "lr_scheduler_type": "constant"}
     return same | {"report_to": "none", "save_strategy": "no", "disable_tqdm": True} | more
 
@@ -270,7 +271,7 @@ def ppo_trainer(work: dict[str, Any]) -> tuple[Any, Any]:
     policy = loaded(AutoModelForCausalLM)
     config = PPOConfig(
         **arguments(work),
-        gradient_accumulation_steps=work["minibatches"],
+        gradient_accumulation_steps=work["rollouts"] // work["rows"],
         num_mini_batches=work["minibatches"],
         num_ppo_epochs=work["epochs"],
         total_episodes=work["rollouts"] * work["steps"],
@@ -319,7 +320,8 @@ def group_trainer(work: dict[str, Any]) -> tuple[Any, Any]:
     policy = loaded(AutoModelForCausalLM)
     config = getattr(trl, f"{kind}Config")(
         **arguments(work),
-        steps_per_generation=work["minibatches"],
+        steps_per_generation=work["rollouts"] // work["rows"],
+        gradient_accumulation_steps=work["rollouts"] // work["minibatches"] // work["rows"],
         num_iterations=work["epochs"],
         num_generations=work["per_prompt"],
         max_completion_length=work["longest"],

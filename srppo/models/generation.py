@@ -1,8 +1,9 @@
 """Generation from packed rows: prompts of any lengths are read without padding, equal ones once, and others begin where
 rows are done.
 
-Of each row the keys and values lie in a cache of its own length. On a CPU no pass has fewer than LEAST rows: BLAS
-rounds smaller products otherwise, and a row's tokens would hang on how many others are still being written.
+Of each row the keys and values lie in a cache of its own length. On a CPU a row's tokens do not hang on those beside
+it: no pass has fewer than LEAST rows, since BLAS rounds smaller products otherwise, and attention sums over BLOCK
+places at a time, since a longer row beside it would have its sums taken in another order.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from srppo.models.language_model import LanguageModel, body_hidden
 from srppo.models.packed import Asked, Rows, Segments
 
 LEAST = 16
+BLOCK = 64  # places of the cache: shorter blocks are more calls, longer ones more places that no row has
 KEPT = 0.75  # other rows begin, or the cache is made smaller, when fewer than this share of its rows is still written
 
 Draw = Callable[[Tensor, list[int], list[int]], tuple[Tensor, Tensor]]
@@ -37,7 +39,7 @@ class KvCache:
     """Keys and values of rows, by layer: (rows, heads, positions, width), made when the first come."""
 
     def __init__(self, rows: int, positions: int) -> None:
-        self.rows, self.positions = rows, positions
+        self.rows, self.positions = rows, _whole_blocks(positions)
         self.by_layer: dict[int | None, list[Tensor]] = {}
 
     def put(self, layer: int | None, rows_N: Tensor, places_N: Tensor, *new_HND: Tensor) -> list[Tensor]:
@@ -84,7 +86,7 @@ class DecodeStep:
     def __init__(self, lengths_B: Tensor, cache: KvCache) -> None:
         self.lengths_B, self.cache = lengths_B, cache
         # What all layers share; the longest is asked for once a step, since a GPU is waited for.
-        self.longest = int(lengths_B.max()) + 1
+        self.longest = _whole_blocks(int(lengths_B.max()) + 1)
         self.rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         self.back_BS = lengths_B[:, None] - torch.arange(self.longest, device=lengths_B.device)
         self.masks: dict[int | None, Tensor] = {}
@@ -98,8 +100,40 @@ class DecodeStep:
             seen_BS = (self.back_BS >= 0) if window is None else (self.back_BS >= 0) & (self.back_BS < window)
             self.masks[window] = seen_BS[:, None, None]
         q_BHGD = q_HND.transpose(0, 1).unflatten(1, (k_BHSD.shape[1], -1))  # queries of one key head side by side
-        out = F.scaled_dot_product_attention(q_BHGD, k_BHSD, v_BHSD, attn_mask=self.masks[window], scale=scaling)
-        return out.flatten(1, 2)
+        attention = attention_by_blocks if q_BHGD.device.type == "cpu" else F.scaled_dot_product_attention
+        return attention(q_BHGD, k_BHSD, v_BHSD, attn_mask=self.masks[window], scale=scaling).flatten(1, 2)
+
+
+def attention_by_blocks(
+    q_BHGD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor, scale: float | None = None
+) -> Tensor:
+    """`F.scaled_dot_product_attention` with one order of sums whatever the number of places S, a multiple of BLOCK:
+    places that are not seen add exact zeros. At least in fp32; the result in the precision of the values.
+
+    attn_mask: (B, 1, 1, S), True where a row sees. scale: of the scores, None: by the root of the width.
+    """
+    dtype, heads = torch.promote_types(v_BHSD.dtype, torch.float32), k_BHSD.shape[1]
+    scale = q_BHGD.shape[-1] ** -0.5 if scale is None else scale
+    unseen_R1S = ~attn_mask.expand(-1, heads, -1, -1).flatten(0, 1)
+    q_RGD, k_RSD, v_RSD = q_BHGD.flatten(0, 1).to(dtype) * scale, k_BHSD.flatten(0, 1), v_BHSD.flatten(0, 1)
+    blocks = [slice(start, start + BLOCK) for start in range(0, k_RSD.shape[1], BLOCK)]
+    with torch.autocast(q_RGD.device.type, enabled=False):
+        scores_RGK = [
+            torch.bmm(q_RGD, k_RSD[:, block].to(dtype).mT).masked_fill_(unseen_R1S[:, :, block], -torch.inf)
+            for block in blocks
+        ]
+        highest_RG1 = torch.stack([each.amax(dim=-1, keepdim=True) for each in scores_RGK]).amax(dim=0)
+        out_RGV = q_RGD.new_zeros((*q_RGD.shape[:2], v_RSD.shape[2]))
+        total_RG1 = torch.zeros_like(highest_RG1)
+        for block, each in zip(blocks, scores_RGK, strict=True):
+            weights_RGK = each.sub_(highest_RG1).exp_()
+            total_RG1 += weights_RGK.sum(dim=-1, keepdim=True)
+            out_RGV.baddbmm_(weights_RGK, v_RSD[:, block].to(dtype))
+    return (out_RGV / total_RG1).to(v_BHSD.dtype).unflatten(0, (-1, heads))
+
+
+def _whole_blocks(places: int) -> int:
+    return -(-places // BLOCK) * BLOCK
 
 
 @torch.no_grad()

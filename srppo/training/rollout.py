@@ -66,10 +66,10 @@ def generate(
     distribution would not be the one whose log-probs are trained. Ids that no tokenizer makes are left out. A response
     ends with its first stop token, which counts. The global random state neither enters nor changes.
 
-    seed: one a row, or one of which each row's is made: a row's random numbers are its own, whatever the batch. Its
-    probabilities come from passes over the rows that are written together, whose last bits may hang on their number and
-    lengths: at a near tie another batch may give another token. With a large vocabulary sampled ties are not rare (of
-    49,152 tokens two in a thousand), since a last bit moves the places of all tokens behind it.
+    seed: one a row, or one of which each row's is made: a row's random numbers are its own, whatever the batch. Where
+    `models.generation` writes on a CPU so are its probabilities. Elsewhere their last bits may hang on the rows beside
+    it, and another batch may give another token: with a large vocabulary not rarely (of 49,152 tokens two in a
+    thousand), since a last bit moves the places of all tokens behind it.
     processor: makes, of the prompts' mask (BP), what turns logits into others for one batch; then the body runs in
     fp32, since it may blow up their rounding. until: which rows of those it is shown (responses so far) are done.
     settings: more of transformers' own. With either of processor and settings, or a model that cannot be packed,
@@ -180,8 +180,8 @@ class Sampler(Protocol):
         held: int,
     ) -> Sampled:
         """One response of the policy as it is now to each prompt (token ids), from its whole distribution at a
-        temperature. seeds: one a row, so that a row has the same random numbers in any batch, and but for rounding the
-        same tokens. held: bytes of memory that training holds."""
+        temperature. seeds: one a row, so that a row has the same random numbers in any batch, and but for rounding
+        (`generate`) the same tokens. held: bytes of memory that training holds."""
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def test_a_rival_does_the_same_work_and_is_compared_step_by_step(
     work, environment = json.loads((tmp_path / "work.json").read_text())
     assert "PYTHONPATH" not in environment and environment["OMP_NUM_THREADS"] == "1"
     assert (work["rollouts"], work["epochs"], work["minibatches"], work["steps"]) == (12, 2, 2, 3)
+    assert work["rows"] == 3  # a minibatch has 6, four of at most 16 tokens are a pass of 64, and 4 does not divide 6
     assert work["config"] == SHAPE.config() and work["longest"] == 7 and work["model"] is None
     assert len(work["prompts"]) == 12 and {*map(len, work["prompts"])} <= {*range(2, 10)}
     assert "ours, PPO" in text and "TRL 1.12.0 PPO" in text and "missing" not in text

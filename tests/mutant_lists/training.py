@@ -504,6 +504,20 @@ MUTANTS = [
         "training/test_generation.py::test_tokens_are_those_of_transformers",
     ),
     Mutant(
+        "generation: sums of attention hang on the longest row",
+        "models/generation.py",
+        "return -(-places // BLOCK) * BLOCK",
+        "return places",
+        "training/test_generation.py::test_a_row_has_the_same_bits_beside_longer_rows",
+    ),
+    Mutant(
+        "generation: weights of the last block alone sum up to 1",
+        "models/generation.py",
+        "total_RG1 += weights_RGK.sum(dim=-1, keepdim=True)",
+        "total_RG1 = weights_RGK.sum(dim=-1, keepdim=True)",
+        "training/test_generation.py::test_attention_by_blocks_is_attention",
+    ),
+    Mutant(
         "generation: the cache keeps the wrong rows",
         "models/generation.py",
         "cache.keep(kept_K)",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from architectures import EOS, VOCAB, make
 from torch import Tensor
 
@@ -52,6 +53,58 @@ def test_a_row_has_the_same_tokens_in_any_batch() -> None:
     assert written(lm, rows=4) == whole
     order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(1)).tolist()
     assert written(lm, [PROMPTS[i] for i in order], seed=[seeds[i] for i in order]) == [whole[i] for i in order]
+
+
+def test_a_row_has_the_same_bits_beside_longer_rows() -> None:
+    """Of its logits, at each token: a longer row beside it neither adds to its sums nor changes their order."""
+    lm = make("llama", attention="sdpa")
+    few = [[1 + (i * i + row) % 30 for i in range(30 + 5 * row)] for row in range(generation.LEAST)]
+    longer = [1 + i % 30 for i in range(4 * generation.BLOCK)]
+    if any(not blas_is_row_wise(each) for each in lm.model.modules() if isinstance(each, torch.nn.Linear)):
+        pytest.skip("BLAS rounds a row by the number of rows here")
+
+    def logits(prompts: Sequence[Sequence[int]]) -> dict[tuple[int, int], Tensor]:
+        seen = {}
+
+        def draw(logits_BV: Tensor, rows: list[int], steps: list[int]) -> tuple[Tensor, Tensor]:
+            at = [*zip(rows, steps, strict=True)]
+            seen.update({key: x_V.clone() for key, x_V in zip(at, logits_BV, strict=True)})
+            return torch.tensor([1 + (7 * row + step) % 30 for row, step in at]), logits_BV[:, 0]
+
+        generation.generate_packed(lm, prompts, draw, stop_ids=[], max_new_tokens=6, rows=len(prompts))
+        return seen
+
+    alone, beside = logits(few), logits([*few, longer])
+    assert len(alone) == len(few) * 6 and all(torch.equal(x_V, beside[key]) for key, x_V in alone.items())
+
+
+def blas_is_row_wise(layer: torch.nn.Linear) -> bool:
+    """Whether a row's product has the same bits among few rows and among many."""
+    many_ND = torch.randn((400, layer.in_features), generator=torch.Generator().manual_seed(0))
+    whole = layer(many_ND)
+    return all(torch.equal(layer(many_ND[:n]), whole[:n]) for n in (16, 17, 80, 336))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_attention_by_blocks_is_attention(dtype: torch.dtype) -> None:
+    """Against torch's own in fp64, values of another width than keys among it; unseen places may hold anything."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(size, generator=generator).to(dtype) for size in ((5, 3, 2, 8), (5, 3, 192, 8), (5, 3, 192, 6))
+    )
+    mask = torch.rand((5, 1, 1, 192), generator=generator) < 0.3
+    mask[0], mask[1], mask[:, ..., 3] = False, True, True  # one sees a single place, one all
+    found = generation.attention_by_blocks(q, k, v, attn_mask=mask, scale=0.7)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=0.7)
+    assert found.dtype == dtype
+    # Scores of up to 10 are off by some 10 roundings of their own size, and so are weights; the result is rounded once.
+    within = 100 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=within)
+    seen = mask[:, :, 0, :, None].expand(-1, 3, -1, -1)
+    others = generation.attention_by_blocks(
+        q, k.where(seen, k.new_tensor(30.0)), v.where(seen, v.new_tensor(-50.0)), attn_mask=mask, scale=0.7
+    )
+    assert torch.equal(found, others)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral window", "deepseek v3"])
