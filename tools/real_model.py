@@ -39,6 +39,8 @@ COMMAND = "python tools/real_model.py"
 Row = dict[str, Any]
 PAIRS = (
     ("SFT", "base"),
+    ("SRPPO", "base"),
+    ("by length", "base"),
     ("SRPPO", "SFT"),
     ("SRPPO", "longer SFT, equal compute"),
     ("SRPPO", "by length"),
@@ -149,7 +151,7 @@ def differences_table(rows: Sequence[Row]) -> str:
 
 def draw_kinds(rows: Sequence[Row], path: Path) -> None:
     """Every kind's difference from SFT of its seed: a dot a seed and arm, a panel a decoding."""
-    arms = [arm for arm in arms_of(rows) if arm not in ("base", "SFT")]
+    arms = [arm for arm in arms_of(rows) if arm != "SFT"]
     colours = arm_colours(arms)
     kinds = [(g, t) for g in GROUPS for t in sorted({r["task"] for r in rows if r["group"] == g and "task" in r})]
     names = {group: len([kind for kind in kinds if kind[0] == group]) for group in GROUPS}

@@ -19,7 +19,7 @@ from srppo.models.adapters import AdaptedModel, adapter_settings, is_adapter
 from srppo.models.blueprint import META, blueprint, over
 from srppo.models.flops import update_flops
 from srppo.models.footprint import read_bytes, train_peaks, write_bytes
-from srppo.models.generation import LEAST
+from srppo.models.generation import LEAST, KvCache
 from srppo.models.gguf import NAMED
 from srppo.models.heap import ruled
 from srppo.models.language_model import LanguageModel
@@ -320,7 +320,8 @@ def _ppo_stage(
     most = sorted(lengths.prompts, reverse=True)[:: division.processes][:written]
     prompts = _even(sum(most) * written // len(most), written) if lengths.counted else [longest] * written
     writing = write_bytes(policy, prompts, longest + new - max(prompts), on_cpu=on_cpu)
-    cache = written * (longest + new) * cache_numbers(policy.config) * (2 if policy.precision == "bf16" else 4)
+    positions = KvCache(written, longest + new).positions
+    cache = written * positions * cache_numbers(policy.config) * (2 if policy.precision == "bf16" else 4)
     rollout = standing | gathered | {"keys and values": cache, "activations": max(writing - cache, 0)}
 
     reading = read_bytes(roles.base, rows, scored)
