@@ -305,7 +305,8 @@ class MethodsConfig(_Section):
     alphas: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0, 2.0, 4.0),
         min_length=1,
-        description="weight extrapolation sft + alpha (sft - base): development items choose one of these",
+        description="weight extrapolation sft + alpha (sft - base), below 0 back towards the base: development items "
+        "choose one of these",
     )
     samples: int = Field(96, ge=2, description="samples of the SFT model an item, for votes, resampling and best-of-n")
     self_prompts: int = Field(256, ge=1, description="self-training: so many of PPO's prompts, in PPO's order")
@@ -322,8 +323,8 @@ class MethodsConfig(_Section):
     @field_validator("alphas")
     @classmethod
     def _distinct(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(value)) < len(value) or min(value) <= 0:
-            raise ValueError("alphas are distinct and above 0 (at 0 it is the SFT model itself)")
+        if len(set(value)) < len(value) or min(value) <= -1 or 0 in value:
+            raise ValueError("alphas are distinct, above -1 (the base) and not 0 (the SFT model itself)")
         return value
 
 

@@ -137,8 +137,9 @@ def test_rloo_refuses_what_it_cannot_do() -> None:
         ),
         ({**rloo_of_two, "ppo": {"advantage": "rloo", "gamma": 0.9}}, r"leave ppo\.gamma at 1 .*\(found 0\.9 and 0\)"),
         ({**rloo_of_two, "ppo": {"advantage": "rloo", "critic_warmup": 2}}, r"critic_warmup at 0 \(found 1 and 2\)"),
-        ({"methods": {"alphas": [1.0, 1.0]}}, r"methods\.alphas: alphas are distinct and above 0"),
-        ({"methods": {"alphas": [0.0]}}, r"methods\.alphas: alphas are distinct and above 0"),
+        ({"methods": {"alphas": [1.0, 1.0]}}, r"methods\.alphas: alphas are distinct, above -1"),
+        ({"methods": {"alphas": [-0.5, 0.0]}}, r"methods\.alphas: alphas are .* not 0 \(the SFT model itself\)"),
+        ({"methods": {"alphas": [-1.0]}}, r"methods\.alphas: alphas are distinct, above -1 \(the base\)"),
         ({"methods": {"alphas": []}}, r"methods\.alphas: .*at least 1 item"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
