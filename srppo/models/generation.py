@@ -108,28 +108,20 @@ def attention_by_blocks(
     q_BHGD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor, scale: float | None = None
 ) -> Tensor:
     """`F.scaled_dot_product_attention` with one order of sums whatever the number of places S, a multiple of BLOCK:
-    places that are not seen add exact zeros. At least in fp32; the result in the precision of the values.
+    places that are not seen add exact zeros at its end. At least in fp32; the result in the precision of the values.
 
     attn_mask: (B, 1, 1, S), True where a row sees. scale: of the scores, None: by the root of the width.
     """
     dtype, heads = torch.promote_types(v_BHSD.dtype, torch.float32), k_BHSD.shape[1]
-    scale = q_BHGD.shape[-1] ** -0.5 if scale is None else scale
-    unseen_R1S = ~attn_mask.expand(-1, heads, -1, -1).flatten(0, 1)
-    q_RGD, k_RSD, v_RSD = q_BHGD.flatten(0, 1).to(dtype) * scale, k_BHSD.flatten(0, 1), v_BHSD.flatten(0, 1)
-    blocks = [slice(start, start + BLOCK) for start in range(0, k_RSD.shape[1], BLOCK)]
+    q_RGD, k_RSD, v_RSD = (x.flatten(0, 1).to(dtype) for x in (q_BHGD, k_BHSD, v_BHSD))
+    scale = q_RGD.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q_RGD.device.type, enabled=False):
-        scores_RGK = [
-            torch.bmm(q_RGD, k_RSD[:, block].to(dtype).mT).masked_fill_(unseen_R1S[:, :, block], -torch.inf)
-            for block in blocks
-        ]
-        highest_RG1 = torch.stack([each.amax(dim=-1, keepdim=True) for each in scores_RGK]).amax(dim=0)
+        scores_BHGS = torch.bmm(q_RGD * scale, k_RSD.mT).unflatten(0, (-1, heads))
+        weights_RGS = scores_BHGS.masked_fill_(~attn_mask, -torch.inf).softmax(dim=-1).flatten(0, 1)
         out_RGV = q_RGD.new_zeros((*q_RGD.shape[:2], v_RSD.shape[2]))
-        total_RG1 = torch.zeros_like(highest_RG1)
-        for block, each in zip(blocks, scores_RGK, strict=True):
-            weights_RGK = each.sub_(highest_RG1).exp_()
-            total_RG1 += weights_RGK.sum(dim=-1, keepdim=True)
-            out_RGV.baddbmm_(weights_RGK, v_RSD[:, block].to(dtype))
-    return (out_RGV / total_RG1).to(v_BHSD.dtype).unflatten(0, (-1, heads))
+        for weights_RGK, v_RKV in zip(weights_RGS.split(BLOCK, dim=2), v_RSD.split(BLOCK, dim=1), strict=True):
+            out_RGV.baddbmm_(weights_RGK, v_RKV)
+    return out_RGV.to(v_BHSD.dtype).unflatten(0, (-1, heads))
 
 
 def _whole_blocks(places: int) -> int:

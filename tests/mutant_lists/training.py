@@ -511,10 +511,10 @@ MUTANTS = [
         "training/test_generation.py::test_a_row_has_the_same_bits_beside_longer_rows",
     ),
     Mutant(
-        "generation: weights of the last block alone sum up to 1",
+        "generation: attention ends with the first block of places",
         "models/generation.py",
-        "total_RG1 += weights_RGK.sum(dim=-1, keepdim=True)",
-        "total_RG1 = weights_RGK.sum(dim=-1, keepdim=True)",
+        "v_RSD.split(BLOCK, dim=1), strict=True):",
+        "v_RSD.split(BLOCK, dim=1)[:1]):",
         "training/test_generation.py::test_attention_by_blocks_is_attention",
     ),
     Mutant(
