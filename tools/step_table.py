@@ -11,6 +11,7 @@ from blocks import write_block
 
 from srppo.bench.measure import quantiles
 from srppo.bench.step_rows import NAMES, PHASES
+from srppo.report.words import span
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -37,10 +38,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            f"{cpu['cpu']} ({cpu['cpu_flags']}), {first['threads']} thread, fp32, "
+            f"{cpu['cpu']} ({cpu['cpu_flags']}), {span([first['threads']], 'thread')}, fp32, "
             f"torch {cpu['torch']}, commit {commit}, {first['date'][:10]}; "
-            f"{steps} steps each in turn, medians, in brackets 20% and 80% quantiles; load {min(loads):.1f} to "
-            f"{max(loads):.1f}.",
+            f"{span([steps], 'step')} each in turn, medians, in brackets 20% and 80% quantiles; load {min(loads):.1f} "
+            f"to {max(loads):.1f}.",
         ]
     )
 
