@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ROWS = ROOT / "results" / "real-model.jsonl"
 COMMAND = "python tools/real_model.py"
 Row = dict[str, Any]
+BACK = "SFT taken back by 0.3"  # weights at 0.7 of the way from the base to SFT
 PAIRS = (
     ("SFT", "base"),
     ("SRPPO", "base"),
@@ -44,9 +45,12 @@ PAIRS = (
     ("SRPPO", "SFT"),
     ("SRPPO", "longer SFT, equal compute"),
     ("SRPPO", "by length"),
+    ("SRPPO", "beyond length"),
     ("SRPPO", "shuffled"),
+    ("SRPPO", BACK),
     ("beyond length", "SFT"),
     ("by length", "SFT"),
+    (BACK, "SFT"),
     ("longer SFT, equal compute", "SFT"),
 )
 GROUPS = {"unseen": "seen by neither", "prompted": "only prompted", "demonstrated": "demonstrated"}
@@ -63,11 +67,12 @@ def rows_of(folder: Path) -> list[Row]:
     """Of every cell that is done: a row a kind, and one a group with what training was like."""
     plan, ledger = load_sweep(folder)
     result = analyse(plan, ledger)
+    names = {"weight extrapolation": f"SFT taken back by {-plan.sweep.recipe.methods.alphas[0]:g}"}
     told = {stage.id: environment_of(stage) for stage in stages_of(plan, ledger).values()}
     made, by_cell = [], {}
     for row in result.rows:
         machine = {key: told.get(row["stage"], {}).get(key) for key in ("commit", "cpu")}
-        cell = {"arm": row["arm"], "seed": row["seed"], **machine}
+        cell = {"arm": names.get(row["arm"], row["arm"]), "seed": row["seed"], **machine}
         by_cell[row["arm"], row["seed"]] = cell
         numbers = {key: row[key] for key in ("group", "decoding", "items", "accuracy")}
         made.append({**cell, **numbers, **{key: row[key] for key in KEEP if row.get(key) is not None}})
@@ -108,7 +113,7 @@ def gaps(rows: Sequence[Row], pair: tuple[str, str], group: str, decoding: str) 
 
 
 def arms_of(rows: Iterable[Row]) -> list[str]:
-    order = ["base", "SFT", "longer SFT, equal compute", "by length", "beyond length", "shuffled", "SRPPO"]
+    order = ["base", BACK, "SFT", "longer SFT, equal compute", "by length", "beyond length", "shuffled", "SRPPO"]
     found = {row["arm"] for row in rows}
     return [arm for arm in order if arm in found] + sorted(found - set(order))
 

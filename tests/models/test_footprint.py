@@ -102,10 +102,10 @@ def test_recomputing_leaves_one_layer_and_the_inputs_of_all(tmp_path: Path) -> N
 
 
 def test_a_cache_is_held_while_answers_are_written(tmp_path: Path) -> None:
-    """Twice the answers' length more: keys and values of 2 heads of 16, in 4 layers, fp32."""
+    """1,000 places more, in whole blocks of 64: keys and values of 2 heads of 16, in 4 layers, fp32."""
     policy = trained(stored(tmp_path, 4))
     short, long = (write_bytes(policy, [6] * 8, new, on_cpu=False) for new in (1000, 2000))
-    assert long - short == 8 * 1000 * 2 * 4 * 2 * 16 * 4
+    assert long - short == 8 * 1024 * 2 * 4 * 2 * 16 * 4
 
 
 def test_a_model_whose_passes_hang_on_values_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
