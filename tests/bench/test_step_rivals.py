@@ -280,6 +280,12 @@ def test_a_step_of_theirs_at_a_small_size(preset: str, tmp_path: Path, monkeypat
     assert row.work["dtype"] == "bfloat16" and row.answer_tokens >= 16
 
 
+@pytest.mark.parametrize(("micro_tokens", "rows"), [(96, 6), (95, 3), (48, 3), (47, 2), (32, 2), (31, 1), (8, 1)])
+def test_a_rival_takes_an_even_part_of_a_minibatch_that_its_padding_lets_fit(micro_tokens: int, rows: int) -> None:
+    """Of 6 rows of up to 16 tokens; one at least."""
+    assert step.rows_a_pass(Work((2, 9), (2, 7), 12, 2, 2, micro_tokens, shape=SHAPE)) == rows
+
+
 # TRL itself
 
 
